@@ -1,0 +1,60 @@
+"""What can go wrong in this room, each with one sentence for the user.
+
+`str(error)` is that sentence: it names the file, key, blob or address concerned and, where there is one, the remedy.
+Edges (CLI, HTTP API, FUSE) map these classes to exit codes, status codes and errno; nothing else does.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class NydusError(Exception):
+    """Base of every error that may reach a user. `exit_code` is what a command line ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(NydusError):
+    """A configuration that cannot be used. `key` is the dotted path of the offending key, "" for the whole text."""
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        self.message = message
+        super().__init__(f"{key}: {message}" if key else message)
+
+
+class SourceError(NydusError):
+    """A source could not deliver the bytes it was asked for."""
+
+
+class ReadError(NydusError):
+    """A read of an image failed for good; `errno` is what the reader of the file gets."""
+
+    def __init__(self, message: str, errno: int = _errno.EIO) -> None:
+        self.errno = errno
+        super().__init__(message)
+
+
+class RegistryError(NydusError):
+    """A registry refused, failed or could not be reached.
+
+    `status` is the HTTP status (0: no answer at all), `url` the address asked, without query.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, url: str = "") -> None:
+        self.status = status
+        self.url = url
+        super().__init__(message)
+
+
+class AuthError(RegistryError):
+    """The registry does not accept the credentials, or wants some where there are none."""
+
+
+class NotFoundError(RegistryError):
+    """The registry answers, but has no such image, manifest or blob."""
+
+
+class ConvertError(NydusError):
+    """An image cannot be converted, checked or mounted."""
