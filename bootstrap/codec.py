@@ -1,0 +1,86 @@
+"""Compression of chunks, blob meta and inlined bootstraps; reference: RAFS format 4.3.
+
+Safe to call from many threads: zstd contexts are kept per thread, and every codec releases the GIL while it works.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from typing import cast
+
+import lz4.block
+import zstandard
+
+from bootstrap.errors import CodecError
+from bootstrap.layout.common import Compressor
+
+ZSTD_LEVEL = 3
+
+_local = threading.local()
+
+
+def _zstd_compressor() -> zstandard.ZstdCompressor:
+    # A context costs about 1 MB of tables: one per thread instead of one per chunk.
+    found = getattr(_local, "compressor", None)
+    if found is None:
+        found = _local.compressor = zstandard.ZstdCompressor(
+            level=ZSTD_LEVEL, write_content_size=True, write_checksum=False
+        )
+    return cast("zstandard.ZstdCompressor", found)
+
+
+def _zstd_decompressor() -> zstandard.ZstdDecompressor:
+    found = getattr(_local, "decompressor", None)
+    if found is None:
+        found = _local.decompressor = zstandard.ZstdDecompressor()
+    return cast("zstandard.ZstdDecompressor", found)
+
+
+def compress(kind: Compressor, data: bytes | bytearray | memoryview) -> bytes | None:
+    """`data` compressed, or None when that would not be smaller: it is then stored raw.
+
+    Raises CodecError for gzip, which images only ever read.
+    """
+    if kind == Compressor.NONE or not data:
+        return None
+    if kind == Compressor.ZSTD:
+        out = _zstd_compressor().compress(data)
+    elif kind == Compressor.LZ4_BLOCK:
+        out = lz4.block.compress(data, mode="default", store_size=False)
+    else:
+        raise CodecError(f"cannot write chunks with {kind.label}")
+    return out if len(out) < len(data) else None
+
+
+def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int) -> bytes:
+    """The `size` bytes that `data` stands for; CodecError unless it decodes to exactly that many.
+
+    `size` comes from a record that was bounds-checked before: it limits what a hostile stream can make us allocate.
+    """
+    try:
+        if kind == Compressor.ZSTD:
+            out = _zstd_exact(data, size)
+        elif kind == Compressor.LZ4_BLOCK:
+            out = lz4.block.decompress(data, uncompressed_size=size) if size else b""
+        elif kind == Compressor.GZIP:
+            inflate = zlib.decompressobj(31)
+            out = inflate.decompress(data, size + 1)
+        else:
+            out = bytes(data)
+    except (zstandard.ZstdError, lz4.block.LZ4BlockError, zlib.error, ValueError, OverflowError) as error:
+        raise CodecError(f"{kind.label} data does not decode: {error}") from error
+    if len(out) != size:
+        raise CodecError(f"{kind.label} data decodes to {len(out)} bytes instead of {size}")
+    return out
+
+
+def _zstd_exact(data: bytes | bytearray | memoryview, size: int) -> bytes:
+    # The one-shot call allocates what the frame header says, so look at the header first.
+    declared = zstandard.frame_content_size(data)
+    if declared == size and size:
+        return _zstd_decompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+    if declared not in (-1, size):
+        raise CodecError(f"zstd frame holds {declared} bytes instead of {size}")
+    stream = _zstd_decompressor().stream_reader(data, read_across_frames=False)
+    return stream.read(size + 1)
