@@ -7,6 +7,7 @@ Edges (CLI, HTTP API, FUSE) map these classes to exit codes, status codes and er
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Sequence
 
 
 class NydusError(Exception):
@@ -16,16 +17,30 @@ class NydusError(Exception):
 
 
 class ConfigError(NydusError):
-    """A configuration that cannot be used. `key` is the dotted path of the offending key, "" for the whole text."""
+    """A configuration that cannot be used.
 
-    def __init__(self, key: str, message: str) -> None:
+    `key` is the dotted path of the offending key, "" for the whole text; `where` names the file or API call.
+    """
+
+    def __init__(self, key: str, message: str, where: str = "") -> None:
         self.key = key
         self.message = message
-        super().__init__(f"{key}: {message}" if key else message)
+        self.where = where
+        super().__init__(": ".join(part for part in (where, key, message) if part))
 
 
 class SourceError(NydusError):
-    """A source could not deliver the bytes it was asked for."""
+    """No source could deliver the bytes asked for. `tried` holds a (source name, reason) pair for each, in order."""
+
+    def __init__(self, what: str, tried: Sequence[tuple[str, str]] = ()) -> None:
+        self.what = what
+        self.tried = list(tried)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.tried)
+        super().__init__(f"{what}: {reasons}" if reasons else what)
+
+
+class CacheError(NydusError):
+    """A cache directory that cannot be used: not a directory, not writable, or served by another process."""
 
 
 class ReadError(NydusError):

@@ -1,1 +1,32 @@
+"""Daemon configuration: `load_config(text, where) -> Config`, for version 1 JSON and version 2 TOML or JSON."""
 
+from nydusfs.config.model import (
+    BackendConfig,
+    CacheConfig,
+    Config,
+    ConnectionConfig,
+    LocalFsBackend,
+    MirrorConfig,
+    OtherBackend,
+    PrefetchConfig,
+    ProxyConfig,
+    RegistryBackend,
+)
+from nydusfs.config.parse import load_config
+from nydusfs.config.show import connection_debug, public_config
+
+__all__ = [
+    "BackendConfig",
+    "CacheConfig",
+    "Config",
+    "ConnectionConfig",
+    "LocalFsBackend",
+    "MirrorConfig",
+    "OtherBackend",
+    "PrefetchConfig",
+    "ProxyConfig",
+    "RegistryBackend",
+    "connection_debug",
+    "load_config",
+    "public_config",
+]

@@ -1,0 +1,374 @@
+"""Reading both of upstream's configuration languages: version 1 (JSON) and version 2 (TOML or JSON).
+
+The rules are those of `api/src/config.rs`: a text of at most 1 MiB, `version = 2` marks the second language, unknown
+keys never stop anything (here they are named once, upstream is silent).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import tomllib
+from typing import Any
+from urllib.parse import urlsplit
+
+from nydusfs.config.model import (
+    MIB,
+    BackendConfig,
+    CacheConfig,
+    Config,
+    ConnectionConfig,
+    LocalFsBackend,
+    MirrorConfig,
+    OtherBackend,
+    PrefetchConfig,
+    ProxyConfig,
+    RegistryBackend,
+)
+from nydusfs.config.section import Section
+from nydusfs.errors import ConfigError
+
+MAX_TEXT = MIB
+MAX_BATCH = 0x1000_0000
+MAX_THREADS = 1024
+_CACHE_TYPES = ("", "blobcache", "filecache", "fscache", "dummycache")
+_OTHER_TYPES = ("oss", "s3", "localdisk", "http-proxy")
+
+
+def load_config(text: str, where: str, *, template: bool = False) -> Config:
+    """Parse a daemon configuration.
+
+    `where` names the file (or API call) in errors and warnings. With `template` the registry's host and repository
+    may be missing: that is the snapshotter's `/etc/nydus/config.json`.
+    Raises `ConfigError` naming the key path, the value and what was expected.
+    """
+    if len(text) > MAX_TEXT:
+        raise ConfigError("", f"is larger than {MAX_TEXT} bytes", where)
+    document = _parse(text, where)
+    root = Section(document, "", where)
+    if document.get("version") == 2:
+        config = _version2(root, template)
+    elif "version" in document and "device" not in document:
+        raise root.error("version", f"{document['version']!r} is not supported, expected 2")
+    else:
+        config = _version1(root, template)
+    root.warn_unknown()
+    return config
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as json_error:
+        if text.lstrip()[:1] in ("{", "["):
+            raise ConfigError("", f"is not valid JSON: {json_error}", where) from None
+        try:
+            return tomllib.loads(text)
+        except (ValueError, RecursionError) as toml_error:
+            raise ConfigError("", f"is neither JSON ({json_error}) nor TOML ({toml_error})", where) from None
+    if not isinstance(document, dict):
+        raise ConfigError("", "expected a table at the top level", where)
+    return document
+
+
+def _version1(root: Section, template: bool) -> Config:
+    device = root.section("device")
+    if device is None:
+        raise root.error("device", "is missing (a version 1 configuration starts with it; version 2 has `version = 2`)")
+    backend_section = device.section("backend")
+    if backend_section is None:
+        raise device.error("backend", "is missing")
+    kind = backend_section.text("type")
+    options = backend_section.section("config")
+    if options is None and not template:
+        raise backend_section.error("config", "is missing")
+    if kind == "http-proxy":
+        raise backend_section.error("type", "'http-proxy' needs a version 2 configuration")
+    backend = _backend(backend_section, kind, options or Section({}, "device.backend.config", root.where), template)
+    backend_section.warn_unknown()
+
+    cache = CacheConfig()
+    if (section := device.section("cache")) is not None:
+        kind = section.text("type")
+        work_dir = "."
+        if (inner := section.section("config")) is not None:
+            work_dir = _cache_options(inner)
+        cache = _cache(section, kind, work_dir)
+        section.warn_unknown()
+
+    prefetch = PrefetchConfig()
+    if (section := root.section("fs_prefetch")) is not None:
+        prefetch = PrefetchConfig(
+            enable=section.flag("enable"),
+            threads=section.number("threads_count", 8),
+            merging_size=section.number("merging_size", MIB, high=MAX_BATCH),
+            bandwidth_rate=section.number("bandwidth_rate", 0),
+            prefetch_all=section.flag("prefetch_all", True),
+        )
+        section.known("stream_prefetch")
+        _check_threads(section, "threads_count", prefetch)
+        section.warn_unknown()
+
+    config_id = device.text("id")
+    external = _external(device)
+    device.warn_unknown()
+    if "mode" not in root and not template:
+        raise root.error("mode", "is missing, expected 'direct' or 'cached'")
+    config = _rafs(
+        root,
+        config_id,
+        backend,
+        cache,
+        prefetch,
+        external,
+        batch_key="amplify_io",
+        validate_key="digest_validate",
+    )
+    root.known("warmup")
+    return config
+
+
+def _version2(root: Section, template: bool) -> Config:
+    root.known("version", "overlay", "dedup", "internal", "blobs", "extra")
+    backend_section = root.section("backend")
+    if backend_section is None:
+        raise root.error("backend", "is missing")
+    kind = backend_section.text("type")
+    inner = backend_section.section(kind) if kind else None
+    backend = _backend(backend_section, kind, inner or Section({}, f"backend.{kind}", root.where), template)
+    backend_section.known("registry", "localfs", *_OTHER_TYPES)
+    backend_section.warn_unknown()
+
+    cache = CacheConfig()
+    prefetch = PrefetchConfig(prefetch_all=False)
+    if (section := root.section("cache")) is not None:
+        kind = section.text("type")
+        work_dir = "."
+        table = "fscache" if kind == "fscache" else "filecache"
+        if (options := section.section(table)) is not None:
+            work_dir = _cache_options(options)
+        section.known("filecache", "fscache")
+        cache = _cache(section, kind, work_dir)
+        prefetch = _prefetch2(section.section("prefetch")) or prefetch
+        section.warn_unknown()
+
+    rafs = root.section("rafs") or Section({}, "rafs", root.where)
+    prefetch = _prefetch2(rafs.section("prefetch")) or prefetch
+    config = _rafs(
+        rafs,
+        root.text("id"),
+        backend,
+        cache,
+        prefetch,
+        _external(root),
+        batch_key="batch_size",
+        validate_key="validate",
+        version=2,
+    )
+    rafs.warn_unknown()
+    return config
+
+
+def _prefetch2(section: Section | None) -> PrefetchConfig | None:
+    if section is None:
+        return None
+    prefetch = PrefetchConfig(
+        enable=section.flag("enable"),
+        threads=section.number("threads", 8),
+        merging_size=section.number("batch_size", MIB, high=MAX_BATCH),
+        bandwidth_rate=section.number("bandwidth_limit", 0),
+        prefetch_all=section.flag("prefetch_all"),
+    )
+    section.known("stream_prefetch")
+    _check_threads(section, "threads", prefetch)
+    section.warn_unknown()
+    return prefetch
+
+
+def _check_threads(section: Section, key: str, prefetch: PrefetchConfig) -> None:
+    if prefetch.enable and not 1 <= prefetch.threads <= MAX_THREADS:
+        raise section.error(key, f"{prefetch.threads} is outside 1..{MAX_THREADS}")
+
+
+def _external(section: Section) -> tuple[dict[str, Any], ...]:
+    value = section.take("external_backends")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise section.error("external_backends", "expected a list of tables")
+    return tuple(value)
+
+
+def _rafs(
+    section: Section,
+    config_id: str,
+    backend: BackendConfig,
+    cache: CacheConfig,
+    prefetch: PrefetchConfig,
+    external: tuple[dict[str, Any], ...],
+    *,
+    batch_key: str,
+    validate_key: str,
+    version: int = 1,
+) -> Config:
+    mode = section.text("mode", "direct")
+    if mode not in ("direct", "cached"):
+        raise section.error("mode", f"{mode!r} is not a mode, expected 'direct' or 'cached'")
+    return Config(
+        id=config_id,
+        backend=backend,
+        cache=cache,
+        prefetch=prefetch,
+        mode=mode,
+        digest_validate=section.flag(validate_key),
+        iostats_files=section.flag("iostats_files"),
+        access_pattern=section.flag("access_pattern"),
+        latest_read_files=section.flag("latest_read_files"),
+        enable_xattr=section.flag("enable_xattr"),
+        amplify_io=section.number(batch_key, MIB, high=MAX_BATCH),
+        id_mapping=section.numbers("id_mapping"),
+        external_backends=external,
+        version=version,
+    )
+
+
+def _cache(section: Section, kind: str, work_dir: str) -> CacheConfig:
+    if kind not in _CACHE_TYPES:
+        raise section.error("type", f"{kind!r} is not a cache type, expected one of {', '.join(_CACHE_TYPES[1:])}")
+    return CacheConfig(
+        type=kind,
+        work_dir=work_dir,
+        validate=section.flag("validate"),
+        compressed=section.flag("compressed"),
+    )
+
+
+def _cache_options(section: Section) -> str:
+    work_dir = section.text("work_dir", ".")
+    if not work_dir:
+        raise section.error("work_dir", "is empty")
+    section.known("disable_indexed_map", "enable_encryption", "enable_convergent_encryption", "encryption_key")
+    section.warn_unknown()
+    return work_dir
+
+
+def _backend(parent: Section, kind: str, options: Section, template: bool) -> BackendConfig:
+    backend: BackendConfig
+    if kind == "registry":
+        backend = RegistryBackend(
+            host=options.text("host"),
+            repo=options.text("repo"),
+            auth=options.text("auth"),
+            registry_token=options.text("registry_token"),
+            blob_url_scheme=options.text("blob_url_scheme"),
+            blob_redirected_host=options.text("blob_redirected_host"),
+            connection=_connection(options),
+        )
+        if not template:
+            for key in ("host", "repo"):
+                if not getattr(backend, key):
+                    raise options.error(key, "is missing: a registry needs its host and repository")
+        if backend.auth:
+            _check_auth(options, backend.auth)
+    elif kind == "localfs":
+        backend = LocalFsBackend(options.text("blob_file"), options.text("dir"), options.texts("alt_dirs"))
+        options.known("readahead", "readahead_sec")
+        if not backend.blob_file and not backend.dir and not template:
+            raise options.error("dir", "is missing: localfs needs blob_file or dir")
+    elif kind in _OTHER_TYPES:
+        backend = OtherBackend(kind, options.values(), _connection(options))
+        options.known(*options.values())
+    else:
+        kinds = ", ".join(("registry", "localfs", *_OTHER_TYPES))
+        raise parent.error("type", f"{kind!r} is not a backend type, expected one of {kinds}")
+    options.warn_unknown()
+    return backend
+
+
+def _check_auth(options: Section, auth: str) -> None:
+    try:
+        decoded = base64.b64decode(auth, validate=True)
+    except (binascii.Error, ValueError):
+        raise options.error("auth", "is not base64 of user:password") from None
+    if b":" not in decoded:
+        raise options.error("auth", "has no colon between user and password")
+
+
+def _connection(options: Section) -> ConnectionConfig:
+    scheme = options.text("scheme", "https")
+    if scheme not in ("", "http", "https"):
+        raise options.error("scheme", f"{scheme!r} is not a scheme, expected 'http' or 'https'")
+    proxy = _proxy(options.section("proxy"))
+    mirrors = tuple(mirror for mirror in map(_mirror, options.sections("mirrors")) if mirror is not None)
+    if proxy.url and mirrors:
+        raise options.error("proxy", "connection: proxy and mirrors cannot be configured at the same time.")
+    return ConnectionConfig(
+        scheme=scheme or "https",
+        skip_verify=options.flag("skip_verify"),
+        ca_cert_files=options.texts("ca_cert_files"),
+        timeout=options.number("timeout", 5),
+        connect_timeout=options.number("connect_timeout", 5),
+        retry_limit=options.number("retry_limit", 0, high=255),
+        proxy=proxy,
+        mirrors=mirrors,
+    )
+
+
+def _proxy(section: Section | None) -> ProxyConfig:
+    if section is None:
+        return ProxyConfig()
+    proxy = ProxyConfig(
+        url=section.text("url"),
+        ping_url=section.text("ping_url"),
+        fallback=section.flag("fallback", True),
+        check_interval=section.number("check_interval", 5),
+        check_pause_elapsed=section.number("check_pause_elapsed", 300),
+        use_http=section.flag("use_http"),
+    )
+    section.known("dragonfly_scheduler_endpoint")
+    if proxy.url:
+        _check_url(section, "url", proxy.url)
+    section.warn_unknown()
+    return proxy
+
+
+def _mirror(section: Section) -> MirrorConfig | None:
+    """None for an element without a host: upstream drops those too."""
+    health = ("ping_url", "health_check_interval", "failure_limit", "health_check_pause_elapsed")
+    mirror = MirrorConfig(
+        host=section.text("host").rstrip("/"),
+        headers=section.text_map("headers"),
+        auth_through=section.flag("auth_through"),
+        ping_url=section.text("ping_url"),
+        health_check_interval=section.number("health_check_interval", 5),
+        failure_limit=section.number("failure_limit", 5, high=255),
+        health_check_pause_elapsed=section.number("health_check_pause_elapsed", 300),
+        health_keys_given=any(key in section for key in health),
+    )
+    section.warn_unknown()
+    if not mirror.host:
+        return None
+    _check_url(section, "host", mirror.host)
+    if mirror.ping_url:
+        _check_url(section, "ping_url", mirror.ping_url)
+    for name, value in mirror.headers.items():
+        if not _is_token(name):
+            raise section.error("headers", f"{name!r} is not a legal header name")
+        if any(char in value for char in "\r\n\0"):
+            raise section.error(f"headers.{name}", "holds a line break")
+    return mirror
+
+
+def _is_token(name: str) -> bool:
+    return bool(name) and all(char.isascii() and (char.isalnum() or char in "!#$%&'*+-.^_`|~") for char in name)
+
+
+def _check_url(section: Section, key: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise section.error(key, f"{url!r} is not a URL such as http://127.0.0.1:65001")
