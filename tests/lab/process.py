@@ -1,0 +1,210 @@
+"""Child processes, ports, mounts and their removal, for tests, benchmarks and the quickstart.
+
+Everything is ended by process id, never by name: other instances may run on the same machine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+
+class LabError(Exception):
+    """A part of the lab did not come up, or a command of it failed."""
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def work_dir(parent: str | Path | None = None) -> Path:
+    """A new short directory: the snapshotter's root must stay below 70 bytes, socket paths below 108."""
+    base = Path(parent or os.environ.get("NYDUS_LAB_DIR") or tempfile.gettempdir())
+    if len(str(base)) > 30:
+        base = Path("/tmp")
+    path = base / f"ny-{secrets.token_hex(3)}"
+    path.mkdir(mode=0o700, parents=True)
+    return path
+
+
+def wait_until(ready: Callable[[], bool], timeout: float, what: str, alive: Callable[[], bool] = lambda: True) -> float:
+    """Seconds until `ready()` was true; LabError after `timeout` seconds or as soon as `alive()` is false."""
+    begin = time.monotonic()
+    pause = 0.005
+    while True:
+        if ready():
+            return time.monotonic() - begin
+        if not alive():
+            raise LabError(f"{what} ended while it was waited for")
+        if time.monotonic() - begin > timeout:
+            raise LabError(f"{what} was not ready after {timeout:.0f} s")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+def can_connect(address: str | Path | tuple[str, int]) -> bool:
+    """Does anybody accept on this unix socket path or (host, port)? A socket *file* proves nothing."""
+    family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    with socket.socket(family) as sock:
+        sock.settimeout(2)
+        try:
+            sock.connect(address if isinstance(address, tuple) else str(address))
+        except OSError:
+            return False
+        return True
+
+
+class Child:
+    """One background program in its own session, its output in a log file."""
+
+    def __init__(
+        self, name: str, argv: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
+        self.name, self.argv, self.log = name, [str(arg) for arg in argv], log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                env=dict(env) if env is not None else None, cwd=cwd,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_ready(self, ready: Callable[[], bool], timeout: float = 20.0) -> float:
+        try:
+            return wait_until(ready, timeout, self.name, self.alive)
+        except LabError as error:
+            raise LabError(f"{error}; the end of {self.log}:\n{tail(self.log)}") from None
+
+    def stop(self, timeout: float = 10.0, sig: int = signal.SIGTERM) -> int:
+        """Ends the program; SIGKILL when it ignores `sig` for `timeout` seconds. Its return code."""
+        if self.alive():
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait(10)
+
+    def kill(self) -> int:
+        return self.stop(sig=signal.SIGKILL)
+
+
+def tail(path: Path, size: int = 3000) -> str:
+    try:
+        return path.read_bytes()[-size:].decode(errors="replace")
+    except OSError as error:
+        return f"({error})"
+
+
+def run(argv: Sequence[str | Path], *, timeout: float = 60.0, env: Mapping[str, str] | None = None, check: bool = True,
+        cwd: Path | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """A command with its output captured; LabError with that output when it fails."""
+    words = [str(arg) for arg in argv]
+    try:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, cwd=cwd,
+            env=dict(env) if env is not None else None,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"{' '.join(words)}: no end after {timeout:.0f} s; it said {error.stdout!r} {error.stderr!r}") from None
+    if check and done.returncode:
+        raise LabError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def processes_mentioning(text: str) -> list[int]:
+    """Pids whose command line holds `text` (our work directory), except this process and its ancestors."""
+    own = set()
+    pid = os.getpid()
+    while pid > 1:
+        own.add(pid)
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in own:
+            continue
+        try:
+            line = Path(f"/proc/{entry}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if text.encode() in line:
+            found.append(int(entry))
+    return sorted(found)
+
+
+def end_processes(pids: Sequence[int], timeout: float = 5.0) -> None:
+    """SIGTERM, then after `timeout` seconds SIGKILL, to processes that need not be our children."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            try:
+                os.kill(pid, sig)
+            except ProcessLookupError:
+                pass
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            pids = [pid for pid in pids if _running(pid)]
+            if not pids:
+                return
+            time.sleep(0.02)
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def mounts_below(path: Path) -> list[str]:
+    """Mount points at or below `path`, deepest first, as they stand in /proc/mounts."""
+    prefix = str(path)
+    points = []
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        point = line.split()[1].replace("\\040", " ").replace("\\134", "\\")
+        if point == prefix or point.startswith(prefix + "/"):
+            points.append(point)
+    return sorted(points, key=len, reverse=True)
+
+
+def unmount_below(path: Path) -> list[str]:
+    """Lazily unmounts everything at or below `path`; what had been mounted."""
+    points = mounts_below(path)
+    for point in points:
+        subprocess.run(["umount", "-l", point], capture_output=True, timeout=20, check=False)
+    return points
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes `path` unless something is still mounted below it: deleting through a live mount would lose data."""
+    if mounts_below(path):
+        raise LabError(f"{path}: still mounted: {', '.join(mounts_below(path))}")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_caches() -> None:
+    """Empties the kernel's page cache; without the right to do so nothing happens."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        pass
