@@ -1,0 +1,144 @@
+"""Where requests for a registry go: scheme, TLS settings and containerd's `certs.d` folders.
+
+`<folder>/<host[:port]>/hosts.toml` (also `host_port_`, then `_default`) may name hosts to pull from before the server
+itself, with `capabilities`, `skip_verify` and `ca`. Without one, plain HTTP is used for the machine's own addresses and
+where it was asked for, HTTPS for everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nydusfs.errors import ConfigError
+from nydusfs.registry.reference import is_loopback
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One base address (`https://host:port`, maybe with a path) and how to talk to it."""
+
+    url: str
+    verify: bool = True
+    ca_files: tuple[str, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    can_pull: bool = True
+    can_push: bool = True
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """How to reach one registry; plain data, so that worker processes can be given it. Holds no secrets.
+
+    insecure: do not verify certificates, and use plain HTTP if the server does not speak TLS.
+    plain_http: plain HTTP only.
+    """
+
+    insecure: bool = False
+    plain_http: bool = False
+    hosts_dir: str = ""
+    connect_timeout: float = 10.0
+    read_timeout: float = 60.0
+    retries: int = 3
+    retry_delay: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`mirrors` are tried in order for pulls, then the server. `server` lists its possible addresses: the first that
+    talks our protocol is taken."""
+
+    server: list[Endpoint]
+    mirrors: list[Endpoint] = field(default_factory=list)
+
+
+def route(endpoint: str, options: ClientOptions) -> Route:
+    """Addresses for host[:port]. Raises ConfigError for a hosts.toml that cannot be used."""
+    folder = _folder(endpoint, options.hosts_dir)
+    if folder is not None and (folder / "hosts.toml").exists():
+        return _from_hosts_toml(endpoint, folder / "hosts.toml", options)
+    authorities = tuple(str(path) for path in sorted(folder.glob("*.crt"))) if folder is not None else ()
+    return Route(_candidates(endpoint, options, authorities))
+
+
+def _candidates(endpoint: str, options: ClientOptions, authorities: tuple[str, ...] = ()) -> list[Endpoint]:
+    https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities)
+    http = Endpoint(f"http://{endpoint}")
+    if options.plain_http:
+        return [http]
+    if is_loopback(endpoint):
+        return [https, http] if authorities else [http, https]
+    return [https, http] if options.insecure else [https]
+
+
+def _folder(endpoint: str, hosts_dir: str) -> Path | None:
+    if not hosts_dir:
+        return None
+    host, colon, port = endpoint.rpartition(":")
+    names = [endpoint, f"{host}_{port}_" if colon else endpoint, "_default"]
+    for name in names:
+        folder = Path(hosts_dir) / name
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("", f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("", f"{path} is not TOML: {error}") from error
+    server = document.get("server")
+    mirrors: list[Endpoint] = []
+    hosts = document.get("host", {})
+    if not isinstance(hosts, dict):
+        raise ConfigError("host", f"{path}: must be a table")
+    for url, entry in hosts.items():
+        if not isinstance(entry, dict):
+            raise ConfigError(f"host.{url}", f"{path}: must be a table")
+        mirrors.append(_endpoint(url, entry, path, options))
+    if server is None:
+        servers = _candidates(endpoint, options)
+    elif isinstance(server, str):
+        servers = [_endpoint(server, document, path, options)]
+    else:
+        raise ConfigError("server", f"{path}: must be a string")
+    # an entry for the server's own address carries its settings
+    own = [mirror for mirror in mirrors if mirror.url == servers[0].url]
+    return Route(own[:1] or servers, [mirror for mirror in mirrors if mirror not in own and mirror.can_pull])
+
+
+def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOptions) -> Endpoint:
+    text = url if "://" in url else f"https://{url}"
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError("host", f"{path}: {url!r} is not an http or https address")
+    capabilities = entry.get("capabilities", ["pull", "resolve", "push"])
+    certificates = entry.get("ca", [])
+    certificates = [certificates] if isinstance(certificates, str) else certificates
+    headers = entry.get("header", {})
+    if not isinstance(capabilities, list) or not isinstance(certificates, list) or not isinstance(headers, dict):
+        raise ConfigError(f"host.{url}", f"{path}: capabilities, ca and header have the wrong type")
+    pairs: list[tuple[str, str]] = []
+    for name, value in headers.items():
+        pairs += [(str(name), str(one)) for one in (value if isinstance(value, list) else [value])]
+    return Endpoint(
+        text.rstrip("/").removesuffix("/v2"),
+        verify=not (entry.get("skip_verify") is True or options.insecure),
+        ca_files=tuple(str(path.parent / str(name)) for name in certificates),
+        headers=tuple(pairs),
+        can_pull="pull" in capabilities,
+        can_push="push" in capabilities,
+    )

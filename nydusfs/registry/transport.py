@@ -1,0 +1,326 @@
+"""One registry's HTTP: connection reuse, address choice, authentication, redirects, retries with back-off.
+
+Two rules matter. Credentials go only to the registry and its token server, never to where a redirect leads. HTTPS never
+silently becomes HTTP: plain HTTP needs a loopback address, `plain_http`, `insecure` or a hosts.toml that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import httpx
+
+from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.registry.auth import Authenticator
+from nydusfs.registry.credentials import Credentials, docker_credentials
+from nydusfs.registry.hosts import ClientOptions, Endpoint, route
+from nydusfs.registry.reference import DOCKER_HUB, DOCKER_HUB_ENDPOINT, is_loopback
+
+log = logging.getLogger(__name__)
+
+RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_REDIRECTS = 5
+MAX_RETRY_AFTER = 30.0
+_ERROR_BODY = 64 * 1024
+
+Body = Callable[[], Iterator[bytes]]
+
+
+class Transport:
+    """Thread-safe. `host` is what image references say (docker.io included)."""
+
+    def __init__(
+        self,
+        host: str,
+        options: ClientOptions | None = None,
+        credentials: Callable[[], Credentials | None] | None = None,
+    ) -> None:
+        self.host = host
+        self.options = options or ClientOptions()
+        self._route = route(DOCKER_HUB_ENDPOINT if host == DOCKER_HUB else host, self.options)
+        self._lock = threading.Lock()
+        self._server: Endpoint | None = self._route.server[0] if len(self._route.server) == 1 else None
+        self._clients_lock = threading.Lock()
+        self._clients: dict[tuple[object, ...], httpx.Client] = {}
+        self._authenticators: dict[str, Authenticator] = {}
+        self._credentials = credentials or (lambda: docker_credentials(host))
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def server(self) -> Endpoint:
+        """The registry's own address. The first use may probe. Raises RegistryError if nothing answers there."""
+        with self._lock:
+            if self._server is None:
+                self._server = self._probe()
+            return self._server
+
+    def pull_endpoints(self) -> list[Endpoint]:
+        """Mirrors of hosts.toml in order, then the registry itself."""
+        return [*self._route.mirrors, self.server]
+
+    @contextlib.contextmanager
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str,
+        endpoint: Endpoint | None = None,
+        headers: dict[str, str] | None = None,
+        body: Body | None = None,
+        size: int | None = None,
+        retry: bool = True,
+    ) -> Iterator[httpx.Response]:
+        """Sends and yields an answer whose body is still to be read, whatever its status (401 has been dealt with).
+
+        `path` starts with "/v2/", or is an absolute address (an upload location). `body` is called anew for each try
+        and must give `size` bytes in all. Raises RegistryError when no answer comes after all tries, AuthError when the
+        credentials are not accepted.
+        """
+        target = endpoint or self.server
+        url = path if path.startswith(("http://", "https://")) else target.url + path
+        response = self._attempts(method, url, target, scope, headers or {}, body, size, retry)
+        try:
+            yield response
+        except httpx.HTTPError as error:
+            raise RegistryError(f"{method} {_shown(url)}: {_reason(error)}", url=_shown(url)) from error
+        finally:
+            response.close()
+
+    def raise_for(self, response: httpx.Response, what: str) -> NoReturn:
+        """The error that an unwelcome answer stands for; `what` begins the sentence."""
+        status, url = response.status_code, _shown(str(response.request.url))
+        said = read_error(response)
+        said = f" ({said})" if said else ""
+        if status == 404:
+            raise NotFoundError(f"{what} does not exist in registry {self.host}{said}", status=status, url=url)
+        if status == 403:
+            authenticator = self._authenticator(self.server)
+            raise AuthError(authenticator.refusal(f"{what}: registry answers 403{said}"), status=status, url=url)
+        raise RegistryError(f"{what}: registry {self.host} answers {status}{said}", status=status, url=url)
+
+    def _attempts(
+        self,
+        method: str,
+        url: str,
+        target: Endpoint,
+        scope: str,
+        headers: dict[str, str],
+        body: Body | None,
+        size: int | None,
+        retry: bool,
+    ) -> httpx.Response:
+        tries = self.options.retries + 1 if retry else 1
+        for number in range(1, tries + 1):
+            pause = self.options.retry_delay * 2 ** (number - 1) * random.uniform(0.75, 1.25)
+            try:
+                response = self._once(method, url, target, scope, headers, body, size)
+            except httpx.HTTPError as error:
+                if number == tries or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+                    raise RegistryError(
+                        f"registry {self.host} cannot be reached at {target.url}: {_reason(error)}", url=_shown(url)
+                    ) from error
+                log.debug("%s %s: %s; next try in %.1f s", method, _shown(url), _reason(error), pause)
+            else:
+                if response.status_code not in RETRY_STATUS or number == tries:
+                    return response
+                with contextlib.suppress(ValueError):
+                    pause = max(pause, min(float(response.headers.get("retry-after", "")), MAX_RETRY_AFTER))
+                response.close()
+                log.debug("%s %s: status %d; next try in %.1f s", method, _shown(url), response.status_code, pause)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _once(
+        self,
+        method: str,
+        url: str,
+        target: Endpoint,
+        scope: str,
+        headers: dict[str, str],
+        body: Body | None,
+        size: int | None,
+    ) -> httpx.Response:
+        authenticator = self._authenticator(target)
+        used = authenticator.header(scope)
+        for _ in range(2):
+            response = self._redirected(method, url, target, headers, used, body, size)
+            if response.status_code != 401 or not _same_origin(response.request.url, target):
+                return response  # whoever a redirect led to may not ask for credentials
+            read_error(response)
+            header = authenticator.answer(response, scope, used)
+            if header is None:
+                break
+            used = header
+        raise AuthError(
+            authenticator.refusal(f"registry {self.host} answers 401 for {_shown(url)}"), status=401, url=_shown(url)
+        )
+
+    def _redirected(
+        self,
+        method: str,
+        url: str,
+        target: Endpoint,
+        headers: dict[str, str],
+        authorization: str | None,
+        body: Body | None,
+        size: int | None,
+    ) -> httpx.Response:
+        address = httpx.URL(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            sent = {"Accept-Encoding": "identity", **headers}
+            same = _same_origin(address, target)
+            if same:
+                sent.update(target.headers)
+                if authorization:
+                    sent["Authorization"] = authorization
+            if size is not None:
+                sent["Content-Length"] = str(size)
+            endpoint = target if same else replace(target, url=str(address), headers=())
+            client = self._client(endpoint)
+            request = client.build_request(method, address, headers=sent, content=body() if body else None)
+            response = client.send(request, stream=True, follow_redirects=False)
+            location = response.headers.get("location")
+            if not response.is_redirect or location is None or method not in ("GET", "HEAD"):
+                return response
+            response.close()
+            following = address.join(location)
+            if address.scheme == "https" and following.scheme != "https" and not self.options.insecure:
+                raise RegistryError(
+                    f"registry {self.host} redirects from HTTPS to {_shown(str(following))}: refused", url=_shown(url)
+                )
+            address = following
+        raise RegistryError(f"registry {self.host} redirects for ever", url=_shown(url))
+
+    def _authenticator(self, target: Endpoint) -> Authenticator:
+        with self._lock:
+            found = self._authenticators.get(target.url)
+            if found is None:
+                # a mirror gets only credentials of its own name
+                own = target in self._route.server or target == self._server
+                lookup = self._credentials if own else (lambda: docker_credentials(target.host))
+                found = Authenticator(
+                    self.host if own else target.host,
+                    lookup,
+                    lambda request: self._token_request(request, target),
+                    plain_allowed=target.url.startswith("http://"),
+                )
+                self._authenticators[target.url] = found
+            return found
+
+    def _token_request(self, request: httpx.Request, target: Endpoint) -> httpx.Response:
+        client = self._client(replace(target, url=str(request.url), headers=()))
+        for number in range(1, self.options.retries + 2):
+            try:
+                # built anew by the client: its timeouts belong to the request
+                fresh = client.build_request(
+                    request.method, request.url, headers=request.headers, content=request.read() or None
+                )
+                response = client.send(fresh, follow_redirects=False)
+            except httpx.TransportError:
+                if number > self.options.retries:
+                    raise
+            else:
+                if response.status_code not in RETRY_STATUS or number > self.options.retries:
+                    return response
+            time.sleep(self.options.retry_delay * 2 ** (number - 1))
+        raise AssertionError("unreachable")
+
+    def _client(self, endpoint: Endpoint) -> httpx.Client:
+        """Shared by all addresses with the same TLS rules; loopback addresses never go through a proxy."""
+        loopback = is_loopback(endpoint.host)
+        secure = endpoint.url.startswith("https://")
+        key = (secure, endpoint.verify, endpoint.ca_files, loopback)
+        with self._clients_lock:
+            client = self._clients.get(key)
+            if client is None:
+                timeout = httpx.Timeout(self.options.read_timeout, connect=self.options.connect_timeout)
+                limits = httpx.Limits(max_connections=32, max_keepalive_connections=16)
+                verify: Any = _tls(endpoint) if secure else False
+                client = httpx.Client(verify=verify, timeout=timeout, limits=limits, trust_env=not loopback)
+                client.headers["User-Agent"] = "nydus-py"
+                self._clients[key] = client
+            return client
+
+    def _probe(self) -> Endpoint:
+        """The first address of several that speaks the distribution protocol; called with the lock held."""
+        failures: list[str] = []
+        for candidate in self._route.server:
+            try:
+                response = self._client(candidate).get(candidate.url + "/v2/", follow_redirects=False)
+            except httpx.HTTPError as error:
+                failures.append(f"{candidate.url}: {_reason(error)}")
+                continue
+            # Go servers answer plain HTTP on a TLS port with this 400
+            if response.status_code == 400 and b"HTTPS" in response.content[:_ERROR_BODY]:
+                failures.append(f"{candidate.url}: the server wants HTTPS")
+                continue
+            if failures:
+                log.info("registry %s is reached at %s (%s)", self.host, candidate.url, "; ".join(failures))
+            return candidate
+        raise RegistryError(f"registry {self.host} cannot be reached: {'; '.join(failures)}", url=candidate.url)
+
+
+def read_error(response: httpx.Response) -> str:
+    """Codes and messages of an error answer's body (bounded), or ""; keeps the connection usable."""
+    data = b""
+    try:
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) > _ERROR_BODY:
+                return ""
+        errors = json.loads(data)["errors"]
+        texts = [f"{one.get('code', '')}: {one.get('message', '')}".strip(": ") for one in errors]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    return "; ".join(text for text in texts if text)[:500]
+
+
+def _same_origin(address: httpx.URL, endpoint: Endpoint) -> bool:
+    own = httpx.URL(endpoint.url)
+    return (address.scheme, address.host, address.port) == (own.scheme, own.host, own.port)
+
+
+def _tls(endpoint: Endpoint) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    for path in endpoint.ca_files:
+        try:
+            context.load_verify_locations(cafile=path)
+        except (OSError, ssl.SSLError) as error:
+            raise RegistryError(f"certificate file {path} cannot be used: {error}", url=endpoint.url) from error
+    if not endpoint.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.TimeoutException):
+        return f"no answer in time ({type(error).__name__})"
+    return str(error) or type(error).__name__
+
+
+def _shown(url: str) -> str:
+    """Without query: it may hold a signature."""
+    return url.partition("?")[0]
