@@ -262,7 +262,7 @@ def small_image(directory: Path, marker: str = "hello", compression: str = "gzip
                                entry("usr/bin/sh", link="dash")], compression)  # fmt: skip
     middle = layout.add_layer(
         [entry("payload", data), entry("payload.sha256", hashlib.sha256(data).hexdigest()), entry("doomed", "x"),
-         entry("shadowed"), entry("shadowed/below", "hidden"), entry("etc/hard", "linked", uid=1000, gid=1000),
+         entry("shadowed"), entry("shadowed/below", "hidden"), entry("etc"), entry("etc/hard", "linked", uid=1000, gid=1000),
          entry("etc/hard2", kind=tarfile.LNKTYPE, link="etc/hard", uid=1000, gid=1000)], compression,
     )  # fmt: skip
     top = layout.add_layer(

@@ -1,0 +1,264 @@
+"""Registry, shaped link, mirror, snapshotter and containerd as one context manager under one short directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.lab.containerd import Containerd
+from tests.lab.mirror import Mirror
+from tests.lab.paths import ref_bin
+from tests.lab.process import (
+    Child, LabError, can_connect, end_processes, processes_mentioning, remove_tree, run, unmount_below, work_dir,
+)  # fmt: skip
+from tests.lab.registry import Registry
+from tests.lab.shaper import ShapedLink
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def program(name: str) -> Path:
+    """A console script of this package: beside the running interpreter, else in PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = beside if beside.exists() else Path(shutil.which(name) or "")
+    if not found.is_file():
+        raise LabError(f"{name} is not installed beside {sys.executable}: pip install -e {REPO}")
+    return found
+
+
+def daemon_config(mirrors: list[dict[str, Any]] | None = None, *, prefetch: bool = True, work_dir: str = "/var/lib/nydus/cache/",
+                  **backend: Any) -> dict[str, Any]:  # fmt: skip
+    """The JSON of the deployment scenario (examples/config.json), for a plain-HTTP registry on loopback."""
+    config: dict[str, Any] = json.loads((REPO / "examples" / "config.json").read_text())
+    settings = config["device"]["backend"]["config"]
+    settings.update(scheme="http", **backend)
+    settings["mirrors"] = mirrors or []
+    if not mirrors:
+        del settings["mirrors"]
+    config["fs_prefetch"]["enable"] = prefetch
+    config["device"]["cache"]["config"]["work_dir"] = work_dir
+    return config
+
+
+class Snapshotter:
+    """`containerd-nydus-grpc`: ours, or upstream's with its nydusd when `upstream` is true."""
+
+    def __init__(
+        self, work: Path, config: Mapping[str, Any], *, upstream: bool = False, env: Mapping[str, str] | None = None,
+        arguments: tuple[str, ...] = (), mode: str = "",
+    ) -> None:  # fmt: skip
+        self.work, self.config, self.upstream, self.arguments = work, config, upstream, arguments
+        self.root, self.socket, self.log = work / "r", work / "g.sock", work / "snapshotter.log"
+        self.env = dict(env or {})
+        self.mode = mode or ("dedicated" if upstream else "shared")
+        self._child: Child | None = None
+
+    def argv(self) -> list[str]:
+        template = self.work / "nydusd.json"
+        template.write_text(json.dumps(self.config, indent=2))
+        if not self.upstream:
+            return [str(program("containerd-nydus-grpc")), "--config-path", str(template), "--root", str(self.root),
+                    "--address", str(self.socket), "--log-level", "info", *self.arguments]  # fmt: skip
+        names = ("containerd-nydus-grpc", "nydusd", "nydus-image")
+        binaries = [ref_bin(name) for name in names]
+        if None in binaries:
+            raise LabError("interop: the reference programs are not here")
+        grpc, nydusd, image = (str(binary) for binary in binaries)
+        wrapper = self.work / "nydusd"
+        # Upstream dies where RLIMIT_NOFILE cannot be raised.
+        wrapper.write_text(
+            f'#!/bin/sh\ncase "$1" in fuse|singleton) s=$1; shift; exec {nydusd} "$s" --rlimit-nofile 0 "$@";; '
+            f'*) exec {nydusd} "$@";; esac\n'
+        )
+        wrapper.chmod(0o755)
+        toml = self.work / "snapshotter.toml"
+        toml.write_text(
+            f'version = 1\nroot = "{self.root}"\naddress = "{self.socket}"\ndaemon_mode = "{self.mode}"\n'
+            f'[system]\nenable = false\n[daemon]\nnydusd_path = "{wrapper}"\nnydusimage_path = "{image}"\n'
+            f'nydusd_config = "{template}"\nfs_driver = "fusedev"\nrecover_policy = "restart"\nfailover_policy = "resend"\n'
+            '[cgroup]\nenable = false\n[metrics]\naddress = ""\n[log]\nlog_to_stdout = true\nlevel = "info"\n'
+        )
+        return [grpc, "--config", str(toml), *self.arguments]
+
+    def start(self, timeout: float = 20.0) -> Snapshotter:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.socket.unlink(missing_ok=True)
+        (self.work / "docker").mkdir(exist_ok=True)
+        path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        # An empty docker configuration: a developer's logins must not leak into tests.
+        env = {"PATH": path, "HOME": str(self.work), "DOCKER_CONFIG": str(self.work / "docker"), **self.env}
+        self._child = Child("containerd-nydus-grpc", self.argv(), self.log, env=env)
+        self._child.wait_ready(lambda: can_connect(self.socket), timeout)
+        return self
+
+    @property
+    def pid(self) -> int:
+        if self._child is None:
+            raise LabError("the snapshotter is not running")
+        return self._child.pid
+
+    def daemons(self) -> list[int]:
+        """Pids of the nydusd processes and other helpers that work for this root."""
+        return [pid for pid in processes_mentioning(str(self.root)) if self._child is None or pid != self._child.pid]
+
+    def stop(self) -> None:
+        """SIGTERM to the snapshotter alone: by design its daemons live on."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    def kill(self) -> None:
+        """SIGKILL to the snapshotter alone."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def end_daemons(self) -> None:
+        end_processes(processes_mentioning(str(self.root)))
+
+    def __enter__(self) -> Snapshotter:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+        self.end_daemons()
+        unmount_below(self.work)
+
+
+@dataclass
+class StackOptions:
+    """`rtt_ms` and `mbit` together switch the shaped link on; `mirror` a forwarding mirror before it."""
+
+    upstream: bool = False
+    rtt_ms: float = 0.0
+    mbit: float = 0.0
+    mirror: bool = False
+    mirror_keep: bool = False
+    prefetch: bool = True
+    containerd: Path | None = None
+    backend: dict[str, Any] = field(default_factory=dict)
+    registry: Registry | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    pause_ref: str = ""
+    snapshotter_arguments: tuple[str, ...] = ()
+    mode: str = ""
+
+
+class Stack:
+    """`with Stack(StackOptions(...)) as stack:` everything up; at the end nothing of it is left.
+
+    Images are pushed to `stack.registry` and named by `stack.host`, which is the shaped link when there is one.
+    """
+
+    def __init__(self, options: StackOptions | None = None, work: Path | None = None) -> None:
+        self.options = options or StackOptions()
+        self.work = work or work_dir()
+        self.leftovers: list[str] = []
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> Stack:
+        options = self.options
+        try:
+            self._exits.callback(self._sweep)
+            self.registry = options.registry or self._exits.enter_context(Registry(self.work / "reg"))
+            self.link: ShapedLink | None = None
+            self.host = self.registry.host
+            if options.mbit or options.rtt_ms:
+                self.link = self._exits.enter_context(
+                    ShapedLink(self.work / "link", self.registry.host, options.rtt_ms, options.mbit)
+                )
+                self.host = self.link.host
+            self.mirror: Mirror | None = None
+            mirrors = []
+            if options.mirror:
+                self.mirror = self._exits.enter_context(
+                    Mirror(self.work / "mirror", f"http://{self.host}", keep=options.mirror_keep)
+                )
+                mirrors.append({"host": self.mirror.url, "auth_through": False,
+                                "headers": {"X-Dragonfly-Registry": f"http://{self.host}"}})  # fmt: skip
+            config = daemon_config(mirrors, prefetch=options.prefetch, **options.backend)
+            self.new_node(config)
+        except BaseException:
+            self._exits.close()
+            raise
+        return self
+
+    def new_node(self, config: Mapping[str, Any] | None = None, *, number: int | None = None) -> None:
+        """A fresh snapshotter and containerd with empty caches; the ones before are ended first."""
+        self.end_node()
+        self._number = number if number is not None else getattr(self, "_number", 0) + 1
+        config = config or self.snapshotter.config
+        self.node = self.work / f"n{self._number}"
+        self.snapshotter = Snapshotter(
+            self.node / "s", config, upstream=self.options.upstream, env=self.options.env,
+            arguments=self.options.snapshotter_arguments, mode=self.options.mode,
+        )  # fmt: skip
+        self.snapshotter.start()
+        self.containerd = Containerd(
+            self.node / "c", self.snapshotter.socket, self.options.containerd, pause_ref=self.options.pause_ref,
+            hosts={self.host: f"http://{self.host}", self.registry.host: self.registry.url}, env=self.options.env,
+        )  # fmt: skip
+        self.containerd.start()
+        probe = f"probe-{time.monotonic_ns()}"  # reaches the plugin itself, unlike `plugin ls` and `snapshots ls`
+        self.containerd.ctr("snapshots", "--snapshotter", "nydus", "prepare", probe, timeout=30)
+        self.containerd.ctr("snapshots", "--snapshotter", "nydus", "rm", probe, timeout=30)
+
+    def end_node(self) -> None:
+        """Containers, containerd, snapshotter, daemons, mounts: in the order in which nothing hangs."""
+        if not hasattr(self, "snapshotter"):
+            return
+        if hasattr(self, "containerd"):
+            self.containerd.stop()
+        self.snapshotter.stop()
+        self.snapshotter.end_daemons()
+        unmount_below(self.node)
+
+    def _sweep(self) -> None:
+        """Last of all, whatever went wrong: end by pid, unmount, delete. `leftovers` says what had to be forced."""
+        self.end_node()
+        pids = processes_mentioning(str(self.work))
+        end_processes(pids)
+        self.leftovers = [f"pid {pid}" for pid in pids] + unmount_below(self.work)
+        remove_tree(self.work)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._exits.close()
+
+    # Programs against this stack
+
+    def ctr_run(self, ref: str, *command: str, snapshotter: str = "nydus", timeout: float = 120.0, net_host: bool = True) -> str:
+        """Output of a short command in a container of an image that has been pulled."""
+        name = f"c{time.monotonic_ns()}"
+        done = self.containerd.ctr(
+            "run", "--rm", *(["--net-host"] if net_host else []), "--snapshotter", snapshotter, ref, name, *command, timeout=timeout
+        )
+        return done.stdout
+
+    def rpull(self, ref: str, *args: str, snapshotter: str = "nydus", timeout: float = 120.0, check: bool = True,
+              env: Mapping[str, str] | None = None) -> str:  # fmt: skip
+        done = run([program("ctr-remote"), "-a", self.containerd.socket, "-n", self.containerd.namespace, "images", "rpull",
+                    "--plain-http", "--snapshotter", snapshotter, *args, ref], timeout=timeout, check=check, env=env)  # fmt: skip
+        return done.stdout + done.stderr
+
+    def convert(self, source: str, target: str, *args: str, upstream: bool = False, timeout: float = 300.0) -> str:
+        """`nydusify convert` on the registry's own port (conversion does not pass the shaped link)."""
+        nydusify, image = program("nydusify"), program("nydus-image")
+        if upstream:
+            other, other_image = ref_bin("nydusify"), ref_bin("nydus-image")
+            if other is None or other_image is None:
+                raise LabError("interop: the reference programs are not here")
+            nydusify, image = other, other_image
+        done = run(
+            [nydusify, "convert", "--nydus-image", image, "--source", f"{self.registry.host}/{source}", "--target",
+             f"{self.registry.host}/{target}", "--source-insecure", "--target-insecure", "--work-dir", self.work / "nydusify",
+             *args], timeout=timeout,
+        )  # fmt: skip
+        return done.stdout + done.stderr
