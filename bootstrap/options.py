@@ -1,0 +1,94 @@
+"""What a build can be asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bootstrap.errors import BuildError
+from bootstrap.layout.common import (
+    DEFAULT_CHUNK_SIZE,
+    MAX_BLOB_ID,
+    BlobFeatures,
+    Compressor,
+    Digester,
+    is_chunk_size,
+)
+from bootstrap.tree import clean_patterns
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Settings of one build; names and defaults are those of `nydus-image create` (RAFS format 5.12).
+
+    `prefetch` holds absolute paths; `prefetch_policy` is none, fs or blob; `whiteout_spec` is oci, overlayfs or none
+    and only matters for directories and merges. `repeatable` leaves owners out. `threads` is the number of threads
+    that digest and compress; 1 works in the calling thread. Raises BuildError for values that do not fit together.
+    """
+
+    fs_version: int = 6
+    compressor: Compressor = Compressor.ZSTD
+    digester: Digester = Digester.BLAKE3
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    aligned_chunk: bool = False
+    whiteout_spec: str = "oci"
+    inline_meta: bool = False
+    blob_toc: bool = False
+    prefetch: list[bytes] = field(default_factory=list)
+    prefetch_policy: str = "none"
+    blob_id: str | None = None
+    repeatable: bool = False
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.fs_version not in (5, 6):
+            raise BuildError(f"RAFS version {self.fs_version} does not exist; use 5 or 6")
+        if not is_chunk_size(self.chunk_size):
+            raise BuildError(f"chunk size {self.chunk_size:#x} is not a power of two from 0x1000 to 0x1000000")
+        if self.compressor == Compressor.GZIP:
+            raise BuildError("chunks cannot be written with gzip; use none, lz4_block or zstd")
+        if self.whiteout_spec not in ("oci", "overlayfs", "none"):
+            raise BuildError(f"whiteout spec {self.whiteout_spec!r} is not oci, overlayfs or none")
+        if self.prefetch_policy not in ("none", "fs", "blob"):
+            raise BuildError(f"prefetch policy {self.prefetch_policy!r} is not none, fs or blob")
+        if self.blob_toc and self.fs_version != 6:
+            raise BuildError("the feature blob-toc needs RAFS version 6")
+        if self.blob_id is not None and not 0 < len(self.blob_id.encode()) <= MAX_BLOB_ID:
+            raise BuildError(f"blob id of {len(self.blob_id.encode())} bytes; 1 to {MAX_BLOB_ID} are possible")
+        clean_patterns(self.prefetch)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether chunks start at multiples of 4096 in the uncompressed blob: always in v6."""
+        return self.fs_version == 6 or self.aligned_chunk
+
+    @property
+    def features(self) -> BlobFeatures:
+        """Features of the blob that is written (0.5)."""
+        found = BlobFeatures.CAP_TAR_TOC
+        if self.fs_version == 6:
+            found |= BlobFeatures.ALIGNED
+        if self.inline_meta:
+            found |= BlobFeatures.INLINED_FS_META | BlobFeatures.HAS_TAR_HEADER
+        if self.blob_toc:
+            found |= BlobFeatures.HAS_TAR_HEADER | BlobFeatures.HAS_TOC | BlobFeatures.INLINED_CHUNK_DIGEST
+        return found
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build wrote.
+
+    `blob_id`: id in the blob table's sense (for inline bootstraps the SHA-256 of the whole stream, which is what a
+    merge will use), "" when there is no data and nothing was inlined; `blob_size` and `blob_sha256`: of all bytes
+    written to the blob; `timings`: seconds by stage; `readahead`: stored bytes of prefetched files (policy blob).
+    """
+
+    blob_id: str
+    blob_size: int
+    blob_sha256: str
+    bootstrap: bytes
+    chunk_count: int
+    uncompressed_size: int
+    inode_count: int
+    timings: dict[str, float]
+    blobs: list[str]

@@ -1,0 +1,184 @@
+"""From tar entries to the tree of one layer. Rules: RAFS format 5.8; where upstream misplaces or refuses entries that
+containerd unpacks (implied parents, paths through symbolic links, links to links), what containerd does."""
+
+from __future__ import annotations
+
+import logging
+import stat
+
+from bootstrap import tar
+from bootstrap.errors import BuildError
+from bootstrap.layout import v5
+from bootstrap.layout.v6 import encode_rdev
+from bootstrap.tree import LinkGroup, Node, check_name, check_xattr, new_root, storable_xattr
+
+log = logging.getLogger(__name__)
+
+MAX_SYMLINK = 4095  # a v6 reader takes 4096, the kernel 4095
+MAX_FOLLOWED = 40
+
+_TYPES = {
+    tar.REGULAR: stat.S_IFREG,
+    tar.SYMLINK: stat.S_IFLNK,
+    tar.CHAR: stat.S_IFCHR,
+    tar.BLOCKDEV: stat.S_IFBLK,
+    tar.DIRECTORY: stat.S_IFDIR,
+    tar.FIFO: stat.S_IFIFO,
+}
+
+_LANDMARKS = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"))
+"""Files at the root that eStargz adds; they are no content of the image."""
+
+
+class LayerTree:
+    """The tree of one layer, grown entry by entry. `xattr_limit`: longest attribute value in bytes."""
+
+    def __init__(self, xattr_limit: int) -> None:
+        self.root = new_root()
+        self._xattr_limit = xattr_limit
+        self._foreign: set[bytes] = set()
+        # Entries of one directory follow each other: remembering it saves the walk for most of them.
+        self._last_path = b""
+        self._last = self.root
+
+    def add(self, entry: tar.Entry) -> Node | None:
+        """Insert an entry; a later one with the same path replaces the earlier. The node, or None if it is left out.
+
+        Raises BuildError, naming the entry, for paths with "..", links to nothing, unusable names and long attributes.
+        """
+        parts = _split(entry.name, entry)
+        if not parts:
+            if entry.type != tar.DIRECTORY:
+                raise BuildError(f"{entry.shown}: the root of the layer is not a directory")
+            self._fill(self.root, entry)
+            return self.root
+        if len(parts) == 1 and parts[0] in _LANDMARKS:
+            return None
+        name = parts.pop()
+        check_name(name, entry.shown)
+        directory = self._directory(parts, entry)
+        children = directory.children
+        assert children is not None
+        old = children.get(name)
+        if entry.type == tar.LINK:
+            node = self._link(name, entry)
+            if node is None:  # a link to itself: nothing changes
+                return None
+        elif entry.type == tar.DIRECTORY and old is not None and old.children is not None:
+            node = old
+            self._fill(node, entry)
+            return node
+        else:
+            node = Node(name, _TYPES[entry.type] | entry.mode)
+            self._fill(node, entry)
+            if entry.type == tar.SYMLINK:
+                if not 0 < len(entry.linkname) <= MAX_SYMLINK or b"\0" in entry.linkname:
+                    raise BuildError(
+                        f"{entry.shown}: symbolic link with a target of {len(entry.linkname)} bytes (1 to {MAX_SYMLINK})"
+                    )
+                node.target = entry.linkname
+                node.size = len(entry.linkname)
+            elif entry.type == tar.REGULAR:
+                node.size = entry.size
+                node.chunks = []
+        if old is not None:  # the remembered directory may be below it, or behind it if it was a symbolic link
+            self._last_path, self._last = b"", self.root
+        children[name] = node
+        return node
+
+    def _directory(self, parts: list[bytes], entry: tar.Entry) -> Node:
+        path = b"/".join(parts)
+        if path == self._last_path:
+            return self._last
+        node = self._walk(parts, entry)
+        self._last_path, self._last = path, node
+        return node
+
+    def _walk(self, parts: list[bytes], entry: tar.Entry) -> Node:
+        """The directory at `parts`, made with default attributes where it is missing, through symbolic links."""
+        trail = [self.root]
+        todo = list(reversed(parts))
+        followed = 0
+        while todo:
+            part = todo.pop()
+            if part == b"..":  # only from a link's target
+                if len(trail) > 1:
+                    trail.pop()
+                continue
+            children = trail[-1].children
+            assert children is not None
+            child = children.get(part)
+            if child is None:
+                check_name(part, entry.shown)
+                child = children[part] = Node(part, stat.S_IFDIR | 0o755)
+                child.rdev = v5.NO_RDEV
+            if child.is_symlink:
+                followed += 1
+                if followed > MAX_FOLLOWED:
+                    raise BuildError(f"{entry.shown}: too many symbolic links on the way")
+                if child.target.startswith(b"/"):
+                    trail = [self.root]
+                todo += [p for p in reversed(child.target.split(b"/")) if p not in (b"", b".")]
+                continue
+            if child.children is None:
+                raise BuildError(f"{entry.shown}: lies below {part.decode('utf-8', 'backslashreplace')!r}, not a directory")
+            trail.append(child)
+        return trail[-1]
+
+    def _link(self, name: bytes, entry: tar.Entry) -> Node | None:
+        """One more name of a node that is already here: its content and attributes, the mode and owner of the entry."""
+        shown = entry.linkname.decode("utf-8", "backslashreplace")
+        parts = _split(entry.linkname, entry)
+        target: Node | None = self.root
+        for part in parts:
+            target = target.children.get(part) if target is not None and target.children is not None else None
+        if target is None:
+            raise BuildError(f"{entry.shown}: hard link to {shown!r}, which is not in this layer before it")
+        if target.children is not None:
+            raise BuildError(f"{entry.shown}: hard link to {shown!r}, which is a directory")
+        if _split(entry.name, entry) == parts:
+            return None
+        if target.group is None:
+            target.group = LinkGroup()
+        target.linked = True
+        node = Node(name, stat.S_IFMT(target.mode) | entry.mode)
+        node.uid, node.gid, node.mtime = entry.uid, entry.gid, entry.mtime
+        node.xattrs = target.xattrs
+        node.size, node.chunks, node.target, node.rdev = target.size, target.chunks, target.target, target.rdev
+        node.group, node.linked = target.group, True
+        return node
+
+    def _fill(self, node: Node, entry: tar.Entry) -> None:
+        node.mode = stat.S_IFMT(node.mode) | entry.mode
+        node.uid = entry.uid
+        node.gid = entry.gid
+        node.mtime = entry.mtime
+        if entry.type in (tar.CHAR, tar.BLOCKDEV, tar.FIFO):
+            node.rdev = encode_rdev(entry.devmajor, entry.devminor)
+        else:
+            node.rdev = v5.NO_RDEV
+        node.xattrs = self._xattrs(entry) if entry.xattrs else None
+
+    def _xattrs(self, entry: tar.Entry) -> dict[bytes, bytes] | None:
+        assert entry.xattrs is not None
+        kept = {}
+        for name, value in entry.xattrs.items():
+            if not storable_xattr(name):
+                # Upstream ends the build here; containerd only logs it, and such layers (from macOS) exist.
+                if name not in self._foreign:
+                    self._foreign.add(name)
+                    log.warning("%s: attribute %r has no place in an image and is left out", entry.shown, name)
+                continue
+            check_xattr(name, value, self._xattr_limit, entry.shown)
+            kept[name] = value
+        return kept or None
+
+
+def _split(path: bytes, entry: tar.Entry) -> list[bytes]:
+    """Components of a member's path, relative to the root; "..", which could leave it, is refused."""
+    parts = path.split(b"/")
+    if b"" in parts or b"." in parts:
+        parts = [part for part in parts if part and part != b"."]
+    if b".." in parts:
+        raise BuildError(f"{entry.shown}: the path {path.decode('utf-8', 'backslashreplace')!r} contains '..'")
+    return parts

@@ -1,0 +1,298 @@
+"""The tree a build works on: nodes, chunks and blobs as they are before they become a bootstrap.
+
+Reference: RAFS format 5.1. One object per path; a layer of 5,000 files costs about 5 MB here, so a merge of 30 such
+layers fits in 150 MB. Serving never builds such a tree (see `reader`).
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bootstrap.errors import BuildError
+from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME, BlobFeatures, Compressor, Digester
+
+XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
+XATTR_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+
+
+@dataclass(slots=True, eq=False)
+class BlobInfo:
+    """One data blob as the blob tables describe it (1.4, 2.4, 2.5). `index` is set when a bootstrap is written."""
+
+    id: str
+    chunk_size: int
+    compressor: Compressor
+    digester: Digester
+    features: BlobFeatures
+    index: int = 0
+    chunk_count: int = 0
+    compressed_size: int = 0
+    uncompressed_size: int = 0
+    toc_size: int = 0
+    toc_digest: bytes = bytes(32)
+    ci_compressor: int = 0
+    ci_offset: int = 0
+    ci_compressed_size: int = 0
+    ci_uncompressed_size: int = 0
+    meta_digest: bytes = bytes(32)
+    meta_size: int = 0
+    cipher: int = 0
+    cipher_iv: bytes = bytes(8)
+    readahead_offset: int = 0
+    readahead_size: int = 0
+
+
+class Chunk:
+    """A stored chunk, shared by all files that hold the same content."""
+
+    __slots__ = (
+        "blob",
+        "compressed_offset",
+        "compressed_size",
+        "crc32",
+        "digest",
+        "flags",
+        "index",
+        "uncompressed_offset",
+        "uncompressed_size",
+    )
+
+    def __init__(
+        self,
+        digest: bytes,
+        blob: BlobInfo,
+        flags: int,
+        compressed_size: int,
+        uncompressed_size: int,
+        compressed_offset: int,
+        uncompressed_offset: int,
+        index: int,
+        crc32: int,
+    ) -> None:
+        self.digest = digest
+        self.blob = blob
+        self.flags = flags
+        self.compressed_size = compressed_size
+        self.uncompressed_size = uncompressed_size
+        self.compressed_offset = compressed_offset
+        self.uncompressed_offset = uncompressed_offset
+        self.index = index
+        self.crc32 = crc32
+
+
+class LinkGroup:
+    """Identity of an inode with several names. The writer counts the names that are left and finds the first."""
+
+    __slots__ = ("count", "first")
+
+    def __init__(self) -> None:
+        self.first: Node | None = None
+        self.count = 0
+
+
+class Node:
+    """One path of the tree.
+
+    `mode` has the type bits; `size` is that of a regular file; `rdev` is st_rdev in the 32-bit Linux encoding.
+    The last five slots belong to the writers and mean nothing before `number`.
+    """
+
+    __slots__ = (
+        "children",
+        "chunks",
+        "data_at",
+        "gid",
+        "group",
+        "index",
+        "linked",
+        "mode",
+        "mtime",
+        "mtime_nsec",
+        "name",
+        "nlink",
+        "offset",
+        "parent",
+        "rdev",
+        "size",
+        "source",
+        "target",
+        "uid",
+        "xattrs",
+    )
+
+    def __init__(self, name: bytes, mode: int) -> None:
+        self.name = name
+        self.mode = mode
+        self.uid = 0
+        self.gid = 0
+        self.rdev = 0
+        self.size = 0
+        self.mtime = 0
+        self.mtime_nsec = 0
+        self.xattrs: dict[bytes, bytes] | None = None
+        self.target = b""
+        self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
+        self.chunks: list[Chunk] | None = None
+        self.group: LinkGroup | None = None
+        self.linked = False
+        """A tar builder saw a hard link to it: v5 marks every such name."""
+        self.source: str | bytes | None = None
+        """Where a directory build reads its content."""
+        self.parent: Node | None = None
+        self.index = 0
+        self.nlink = 1
+        self.offset = 0
+        self.data_at = 0
+
+    @property
+    def is_dir(self) -> bool:
+        return self.children is not None
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+
+def new_root() -> Node:
+    """The root a layer has that does not describe it: 0755, root, epoch."""
+    root = Node(b"/", stat.S_IFDIR | 0o755)
+    root.rdev = 0
+    return root
+
+
+def number(root: Node) -> list[Node]:
+    """All nodes in G-order (5.1) with `index`, `parent`, `nlink` and the link groups filled in; sorts all children.
+
+    `order[i].index == i + 1`. Siblings are neighbours in the result.
+    """
+    order = [root]
+    groups: list[LinkGroup] = []
+    root.index = 1
+    root.parent = root
+    stack = [root]
+    append = order.append
+    while stack:
+        directory = stack.pop()
+        children = directory.children
+        assert children is not None
+        subdirs = []
+        if len(children) > 1:
+            children = directory.children = dict(sorted(children.items()))
+        for child in children.values():
+            append(child)
+            child.index = len(order)
+            child.parent = directory
+            if child.children is not None:
+                subdirs.append(child)
+            elif child.group is not None:
+                group = child.group
+                if group.first is None or group.count == 0:
+                    group.first = child
+                    groups.append(group)
+                group.count += 1
+        directory.nlink = 2 + len(subdirs)
+        subdirs.reverse()
+        stack += subdirs
+    for node in order:
+        if node.children is None:
+            node.nlink = node.group.count if node.group is not None else 1
+    for group in groups:  # so that a tree can be numbered again after a change
+        group.count = 0
+    return order
+
+
+def first_name(node: Node) -> Node:
+    """The node whose inode number this one has: itself, or the first name of its link group in G-order."""
+    return node.group.first if node.group is not None and node.group.first is not None else node
+
+
+def walk(root: Node) -> Iterator[Node]:
+    """Depth-first pre-order; children must be sorted (`number`)."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        if node.children:
+            stack += reversed(node.children.values())
+
+
+def path_of(node: Node) -> str:
+    """For messages: the absolute path, undecodable bytes escaped. Needs `number` to have run."""
+    parts: list[bytes] = []
+    at = node
+    while at.parent is not None and at.parent is not at:
+        parts.append(at.name)
+        at = at.parent
+    return "/" + b"/".join(reversed(parts)).decode("utf-8", "backslashreplace")
+
+
+def find(root: Node, path: bytes) -> Node | None:
+    """The node at an absolute path; links are not followed."""
+    node: Node | None = root
+    for part in path.split(b"/"):
+        if part:
+            if node is None or node.children is None:
+                return None
+            node = node.children.get(part)
+    return node
+
+
+def check_name(name: bytes, where: str) -> None:
+    """Refuse names no file system can show. `where` names the entry in the message."""
+    if not name or len(name) > MAX_NAME or b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise BuildError(f"{where}: {name[:300]!r} is not a usable file name (1 to {MAX_NAME} bytes, no slash, no NUL)")
+
+
+def storable_xattr(name: bytes) -> bool:
+    """Whether the format has a place for an attribute of this namespace (1.7)."""
+    return name.startswith(XATTR_NAMESPACES) or name in XATTR_ACLS
+
+
+def check_xattr(name: bytes, value: bytes, limit: int, where: str) -> None:
+    """Refuse attributes that are too long: `limit` is that of the RAFS version for values, in bytes."""
+    if len(name) > MAX_XATTR_NAME:
+        raise BuildError(f"{where}: attribute name of {len(name)} bytes ({name[:40]!r}...), at most {MAX_XATTR_NAME}")
+    if len(value) > limit:
+        raise BuildError(f"{where}: attribute {name!r} has {len(value)} bytes, this RAFS version keeps at most {limit}")
+
+
+def prefetch_targets(root: Node, patterns: list[bytes]) -> list[Node]:
+    """The nodes the prefetch table names, in pattern order (5.7): exact matches; no empty regular file."""
+    found = []
+    for pattern in patterns:
+        node = find(root, pattern)
+        if node is not None and not (node.is_file and node.size == 0):
+            found.append(node)
+    return found
+
+
+def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:
+    """Prefetch patterns as a build uses them, and warnings for those it drops (5.7).
+
+    A pattern equal to or below an earlier one adds nothing. Raises BuildError for a relative path.
+    """
+    kept: list[bytes] = []
+    warnings: list[str] = []
+    for line in lines:
+        raw = line.strip()
+        if not raw:
+            continue
+        shown = raw.decode("utf-8", "backslashreplace")
+        if not raw.startswith(b"/"):
+            raise BuildError(f"prefetch pattern {shown!r} must be an absolute path")
+        parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
+        if b".." in parts:
+            raise BuildError(f"prefetch pattern {shown!r} must not contain '..'")
+        pattern = b"/" + b"/".join(parts)
+        prefix = next((p for p in kept if pattern == p or pattern.startswith(p.rstrip(b"/") + b"/")), None)
+        if prefix is not None:
+            warnings.append(f"prefetch pattern {shown!r} is covered by {prefix.decode('utf-8', 'backslashreplace')!r}")
+            continue
+        kept.append(pattern)
+    return kept, warnings
