@@ -10,6 +10,7 @@ import zlib
 from typing import cast
 
 import lz4.block
+import lz4.frame
 import zstandard
 
 from bootstrap.errors import CodecError
@@ -47,10 +48,36 @@ def compress(kind: Compressor, data: bytes | bytearray | memoryview) -> bytes | 
     if kind == Compressor.ZSTD:
         out = _zstd_compressor().compress(data)
     elif kind == Compressor.LZ4_BLOCK:
-        out = lz4.block.compress(data, mode="default", store_size=False)
+        out = _lz4_block(data)
     else:
         raise CodecError(f"cannot write chunks with {kind.label}")
     return out if len(out) < len(data) else None
+
+
+_LZ4_SMALL = 65547
+"""From this size on (64 KiB and a bit, LZ4_64Klimit) both of liblz4's ways to compress use the same match table."""
+
+
+def _lz4_block(data: bytes | bytearray | memoryview) -> bytes:
+    """What LZ4_compress_default makes, to the byte, so that blobs have the id upstream's builder gives them.
+
+    The block API of the binding uses liblz4's streaming call, whose match table differs below 64 KiB and so some
+    outputs do; a frame of one independent block holds the right bytes: 7 bytes of header, u32 size (top bit: stored
+    raw), block, u32 end mark. It costs 4.5 instead of 2.9 us for 3 kB.
+    """
+    if len(data) >= _LZ4_SMALL:
+        return cast(bytes, lz4.block.compress(data, mode="default", store_size=False))
+    frame = lz4.frame.compress(
+        data,
+        compression_level=0,
+        block_size=lz4.frame.BLOCKSIZE_MAX256KB,
+        block_linked=False,
+        content_checksum=False,
+        block_checksum=False,
+        store_size=False,
+    )
+    stored_raw = frame[10] & 0x80
+    return bytes(data) if stored_raw else cast(bytes, frame[11:-4])
 
 
 def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int) -> bytes:

@@ -74,7 +74,7 @@ def _xattrs(path: bytes, limit: int) -> dict[bytes, bytes] | None:
     if not names:
         return None
     kept = {}
-    for text in names:
+    for text in sorted(names):
         name = os.fsencode(text)
         if not storable_xattr(name):
             log.warning("%s: attribute %s has no place in an image and is left out", os.fsdecode(path), text)

@@ -162,7 +162,7 @@ class LayerTree:
     def _xattrs(self, entry: tar.Entry) -> dict[bytes, bytes] | None:
         assert entry.xattrs is not None
         kept = {}
-        for name, value in entry.xattrs.items():
+        for name, value in sorted(entry.xattrs.items()):  # no order is given; ours is by name
             if not storable_xattr(name):
                 # Upstream ends the build here; containerd only logs it, and such layers (from macOS) exist.
                 if name not in self._foreign:

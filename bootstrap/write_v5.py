@@ -149,7 +149,7 @@ def _record(node: Node, digest: bytes, child_index: int, chunk_size: int) -> byt
         flags |= v5.INODE_XATTR
         pairs = b"".join(
             v5.XATTR_PAIR.pack(len(key) + 1 + len(value)) + key + b"\0" + value
-            for key, value in sorted(node.xattrs.items())
+            for key, value in node.xattrs.items()
         )
         xattr_bytes = len(pairs)
         tail.append(v5.XATTR_TOTAL.pack(xattr_bytes) + pairs.ljust(v5.align8(xattr_bytes), b"\0"))

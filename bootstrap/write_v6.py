@@ -295,7 +295,7 @@ class _Inodes:
         image = self._image
         v6.XATTR_HEADER.pack_into(image, at, 0, 0)
         at += v6.XATTR_HEADER.size
-        for name, value in sorted(xattrs.items()):
+        for name, value in xattrs.items():
             index, suffix = _xattr_suffix(name)
             v6.XATTR_ENTRY.pack_into(image, at, len(suffix), index, len(value))
             at += 4
