@@ -87,6 +87,4 @@ def pack_v2(entry: EntryV2) -> bytes:
 
 def unpack_v2(data: bytes | memoryview, offset: int = 0) -> EntryV2:
     u, c, d = ENTRY_V2.unpack_from(data, offset)
-    return EntryV2(
-        c & 0xFF_FFFF_FFFF, c >> 40, (u & 0xFFFF_FFFF) << 12, (u >> 32 & 0xFF_FFFF) + 1, u >> 56, d
-    )
+    return EntryV2(c & 0xFF_FFFF_FFFF, c >> 40, (u & 0xFFFF_FFFF) << 12, (u >> 32 & 0xFF_FFFF) + 1, u >> 56, d)

@@ -1,0 +1,509 @@
+"""RAFS v6 from the mapped file. Reference: RAFS format 1 - 1.14; `ino` is the nid."""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from struct import Struct
+from struct import error as StructError
+
+from bootstrap.base import (
+    DEVICE_TYPES,
+    FILE_TYPES,
+    MAX_NSEC,
+    S_IFDIR,
+    S_IFLNK,
+    S_IFMT,
+    S_IFREG,
+    Attr,
+    Blob,
+    Bootstrap,
+    ChunkRef,
+    DirEntry,
+    Extent,
+    blob_id,
+)
+from bootstrap.errors import FormatError
+from bootstrap.layout import v6
+from bootstrap.layout.common import (
+    BLOB_FEATURES_UNKNOWN,
+    CHUNK_RECORD,
+    INLINE_BLOB_ID,
+    MAX_CHUNKS_PER_BLOB,
+    MAX_NAME,
+    SUPER_FLAGS_KNOWN,
+    BlobFeatures,
+    Compressor,
+    Digester,
+    SuperFlags,
+    compressor_of,
+    data_size,
+    digester_of,
+    is_chunk_size,
+)
+
+_inode = v6.INODE_EXTENDED.unpack_from
+_compact = v6.INODE_COMPACT.unpack_from
+_address = v6.CHUNK_ADDRESS.unpack_from
+_nid = Struct("<Q").unpack_from
+_name_offset = Struct("<H").unpack_from
+_name_span = Struct("<H10xH").unpack_from  # name offsets of a dirent and its successor, from offset 8 of the first
+_DIRENT_SIZE = v6.DIRENT.size
+_COMPRESSION_BITS = (
+    SuperFlags.COMPRESS_NONE | SuperFlags.COMPRESS_LZ4_BLOCK | SuperFlags.COMPRESS_GZIP | SuperFlags.COMPRESS_ZSTD
+)
+_DIGEST_BITS = SuperFlags.HASH_BLAKE3 | SuperFlags.HASH_SHA256
+
+
+class _Directory:
+    """Where the dirent blocks of one directory are."""
+
+    __slots__ = ("blocks", "data", "full", "tail", "tail_size")
+
+    def __init__(self, data: int, full: int, tail: int, tail_size: int) -> None:
+        self.data = data
+        self.full = full
+        self.tail = tail
+        self.tail_size = tail_size
+        self.blocks = full + (tail_size > 0)
+
+
+class BootstrapV6(Bootstrap):
+    """Reader of a v6 bootstrap (an EROFS image)."""
+
+    version = 6
+
+    def __init__(self, path: str, data: mmap.mmap, inline_id: str) -> None:
+        super().__init__(path, data)
+        self.superblock = self._read_superblock()
+        self.ext = self._read_ext_superblock()
+        self.block_size = 1 << self.superblock.blkszbits
+        self._meta = self.superblock.meta_blkaddr * self.block_size
+        self.flags = SuperFlags(self.ext.flags)
+        self.chunk_size = self.ext.chunk_size
+        self.compressor = compressor_of(self.flags)
+        self.digester = digester_of(self.flags)
+        self.root = self.superblock.root_nid
+        self.inode_count = self.superblock.inos
+        self.blobs = self._read_blobs(inline_id)
+        # A file needs 8 bytes here per chunk: larger sizes are lies, and may overflow what the kernel takes.
+        self._max_size = max(self.size // 8 * self.chunk_size, self.size)
+        # Only generated dictionaries have a name with a slash (reference 5.11); nobody can look it up.
+        self._dictionary = any(blob.features & BlobFeatures.IS_CHUNKDICT_GENERATED for blob in self.blobs)
+        if self.attr(self.root).mode & S_IFMT != S_IFDIR:
+            raise FormatError("v6 root inode", self.inode_offset(self.root), "is not a directory")
+
+    # ---- tables
+
+    def _read_superblock(self) -> v6.Superblock:
+        name, at = "v6 superblock", v6.SUPER_OFFSET
+        if self.size < v6.BLOCK_SIZE:
+            raise FormatError(name, at, f"the file ends after {self.size} bytes")
+        sb = v6.Superblock(*v6.SUPERBLOCK.unpack_from(self._map, at))
+        if sb.magic != v6.SUPER_MAGIC:
+            raise FormatError(name, at, f"magic {sb.magic:#x}")
+        if not sb.feature_compat & v6.FEATURE_COMPAT_RAFS:
+            raise FormatError(name, at + 8, f"an EROFS image without RAFS data (compat {sb.feature_compat:#x})")
+        if sb.feature_incompat != v6.FEATURE_INCOMPAT:
+            raise FormatError(name, at + 80, f"incompat features {sb.feature_incompat:#x} instead of 0xc")
+        if sb.blkszbits not in (9, 12):
+            raise FormatError(name, at + 12, f"block size 2^{sb.blkszbits}")
+        if sb.checksum or sb.extslots or sb.xattr_blkaddr or sb.union:
+            raise FormatError(name, at, "a field that must be 0 is not (checksum, extslots, xattr_blkaddr, union)")
+        if sb.devt_slotoff != v6.DEVICE_SLOT_OFFSET_UNITS:
+            raise FormatError(name, at + 88, f"device table in slot {sb.devt_slotoff} instead of 11")
+        if not sb.inos:
+            raise FormatError(name, at + 16, "no inodes")
+        if self.size % (1 << sb.blkszbits):
+            raise FormatError(name, at, f"file size {self.size} is not a multiple of the block size")
+        if sb.meta_blkaddr << sb.blkszbits > self.size:
+            raise FormatError(name, at + 40, f"inodes start in block {sb.meta_blkaddr}, behind the end of the file")
+        return sb
+
+    def _read_ext_superblock(self) -> v6.ExtSuperblock:
+        name, at = "v6 extended superblock", v6.EXT_SUPER_OFFSET
+        ext = v6.ExtSuperblock(*v6.EXT_SUPERBLOCK.unpack_from(self._map, at))
+        flags = ext.flags
+        if flags & ~SUPER_FLAGS_KNOWN:
+            raise FormatError(name, at, f"unknown flags {flags & ~SUPER_FLAGS_KNOWN:#x}")
+        if (flags & _COMPRESSION_BITS).bit_count() != 1 or (flags & _DIGEST_BITS).bit_count() != 1:
+            raise FormatError(name, at, f"flags {flags:#x} do not name one compressor and one digest")
+        if bool(flags & SuperFlags.TARFS) != (self.superblock.blkszbits == 9):
+            raise FormatError(name, at, f"flags {flags:#x} do not fit block size 2^{self.superblock.blkszbits}")
+        if not is_chunk_size(ext.chunk_size):
+            raise FormatError(name, at + 20, f"chunk size {ext.chunk_size:#x}")
+        if not ext.prefetch_table_offset:  # very old images leave a size there
+            ext = ext._replace(prefetch_table_size=0)
+        tables = (
+            ("blob table", ext.blob_table_offset, ext.blob_table_size, v6.BLOB_ENTRY.size, v6.BLOCK_SIZE),
+            ("prefetch table", ext.prefetch_table_offset, ext.prefetch_table_size, v6.NID.size, 8),
+            ("chunk table", ext.chunk_table_offset, ext.chunk_table_size, CHUNK_RECORD.size, v6.BLOCK_SIZE),
+        )
+        spans = []
+        for table, offset, size, entry, alignment in tables:
+            if not size:
+                continue
+            if offset % alignment or offset < v6.BLOCK_SIZE or size % entry or offset + size > self.size:
+                raise FormatError(name, at, f"{table} of {size} bytes at {offset:#x} is misplaced or cut")
+            spans.append((offset, offset + size, table))
+        spans.sort()
+        for (_, end, first), (start, _, second) in pairwise(spans):
+            if start < end:
+                raise FormatError(name, at, f"{first} and {second} overlap at {start:#x}")
+        return ext
+
+    def _read_blobs(self, inline_id: str) -> list[Blob]:
+        count = self.ext.blob_table_size // v6.BLOB_ENTRY.size
+        if count != self.superblock.extra_devices:
+            raise FormatError(
+                "v6 superblock",
+                v6.SUPER_OFFSET + 86,
+                f"{self.superblock.extra_devices} devices but {count} blobs in the table",
+            )
+        if count > 255 or v6.DEVICE_TABLE_OFFSET + count * v6.DEVICE_SLOT.size > self.size:
+            raise FormatError("device table", v6.DEVICE_TABLE_OFFSET, f"{count} blobs are too many")
+        blobs = [self._read_blob(index, inline_id) for index in range(count)]
+        if len({blob.id for blob in blobs}) != count:
+            raise FormatError("blob table", self.ext.blob_table_offset, "a blob id occurs twice")
+        return blobs
+
+    def _read_blob(self, index: int, inline_id: str) -> Blob:
+        name = "blob table entry"
+        at = self.ext.blob_table_offset + index * v6.BLOB_ENTRY.size
+        entry = v6.BlobEntry(*v6.BLOB_ENTRY.unpack_from(self._map, at))
+        slot_at = v6.DEVICE_TABLE_OFFSET + index * v6.DEVICE_SLOT.size
+        slot_id, blocks, _ = v6.DEVICE_SLOT.unpack_from(self._map, slot_at)
+        features = entry.features
+        generated = features & BlobFeatures.IS_CHUNKDICT_GENERATED
+        if entry.blob_index != index:
+            raise FormatError(name, at + 64, f"index {entry.blob_index} in place {index}")
+        if slot_id != entry.blob_id:
+            raise FormatError("device slot", slot_at, f"blob id {slot_id!r} is not that of the table")
+        if not blocks and not generated:
+            raise FormatError("device slot", slot_at + 64, "no blocks")
+        if entry.chunk_size != self.chunk_size:
+            raise FormatError(name, at + 68, f"chunk size {entry.chunk_size:#x} instead of {self.chunk_size:#x}")
+        if entry.chunk_count > MAX_CHUNKS_PER_BLOB:
+            raise FormatError(name, at + 72, f"{entry.chunk_count} chunks")
+        if entry.compressor > 3 or entry.digester > 1:
+            raise FormatError(name, at + 76, f"compressor {entry.compressor}, digester {entry.digester}")
+        if features & BLOB_FEATURES_UNKNOWN:
+            raise FormatError(name, at + 84, f"unknown features {features & BLOB_FEATURES_UNKNOWN:#x}")
+        tarfs = bool(features & BlobFeatures.TARFS)
+        if entry.compressed_size > 1 << 40 or entry.uncompressed_size > 1 << 44:
+            raise FormatError(name, at + 88, f"sizes {entry.compressed_size}, {entry.uncompressed_size}")
+        if entry.ci_compressed_size > entry.ci_uncompressed_size:
+            raise FormatError(name, at + 120, "blob meta is larger compressed than plain")
+        if not (tarfs or generated or features & BlobFeatures.EXTERNAL):
+            wide = features & BlobFeatures.CHUNK_INFO_V2
+            extra = features & (BlobFeatures.ZRAN | BlobFeatures.BATCH | BlobFeatures.ENCRYPTED)
+            least = entry.chunk_count * (24 if wide else 16)
+            if entry.ci_uncompressed_size != least and not (wide and extra and entry.ci_uncompressed_size > least):
+                raise FormatError(
+                    name, at + 128, f"blob meta of {entry.ci_uncompressed_size} bytes for {entry.chunk_count} chunks"
+                )
+        return Blob(
+            index=index,
+            id=blob_id(entry.blob_id, at, inline_id, INLINE_BLOB_ID),
+            chunk_size=entry.chunk_size,
+            chunk_count=entry.chunk_count,
+            compressor=Compressor(entry.compressor),
+            digester=Digester(entry.digester),
+            features=BlobFeatures(features),
+            compressed_size=entry.compressed_size,
+            uncompressed_size=entry.uncompressed_size,
+            data_size=data_size(features, entry.compressed_size, entry.ci_offset, entry.ci_uncompressed_size),
+            toc_size=entry.blob_toc_size,
+            toc_digest=entry.blob_toc_digest,
+            ci_compressor=entry.ci_compressor,
+            ci_offset=entry.ci_offset,
+            ci_compressed_size=entry.ci_compressed_size,
+            ci_uncompressed_size=entry.ci_uncompressed_size,
+            meta_digest=entry.blob_meta_digest,
+            meta_size=entry.blob_meta_size,
+            cipher_iv=entry.cipher_iv,
+            cipher=entry.cipher,
+        )
+
+    # ---- inodes
+
+    def inode_offset(self, ino: int) -> int:
+        """Where the inode lies in the file."""
+        return self._meta + v6.NID_UNIT * ino
+
+    def inode_number(self, ino: int) -> int:
+        """i_ino, the builder's number: equal for all names of one file, also where old images repeat the inode."""
+        return self._fields(ino)[6]
+
+    def _fields(self, ino: int) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:
+        """Fields of an extended inode in order (a compact one is widened), its bounds and format checked."""
+        at = self._meta + v6.NID_UNIT * ino
+        if ino <= 0 or at + 32 > self.size:
+            raise FormatError("inode", at, f"number {ino} lies outside the file")
+        try:
+            fields = _inode(self._map, at)
+        except StructError:  # a compact inode may be the last thing in the file
+            fields = (0,)
+        if fields[0] & 1:
+            pass
+        else:
+            form, icount, mode, nlink, size, _, u, number, uid, gid = _compact(self._map, at)
+            if form & 1:
+                raise FormatError("inode", at, "is cut by the end of the file")
+            fields = (form, icount, mode, 0, size, u, number, uid, gid, 0, 0, nlink)
+        if fields[0] & ~v6.FORMAT_MASK or fields[0] & 2:
+            raise FormatError("inode", at, f"format {fields[0]:#x}")
+        if not fields[11]:
+            raise FormatError("inode", at, "link count 0")
+        if fields[2] & S_IFMT not in FILE_TYPES:
+            raise FormatError("inode", at, f"mode {fields[2]:#o} is of no known type")
+        if fields[4] > self._max_size:
+            raise FormatError("inode", at, f"size {fields[4]} does not fit a bootstrap of {self.size} bytes")
+        return fields
+
+    def _payload(self, ino: int, form: int, icount: int) -> int:
+        """Offset of what follows inode and xattrs."""
+        at = self._meta + v6.NID_UNIT * ino + (64 if form & 1 else 32)
+        return at + 8 + 4 * icount if icount else at
+
+    def attr(self, ino: int) -> Attr:
+        _, _, mode, _, size, u, _, uid, gid, mtime, nsec, nlink = self._fields(ino)
+        if mtime >> 63:
+            mtime -= 1 << 64
+        rdev = u if mode & S_IFMT in DEVICE_TYPES else 0
+        if nsec > MAX_NSEC:
+            nsec = MAX_NSEC
+        return Attr(mode, uid, gid, size, nlink, rdev, mtime, nsec, (size + 511) >> 9)
+
+    def readlink(self, ino: int) -> bytes:
+        form, icount, mode, _, size, u, *_ = self._fields(ino)
+        at = self._meta + v6.NID_UNIT * ino
+        if mode & S_IFMT != S_IFLNK:
+            raise FormatError("inode", at, "is not a symbolic link")
+        if not 1 <= size <= v6.MAX_SYMLINK:
+            raise FormatError("symbolic link", at, f"target of {size} bytes")
+        directory = self._flat(ino, form, icount, size, u)
+        target = self._map[directory.data : directory.data + directory.full * self.block_size]
+        target += self._map[directory.tail : directory.tail + directory.tail_size]
+        if b"\0" in target:
+            raise FormatError("symbolic link", at, "NUL in the target")
+        return target
+
+    def _flat(self, ino: int, form: int, icount: int, size: int, u: int) -> _Directory:
+        """Position of the data of a flat inode, inside the file."""
+        data = u * self.block_size
+        full, tail_size = divmod(size, self.block_size)
+        layout = form >> 1
+        if layout == v6.LAYOUT_FLAT_INLINE:
+            tail = self._payload(ino, form, icount)
+        elif layout == v6.LAYOUT_FLAT_PLAIN:
+            tail = data + full * self.block_size
+        else:
+            raise FormatError("inode", self.inode_offset(ino), f"data layout {layout} for a directory or link")
+        if (full and data + full * self.block_size > self.size) or (tail_size and tail + tail_size > self.size):
+            raise FormatError("inode", self.inode_offset(ino), f"its {size} bytes reach behind the end of the file")
+        return _Directory(data, full, tail, tail_size)
+
+    def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        form, icount, *_ = self._fields(ino)
+        if not icount:
+            return {}
+        start = self._meta + v6.NID_UNIT * ino + (64 if form & 1 else 32)
+        end = start + v6.xattr_area_size(icount)
+        if end > self.size:
+            raise FormatError("xattr area", start, f"{icount} words reach behind the end of the file")
+        shared = v6.XATTR_HEADER.unpack_from(self._map, start)[1]
+        if shared:
+            raise FormatError("xattr area", start, f"{shared} shared attributes, which images do not have")
+        found = {}
+        at = start + v6.XATTR_HEADER.size
+        while at + v6.XATTR_ENTRY.size <= end:
+            name_size, index, value_size = v6.XATTR_ENTRY.unpack_from(self._map, at)
+            prefix = v6.XATTR_PREFIXES.get(index)
+            if prefix is None:
+                raise FormatError("xattr entry", at, f"name index {index}")
+            name_at = at + v6.XATTR_ENTRY.size
+            value_at = name_at + name_size
+            if value_at + value_size > end:
+                raise FormatError("xattr entry", at, f"{name_size} + {value_size} bytes reach behind its area")
+            found[prefix + self._map[name_at:value_at]] = self._map[value_at : value_at + value_size]
+            at += (v6.XATTR_ENTRY.size + name_size + value_size + 3) & ~3
+        return found
+
+    # ---- directories
+
+    def _directory(self, ino: int) -> _Directory | None:
+        form, icount, mode, _, size, u, *_ = self._fields(ino)
+        if mode & S_IFMT != S_IFDIR:
+            return None
+        return self._flat(ino, form, icount, size, u)
+
+    def _block(self, directory: _Directory, number: int) -> tuple[int, int, int]:
+        """Offset, size and number of entries of a dirent block."""
+        if number < directory.full:
+            at, size = directory.data + number * self.block_size, self.block_size
+        else:
+            at, size = directory.tail, directory.tail_size
+        first = _name_offset(self._map, at + 8)[0] if size >= _DIRENT_SIZE else 0
+        count, rest = divmod(first, _DIRENT_SIZE)
+        if rest or not count or first > size:
+            raise FormatError("dirent block", at, f"first name at {first} of {size} bytes")
+        return at, size, count
+
+    def _name(self, at: int, size: int, count: int, number: int) -> bytes:
+        """Name of one entry of the block at `at`."""
+        if number + 1 < count:
+            start, end = _name_span(self._map, at + _DIRENT_SIZE * number + 8)
+            if not count * _DIRENT_SIZE <= start < end <= size:
+                raise FormatError("dirent", at + _DIRENT_SIZE * number, f"name from {start} to {end} of {size}")
+            return self._map[at + start : at + end]
+        start = _name_offset(self._map, at + _DIRENT_SIZE * number + 8)[0]
+        if not count * _DIRENT_SIZE <= start < size:
+            raise FormatError("dirent", at + _DIRENT_SIZE * number, f"name from {start} of {size}")
+        return self._map[at + start : at + size].split(b"\0", 1)[0]
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        directory = self._directory(parent)
+        if directory is None or not directory.blocks:
+            return 0
+        low = 0
+        if directory.blocks > 1:
+            number = bisect_right(
+                range(directory.blocks), name, key=lambda n: self._name(*self._block(directory, n), 0)
+            )
+            if not number:
+                return 0
+            low = number - 1
+        at, size, count = self._block(directory, low)
+        low, high = 0, count
+        while low < high:
+            middle = (low + high) >> 1
+            found = self._name(at, size, count, middle)
+            if found == name:
+                return self._child(at + _DIRENT_SIZE * middle)
+            if found < name:
+                low = middle + 1
+            else:
+                high = middle
+        return 0
+
+    def _child(self, at: int) -> int:
+        nid: int = _nid(self._map, at)[0]
+        if not nid or self._meta + v6.NID_UNIT * nid + 32 > self.size:
+            raise FormatError("dirent", at, f"inode {nid} lies outside the file")
+        return nid
+
+    def list_dir(self, ino: int, cookie: int = 0) -> Iterator[DirEntry]:
+        # A cookie is block << 12 | entries of it already given: a block of 4096 bytes has at most 315 entries.
+        directory = self._directory(ino)
+        if directory is None:
+            raise FormatError("inode", self.inode_offset(ino), "is not a directory")
+        skip = cookie & 0xFFF
+        limit = self.size
+        for block in range(cookie >> 12, directory.blocks):
+            at, size, count = self._block(directory, block)
+            data = self._map[at : at + size]
+            entries = list(v6.DIRENT.iter_unpack(data[: count * _DIRENT_SIZE]))
+            last = data.find(b"\0", entries[-1][1]) if entries[-1][1] < size else -1
+            ends = [entry[1] for entry in entries[1:]]
+            ends.append(size if last < 0 else last)
+            position = (block << 12) + skip
+            floor = count * _DIRENT_SIZE
+            for number in range(skip, count):
+                nid, start, kind, _ = entries[number]
+                end = ends[number]
+                position += 1
+                name = data[start:end]
+                if not floor <= start < end <= size or end - start > MAX_NAME + 1:
+                    raise FormatError("dirent", at + _DIRENT_SIZE * number, f"name from {start} to {end} of {size}")
+                if name == b"." or name == b"..":
+                    continue
+                if b"/" in name or b"\0" in name:
+                    if self._dictionary:
+                        continue
+                    raise FormatError("dirent", at + _DIRENT_SIZE * number, f"name {name!r}")
+                if not nid or self._meta + 32 * nid + 32 > limit:
+                    raise FormatError("dirent", at + _DIRENT_SIZE * number, f"inode {nid} lies outside the file")
+                if not 0 < kind < 8:
+                    raise FormatError("dirent", at + _DIRENT_SIZE * number, f"file type {kind}")
+                yield DirEntry(name, nid, v6.FILE_TYPE_TO_DT[kind], position)
+            skip = 0
+
+    def raw_entries(self, ino: int) -> Iterator[tuple[bytes, int, int]]:
+        """Name, nid and file type of every dirent as stored, "." and ".." included: for checks."""
+        directory = self._directory(ino)
+        if directory is None:
+            raise FormatError("inode", self.inode_offset(ino), "is not a directory")
+        for block in range(directory.blocks):
+            at, size, count = self._block(directory, block)
+            for number in range(count):
+                nid, _, kind, _ = v6.DIRENT.unpack_from(self._map, at + _DIRENT_SIZE * number)
+                yield self._name(at, size, count, number), nid, kind
+
+    # ---- data
+
+    def _addresses(self, ino: int) -> tuple[int, int]:
+        """Size of a regular file and the offset of its chunk addresses, all of them inside the file."""
+        form, icount, mode, _, size, *_ = self._fields(ino)
+        at = self._meta + v6.NID_UNIT * ino
+        if mode & S_IFMT != S_IFREG:
+            raise FormatError("inode", at, "is not a regular file")
+        if form >> 1 != v6.LAYOUT_CHUNK_BASED:
+            raise FormatError("inode", at, f"data layout {form >> 1} for a regular file")
+        head = self._payload(ino, form, icount) - at
+        table = at + ((head + 7) & ~7)
+        if table + -(-size // self.chunk_size) * 8 > self.size:
+            raise FormatError("chunk addresses", table, f"those of {size} bytes reach behind the end of the file")
+        return size, table
+
+    def extents(self, ino: int, offset: int, size: int) -> list[Extent]:
+        file_size, table = self._addresses(ino)
+        end = min(offset + size, file_size)
+        chunk_size = self.chunk_size
+        found = []
+        while offset < end:
+            number, within = divmod(offset, chunk_size)
+            _, high, block = _address(self._map, table + 8 * number)
+            blob = (high & 0xFF) - 1
+            if not 0 <= blob < len(self.blobs):
+                raise FormatError("chunk address", table + 8 * number, f"blob {blob} of {len(self.blobs)}")
+            piece = min(chunk_size - within, end - offset)
+            found.append(Extent(blob, block * self.block_size + within, piece, offset))
+            offset += piece
+        return found
+
+    def chunk_refs(self, ino: int) -> list[ChunkRef]:
+        size, table = self._addresses(ino)
+        found = []
+        for at in range(table, table + -(-size // self.chunk_size) * 8, 8):
+            low, high, block = _address(self._map, at)
+            blob = (high & 0xFF) - 1
+            if not 0 <= blob < len(self.blobs):
+                raise FormatError("chunk address", at, f"blob {blob} of {len(self.blobs)}")
+            found.append(ChunkRef(blob, low | high >> 8 << 16, block * self.block_size))
+        return found
+
+    def prefetch_inodes(self) -> list[int]:
+        start = self.ext.prefetch_table_offset
+        found: list[int] = []
+        for (nid,) in v6.NID.iter_unpack(self._map[start : start + self.ext.prefetch_table_size]):
+            if not nid:
+                break
+            if self.inode_offset(nid) + 32 > self.size:
+                raise FormatError("prefetch table", start + 4 * len(found), f"inode {nid} lies outside the file")
+            found.append(nid)
+        return found
+
+    def chunk_table(self) -> tuple[int, int]:
+        """Offset and size in bytes of the chunk table."""
+        return self.ext.chunk_table_offset, self.ext.chunk_table_size
+
+    def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
+        start, size = self.chunk_table()
+        for at in range(start, start + size, 80 * 1024):
+            yield from CHUNK_RECORD.iter_unpack(self._map[at : min(at + 80 * 1024, start + size)])
+
+    def _walk_budget(self) -> int:
+        return self.size // _DIRENT_SIZE
