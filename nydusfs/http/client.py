@@ -1,0 +1,267 @@
+"""Requests over pooled connections, with the limits that keep one bad peer from holding a reader."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import trio
+
+from nydusfs.http import wire
+from nydusfs.http.connection import Connection, tls_context
+from nydusfs.http.errors import ConnectFailed, HttpError, HttpTimeout, ProtocolViolation, StaleConnection
+from nydusfs.http.url import Origin, Url
+
+MAX_CONNECTIONS = 32  # per origin
+MAX_IDLE = 16
+IDLE_SECONDS = 30.0  # below the keep-alive limit of common servers (nginx 75 s, Go registries without limit)
+SMALL_BODY = 1 << 20  # token replies and error texts
+# A peer may be slow as long as it moves: the hard limit of a request is its stall limit plus its size at this rate.
+SLOWEST = 64 * 1024
+
+
+@dataclass(slots=True)
+class Response:
+    """`body` holds exactly the asked range when the status is 200 or 206 of `get_range`."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytearray | bytes
+    length: int | None = None  # Content-Length as the peer stated it
+
+    def get(self, name: str) -> str:
+        return self.headers.get(name, "")
+
+
+# Reads the body behind a head; second value: the connection is at the end of the message and can be kept.
+_Receive: TypeAlias = Callable[[Connection, wire.Head], Awaitable[tuple[Response, bool]]]
+
+
+@dataclass(slots=True)
+class _Pool:
+    idle: list[Connection] = field(default_factory=list)
+    slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(MAX_CONNECTIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class Via:
+    """An HTTP proxy; `auth` is the value of Proxy-Authorization."""
+
+    origin: Origin
+    auth: str = ""
+
+
+class HttpClient:
+    """One per set of TLS settings, shared by all sources of the process. Use it from one trio thread only.
+
+    `ca_cert_files` are added to the system's roots; an unreadable one raises `OSError` at the first https request.
+    """
+
+    def __init__(self, ca_cert_files: tuple[str, ...] = (), skip_verify: bool = False) -> None:
+        self._ca_cert_files = ca_cert_files
+        self._skip_verify = skip_verify
+        self._context: ssl.SSLContext | None = None
+        self._pools: dict[tuple[Origin, Via | None], _Pool] = {}
+
+    async def get_range(
+        self,
+        url: Url,
+        offset: int,
+        size: int,
+        headers: Iterable[tuple[str, str]],
+        *,
+        connect_timeout: float,
+        timeout: float,
+        slowest: int = SLOWEST,
+        patient: bool = False,
+        via: Via | None = None,
+    ) -> Response:
+        """GET bytes `offset` to `offset + size - 1`.
+
+        Status 206 is accepted only with the right start, end and length (a total is never looked at: Dragonfly's
+        classic daemon invents it, and turns an origin that ignores ranges into 206 with the whole blob). Status 200
+        with the whole blob is read up to the end of the range and the connection closed. Any other status is returned
+        with a small body for the caller to judge. `timeout` is seconds without progress; the whole request ends after
+        `timeout` + `size / slowest` seconds (`slowest` in bytes per second). With `patient` (there is no other source)
+        a peer that sends the whole blob gets the time to reach the range. Raises `HttpError`.
+        """
+
+        async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
+            if head.status == 206:
+                return await _partial(connection, head, offset, size)
+            if head.status == 200:
+                if patient:
+                    connection.allow(offset / slowest)
+                return await _whole(connection, head, offset, size)
+            return await _small(connection, head)
+
+        request = [*headers, ("Range", f"bytes={offset}-{offset + size - 1}"), ("Accept-Encoding", "identity")]
+        hard = timeout + size / slowest
+        return await self._exchange("GET", url, request, b"", receive, connect_timeout, timeout, hard, via)
+
+    async def request(
+        self,
+        method: str,
+        url: Url,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        *,
+        connect_timeout: float,
+        timeout: float,
+        via: Via | None = None,
+    ) -> Response:
+        """A small request whose answer is at most `SMALL_BODY` bytes (tokens, pings). Raises `HttpError`."""
+        request = [*headers, ("Accept-Encoding", "identity")]
+        return await self._exchange(method, url, request, body, _small, connect_timeout, timeout, timeout, via)
+
+    async def _exchange(
+        self,
+        method: str,
+        url: Url,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        receive: _Receive,
+        connect_timeout: float,
+        timeout: float,
+        hard: float,
+        via: Via | None,
+    ) -> Response:
+        target = url.target
+        key = via
+        if via is not None and url.origin.scheme == "http":
+            target = url.full
+            if via.auth:
+                headers = [*headers, ("Proxy-Authorization", via.auth)]
+        message = wire.format_request(method, target, url.origin.netloc, headers, body)
+        pool = self._pools.get((url.origin, key))
+        if pool is None:
+            pool = self._pools[url.origin, key] = _Pool()
+        try:
+            pool.slots.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.CancelScope(deadline=trio.current_time() + hard) as waiting:
+                await pool.slots.acquire()
+            if waiting.cancelled_caught:
+                raise HttpTimeout(f"no free connection within {hard:g} s") from None
+        try:
+            limits = (connect_timeout, timeout, hard)
+            try:
+                return await self._attempt(pool, url.origin, message, receive, limits, via, reuse=True)
+            except StaleConnection:
+                return await self._attempt(pool, url.origin, message, receive, limits, via, reuse=False)
+        finally:
+            pool.slots.release()
+
+    async def _attempt(
+        self,
+        pool: _Pool,
+        origin: Origin,
+        message: bytes,
+        receive: _Receive,
+        limits: tuple[float, float, float],
+        via: Via | None,
+        *,
+        reuse: bool,
+    ) -> Response:
+        connect_timeout, timeout, hard = limits
+        connection = self._take_idle(pool) if reuse else None
+        if connection is None:
+            connection = await self._connect(origin, connect_timeout, via)
+        keep = False
+        try:
+            with trio.CancelScope() as scope:
+                connection.limit(scope, timeout, trio.current_time() + hard)
+                await connection.send(message)
+                head = await connection.read_head()
+                response, clean = await receive(connection, head)
+                keep = clean and head.keep_alive
+                return response
+            raise HttpTimeout(f"no progress for {timeout:g} s or not done within {hard:.3g} s")
+        finally:
+            if keep and len(pool.idle) < MAX_IDLE:
+                connection.park()
+                pool.idle.append(connection)
+            else:
+                connection.close()
+
+    def _take_idle(self, pool: _Pool) -> Connection | None:
+        """The connection used last: it is the least likely to be closed."""
+        now = time.monotonic()
+        while pool.idle:
+            connection = pool.idle.pop()
+            if now - connection.idle_since < IDLE_SECONDS and connection.alive():
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self, origin: Origin, timeout: float, via: Via | None) -> Connection:
+        if self._context is None and (origin.scheme == "https" or (via and via.origin.scheme == "https")):
+            try:
+                # 20 to 40 ms of CPU for the system's roots: once, away from the loop
+                self._context = await trio.to_thread.run_sync(tls_context, self._ca_cert_files, self._skip_verify)
+            except (OSError, ssl.SSLError) as error:
+                files = ", ".join(self._ca_cert_files)
+                raise ConnectFailed(f"cannot load ca_cert_files {files}: {error}") from None
+        with trio.move_on_after(timeout):
+            return await Connection.open(origin, self._context, via.origin if via else None, via.auth if via else "")
+        raise HttpTimeout(f"no connection within {timeout:g} s")
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            while pool.idle:
+                pool.idle.pop().close()
+
+
+async def _partial(connection: Connection, head: wire.Head, offset: int, size: int) -> tuple[Response, bool]:
+    span = wire.parse_content_range(head.get("content-range"))
+    if span is None:
+        raise ProtocolViolation(f"206 without a usable Content-Range ({head.get('content-range')[:60]!r})")
+    if span != (offset, offset + size - 1):
+        raise ProtocolViolation(f"206 for bytes {span[0]}-{span[1]} instead of {offset}-{offset + size - 1}")
+    if head.chunked:
+        body, clean = await connection.read_chunked(0, size + 1, size + 1)
+        if len(body) != size:
+            raise ProtocolViolation(f"206 with {len(body)} bytes or more for a range of {size}")
+        return Response(206, head.headers, body), clean
+    if head.length is None:
+        raw = await connection.read_to_end(size)
+        if len(raw) != size:
+            raise ProtocolViolation(f"206 with {len(raw)} bytes for a range of {size}")
+        return Response(206, head.headers, raw), False
+    if head.length != size:
+        raise ProtocolViolation(f"206 with {head.length} bytes for a range of {size}")
+    return Response(206, head.headers, await connection.read_exact(size), size), True
+
+
+async def _whole(connection: Connection, head: wire.Head, offset: int, size: int) -> tuple[Response, bool]:
+    if head.chunked:
+        body, clean = await connection.read_chunked(offset, size, size)
+        if len(body) != size:
+            raise ProtocolViolation(f"200 with a body that ends before byte {offset + size}")
+        return Response(200, head.headers, body), clean
+    if head.length is not None and head.length < offset + size:
+        raise ProtocolViolation(f"200 with {head.length} bytes, byte {offset + size - 1} was asked for")
+    await connection.skip(offset)
+    body = await connection.read_exact(size)
+    return Response(200, head.headers, body, head.length), head.length == offset + size
+
+
+async def _small(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
+    """A body of at most `SMALL_BODY`; one without stated length is read to the end of the stream."""
+    length = head.length
+    if head.bodiless or length == 0:
+        return Response(head.status, head.headers, b"", 0), True
+    if head.chunked:
+        body, clean = await connection.read_chunked(0, SMALL_BODY, SMALL_BODY)
+        return Response(head.status, head.headers, body), clean
+    if length is None:
+        return Response(head.status, head.headers, await connection.read_to_end(SMALL_BODY)), False
+    if length > SMALL_BODY:
+        return Response(head.status, head.headers, b"", length), False
+    return Response(head.status, head.headers, await connection.read_exact(length), length), True
+
+
+__all__ = ["HttpClient", "HttpError", "Response", "Via"]

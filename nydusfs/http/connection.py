@@ -1,0 +1,246 @@
+"""One connection: connect (directly or through a proxy), send a request, read a head and a body into one buffer."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from base64 import b64encode
+
+import trio
+
+from nydusfs.http import wire
+from nydusfs.http.errors import ConnectFailed, ProtocolViolation, StaleConnection, TlsFailed
+from nydusfs.http.transport import IO_ERRORS, PlainTransport, StreamTransport, Transport
+from nydusfs.http.url import Origin
+
+_RECEIVE = 64 * 1024
+# The stall clock is moved this often at most: setting a trio deadline costs 4 us.
+_PROGRESS_STEP = 0.1
+
+
+def tls_context(ca_cert_files: tuple[str, ...], skip_verify: bool) -> ssl.SSLContext:
+    """System roots plus `ca_cert_files`. Raises OSError or ssl.SSLError naming nothing: the caller knows the files."""
+    context = ssl.create_default_context()
+    for path in ca_cert_files:
+        context.load_verify_locations(cafile=path)
+    if skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Connection:
+    __slots__ = ("_buffer", "_hard", "_moved", "_scope", "_stall", "_transport", "idle_since", "origin", "reused")
+
+    def __init__(self, origin: Origin, transport: Transport) -> None:
+        self.origin = origin
+        self._transport = transport
+        self._buffer = bytearray()
+        self._scope: trio.CancelScope | None = None
+        self._stall = self._hard = float("inf")
+        self._moved = 0.0
+        self.idle_since = 0.0
+        self.reused = False
+
+    @classmethod
+    async def open(cls, origin: Origin, context: ssl.SSLContext | None, proxy: Origin | None, auth: str) -> Connection:
+        """Raises `ConnectFailed`. `proxy` is used by CONNECT when the origin is https; otherwise the caller sends
+        absolute-form targets over it."""
+        first = proxy or origin
+        try:
+            tcp = await trio.open_tcp_stream(first.host, first.port)
+        except OSError as error:
+            raise ConnectFailed(_reason(error)) from None
+        if proxy is None and origin.scheme == "http":
+            return cls(origin, PlainTransport(tcp))
+        stream: trio.abc.Stream = tcp
+        try:
+            if proxy is not None and proxy.scheme == "https":
+                stream = await _start_tls(stream, context, proxy.host)
+            if origin.scheme == "https":
+                if proxy is not None:
+                    await _tunnel(stream, origin, auth)
+                stream = await _start_tls(stream, context, origin.host)
+        except BaseException:
+            tcp.socket.close()
+            raise
+        return cls(origin, PlainTransport(stream) if stream is tcp else StreamTransport(stream))
+
+    def alive(self) -> bool:
+        """Whether an idle connection can be used: bytes or an end waiting on it mean that it cannot. About 2 us."""
+        return not self._buffer and self._transport.quiet()
+
+    def limit(self, scope: trio.CancelScope, stall: float, hard: float) -> None:
+        """Let `scope` end after `stall` seconds without progress and at the clock time `hard` in any case."""
+        self._scope = scope
+        self._stall = stall
+        self._hard = hard
+        self._moved = trio.current_time()
+        scope.deadline = min(self._moved + stall, hard)
+
+    def _progress(self) -> None:
+        now = trio.current_time()
+        if self._scope is not None and now - self._moved > _PROGRESS_STEP:
+            self._moved = now
+            self._scope.deadline = min(now + self._stall, self._hard)
+
+    def allow(self, seconds: float) -> None:
+        """Move the hard limit: the peer turned out to have more to send than was asked for."""
+        self._hard += seconds
+
+    async def send(self, request: bytes) -> None:
+        try:
+            await self._transport.send_all(request)
+        except IO_ERRORS as error:
+            if self.reused:
+                raise StaleConnection from None
+            raise ConnectFailed(_reason(error)) from None
+
+    async def _more(self) -> bool:
+        """Receive something into the buffer; False at the end of the stream."""
+        try:
+            data = await self._transport.receive_some(_RECEIVE)
+        except IO_ERRORS as error:
+            raise ProtocolViolation(f"connection lost ({_reason(error)})") from None
+        self._progress()
+        self._buffer += data
+        return bool(data)
+
+    async def read_head(self) -> wire.Head:
+        """The next head that is not 1xx."""
+        while True:
+            while (end := wire.find_head_end(self._buffer)) < 0:
+                fresh = not self._buffer
+                try:
+                    more = await self._more()
+                except ProtocolViolation:
+                    if fresh and self.reused:
+                        raise StaleConnection from None
+                    raise
+                if not more:
+                    if fresh and self.reused:
+                        raise StaleConnection
+                    raise ProtocolViolation("closed without an answer" if fresh else "answer ends in its head")
+            head = wire.parse_head(bytes(self._buffer[:end]))
+            del self._buffer[:end]
+            if head.status >= 200:
+                return head
+            if head.status == 101:
+                raise ProtocolViolation("switches protocols without being asked")
+
+    async def read_exact(self, size: int) -> bytearray:
+        """Exactly `size` bytes of body. Raises `ProtocolViolation` at an early end."""
+        body = bytearray(size)
+        have = min(size, len(self._buffer))
+        if have:
+            body[:have] = self._buffer[:have]
+            del self._buffer[:have]
+        view = memoryview(body)
+        try:
+            while have < size:
+                got = await self._transport.receive_into(view[have:])
+                if not got:
+                    raise ProtocolViolation(f"body ends after {have} of {size} bytes")
+                have += got
+                self._progress()
+        except IO_ERRORS as error:
+            raise ProtocolViolation(f"connection lost after {have} of {size} bytes ({_reason(error)})") from None
+        return body
+
+    async def skip(self, size: int) -> None:
+        while size:
+            if not self._buffer and not await self._more():
+                raise ProtocolViolation(f"body ends {size} bytes before the range")
+            drop = min(size, len(self._buffer))
+            del self._buffer[:drop]
+            size -= drop
+
+    async def read_to_end(self, limit: int) -> bytes:
+        """The rest of the stream, at most `limit` bytes."""
+        while len(self._buffer) <= limit:
+            if not await self._more():
+                return bytes(self._buffer)
+        raise ProtocolViolation(f"body is longer than {limit} bytes")
+
+    async def _line(self) -> bytes:
+        while (end := self._buffer.find(b"\n", 0, wire.MAX_CHUNK_LINE)) < 0:
+            if len(self._buffer) >= wire.MAX_CHUNK_LINE:
+                raise ProtocolViolation("chunk line is too long")
+            if not await self._more():
+                raise ProtocolViolation("chunked body ends early")
+        line = bytes(self._buffer[:end]).rstrip(b"\r")
+        del self._buffer[: end + 1]
+        return line
+
+    async def read_chunked(self, skip: int, want: int | None, limit: int) -> tuple[bytearray, bool]:
+        """Decode a chunked body: drop `skip` bytes, then keep `want` (None: all, at most `limit`).
+
+        Second value: whether the body was read to its end, so that the connection can be kept.
+        """
+        body = bytearray()
+        while size := wire.parse_chunk_size(await self._line()):
+            drop = min(skip, size)
+            await self.skip(drop)
+            skip -= drop
+            size -= drop
+            take = size if want is None else min(size, want - len(body))
+            if len(body) + take > limit:
+                raise ProtocolViolation(f"body is longer than {limit} bytes")
+            body += await self.read_exact(take)
+            if take < size:
+                return body, False
+            if await self._line():
+                raise ProtocolViolation("chunk is longer than its size")
+        for _ in range(wire.MAX_HEADERS):
+            if not await self._line():
+                return body, True
+        raise ProtocolViolation("endless trailers")
+
+    def park(self) -> None:
+        self._scope = None
+        self.reused = True
+        self.idle_since = time.monotonic()
+
+    def close(self) -> None:
+        self._scope = None
+        self._transport.close()
+
+
+async def _start_tls(
+    stream: trio.abc.Stream, context: ssl.SSLContext | None, host: str
+) -> trio.SSLStream[trio.abc.Stream]:
+    context = context or ssl.create_default_context()
+    secured = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
+    try:
+        await secured.do_handshake()
+    except IO_ERRORS as error:
+        raise TlsFailed(f"TLS handshake failed ({_reason(error)})") from None
+    return secured
+
+
+async def _tunnel(stream: trio.abc.Stream, origin: Origin, auth: str) -> None:
+    authority = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+    headers = [("Proxy-Authorization", auth)] if auth else []
+    opening = Connection(origin, StreamTransport(stream))
+    await opening.send(wire.format_request("CONNECT", authority, authority, headers))
+    head = await opening.read_head()
+    if not 200 <= head.status < 300:
+        raise ConnectFailed(f"proxy refuses the tunnel with status {head.status}")
+
+
+def basic_auth(user: str, password: str) -> str:
+    return "Basic " + b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def _reason(error: BaseException) -> str:
+    """One phrase for an OS or TLS error; trio wraps the telling one."""
+    cause = error.__cause__ or error
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {cause.verify_message}"
+    if isinstance(cause, ssl.SSLError):
+        return (cause.reason or str(cause)).lower().replace("_", " ")
+    if isinstance(cause, OSError):
+        return (cause.strerror or str(cause)).lower()
+    return str(cause) or type(cause).__name__
