@@ -1,0 +1,35 @@
+"""What can go wrong in this room. Only `service.py` (gRPC codes) and `cli.py` (exit codes) translate these."""
+
+from __future__ import annotations
+
+
+class SnapshotterError(Exception):
+    """Base: `str(error)` is one sentence for the user."""
+
+
+class InvalidArgument(SnapshotterError):
+    """The request itself is wrong."""
+
+
+class NotFound(SnapshotterError):
+    """No such snapshot, parent or instance."""
+
+
+class AlreadyExists(SnapshotterError):
+    """The key or name is taken, or a remote layer needs no unpacking."""
+
+
+class FailedPrecondition(SnapshotterError):
+    """The request is right, but not in this state."""
+
+
+class Unavailable(SnapshotterError):
+    """Something this call needs is not there yet, or not any more: try again."""
+
+
+class SettingsError(SnapshotterError):
+    """Flags or a configuration file that cannot be used."""
+
+
+class StartError(SnapshotterError):
+    """The machine cannot run the snapshotter, or another one is running."""

@@ -1,0 +1,65 @@
+"""Labels that travel from image builders and clients to the snapshotter, and what they mean here.
+
+Only presence counts for the two layer marks: `nydus-blob=false` marks a data layer too, as upstream has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from snapshotter.errors import InvalidArgument, NotFound
+
+PREFIX = "containerd.io/snapshot/"
+SNAPSHOT_REF = "containerd.io/snapshot.ref"
+META_LAYER = PREFIX + "nydus-bootstrap"
+DATA_LAYER = PREFIX + "nydus-blob"
+IMAGE_REF = PREFIX + "cri.image-ref"
+LAYER_DIGEST = PREFIX + "cri.layer-digest"
+STARGZ_REFERENCE = PREFIX + "remote/stargz.reference"
+VOLATILE = PREFIX + "overlay.volatile"
+UID_MAPPING = PREFIX + "uidmapping"
+GID_MAPPING = PREFIX + "gidmapping"
+PULL_USER = PREFIX + "pullusername"
+PULL_SECRET = PREFIX + "pullsecret"
+
+Labels = Mapping[str, str]
+
+
+def is_meta(labels: Labels) -> bool:
+    return META_LAYER in labels
+
+
+def is_data(labels: Labels) -> bool:
+    return DATA_LAYER in labels
+
+
+def image_ref(labels: Labels, snapshot: str) -> str:
+    """Image reference recorded on a meta layer at pull time. Raises NotFound naming the settings that bring it."""
+    for key in (IMAGE_REF, STARGZ_REFERENCE):
+        if labels.get(key):
+            return labels[key]
+    raise NotFound(
+        f"failed to find image ref of snapshot {snapshot}: label {IMAGE_REF} is missing, so the registry of this Nydus "
+        "image is unknown. Set disable_snapshot_annotations = false for containerd's CRI plugin (for the transfer "
+        'service of containerd 2.1 and later: enable_remote_snapshot_annotations = "true" in '
+        "proxy_plugins.nydus.exports), then remove the image and pull it again"
+    )
+
+
+def id_mapping(labels: Labels) -> tuple[int, int, int] | None:
+    """(container id, host id, length) of a user namespace; None without mapping labels.
+
+    Both labels must be there and equal, one `a:b:n` triple of 32-bit numbers. Raises InvalidArgument.
+    """
+    uid, gid = labels.get(UID_MAPPING), labels.get(GID_MAPPING)
+    if not uid and not gid:
+        return None
+    if uid != gid or not uid:
+        raise InvalidArgument(f"labels {UID_MAPPING} ({uid!r}) and {GID_MAPPING} ({gid!r}) must be equal")
+    parts = uid.split(":")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) <= 10 for part in parts):
+        raise InvalidArgument(f"label {UID_MAPPING}: {uid!r} is not one container:host:length triple")
+    inside, host, length = (int(part) for part in parts)
+    if length < 1 or max(inside, host) + length > 1 << 32:
+        raise InvalidArgument(f"label {UID_MAPPING}: {uid!r} leaves the 32-bit id range")
+    return inside, host, length
