@@ -1,0 +1,37 @@
+"""What a source is: the one interface between fetching and wherever bytes come from."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import IntEnum
+from typing import Protocol, TypeAlias
+
+from nydusfs.counters import BackendCounters
+
+Buffer: TypeAlias = bytes | bytearray
+Check: TypeAlias = Callable[[Buffer], Awaitable[None]]
+
+
+class Priority(IntEnum):
+    DEMAND = 0
+    PREFETCH = 1
+
+
+class WrongBytes(Exception):
+    """Raised by a `check`: the bytes are not those that the image's digests promise."""
+
+
+class Source(Protocol):
+    name: str  # for logs: "registry 127.0.0.1:5000/a/b"
+    counters: BackendCounters
+
+    async def read(
+        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+    ) -> Buffer:
+        """Exactly `size` bytes from byte `offset` of the stored blob.
+
+        `check` raises `WrongBytes` when they are not right: the next source is then tried. Raises `SourceError` that
+        lists every source tried, within a bounded time.
+        """
+
+    async def aclose(self) -> None: ...
