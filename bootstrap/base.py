@@ -166,6 +166,10 @@ class Bootstrap(ABC):
         """Raw CHUNK_RECORD fields in any order; v5 repeats a chunk for each file that uses it."""
 
     @abstractmethod
+    def chunk_table(self) -> bytes:
+        """The same records packed, as one run of CHUNK_RECORDs."""
+
+    @abstractmethod
     def _walk_budget(self) -> int:
         """No sane file of this size has more directory entries than this."""
 

@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 from struct import Struct
-from struct import error as StructError
 
 from bootstrap.base import (
     DEVICE_TYPES,
@@ -371,20 +370,25 @@ class BootstrapV5(Bootstrap):
             found.append(ino)
         return found
 
-    def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
+    def _record_spans(self) -> Iterator[bytes]:
+        """The packed chunk records of each regular file."""
         # Slots of further names of a hard link repeat the records of the first: skip them.
         budget = self.size // _RECORD_SIZE
         for index in range(1, self._count + 1):
-            try:
-                ino, mode = _mode(self._map, self._at(index))
-            except StructError as error:
-                raise FormatError("inode table", self._table + 4 * index, "record is cut") from error
+            ino, mode = _mode(self._map, self._at(index))
             if ino == index and mode & S_IFMT == S_IFREG:
-                for record in self.file_records(index):
-                    budget -= 1
-                    if budget < 0:
-                        raise FormatError("chunk records", self._table, "more than fit the file: inodes overlap")
-                    yield record
+                _, table, count = self._chunks(index)
+                budget -= count
+                if budget < 0:
+                    raise FormatError("chunk records", table, "more than fit the file: inodes overlap")
+                yield self._map[table : table + count * _RECORD_SIZE]
+
+    def chunk_table(self) -> bytes:
+        return b"".join(self._record_spans())
+
+    def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
+        for span in self._record_spans():
+            yield from CHUNK_RECORD.iter_unpack(span)
 
     def _walk_budget(self) -> int:
         return self._count

@@ -496,12 +496,12 @@ class BootstrapV6(Bootstrap):
             found.append(nid)
         return found
 
-    def chunk_table(self) -> tuple[int, int]:
-        """Offset and size in bytes of the chunk table."""
-        return self.ext.chunk_table_offset, self.ext.chunk_table_size
+    def chunk_table(self) -> bytes:
+        start = self.ext.chunk_table_offset
+        return self._map[start : start + self.ext.chunk_table_size]
 
     def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
-        start, size = self.chunk_table()
+        start, size = self.ext.chunk_table_offset, self.ext.chunk_table_size
         for at in range(start, start + size, 80 * 1024):
             yield from CHUNK_RECORD.iter_unpack(self._map[at : min(at + 80 * 1024, start + size)])
 
