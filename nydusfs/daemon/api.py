@@ -1,0 +1,311 @@
+"""The routes of the daemon's HTTP API and the shape of their answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from nydusfs.config import load_config
+from nydusfs.daemon.errors import (
+    DOES_NOT_EXIST,
+    ApiError,
+    BadRequestError,
+    MountFailedError,
+    NoCounterError,
+    NoRouteError,
+    UnexpectedEventError,
+    UnsupportedError,
+    rust_string,
+)
+from nydusfs.daemon.http import Request, Response
+from nydusfs.daemon.logs import LEVELS, ErrorRing, set_level
+from nydusfs.daemon.mounts import MountedImage, MountRequest, MountTable, sole
+from nydusfs.daemon.state import State
+from nydusfs.daemon.superblock import superblock_info
+from nydusfs.daemon.version import build_info
+from nydusfs.drivers.fuse import InFlightInfo
+from nydusfs.errors import ConfigError
+
+log = logging.getLogger("nydusfs.api")
+
+RUNTIME_KEYS = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
+
+
+class DaemonControl(Protocol):
+    """What the API needs of the daemon around it."""
+
+    id: str | None
+    supervisor: str | None
+    mounts: MountTable
+    events: ErrorRing
+
+    @property
+    def state(self) -> State: ...
+    def start(self) -> None: ...
+    async def exit(self) -> Callable[[], None]:
+        """Change to STOPPED; the returned call ends the process without unmounting."""
+
+    def inflight(self) -> list[InFlightInfo]: ...
+    def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None: ...
+    def runtime_config(self, config_id: str) -> dict[str, str]: ...
+
+
+Route = Callable[[Request], Awaitable[Response]]
+
+
+def _json(value: Any) -> Response:
+    return Response(200, json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode())
+
+
+def parse_body(body: bytes, **fields: type) -> dict[str, Any]:
+    """A JSON object with at least these fields, of these types; messages as serde words them."""
+
+    def refuse(message: str, line: int = 1, column: int = len(body.rstrip())) -> BadRequestError:
+        return BadRequestError(f"ParseBody(Error({rust_string(message)}, line: {line}, column: {column}))")
+
+    try:
+        value = json.loads(body)
+    except json.JSONDecodeError as error:
+        raise refuse("expected value", error.lineno, error.colno) from None
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        raise refuse("expected value", 1, 1) from None
+    if not isinstance(value, dict):
+        raise refuse("invalid type, expected a map")
+    for name, kind in fields.items():
+        if name not in value:
+            raise refuse(f"missing field `{name}`")
+        if not isinstance(value[name], kind):
+            raise refuse(f"invalid type for field `{name}`, expected a {'string' if kind is str else kind.__name__}")
+    return value
+
+
+class Api:
+    def __init__(self, daemon: DaemonControl) -> None:
+        self._daemon = daemon
+        # path -> (name in error messages, {(method, has a body): handler})
+        self._routes: dict[str, tuple[str, dict[tuple[str, bool], Route]]] = {
+            "/api/v1/daemon": (
+                "DaemonInfo",
+                {("GET", False): self._info, ("PUT", True): self._configure},
+            ),
+            "/api/v1/daemon/start": ("Configure", {("PUT", False): self._start}),
+            "/api/v1/daemon/exit": ("Configure", {("PUT", False): self._exit}),
+            "/api/v1/daemon/events": ("Events", {("GET", False): self._events}),
+            "/api/v1/daemon/backend": ("FsBackendInfo", {("GET", False): self._backend}),
+            "/api/v1/daemon/fuse/sendfd": ("Upgrade", {("PUT", False): self._send_fd}),
+            "/api/v1/daemon/fuse/takeover": ("Upgrade", {("PUT", False): self._takeover}),
+            "/api/v1/mount": (
+                "Mount",
+                {("POST", True): self._mount, ("PUT", True): self._remount, ("DELETE", False): self._umount},
+            ),
+            "/api/v1/metrics": ("GlobalMetrics", {("GET", False): self._fs_metrics}),
+            "/api/v1/metrics/files": ("FsFilesMetrics", {("GET", False): self._files_metrics}),
+            "/api/v1/metrics/pattern": ("Pattern", {("GET", False): self._pattern_metrics}),
+            "/api/v1/metrics/backend": ("BackendMetrics", {("GET", False): self._backend_metrics}),
+            "/api/v1/metrics/blobcache": ("BlobcacheMetrics", {("GET", False): self._cache_metrics}),
+            "/api/v1/metrics/inflight": ("InflightMetrics", {("GET", False): self._inflight}),
+            "/api/v1/config": (
+                "Configure",
+                {("GET", False): self._get_config, ("PUT", True): self._put_config},
+            ),
+            "/api/v2/daemon": (
+                "DaemonInfo",
+                {("GET", False): self._info_v2, ("PUT", True): self._configure},
+            ),
+            "/api/v2/blobs": ("GetBlobObjects", {}),
+        }
+        blobs = self._routes["/api/v2/blobs"][1]
+        blobs[("GET", False)] = self._list_blobs
+        blobs[("PUT", True)] = self._put_blob
+        blobs[("DELETE", False)] = self._delete_blob
+
+    async def handle(self, request: Request) -> Response:
+        """One request; every failure becomes the error body with its status."""
+        outer = ""
+        try:
+            if request.path not in self._routes:
+                raise NoRouteError("NoRoute")
+            outer, methods = self._routes[request.path]
+            if request.method == "PUT" and outer == "DaemonInfo":
+                outer = "Configure"
+            handler = methods.get((request.method, bool(request.body)))
+            if handler is None:
+                raise BadRequestError("BadRequest")
+            return await handler(request)
+        except (BadRequestError, NoRouteError) as error:
+            return self._failure(error.status, error.detail)
+        except ApiError as error:
+            return self._failure(error.status, f"{outer}({error.detail})")
+        except Exception as error:
+            # The cause is for the log; what reaches a client must not carry internals.
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.error("%s %s: %s: %s", request.method, request.path, type(error).__name__, error, exc_info=debugging)
+            return self._failure(500, f"{outer}(Internal)")
+
+    @staticmethod
+    def _failure(status: int, message: str) -> Response:
+        body = json.dumps({"code": "UNDEFINED", "message": message}, separators=(",", ":"), ensure_ascii=False)
+        return Response(status, body.encode("utf-8", "surrogateescape"))
+
+    # -- the daemon itself
+
+    async def _info(self, request: Request) -> Response:
+        collection = {path: mounted.public() for path, mounted in self._daemon.mounts.images.items()}
+        return _json(self._daemon_info(collection))
+
+    async def _info_v2(self, request: Request) -> Response:
+        return _json(self._daemon_info(None))
+
+    def _daemon_info(self, collection: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "version": build_info(),
+            "id": self._daemon.id,
+            "supervisor": self._daemon.supervisor,
+            "state": self._daemon.state.value,
+            "backend_collection": collection,
+        }
+
+    async def _configure(self, request: Request) -> Response:
+        level = parse_body(request.body, log_level=str)["log_level"]
+        if level.lower() not in LEVELS:
+            raise ApiError("ResponsePayloadType")
+        set_level(level)
+        return Response()
+
+    async def _start(self, request: Request) -> Response:
+        self._daemon.start()
+        return Response()
+
+    async def _exit(self, request: Request) -> Response:
+        return Response(204, then=await self._daemon.exit())
+
+    async def _events(self, request: Request) -> Response:
+        return _json(self._daemon.events.public())
+
+    async def _send_fd(self, request: Request) -> Response:
+        raise UnsupportedError()
+
+    async def _takeover(self, request: Request) -> Response:
+        if self._daemon.state is State.INIT:
+            raise UnsupportedError()
+        raise UnexpectedEventError("Takeover")
+
+    async def _backend(self, request: Request) -> Response:
+        mounted = self._daemon.mounts.get(self._mountpoint(request))
+        if mounted is None:
+            raise ApiError(f"Metrics(Daemon(Other({rust_string(DOES_NOT_EXIST)})))")
+        return _json(superblock_info(mounted.image.metadata))
+
+    # -- mounts
+
+    @staticmethod
+    def _mountpoint(request: Request) -> str:
+        if "mountpoint" not in request.query:
+            raise BadRequestError("QueryString(\"'mountpoint' should be specified in query string\")")
+        return request.query["mountpoint"]
+
+    def _mount_request(self, request: Request) -> MountRequest:
+        mountpoint = self._mountpoint(request)
+        body = parse_body(request.body, source=str)
+        kind = body.get("fs_type", "")
+        if kind in ("passthroughfs", "passthrough", "passthrough_fs"):
+            raise MountFailedError("invalid argument `passthrough file systems are not supported by this daemon`")
+        if kind != "rafs":
+            raise MountFailedError(
+                f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`"
+            )
+        prefetch = body.get("prefetch_files") or []
+        text = body.get("config", "")
+        if not isinstance(text, str) or not isinstance(prefetch, list) or not all(isinstance(p, str) for p in prefetch):
+            raise BadRequestError('ParseBody(Error("`config` is a string, `prefetch_files` a list of strings"))')
+        try:
+            config = load_config(text, f"configuration of {mountpoint}")
+        except ConfigError as error:
+            log.error("mount at %s refused: %s", mountpoint, error)
+            raise MountFailedError(f"RAFS failed to handle request, Failed to load config: {error}") from None
+        return MountRequest(mountpoint, body["source"], config, tuple(prefetch))
+
+    async def _mount(self, request: Request) -> Response:
+        await self._daemon.mounts.mount(self._mount_request(request))
+        return Response()
+
+    async def _remount(self, request: Request) -> Response:
+        await self._daemon.mounts.remount(self._mount_request(request))
+        return Response()
+
+    async def _umount(self, request: Request) -> Response:
+        await self._daemon.mounts.umount(self._mountpoint(request))
+        return Response()
+
+    # -- metrics
+
+    def _counted(self, request: Request, *, by_config: bool = False) -> MountedImage:
+        images = list(self._daemon.mounts.images.values())
+        if "id" not in request.query:
+            found = sole(images)
+        elif by_config:
+            wanted = request.query["id"]
+            found = next((m for m in images if m.request.config.id == wanted), None)
+        else:
+            found = self._daemon.mounts.get(request.query["id"])
+        if found is None:
+            raise NoCounterError()
+        return found  # type: ignore[no-any-return]
+
+    async def _fs_metrics(self, request: Request) -> Response:
+        return _json(self._counted(request).stats.public())
+
+    async def _files_metrics(self, request: Request) -> Response:
+        stats = self._counted(request).stats
+        return _json(stats.take_latest() if request.query.get("latest") == "true" else stats.files())
+
+    async def _pattern_metrics(self, request: Request) -> Response:
+        return _json(self._counted(request).stats.pattern())
+
+    async def _backend_metrics(self, request: Request) -> Response:
+        return _json(self._counted(request).image.backend_metrics())
+
+    async def _cache_metrics(self, request: Request) -> Response:
+        return _json(self._counted(request, by_config=True).image.cache_metrics())
+
+    async def _inflight(self, request: Request) -> Response:
+        requests = [
+            {"inode": item.node, "opcode": item.opcode, "unique": item.unique, "timestamp_secs": int(item.started)}
+            for item in self._daemon.inflight()
+        ]
+        return _json(requests) if requests else Response()
+
+    # -- settings changed while running
+
+    async def _get_config(self, request: Request) -> Response:
+        config_id = request.query.get("id", "")
+        values = self._daemon.runtime_config(config_id)
+        # Secrets go in and never come out; upstream shows them.
+        return _json({key: "(hidden)" if key == "registry_auth" else value for key, value in values.items()})
+
+    async def _put_config(self, request: Request) -> Response:
+        values = parse_body(request.body)
+        if not all(key in RUNTIME_KEYS and isinstance(value, str) for key, value in values.items()):
+            raise ApiError("ResponsePayloadType")
+        self._daemon.set_runtime_config(request.query.get("id", ""), values)
+        return Response()
+
+    # -- blobs for the kernel's fscache driver, which this daemon does not have
+
+    async def _list_blobs(self, request: Request) -> Response:
+        if "domain_id" not in request.query:
+            raise BadRequestError("BadRequest")
+        return _json([])
+
+    async def _put_blob(self, request: Request) -> Response:
+        parse_body(request.body, type=str, id=str)
+        return self._failure(501, "CreateBlobObject(DaemonAbnormal(Unsupported))")
+
+    async def _delete_blob(self, request: Request) -> Response:
+        if "domain_id" in request.query:
+            return self._failure(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
+        if "blob_id" in request.query:
+            return Response()
+        raise BadRequestError("BadRequest")

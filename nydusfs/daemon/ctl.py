@@ -1,0 +1,222 @@
+"""The `nydusctl` command: a thin client of the daemon's API.
+
+Exit status: 0 done; 1 the daemon cannot be reached or refused, said in one line on stderr; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+import click
+
+TIMEOUT = 60.0  # seconds; a mount may have to index a large image
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        import socket
+
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Client:
+    """Requests to one daemon. Raises `click.ClickException` with the daemon's own words."""
+
+    def __init__(self, sock: str) -> None:
+        self.sock = sock
+
+    def call(self, method: str, path: str, body: Any = None, **query: str) -> Any:
+        from urllib.parse import urlencode
+
+        target = f"/api/v1/{path}" + (f"?{urlencode(query)}" if query else "")
+        connection = _UnixConnection(self.sock)
+        try:
+            connection.request(method, target, body=None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            data = answer.read()
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise click.ClickException(f"no nydusd answers at {self.sock}: {reason}") from None
+        finally:
+            connection.close()
+        try:
+            value = json.loads(data) if data else None
+        except ValueError:
+            raise click.ClickException(f"{self.sock}: the answer to {method} {target} is not JSON") from None
+        if answer.status >= 300:
+            message = value.get("message") if isinstance(value, dict) else data.decode(errors="replace")
+            raise click.ClickException(f"nydusd refused ({answer.status}): {message}")
+        return value
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, separators=(",", ":"), sort_keys=True))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-S", "--sock", required=True, metavar="PATH", help="The daemon's API socket.")
+@click.option("-r", "--raw", is_flag=True, help="Print the daemon's JSON.")
+@click.version_option("v0.1.0", "-V", "--version", message="nydusctl %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, sock: str, raw: bool) -> None:
+    """Ask a running nydusd, or change it.
+
+    \b
+      nydusctl --sock /run/nydusd.sock info
+      nydusctl --sock /run/nydusd.sock set log_level debug
+      nydusctl --sock /run/nydusd.sock metrics fsstats
+      nydusctl --sock /run/nydusd.sock mount -s image.boot -c nydusd.json -m /img -t rafs
+      nydusctl --sock /run/nydusd.sock umount /img
+    """
+    ctx.obj = (Client(sock), raw)
+
+
+_raw = click.option("-r", "--raw", "raw_too", is_flag=True, help="Print the daemon's JSON.")
+
+
+@cli.command()
+@_raw
+@click.pass_obj
+def info(obj: tuple[Client, bool], raw_too: bool) -> None:
+    """Version, state and mounted images."""
+    client, raw = obj
+    value = client.call("GET", "daemon")
+    if raw or raw_too:
+        _echo_json(value)
+        return
+    version = value["version"]
+    lines = [
+        "",
+        f"Version:                {json.dumps(version['package_ver'])}",
+        f"Status:                 {json.dumps(value['state'])}",
+        f"Profile:                {json.dumps(version['profile'])}",
+        f"Commit:                 {json.dumps(version['git_commit'])}",
+        "Instances:",
+    ]
+    for path, mounted in sorted((value.get("backend_collection") or {}).items()):
+        lines += [
+            f"\tInstance Mountpoint:  {path}",
+            f"\tType:  {mounted['backend_type']}",
+            f"\tMounted Time:  {mounted['mounted_time']}",
+        ]
+        rafs = (mounted.get("config") or {}).get("rafs")
+        if rafs:
+            lines += [
+                f"\tMode:  {rafs['mode']}",
+                f"\tPrefetch:  {json.dumps(rafs['prefetch']['enable'])}",
+                f"\tPrefetch Merging Size:  {rafs['prefetch']['batch_size']}",
+            ]
+        lines.append("")
+    click.echo("\n".join(lines))
+
+
+@cli.command("set")
+@click.argument("kind", metavar="KIND", type=click.Choice(["log_level", "log-level"]))
+@click.argument("value", metavar="VALUE")
+@click.pass_obj
+def set_value(obj: tuple[Client, bool], kind: str, value: str) -> None:
+    """Change a setting: KIND log_level, VALUE trace, debug, info, warn, error or off."""
+    obj[0].call("PUT", "daemon", {"log_level": value})
+
+
+@cli.command()
+@click.argument("category", type=click.Choice(["backend", "cache", "blobcache", "fsstats"]))
+@click.option("-I", "--interval", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="Print again and again, this many seconds apart.")  # fmt: skip
+@click.option("--id", "instance", metavar="ID", help="Mountpoint (for cache: id of the configuration) of the image.")
+@_raw
+@click.pass_obj
+def metrics(
+    obj: tuple[Client, bool], category: str, interval: float | None, instance: str | None, raw_too: bool
+) -> None:
+    """Counters of the storage backend, the cache or the file system."""
+    import time
+
+    client, raw = obj
+    path = {"backend": "metrics/backend", "fsstats": "metrics"}.get(category, "metrics/blobcache")
+    query = {} if instance is None else {"id": instance}
+    while True:
+        value = client.call("GET", path, **query)
+        if raw or raw_too:
+            _echo_json(value)
+        else:
+            _print_metrics(value)
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+_FOPS = (
+    *("Getattr", "Readlink", "Open", "Release", "Read", "Statfs", "Getxattr", "Listxattr"),
+    *("Opendir", "Lookup", "Readdir", "Readdirplus", "Access", "Forget", "BatchForget"),
+)
+_SIZES = ["<1K", "1K~", "4K~", "16K~", "64K~", "128K~", "512K~", "1M~"]
+_LATENCIES = ["<200us", "~1ms", "~20ms", "~50ms", "~500ms", "~1s", "~2s", "2s~"]
+
+
+def _row(title: str, cells: list[Any]) -> str:
+    return f"{title:<25}" + "".join(f"{cell!s:<8}" for cell in cells)
+
+
+def _print_metrics(value: dict[str, Any]) -> None:
+    if "fop_hits" in value:
+        hits = [f"{name}({count})" for name, count in zip(_FOPS, value["fop_hits"], strict=False)]
+        click.echo("\n".join([
+            "", _row("Read Latency:", _LATENCIES), _row("Reads Count:", value["read_latency_dist"]), "",
+            f"Read Errors: {value['fop_errors'][4]}", f"Read Data: {value['data_read']}Bytes", "",
+            "FOP Counters:", " ".join(hits[:8]), " ".join(hits[8:]),
+        ]))  # fmt: skip
+    elif "read_count" in value:
+        click.echo("\n".join([
+            "", f"Backend Type:       {json.dumps(value['backend_type'])}",
+            f"Read Amount:        {value['read_amount_total']} Bytes", f"Read Count:         {value['read_count']}",
+            f"Read Errors:        {value['read_errors']}", "",
+            _row("Block Sizes:", _SIZES), _row("Request Count:", value["read_count_block_size_dist"]),
+            _row("Total millis:", value["read_cumulative_latency_millis_dist"]),
+        ]))  # fmt: skip
+    else:
+        width = max(len(key) for key in value)
+        for key, item in value.items():
+            click.echo(f"{key:<{width}}  {', '.join(map(str, item)) if isinstance(item, list) else item}")
+
+
+@cli.command()
+@click.option("-s", "--source", required=True, metavar="FILE", help="Bootstrap of the image.")
+@click.option("-c", "--config", required=True, type=click.File(encoding="utf-8"), help="Its daemon configuration.")
+@click.option("-m", "--mountpoint", required=True, metavar="PATH", help="Where inside the daemon's mount.")
+@click.option("-t", "--type", "kind", required=True, type=click.Choice(["rafs", "passthrough_fs"]))
+@_raw
+@click.pass_obj
+def mount(obj: tuple[Client, bool], source: str, config: Any, mountpoint: str, kind: str, raw_too: bool) -> None:
+    """Mount one more image."""
+    body = {"source": source, "fs_type": kind, "config": config.read()}
+    obj[0].call("POST", "mount", body, mountpoint=mountpoint)
+
+
+@cli.command()
+@click.argument("mountpoint")
+@_raw
+@click.pass_obj
+def umount(obj: tuple[Client, bool], mountpoint: str, raw_too: bool) -> None:
+    """Unmount the image at MOUNTPOINT."""
+    obj[0].call("DELETE", "mount", mountpoint=mountpoint)
+
+
+def main() -> None:
+    try:
+        cli(prog_name="nydusctl")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

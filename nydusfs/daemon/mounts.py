@@ -1,0 +1,231 @@
+"""The images a daemon serves: mount, remount, umount, each all or nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from bootstrap.errors import RafsError
+from bootstrap.layout.common import SuperFlags
+from nydusfs.config import Config, public_config
+from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedError
+from nydusfs.drivers.fuse import FuseDriver
+from nydusfs.drivers.stats import FsStats
+from nydusfs.drivers.volume import ImageData, Metadata, MountExistsError, MountMissingError, split_mountpoint
+from nydusfs.errors import NydusError
+
+log = logging.getLogger("nydusfs.daemon")
+
+
+class ImageMetadata(Metadata, Protocol):
+    @property
+    def flags(self) -> SuperFlags: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def data(self) -> Any: ...
+
+
+class OpenImage(Protocol):
+    """An image that can be read: what an opener makes of a bootstrap and a configuration."""
+
+    @property
+    def metadata(self) -> ImageMetadata: ...
+    @property
+    def reader(self) -> ImageData: ...
+    def backend_metrics(self) -> dict[str, Any]: ...
+    def cache_metrics(self) -> dict[str, Any]: ...
+    async def prefetch(self) -> None:
+        """Fetch ahead what the configuration asks for; cancelled at umount."""
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """`mountpoint`: path in the tree. `source`: bootstrap file. `prefetch_files`: absolute paths inside the image."""
+
+    mountpoint: str
+    source: str
+    config: Config
+    prefetch_files: tuple[str, ...] = ()
+
+
+Opener = Callable[[MountRequest], Awaitable[OpenImage]]
+
+
+class MountedImage:
+    def __init__(self, request: MountRequest, image: OpenImage, stats: FsStats) -> None:
+        self.request = request
+        self.image = image
+        self.stats = stats
+        self.mounted_ns = time.time_ns()
+        self.background = trio.CancelScope()
+
+    def public(self) -> dict[str, Any]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.mounted_ns // 10**9))
+        return {
+            "backend_type": "Rafs",
+            "mountpoint": self.request.mountpoint,
+            "mounted_time": f"{when}.{self.mounted_ns % 10**9:09d} +00:00:00",
+            "config": public_config(self.request.config),
+        }
+
+
+def canonical(mountpoint: str) -> str:
+    """`/a/b` for `/a//b/`. Raises `MountFailedError` for what cannot be a mountpoint."""
+    try:
+        parts = split_mountpoint(mountpoint)
+    except ValueError as error:
+        raise MountFailedError(f"invalid argument `{error}`") from None
+    return "/" + b"/".join(parts).decode("utf-8", "surrogateescape")
+
+
+class MountTable:
+    def __init__(self, driver: FuseDriver, opener: Opener, background: trio.Nursery) -> None:
+        self._driver = driver
+        self._opener = opener
+        self._background = background
+        self._busy: set[str] = set()
+        self.images: dict[str, MountedImage] = {}
+
+    def get(self, mountpoint: str) -> MountedImage | None:
+        try:
+            return self.images.get(canonical(mountpoint))
+        except MountFailedError:
+            return None
+
+    @contextmanager
+    def _claim(self, mountpoint: str) -> Any:
+        """One change at a time per mountpoint; the others do not wait for it, they are refused."""
+        if mountpoint in self._busy:
+            raise MountFailedError(ALREADY_EXISTS)
+        self._busy.add(mountpoint)
+        try:
+            yield
+        finally:
+            self._busy.discard(mountpoint)
+
+    async def mount(self, request: MountRequest) -> MountedImage:
+        """Raises `MountFailedError`; then nothing of the attempt is left."""
+        where = canonical(request.mountpoint)
+        request = MountRequest(where, request.source, request.config, request.prefetch_files)
+        with self._claim(where):
+            try:
+                self._driver.check_free(where)
+            except MountExistsError as error:
+                log.error("mount at %s refused: %s", where, error)
+                raise MountFailedError(ALREADY_EXISTS) from None
+            mounted = await self._open(request)
+            metadata = mounted.image.metadata
+            try:
+                await self._driver.mount(
+                    where,
+                    metadata,
+                    mounted.image.reader,
+                    mounted.stats,
+                    serve_xattrs=self._serve_xattrs(mounted),
+                )
+            except NydusError as error:
+                await mounted.image.aclose()
+                detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
+                raise MountFailedError(detail) from None
+            self.images[where] = mounted
+            self._start(mounted)
+        log.info("Rafs filesystem mounted at %s", where)
+        return mounted
+
+    async def remount(self, request: MountRequest) -> None:
+        """Swap bootstrap and configuration of a mounted image. On failure the old one stays."""
+        where = canonical(request.mountpoint)
+        request = MountRequest(where, request.source, request.config, request.prefetch_files)
+        with self._claim(where):
+            old = self.images.get(where)
+            if old is None:
+                raise MountFailedError(DOES_NOT_EXIST)
+            fresh = await self._open(request)
+            await self._driver.replace(
+                where, fresh.image.metadata, fresh.image.reader, fresh.stats, serve_xattrs=self._serve_xattrs(fresh)
+            )
+            self.images[where] = fresh
+            self._start(fresh)
+            await self._close(old)
+        log.info("Rafs filesystem remounted at %s", where)
+
+    async def umount(self, mountpoint: str) -> None:
+        where = canonical(mountpoint)
+        with self._claim(where):
+            mounted = self.images.get(where)
+            if mounted is None:
+                raise MountFailedError(DOES_NOT_EXIST)
+            try:
+                await self._driver.umount(where)
+            except MountMissingError:
+                pass  # the tree lost it already; the rest must still go
+            del self.images[where]
+            await self._close(mounted)
+        log.info("Rafs filesystem umounted at %s", where)
+
+    async def close_all(self) -> None:
+        """At the daemon's end: the kernel no longer asks."""
+        for mounted in list(self.images.values()):
+            await self._close(mounted)
+        self.images.clear()
+
+    async def _open(self, request: MountRequest) -> MountedImage:
+        for path in request.prefetch_files:
+            if not path.startswith("/"):
+                raise MountFailedError("invalid prefetch file list")
+        try:
+            image = await self._opener(request)
+        except (NydusError, RafsError) as error:
+            log.error("mount of %s at %s failed: %s", request.source, request.mountpoint, error)
+            raise MountFailedError(f"RAFS failed to handle request, {error}") from None
+        except OSError as error:
+            reason = f"{error.filename or request.source}: {error.strerror or error}"
+            log.error("mount of %s at %s failed: %s", request.source, request.mountpoint, reason)
+            raise MountFailedError(f"RAFS failed to handle request, {reason}") from None
+        config = request.config
+        stats = FsStats(
+            request.mountpoint,
+            files=config.iostats_files,
+            access_pattern=config.access_pattern,
+            latest_files=config.latest_read_files,
+        )
+        flags = " | ".join(str(flag.name) for flag in image.metadata.flags)
+        version = image.metadata.version
+        log.info("%s features: %s", "RAFS v5 super block" if version == 5 else "RAFS", flags)
+        log.info("RAFS filesystem imported")
+        return MountedImage(request, image, stats)
+
+    @staticmethod
+    def _serve_xattrs(mounted: MountedImage) -> bool:
+        return mounted.request.config.enable_xattr or bool(mounted.image.metadata.flags & SuperFlags.HAS_XATTR)
+
+    def _start(self, mounted: MountedImage) -> None:
+        async def prefetch() -> None:
+            with mounted.background:
+                try:
+                    await mounted.image.prefetch()
+                except (NydusError, RafsError, OSError) as error:
+                    log.warning("prefetch for %s stopped: %s", mounted.request.mountpoint, error)
+
+        self._background.start_soon(prefetch)
+
+    async def _close(self, mounted: MountedImage) -> None:
+        mounted.background.cancel()
+        try:
+            await mounted.image.aclose()
+        except (NydusError, OSError) as error:
+            log.warning("closing %s: %s", mounted.request.mountpoint, error)
+
+
+def sole(values: Sequence[Any]) -> Any:
+    """The only element; None when there are none or several."""
+    return values[0] if len(values) == 1 else None

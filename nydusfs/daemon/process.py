@@ -1,0 +1,69 @@
+"""Checks and settings of the process before it serves: root, limits, what an earlier life left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+from nydusfs.drivers import kernel
+from nydusfs.errors import NydusError
+
+log = logging.getLogger("nydusfs.daemon")
+
+RLIMIT_RESERVE = 16384  # open files left to the rest of the machine
+
+
+def raise_nofile_limit(wanted: int) -> None:
+    """Allow `wanted` open files, 0 leaves the limit. What the machine does not grant is clamped with a warning."""
+    if wanted <= 0:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        machine = int(Path("/proc/sys/fs/file-max").read_text())
+    except (OSError, ValueError):
+        machine = wanted + RLIMIT_RESERVE
+    target = min(wanted, max(machine - RLIMIT_RESERVE, soft))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, max(hard, target)))
+    except (ValueError, OSError) as error:
+        granted = min(target, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+        except (ValueError, OSError):
+            granted = soft
+        log.warning(
+            "rlimit-nofile %d is not permitted here (%s): going on with %d, the hard limit is %d",
+            target,
+            getattr(error, "strerror", None) or error,
+            granted,
+            hard,
+        )
+        target = granted
+    log.info("Set rlimit-nofile to %d, maximum %d", target, max(hard, target))
+
+
+def check_mountpoint(path: str) -> str:
+    """The canonical path of an existing directory, after a dead daemon's mount on it was detached.
+
+    Raises `NydusError`/`MountError`: not there, no directory, or served by a living process.
+    """
+    absolute = os.path.realpath(path)  # does not stat the last component of a dead mount in a way that fails
+    if kernel.clear_dead_mount(absolute):
+        log.warning("a dead daemon's mount at %s was detached", absolute)
+    try:
+        with os.scandir(absolute):
+            pass
+    except FileNotFoundError:
+        raise NydusError(f"mountpoint {path} does not exist: create the directory first") from None
+    except NotADirectoryError:
+        raise NydusError(f"mountpoint {path} is not a directory") from None
+    except OSError as error:
+        raise NydusError(f"mountpoint {path}: {error.strerror}") from None
+    return absolute
+
+
+def check_privileges() -> None:
+    if os.geteuid() != 0:
+        raise NydusError("nydusd must run as root: mounting FUSE with allow_other needs CAP_SYS_ADMIN")

@@ -1,0 +1,151 @@
+"""Counters of one mounted image, in the units and buckets of upstream's `/api/v1/metrics`."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from enum import IntEnum
+from typing import Any
+
+from nydusfs.counters import size_bucket
+
+READ_LATENCY_LIMITS = (200, 1_000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000)  # microseconds, upper bounds
+
+
+class Fop(IntEnum):
+    GETATTR = 0
+    READLINK = 1
+    OPEN = 2
+    RELEASE = 3
+    READ = 4
+    STATFS = 5
+    GETXATTR = 6
+    LISTXATTR = 7
+    OPENDIR = 8
+    LOOKUP = 9
+    READDIR = 10
+    READDIRPLUS = 11
+    ACCESS = 12
+    FORGET = 13
+    BATCH_FORGET = 14
+
+
+class _FileStats:
+    __slots__ = ("blocks", "data_read", "errors", "first", "hits", "reads")
+
+    def __init__(self) -> None:
+        self.hits = [0] * len(Fop)
+        self.errors = [0] * len(Fop)
+        self.blocks = [0] * 8
+        self.data_read = 0
+        self.reads = 0
+        self.first = 0  # ns of wall clock at the first read
+
+
+class FsStats:
+    """Counters grow for ever. Per-file counters exist only when the configuration asks for them."""
+
+    def __init__(
+        self, mount_id: str, *, files: bool = False, access_pattern: bool = False, latest_files: bool = False
+    ) -> None:
+        self.id = mount_id
+        self.files_enabled = files
+        self.pattern_enabled = access_pattern
+        self.latest_enabled = latest_files
+        self.hits = [0] * len(Fop)
+        self.errors = [0] * len(Fop)
+        self.latency = [0] * len(Fop)  # nanoseconds
+        self.data_read = 0
+        self.blocks = [0] * 8
+        self.read_latency = [0] * 8
+        self._per_file = files or access_pattern
+        self._files: dict[int, _FileStats] = {}
+        self._latest: set[int] = set()
+        self._watch = self._per_file or latest_files
+
+    def count(self, fop: int, ino: int, nanoseconds: int, failed: bool) -> None:
+        self.hits[fop] += 1
+        self.latency[fop] += nanoseconds
+        if failed:
+            self.errors[fop] += 1
+        if self._per_file:
+            record = self._file(ino)
+            record.hits[fop] += 1
+            record.errors[fop] += failed
+
+    def count_read(self, ino: int, asked: int, returned: int, nanoseconds: int) -> None:
+        bucket = size_bucket(asked)
+        self.data_read += returned
+        self.blocks[bucket] += 1
+        self.read_latency[bisect_left(READ_LATENCY_LIMITS, nanoseconds // 1000)] += 1
+        if not self._watch:
+            return
+        if self.latest_enabled:
+            self._latest.add(ino)
+        if self._per_file:
+            record = self._file(ino)
+            record.first = record.first or time.time_ns()
+            record.reads += 1
+            record.data_read += returned
+            record.blocks[bucket] += 1
+
+    def _file(self, ino: int) -> _FileStats:
+        record = self._files.get(ino)
+        if record is None:
+            record = self._files[ino] = _FileStats()
+        return record
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "files_account_enabled": self.files_enabled,
+            "access_pattern_enabled": self.pattern_enabled,
+            "record_latest_read_files_enabled": self.latest_enabled,
+            "measure_latency": True,
+            "id": self.id,
+            "nr_opens": self.hits[Fop.OPEN],
+            "data_read": self.data_read,
+            "block_count_read": list(self.blocks),
+            "fop_hits": list(self.hits),
+            "fop_errors": list(self.errors),
+            "fop_cumulative_latency_total": [total // 1000 for total in self.latency],
+            "read_latency_dist": list(self.read_latency),
+        }
+
+    def files(self) -> dict[str, Any]:
+        if not self.files_enabled:
+            return {}
+        return {
+            str(ino): {
+                "total_fops": sum(record.hits),
+                "data_read": record.data_read,
+                "block_count_read": record.blocks,
+                "fop_hits": record.hits,
+                "fop_errors": record.errors,
+            }
+            for ino, record in sorted(self._files.items())
+        }
+
+    def take_latest(self) -> list[list[int]]:
+        """Inodes read since the last call, as ranges: `[[1, 5], [8]]`. Asking clears the list."""
+        ranges: list[list[int]] = []
+        for ino in sorted(self._latest):
+            if ranges and ino == ranges[-1][-1] + 1:
+                ranges[-1] = [ranges[-1][0], ino]
+            else:
+                ranges.append([ino])
+        self._latest.clear()
+        return ranges
+
+    def pattern(self) -> list[dict[str, int]]:
+        if not self.pattern_enabled:
+            return []
+        return [
+            {
+                "ino": ino,
+                "nr_read": record.reads,
+                "first_access_time_secs": record.first // 10**9,
+                "first_access_time_nanos": record.first % 10**9,
+            }
+            for ino, record in sorted(self._files.items())
+            if record.reads
+        ]

@@ -1,0 +1,298 @@
+"""What the FUSE driver serves: a volume is one image, or the directories that lead to the images.
+
+Node numbers of the kernel are `index << 48 | ino`. Index 0 is the directory tree above the images; every image gets a
+fresh index, so a number that outlives its image can only meet "no such image" (ESTALE), never another image.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from nydusfs.drivers.stats import FsStats
+from nydusfs.errors import NydusError
+
+INDEX_SHIFT = 48
+INO_MASK = (1 << INDEX_SHIFT) - 1
+MAX_INDEX = 0x7FFF  # keeps node numbers positive as signed 64-bit values
+ROOT_ID = 1
+# As upstream: 2^32 seconds. What an image holds never changes; umount sends invalidations.
+FOREVER = float(1 << 32)
+
+
+class AttrLike(Protocol):
+    """The fields read from `bootstrap.reader.Attr`; `blocks` in units of 512 bytes, `mtime` in seconds."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nlink(self) -> int: ...
+    @property
+    def rdev(self) -> int: ...
+    @property
+    def mtime(self) -> int: ...
+    @property
+    def mtime_nsec(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+
+
+class DirEntryLike(Protocol):
+    @property
+    def name(self) -> bytes: ...
+    @property
+    def ino(self) -> int: ...
+    @property
+    def cookie(self) -> int: ...
+
+
+class Metadata(Protocol):
+    """The part of `bootstrap.reader.Bootstrap` that is asked on every metadata request."""
+
+    @property
+    def root(self) -> int: ...
+    @property
+    def inode_count(self) -> int: ...
+    def attr(self, ino: int) -> AttrLike: ...
+    def lookup(self, parent: int, name: bytes) -> int: ...
+    def list_dir(self, ino: int, cookie: int = 0) -> Iterator[DirEntryLike]: ...
+    def readlink(self, ino: int) -> bytes: ...
+    def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
+
+
+class ImageData(Protocol):
+    """Where file content comes from (`nydusfs.image_reader.ImageReader`)."""
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+
+
+class MountExistsError(NydusError):
+    """Something is mounted at this path of the tree already."""
+
+
+class MountMissingError(NydusError):
+    """Nothing is mounted at this path of the tree."""
+
+
+class Volume(Protocol):
+    """`child` numbers in answers are complete node numbers; 0 means there is none."""
+
+    stats: FsStats
+    entry_timeout: float
+    negative_timeout: float
+    generation: int
+
+    def attr(self, ino: int) -> AttrLike: ...
+    def lookup(self, parent: int, name: bytes) -> int: ...
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]: ...
+    def readlink(self, ino: int) -> bytes: ...
+    def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
+    async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+
+
+class ImageVolume:
+    """One mounted image. Keeps nothing per inode: every answer is read from the mapped bootstrap."""
+
+    __slots__ = (
+        "base",
+        "data",
+        "entry_timeout",
+        "generation",
+        "index",
+        "metadata",
+        "negative_timeout",
+        "root_ino",
+        "serve_xattrs",
+        "stats",
+    )
+
+    def __init__(
+        self, index: int, generation: int, metadata: Metadata, data: ImageData, stats: FsStats, serve_xattrs: bool
+    ) -> None:
+        self.index = index
+        self.base = index << INDEX_SHIFT
+        self.generation = generation
+        self.metadata = metadata
+        self.data = data
+        self.stats = stats
+        self.serve_xattrs = serve_xattrs
+        self.root_ino = metadata.root
+        self.entry_timeout = self.negative_timeout = FOREVER
+
+    @property
+    def root_node(self) -> int:
+        return self.base | self.root_ino
+
+    def attr(self, ino: int) -> AttrLike:
+        return self.metadata.attr(ino)
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        ino = self.metadata.lookup(parent, name)
+        return self.base | ino if ino else 0
+
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]:
+        for entry in self.metadata.list_dir(ino, cookie):
+            yield entry.name, self.base | entry.ino, entry.cookie
+
+    def readlink(self, ino: int) -> bytes:
+        return self.metadata.readlink(ino)
+
+    def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        return self.metadata.xattrs(ino) if self.serve_xattrs else {}
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes:
+        return await self.data.read(ino, offset, size)
+
+
+class _DirAttr(NamedTuple):
+    mode: int = stat.S_IFDIR | 0o755
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    nlink: int = 2
+    rdev: int = 0
+    mtime: int = 0
+    mtime_nsec: int = 0
+    blocks: int = 0
+
+
+class _Node:
+    __slots__ = ("children", "image", "name", "number", "parent")
+
+    def __init__(self, number: int, parent: _Node | None, name: bytes) -> None:
+        self.number = number
+        self.parent = parent
+        self.name = name
+        self.children: dict[bytes, _Node] = {}
+        self.image: ImageVolume | None = None
+
+
+class TreeChange(NamedTuple):
+    """What the kernel may have cached and must forget: the name in a directory, or the root's own attributes."""
+
+    parent: int
+    name: bytes
+
+
+def split_mountpoint(path: str) -> list[bytes]:
+    """The parts of a mountpoint such as `/a/b`; [] for `/`. ValueError for relative paths and dot components."""
+    raw = path.encode("utf-8", "surrogateescape")
+    if not raw.startswith(b"/") or b"\0" in raw:
+        raise ValueError(f"mountpoint {path!r} must be an absolute path")
+    parts = [part for part in raw.split(b"/") if part]
+    if any(part in (b".", b"..") or len(part) > 255 for part in parts):
+        raise ValueError(f"mountpoint {path!r} must not hold '.', '..' or names above 255 bytes")
+    return parts
+
+
+class PseudoTree:
+    """Directories made for the mountpoints, and the places where images hang. Answers are short-lived.
+
+    The directories of a path stay after umount, as upstream's do; the last one goes when it was made for the image.
+    """
+
+    def __init__(self) -> None:
+        self.stats = FsStats("")
+        # Names here change at mount and umount. Those send invalidations too; 0 for absent names keeps a name that
+        # appears later from hiding behind a cached "no such file".
+        self.entry_timeout = 1.0
+        self.negative_timeout = 0.0
+        self.generation = 0
+        self._root = _Node(ROOT_ID, None, b"")
+        self._nodes: dict[int, _Node] = {ROOT_ID: self._root}
+        self._next = ROOT_ID + 1
+
+    @property
+    def root_image(self) -> ImageVolume | None:
+        return self._root.image
+
+    def _walk(self, parts: list[bytes]) -> _Node | None:
+        node: _Node | None = self._root
+        for part in parts:
+            node = node.children.get(part) if node else None
+        return node
+
+    def check_free(self, parts: list[bytes]) -> None:
+        """Raise `MountExistsError` when an image sits at, above or below this place."""
+        node = self._root
+        for depth in range(len(parts) + 1):
+            if node.image is not None:
+                at = "/" + b"/".join(parts[:depth]).decode("utf-8", "replace")
+                raise MountExistsError(f"an image is already mounted at {at}")
+            if depth == len(parts):
+                break
+            child = node.children.get(parts[depth])
+            if child is None:
+                return
+            node = child
+        if self._has_image(node):
+            raise MountExistsError("images are mounted below this path")
+
+    def _has_image(self, node: _Node) -> bool:
+        return node.image is not None or any(self._has_image(child) for child in node.children.values())
+
+    def attach(self, parts: list[bytes], image: ImageVolume) -> TreeChange:
+        self.check_free(parts)
+        node = self._root
+        first_new: TreeChange | None = None
+        for part in parts:
+            child = node.children.get(part)
+            if child is None:
+                child = _Node(self._next, node, part)
+                self._next += 1
+                self._nodes[child.number] = node.children[part] = child
+                first_new = first_new or TreeChange(node.number, part)
+            node = child
+        node.image = image
+        if node.parent is None:
+            return TreeChange(0, b"")
+        return first_new or TreeChange(node.parent.number, node.name)
+
+    def detach(self, parts: list[bytes]) -> tuple[ImageVolume, TreeChange]:
+        node = self._walk(parts)
+        if node is None or node.image is None:
+            raise MountMissingError("/" + b"/".join(parts).decode("utf-8", "replace") + " is not mounted")
+        image, node.image = node.image, None
+        if node.parent is None:
+            return image, TreeChange(0, b"")
+        if not node.children:
+            del node.parent.children[node.name], self._nodes[node.number]
+        return image, TreeChange(node.parent.number, node.name)
+
+    def _child_number(self, node: _Node) -> int:
+        return node.image.root_node if node.image is not None else node.number
+
+    def _node(self, ino: int) -> _Node:
+        node = self._nodes.get(ino)
+        if node is None:
+            raise KeyError(ino)
+        return node
+
+    def attr(self, ino: int) -> AttrLike:
+        return _DirAttr(nlink=2 + len(self._node(ino).children))
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        child = self._node(parent).children.get(name)
+        return self._child_number(child) if child is not None else 0
+
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]:
+        # Node numbers only grow and a dict keeps insertion order, so the number itself is a stable cookie.
+        for child in list(self._node(ino).children.values()):
+            if child.number > cookie:
+                yield child.name, self._child_number(child), child.number
+
+    def readlink(self, ino: int) -> bytes:
+        raise KeyError(ino)
+
+    def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        return {}
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes:
+        raise KeyError(ino)
