@@ -53,9 +53,13 @@ def images() -> None:
 @click.option("--snapshotter", default="nydus", show_default=True, metavar="NAME", help="a snapshotter of containerd")
 @click.option("--plain-http", is_flag=True, help="speak HTTP, not HTTPS (loopback registries need no flag)")
 @click.option("-k", "--skip-verify", is_flag=True, help="accept any certificate")
-@click.option("-u", "--user", metavar="NAME[:PASSWORD]",
-              help="registry login; asks for the password when it is left out. "
-              "Without this the logins of docker's config.json are used")  # fmt: skip
+@click.option(
+    "-u",
+    "--user",
+    metavar="NAME[:PASSWORD]",
+    help="registry login; asks for the password when it is left out. "
+    "Without this the logins of docker's config.json are used",
+)
 @click.option("--hosts-dir", metavar="DIR", default="", help="directory of per-registry hosts.toml files (certs.d)")
 @click.option(
     "--platform",
@@ -68,9 +72,18 @@ def images() -> None:
 @click.argument("ref")
 @click.pass_obj
 def rpull(
-    outer: dict[str, str | None], address: str | None, namespace: str | None, snapshotter: str, plain_http: bool,
-    skip_verify: bool, user: str | None, hosts_dir: str, platform_name: str, use_containerd_labels: bool, ref: str,
-) -> None:  # fmt: skip
+    outer: dict[str, str | None],
+    address: str | None,
+    namespace: str | None,
+    snapshotter: str,
+    plain_http: bool,
+    skip_verify: bool,
+    user: str | None,
+    hosts_dir: str,
+    platform_name: str,
+    use_containerd_labels: bool,
+    ref: str,
+) -> None:
     """Pull REF without downloading what the snapshotter can fetch later.
 
     Layers that the snapshotter takes over (those of a Nydus image) are not downloaded; ordinary images are pulled and

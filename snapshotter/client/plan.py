@@ -115,14 +115,18 @@ def choose_manifest(index: Mapping[str, Any], platform: Platform, where: str) ->
     if not isinstance(entries, list):
         raise ImageError(f"{where}: an index without manifests")
     matching = [
-        found for found in (Descriptor.parse(entry, where) for entry in entries)
+        found
+        for found in (Descriptor.parse(entry, where) for entry in entries)
         if found.platform and platform.matches(found.platform)
-    ]  # fmt: skip
+    ]
     if not matching:
-        offered = sorted({
-            "/".join(str(entry["platform"].get(key)) for key in ("os", "architecture"))
-            for entry in entries if isinstance(entry, dict) and isinstance(entry.get("platform"), dict)
-        })  # fmt: skip
+        offered = sorted(
+            {
+                "/".join(str(entry["platform"].get(key)) for key in ("os", "architecture"))
+                for entry in entries
+                if isinstance(entry, dict) and isinstance(entry.get("platform"), dict)
+            }
+        )
         raise ImageError(f"{where}: no image for platform {platform}; it has {', '.join(offered) or 'none'}")
     chosen = next((found for found in matching if _is_nydus(found)), matching[0])
     return chosen, chosen is matching[0] and all(Descriptor.parse(entry, where).platform for entry in entries)

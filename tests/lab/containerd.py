@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import shutil
@@ -11,6 +12,13 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.lab.process import Child, LabError, end_processes, processes_mentioning, run, unmount_below
+
+UNUSED_PLUGINS = [
+    *(f"io.containerd.snapshotter.v1.{name}" for name in ("btrfs", "zfs", "aufs", "devmapper", "blockfile", "erofs")),
+    "io.containerd.differ.v1.erofs",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.internal.v1.opt",
+]
 
 
 def find_containerd() -> Path | None:
@@ -31,9 +39,14 @@ class Containerd:
     """`binary` is Debian's 1.6 or any newer one; its shim and ctr are taken from beside it, else from PATH."""
 
     def __init__(
-        self, work: Path, snapshotter_socket: Path | None = None, binary: Path | None = None, pause_ref: str = "",
-        hosts: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        work: Path,
+        snapshotter_socket: Path | None = None,
+        binary: Path | None = None,
+        pause_ref: str = "",
+        hosts: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         found = binary or find_containerd()
         if found is None:
             raise LabError("containerd is not installed: apt-get install containerd runc")
@@ -87,10 +100,7 @@ class Containerd:
             f'root = "{self.work}/root"',
             f'state = "{self.work}/state"',
             "oom_score = 0",
-            'disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",'
-            ' "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper",'
-            ' "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs", "io.containerd.differ.v1.erofs",'
-            ' "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]',
+            f"disabled_plugins = {json.dumps(UNUSED_PLUGINS)}",
             "[grpc]",
             f'  address = "{self.socket}"',
         ]
@@ -103,7 +113,7 @@ class Containerd:
 
     def _cri_2(self) -> list[str]:
         cri = '[plugins."io.containerd.grpc.v1.cri"'
-        lines = [
+        return [
             f"{cri}]",
             f'  sandbox_image = "{self.pause_ref or "127.0.0.1:1/none/pause:1"}"',
             "  disable_apparmor = true",
@@ -125,7 +135,6 @@ class Containerd:
             f"{cri}.registry]",
             f'  config_path = "{self.hosts_dir}"',
         ]
-        return lines
 
     def _cri_3(self) -> list[str]:
         images, runtime = "[plugins.'io.containerd.cri.v1.images'", "[plugins.'io.containerd.cri.v1.runtime'"
@@ -154,10 +163,14 @@ class Containerd:
             "  disable_tcp_service = true",
         ]
         if self.snapshotter_socket is not None:
-            lines += ["[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]", '  platform = "linux/amd64"',
-                      '  snapshotter = "nydus"',
-                      "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]", '  platform = "linux/amd64"',
-                      '  snapshotter = "overlayfs"']  # fmt: skip
+            lines += [
+                "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]",
+                '  platform = "linux/amd64"',
+                '  snapshotter = "nydus"',
+                "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]",
+                '  platform = "linux/amd64"',
+                '  snapshotter = "overlayfs"',
+            ]
         return lines
 
     def ctr_argv(self, *args: str | Path) -> list[str]:
@@ -167,20 +180,41 @@ class Containerd:
         return run(self.ctr_argv(*args), timeout=timeout, check=check)
 
     def nerdctl_argv(self, nerdctl: Path, *args: str | Path, snapshotter: str = "nydus") -> list[str]:
-        return [str(nerdctl), "--address", str(self.socket), "--namespace", self.namespace, "--snapshotter", snapshotter,
-                "--data-root", str(self.work / "nerdctl"), "--cgroup-manager", "cgroupfs", "--hosts-dir", str(self.hosts_dir),
-                "--cni-path", "/usr/lib/cni", "--cni-netconfpath", str(self.cni_dir), *map(str, args)]  # fmt: skip
+        return [
+            str(nerdctl),
+            "--address",
+            str(self.socket),
+            "--namespace",
+            self.namespace,
+            "--snapshotter",
+            snapshotter,
+            "--data-root",
+            str(self.work / "nerdctl"),
+            "--cgroup-manager",
+            "cgroupfs",
+            "--hosts-dir",
+            str(self.hosts_dir),
+            "--cni-path",
+            "/usr/lib/cni",
+            "--cni-netconfpath",
+            str(self.cni_dir),
+            *map(str, args),
+        ]
 
     def nerdctl(
         self, nerdctl: Path, *args: str | Path, snapshotter: str = "nydus", timeout: float = 180.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": f"{self.binary.parent}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.work), **(self.env or {})}
+        env = {
+            "PATH": f"{self.binary.parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.work),
+            **(self.env or {}),
+        }
         return run(self.nerdctl_argv(nerdctl, *args, snapshotter=snapshotter), timeout=timeout, check=check, env=env)
 
     def end_containers(self) -> None:
         """Kills every task and removes every container of every namespace."""
         for space in self._names("namespaces", "ls", "-q"):
-            prefix = [self.ctr_binary, "-a", self.socket, "-n", space]
+            prefix = [str(self.ctr_binary), "-a", str(self.socket), "-n", space]
             for task in run([*prefix, "tasks", "ls", "-q"], timeout=30, check=False).stdout.split():
                 run([*prefix, "tasks", "rm", "-f", task], timeout=30, check=False)
             for container in run([*prefix, "containers", "ls", "-q"], timeout=30, check=False).stdout.split():
@@ -218,5 +252,7 @@ class Containerd:
     def __enter__(self) -> Containerd:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()

@@ -50,9 +50,18 @@ class Layer:
 
 
 def entry(
-    name: str, data: bytes | str | None = None, *, kind: bytes | None = None, mode: int | None = None, uid: int = 0, gid: int = 0,
-    mtime: int = EPOCH, link: str = "", xattrs: Mapping[str, str] | None = None, device: tuple[int, int] = (0, 0),
-) -> tuple[tarfile.TarInfo, bytes | None]:  # fmt: skip
+    name: str,
+    data: bytes | str | None = None,
+    *,
+    kind: bytes | None = None,
+    mode: int | None = None,
+    uid: int = 0,
+    gid: int = 0,
+    mtime: int = EPOCH,
+    link: str = "",
+    xattrs: Mapping[str, str] | None = None,
+    device: tuple[int, int] = (0, 0),
+) -> tuple[tarfile.TarInfo, bytes | None]:
     """A tar member: a file when `data` is given, a symbolic link when only `link` is, else a directory."""
     info = tarfile.TarInfo(name)
     body = data.encode() if isinstance(data, str) else data
@@ -104,7 +113,7 @@ class ImageLayout:
         return Blob(f"sha256:{digest}", len(data), path, media_type)
 
     def add_layer(self, members: Iterable[Member], compression: str = "gzip", level: int = 6) -> Layer:
-        """Writes a layer; `compression` is gzip, zstd or none. A Path as a member's body is read when its turn comes."""
+        """Writes a layer; `compression` is gzip, zstd or none. A Path as a body is read when its turn comes."""
         part = self.blobs / f".part-{id(members)}"
         counts = {"entries": 0, "files": 0, "content": 0}
         with part.open("wb") as file:
@@ -129,10 +138,15 @@ class ImageLayout:
         return Layer(Blob(stored.digest, stored.size, path, media), plain.digest, plain.size, **counts)
 
     def finish(
-        self, layers: Sequence[Layer], *, entrypoint: Sequence[str] | None = None, cmd: Sequence[str] | None = None,
-        env: Sequence[str] = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",), workdir: str = "/",
+        self,
+        layers: Sequence[Layer],
+        *,
+        entrypoint: Sequence[str] | None = None,
+        cmd: Sequence[str] | None = None,
+        env: Sequence[str] = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",),
+        workdir: str = "/",
         architecture: str = "amd64",
-    ) -> Image:  # fmt: skip
+    ) -> Image:
         """Config, manifest and index.json around `layers`, lowest first."""
         config: dict[str, Any] = {"Env": list(env), "WorkingDir": workdir}
         if entrypoint is not None:
@@ -141,15 +155,24 @@ class ImageLayout:
             config["Cmd"] = list(cmd)
         created = "2023-11-14T22:13:20Z"
         text = json.dumps(
-            {"created": created, "architecture": architecture, "os": "linux", "config": config,
-             "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-             "history": [{"created": created, "created_by": f"lab layer {index}"} for index in range(len(layers))]}
-        )  # fmt: skip
+            {
+                "created": created,
+                "architecture": architecture,
+                "os": "linux",
+                "config": config,
+                "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+                "history": [{"created": created, "created_by": f"lab layer {index}"} for index in range(len(layers))],
+            }
+        )
         config_blob = self.add_blob(text.encode(), CONFIG)
         manifest = json.dumps(
-            {"schemaVersion": 2, "mediaType": MANIFEST, "config": config_blob.descriptor(),
-             "layers": [layer.blob.descriptor() for layer in layers]}
-        )  # fmt: skip
+            {
+                "schemaVersion": 2,
+                "mediaType": MANIFEST,
+                "config": config_blob.descriptor(),
+                "layers": [layer.blob.descriptor() for layer in layers],
+            }
+        )
         manifest_blob = self.add_blob(manifest.encode(), MANIFEST)
         (self.directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         (self.directory / "index.json").write_text(
@@ -218,9 +241,12 @@ def push_image(registry: str, repository: str, tag: str, manifest: Blob, blobs: 
         place = place.partition(registry)[2] if place.startswith("http") else place
         with blob.path.open("rb") as body:
             status, _ = _request(
-                registry, "PUT", f"{place}{'&' if '?' in place else '?'}digest={blob.digest}", body,
+                registry,
+                "PUT",
+                f"{place}{'&' if '?' in place else '?'}digest={blob.digest}",
+                body,
                 {"Content-Length": str(blob.size), "Content-Type": "application/octet-stream"},
-            )  # fmt: skip
+            )
         if status != 201:
             raise OSError(f"{registry}/{repository}: PUT of blob {blob.digest} was answered {status}")
     with manifest.path.open("rb") as body:

@@ -106,7 +106,9 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, listen: tuple[str, int], registry: str, keep: bool, fault: str, stats: str, verbose: bool) -> None:
+    def __init__(
+        self, listen: tuple[str, int], registry: str, keep: bool, fault: str, stats: str, verbose: bool
+    ) -> None:
         self.registry, self.keep, self.fault, self.stats, self.verbose = registry, keep, fault, stats, verbose
         self.kept: dict[tuple[str, str], tuple[int, dict[str, str], bytes]] = {}
         self.idle: dict[str, list[http.client.HTTPConnection]] = {}
@@ -130,7 +132,9 @@ class _Server(http.server.ThreadingHTTPServer):
 class Mirror:
     """The mirror above as a process of its own, as a context manager."""
 
-    def __init__(self, work: Path, registry: str, *, keep: bool = False, fault: str = "none", port: int | None = None) -> None:
+    def __init__(
+        self, work: Path, registry: str, *, keep: bool = False, fault: str = "none", port: int | None = None
+    ) -> None:
         self.work, self.registry, self.keep, self.fault = work, registry, keep, fault
         self.port = port or free_port()
         self.log = work / f"mirror-{self.port}.log"
@@ -141,8 +145,19 @@ class Mirror:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> Mirror:
-        argv = [sys.executable, "-m", "tests.lab.mirror", "--listen", f"127.0.0.1:{self.port}", "--registry", self.registry,
-                "--fault", self.fault, "--verbose", *(["--cache"] if self.keep else [])]  # fmt: skip
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.lab.mirror",
+            "--listen",
+            f"127.0.0.1:{self.port}",
+            "--registry",
+            self.registry,
+            "--fault",
+            self.fault,
+            "--verbose",
+            *(["--cache"] if self.keep else []),
+        ]
         self._child = Child("mirror", argv, self.log, cwd=Path(__file__).resolve().parents[2])
         self._child.wait_ready(lambda: can_connect(("127.0.0.1", self.port)))
         return self
@@ -159,14 +174,20 @@ class Mirror:
     def __enter__(self) -> Mirror:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.lab.mirror", description="A forwarding mirror of a registry.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.lab.mirror", description="A forwarding mirror of a registry."
+    )
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
-    parser.add_argument("--registry", required=True, metavar="URL", help="origin when no X-Dragonfly-Registry header comes")
+    parser.add_argument(
+        "--registry", required=True, metavar="URL", help="origin when no X-Dragonfly-Registry header comes"
+    )
     parser.add_argument("--cache", action="store_true", help="answer repeated blob ranges from memory")
     parser.add_argument("--fault", choices=FAULTS, default="none")
     parser.add_argument("--stats", default="", metavar="FILE", help="write counters there at the end")

@@ -69,15 +69,25 @@ class Child:
     """One background program in its own session, its output in a log file."""
 
     def __init__(
-        self, name: str, argv: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        name: str,
+        argv: Sequence[str | Path],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.name, self.argv, self.log = name, [str(arg) for arg in argv], log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env=dict(env) if env is not None else None, cwd=cwd,
-            )  # fmt: skip
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=dict(env) if env is not None else None,
+                cwd=cwd,
+            )
 
     @property
     def pid(self) -> int:
@@ -113,17 +123,31 @@ def tail(path: Path, size: int = 3000) -> str:
         return f"({error})"
 
 
-def run(argv: Sequence[str | Path], *, timeout: float = 60.0, env: Mapping[str, str] | None = None, check: bool = True,
-        cwd: Path | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def run(
+    argv: Sequence[str | Path],
+    *,
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
     """A command with its output captured; LabError with that output when it fails."""
     words = [str(arg) for arg in argv]
     try:
         done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, cwd=cwd,
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            cwd=cwd,
             env=dict(env) if env is not None else None,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"{' '.join(words)}: no end after {timeout:.0f} s; it said {error.stdout!r} {error.stderr!r}") from None
+        raise LabError(
+            f"{' '.join(words)}: no end after {timeout:.0f} s; it said {error.stdout!r} {error.stderr!r}"
+        ) from None
     if check and done.returncode:
         raise LabError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return done

@@ -54,7 +54,9 @@ class Registry:
     `token_realm` switches bearer authentication on: (realm URL, service, issuer, certificate bundle file).
     """
 
-    def __init__(self, work: Path, port: int | None = None, token_realm: tuple[str, str, str, Path] | None = None) -> None:
+    def __init__(
+        self, work: Path, port: int | None = None, token_realm: tuple[str, str, str, Path] | None = None
+    ) -> None:
         self.work, self.port, self.token_realm = work, port or free_port(), token_realm
         self.log = work / "registry.log"
         self._child: Child | None = None
@@ -81,8 +83,14 @@ class Registry:
         ]
         if self.token_realm is not None:
             realm, service, issuer, bundle = self.token_realm
-            lines += ["auth:", "  token:", f"    realm: {realm}", f"    service: {service}", f"    issuer: {issuer}",
-                      f"    rootcertbundle: {bundle}"]  # fmt: skip
+            lines += [
+                "auth:",
+                "  token:",
+                f"    realm: {realm}",
+                f"    service: {service}",
+                f"    issuer: {issuer}",
+                f"    rootcertbundle: {bundle}",
+            ]
         config.write_text("\n".join(lines) + "\n")
         self._child = Child("docker-registry", [program, "serve", config], self.log)
         self._child.wait_ready(self._answers)
@@ -120,5 +128,7 @@ class Registry:
     def __enter__(self) -> Registry:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()

@@ -24,13 +24,56 @@ from tests.lab.images import EPOCH, Blob, Image, ImageLayout, Layer, Member, ent
 from tests.lab.process import LabError, run
 
 VERSION = 1  # raise when the recipe changes: it names the cache
-WHEELS = (("numpy==2.2.6",), ("scipy==1.15.3",), ("pandas==2.2.3", "python-dateutil==2.9.0.post0", "pytz==2025.2",
-          "tzdata==2025.2", "six==1.17.0"))  # fmt: skip
-BASE = ("base-files", "bash", "coreutils", "dash", "debianutils", "diffutils", "findutils", "grep", "gzip", "hostname", "sed",
-        "tar", "util-linux", "libc-bin", "perl-base", "dpkg", "apt", "login", "passwd", "procps", "tzdata", "ncurses-bin",
-        "ncurses-base", "mount", "sysvinit-utils", "bsdutils", "debconf", "gpgv", "debian-archive-keyring")  # fmt: skip
-RUNTIME = ("ca-certificates", "openssl", "python3", "python3-minimal", "python3.11", "python3-venv", "python3-pip", "netbase",
-           "media-types", "libsqlite3-0", "libgdbm6", "libreadline8")  # fmt: skip
+WHEELS = (
+    "numpy==2.2.6",
+    "scipy==1.15.3",
+    "pandas==2.2.3 python-dateutil==2.9.0.post0 pytz==2025.2 tzdata==2025.2 six==1.17.0",
+)
+BASE = [
+    "apt",
+    "base-files",
+    "bash",
+    "bsdutils",
+    "coreutils",
+    "dash",
+    "debconf",
+    "debian-archive-keyring",
+    "debianutils",
+    "diffutils",
+    "dpkg",
+    "findutils",
+    "gpgv",
+    "grep",
+    "gzip",
+    "hostname",
+    "libc-bin",
+    "login",
+    "mount",
+    "ncurses-base",
+    "ncurses-bin",
+    "passwd",
+    "perl-base",
+    "procps",
+    "sed",
+    "sysvinit-utils",
+    "tar",
+    "tzdata",
+    "util-linux",
+]
+RUNTIME = [
+    "ca-certificates",
+    "libgdbm6",
+    "libreadline8",
+    "libsqlite3-0",
+    "media-types",
+    "netbase",
+    "openssl",
+    "python3",
+    "python3-minimal",
+    "python3-pip",
+    "python3-venv",
+    "python3.11",
+]
 
 APP = """\
 import sys, time
@@ -71,12 +114,14 @@ def sample_image(say: Callable[[str], None] = lambda text: None) -> Image:
         jobs: list[Callable[[], Iterable[Member]]] = [
             lambda: _package_members(base, skeleton=True),
             lambda: _package_members(runtime, skeleton=False),
-            *(lambda names=names: _wheel_members(names) for names in wheels),  # type: ignore[misc]
+            *(lambda names=names: _wheel_members(names) for names in wheels),
             lambda: [entry("app"), entry("app/serve.py", APP), entry("app/data.json", json.dumps(list(range(2000))))],
         ]
         with ThreadPoolExecutor(2) as pool:
             layers = list(pool.map(lambda job: layout.add_layer(job()), jobs))
-        image = layout.finish(layers, cmd=COMMAND, env=["PATH=/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"])
+        image = layout.finish(
+            layers, cmd=COMMAND, env=["PATH=/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]
+        )
         (part / "layers.json").write_text(json.dumps([_layer_facts(layer) for layer in image.layers]))
         shutil.rmtree(directory, ignore_errors=True)
         part.rename(directory)
@@ -87,7 +132,16 @@ def sample_image(say: Callable[[str], None] = lambda text: None) -> Image:
 
 def _layer_facts(layer: Layer) -> list[str | int]:
     blob = layer.blob
-    return [blob.digest, blob.size, blob.media_type, layer.diff_id, layer.tar_size, layer.entries, layer.files, layer.content]
+    return [
+        blob.digest,
+        blob.size,
+        blob.media_type,
+        layer.diff_id,
+        layer.tar_size,
+        layer.entries,
+        layer.files,
+        layer.content,
+    ]
 
 
 def _load(directory: Path) -> Image:
@@ -98,7 +152,9 @@ def _load(directory: Path) -> Image:
     manifest_path = directory / "blobs/sha256" / described["digest"].partition(":")[2]
     manifest = Blob(described["digest"], described["size"], manifest_path, described["mediaType"])
     config = json.loads(manifest_path.read_text())["config"]
-    config_blob = Blob(config["digest"], config["size"], directory / "blobs/sha256" / config["digest"][7:], config["mediaType"])
+    config_blob = Blob(
+        config["digest"], config["size"], directory / "blobs/sha256" / config["digest"][7:], config["mediaType"]
+    )
     return Image(directory, manifest, config_blob, layers)
 
 
@@ -108,16 +164,44 @@ def _download_wheels(say: Callable[[str], None]) -> list[list[Path]]:
     groups = []
     for names in WHEELS:
         group = []
-        for name in names:
+        for name in names.split():
             project, _, version = name.partition("==")
             pattern = f"{project.replace('-', '_')}-{version}-*.whl"
             if not list(target.glob(pattern)):
                 say(f"downloading {name}")
                 # For Debian's Python inside the image, whatever interpreter runs this.
-                run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                     "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "abi3", "--abi", "none",
-                     "--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_17_x86_64", "--platform", "any",
-                     "--dest", target, name], timeout=300)  # fmt: skip
+                run(
+                    [
+                        sys.executable,
+                        "-m",
+                        "pip",
+                        "download",
+                        "--quiet",
+                        "--no-deps",
+                        "--only-binary",
+                        ":all:",
+                        "--python-version",
+                        "3.11",
+                        "--implementation",
+                        "cp",
+                        "--abi",
+                        "cp311",
+                        "--abi",
+                        "abi3",
+                        "--abi",
+                        "none",
+                        "--platform",
+                        "manylinux2014_x86_64",
+                        "--platform",
+                        "manylinux_2_17_x86_64",
+                        "--platform",
+                        "any",
+                        "--dest",
+                        target,
+                        name,
+                    ],
+                    timeout=300,
+                )
             found = list(target.glob(pattern))
             if not found:
                 raise LabError(f"pip downloaded no wheel {pattern} to {target}")
@@ -128,15 +212,19 @@ def _download_wheels(say: Callable[[str], None]) -> list[list[Path]]:
 
 def _closure(names: Sequence[str]) -> list[str]:
     """Installed packages that `names` need, themselves included, in a stable order."""
-    text = run(["dpkg-query", "-W", "-f", "${Package}\\t${db:Status-Abbrev}\\t${Pre-Depends},${Depends}\\t${Provides}\\n"]).stdout
+    text = run(
+        ["dpkg-query", "-W", "-f", "${Package}\\t${db:Status-Abbrev}\\t${Pre-Depends},${Depends}\\t${Provides}\\n"]
+    ).stdout
     needs: dict[str, list[str]] = {}
     for line in text.splitlines():
         name, status, depends, _ = line.split("\t")
         if status.startswith("ii"):
             needs[name] = [
                 option.split(":")[0].split("(")[0].strip()
-                for group in depends.split(",") for option in group.split("|")[:1] if option.strip()
-            ]  # fmt: skip
+                for group in depends.split(",")
+                for option in group.split("|")[:1]
+                if option.strip()
+            ]
     seen: set[str] = set()
     todo = [name for name in names if name in needs]
     while todo:
@@ -171,13 +259,33 @@ def _package_members(packages: Sequence[str], skeleton: bool) -> Iterator[Member
             yield entry(name, link=target)
         for name in ("dev", "proc", "sys", "etc", "root", "run", "tmp", "var", "usr"):
             yield entry(name, mode=0o1777 if name == "tmp" else 0o755)
-        yield entry("etc/passwd", "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")
+        yield entry(
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+        )
         yield entry("etc/group", "root:x:0:\nnogroup:x:65534:\n")
         yield entry("etc/hosts", "127.0.0.1 localhost\n")
         if os.path.exists("/etc/ld.so.cache"):
             yield from _host_member("/etc/ld.so.cache")
-    skip = {"/bin", "/sbin", "/lib", "/lib64", "/dev", "/proc", "/sys", "/etc", "/root", "/run", "/tmp", "/var", "/usr",
-            "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/ld.so.cache"}  # fmt: skip
+    skip = {
+        "/bin",
+        "/sbin",
+        "/lib",
+        "/lib64",
+        "/dev",
+        "/proc",
+        "/sys",
+        "/etc",
+        "/root",
+        "/run",
+        "/tmp",
+        "/var",
+        "/usr",
+        "/etc/passwd",
+        "/etc/group",
+        "/etc/hosts",
+        "/etc/ld.so.cache",
+    }
     for path in sorted(paths - skip):
         yield from _host_member(path)
 
@@ -188,7 +296,12 @@ def _host_member(path: str) -> Iterator[Member]:
     except OSError:
         return  # a package's file that this machine's owner removed
     info = tarfile.TarInfo(path.lstrip("/"))
-    info.mode, info.uid, info.gid, info.mtime = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, int(found.st_mtime)
+    info.mode, info.uid, info.gid, info.mtime = (
+        stat.S_IMODE(found.st_mode),
+        found.st_uid,
+        found.st_gid,
+        int(found.st_mtime),
+    )
     if stat.S_ISDIR(found.st_mode):
         info.type, info.mtime = tarfile.DIRTYPE, EPOCH
         yield info, None
@@ -216,7 +329,9 @@ def _wheel_members(wheels: Sequence[Path]) -> Iterator[Member]:
                     if folder not in made:
                         made.add(folder)
                         yield entry(f"{root}/{folder}")
-                yield entry(f"{root}/{item.filename}", archive.read(item), mode=0o755 if ".so" in item.filename else 0o644)
+                yield entry(
+                    f"{root}/{item.filename}", archive.read(item), mode=0o755 if ".so" in item.filename else 0o644
+                )
 
 
 def host_files(*programs: str) -> list[Member]:
@@ -229,7 +344,9 @@ def host_files(*programs: str) -> list[Member]:
         paths.add(os.path.realpath(found))
         text = subprocess.run(["ldd", found], capture_output=True, text=True, timeout=10, check=False).stdout
         paths.update(word for line in text.splitlines() for word in line.split() if word.startswith("/"))
-    members: list[Member] = [entry(name) for name in ("usr", "usr/bin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "etc", "tmp")]
+    members: list[Member] = [
+        entry(name) for name in ("usr", "usr/bin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "etc", "tmp")
+    ]
     members += [entry("bin", link="usr/bin"), entry("lib", link="usr/lib"), entry("lib64", link="usr/lib64")]
     members.append(entry("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"))
     made = {"/usr", "/usr/bin", "/usr/lib", "/usr/lib64"}
@@ -258,17 +375,36 @@ def small_image(directory: Path, marker: str = "hello", compression: str = "gzip
     """
     layout = ImageLayout(directory)
     data = _noise(payload, marker)
-    bottom = layout.add_layer([*host_files("dash", "cat", "ls", "sha256sum", "stat", "sleep", "mkdir", "rm", "touch", "ln"),
-                               entry("usr/bin/sh", link="dash")], compression)  # fmt: skip
+    bottom = layout.add_layer(
+        [
+            *host_files("dash", "cat", "ls", "sha256sum", "stat", "sleep", "mkdir", "rm", "touch", "ln"),
+            entry("usr/bin/sh", link="dash"),
+        ],
+        compression,
+    )
     middle = layout.add_layer(
-        [entry("payload", data), entry("payload.sha256", hashlib.sha256(data).hexdigest()), entry("doomed", "x"),
-         entry("shadowed"), entry("shadowed/below", "hidden"), entry("etc"), entry("etc/hard", "linked", uid=1000, gid=1000),
-         entry("etc/hard2", kind=tarfile.LNKTYPE, link="etc/hard", uid=1000, gid=1000)], compression,
-    )  # fmt: skip
+        [
+            entry("payload", data),
+            entry("payload.sha256", hashlib.sha256(data).hexdigest()),
+            entry("doomed", "x"),
+            entry("shadowed"),
+            entry("shadowed/below", "hidden"),
+            entry("etc"),
+            entry("etc/hard", "linked", uid=1000, gid=1000),
+            entry("etc/hard2", kind=tarfile.LNKTYPE, link="etc/hard", uid=1000, gid=1000),
+        ],
+        compression,
+    )
     top = layout.add_layer(
-        [entry("marker", marker), entry(".wh.doomed", ""), entry("shadowed"), entry("shadowed/.wh..wh..opq", ""),
-         entry("shadowed/above", "seen")], compression,
-    )  # fmt: skip
+        [
+            entry("marker", marker),
+            entry(".wh.doomed", ""),
+            entry("shadowed"),
+            entry("shadowed/.wh..wh..opq", ""),
+            entry("shadowed/above", "seen"),
+        ],
+        compression,
+    )
     return layout.finish([bottom, middle, top], cmd=["sh", "-c", "cat /marker"])
 
 

@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,7 +141,9 @@ class LinkCount:
 class ShapedLink:
     """The proxy above as a process of its own (its CPU is then not the test's), as a context manager."""
 
-    def __init__(self, work: Path, target: str, rtt_ms: float = 20.0, mbit: float = 40.0, port: int | None = None) -> None:
+    def __init__(
+        self, work: Path, target: str, rtt_ms: float = 20.0, mbit: float = 40.0, port: int | None = None
+    ) -> None:
         self.work, self.target, self.rtt_ms, self.mbit = work, target, rtt_ms, mbit
         self.port = port or free_port()
         self.stats = work / "shaper.stats"
@@ -156,8 +159,21 @@ class ShapedLink:
 
     def start(self) -> ShapedLink:
         self.work.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "tests.lab.shaper", "--listen", self.host, "--target", self.target,
-                "--rtt-ms", str(self.rtt_ms), "--mbit", str(self.mbit), "--stats", str(self.stats)]  # fmt: skip
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.lab.shaper",
+            "--listen",
+            self.host,
+            "--target",
+            self.target,
+            "--rtt-ms",
+            str(self.rtt_ms),
+            "--mbit",
+            str(self.mbit),
+            "--stats",
+            str(self.stats),
+        ]
         self._child = Child("shaper", argv, self.work / "shaper.log", cwd=Path(__file__).resolve().parents[2])
         self._child.wait_ready(lambda: self.stats.exists() and can_connect(("127.0.0.1", self.port)))
         return self
@@ -173,7 +189,9 @@ class ShapedLink:
     def __enter__(self) -> ShapedLink:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
@@ -182,17 +200,10 @@ def _address(text: str) -> tuple[str, int]:
     return host or "127.0.0.1", int(port)
 
 
-async def _main(options: argparse.Namespace) -> None:
-    stats = None
-    if options.stats:
-        part = f"{options.stats}.part"
-        with open(part, "wb+") as file:
-            file.truncate(_COUNTERS.size)
-            stats = mmap.mmap(file.fileno(), _COUNTERS.size)
+async def _main(options: argparse.Namespace, stats: mmap.mmap | None, ready: Callable[[], None]) -> None:
     shaper = Shaper(options.target, options.rtt_ms / 1000, options.mbit * 1e6 / 8, stats)
     server = await asyncio.start_server(shaper.serve, *options.listen, limit=256 * 1024)
-    if options.stats:
-        os.rename(part, options.stats)
+    ready()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -206,8 +217,18 @@ def main() -> None:
     parser.add_argument("--target", type=_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--rtt-ms", type=float, default=20.0, help="round trip time in milliseconds (20)")
     parser.add_argument("--mbit", type=float, default=40.0, help="rate per direction in Mbit/s, 0 for no limit (40)")
-    parser.add_argument("--stats", metavar="FILE", help="keep four counters in FILE: connections, bytes up, bytes down, open")
-    asyncio.run(_main(parser.parse_args()))
+    parser.add_argument(
+        "--stats", metavar="FILE", help="keep four counters in FILE: connections, bytes up, bytes down, open"
+    )
+    options = parser.parse_args()
+    if not options.stats:
+        asyncio.run(_main(options, None, lambda: None))
+        return
+    part = f"{options.stats}.part"
+    with open(part, "wb+") as file:
+        file.truncate(_COUNTERS.size)
+        stats = mmap.mmap(file.fileno(), _COUNTERS.size)
+    asyncio.run(_main(options, stats, lambda: os.rename(part, options.stats)))
 
 
 if __name__ == "__main__":

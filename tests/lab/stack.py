@@ -17,8 +17,16 @@ from tests.lab.containerd import Containerd
 from tests.lab.mirror import Mirror
 from tests.lab.paths import ref_bin
 from tests.lab.process import (
-    Child, LabError, can_connect, end_processes, processes_mentioning, remove_tree, run, unmount_below, work_dir,
-)  # fmt: skip
+    Child,
+    LabError,
+    can_connect,
+    end_processes,
+    processes_mentioning,
+    remove_tree,
+    run,
+    unmount_below,
+    work_dir,
+)
 from tests.lab.registry import Registry
 from tests.lab.shaper import ShapedLink
 
@@ -34,8 +42,13 @@ def program(name: str) -> Path:
     return found
 
 
-def daemon_config(mirrors: list[dict[str, Any]] | None = None, *, prefetch: bool = True, work_dir: str = "/var/lib/nydus/cache/",
-                  **backend: Any) -> dict[str, Any]:  # fmt: skip
+def daemon_config(
+    mirrors: list[dict[str, Any]] | None = None,
+    *,
+    prefetch: bool = True,
+    work_dir: str = "/var/lib/nydus/cache/",
+    **backend: Any,
+) -> dict[str, Any]:
     """The JSON of the deployment scenario (examples/config.json), for a plain-HTTP registry on loopback."""
     config: dict[str, Any] = json.loads((REPO / "examples" / "config.json").read_text())
     settings = config["device"]["backend"]["config"]
@@ -52,9 +65,15 @@ class Snapshotter:
     """`containerd-nydus-grpc`: ours, or upstream's with its nydusd when `upstream` is true."""
 
     def __init__(
-        self, work: Path, config: Mapping[str, Any], *, upstream: bool = False, env: Mapping[str, str] | None = None,
-        arguments: tuple[str, ...] = (), mode: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        work: Path,
+        config: Mapping[str, Any],
+        *,
+        upstream: bool = False,
+        env: Mapping[str, str] | None = None,
+        arguments: tuple[str, ...] = (),
+        mode: str = "",
+    ) -> None:
         self.work, self.config, self.upstream, self.arguments = work, config, upstream, arguments
         self.root, self.socket, self.log = work / "r", work / "g.sock", work / "snapshotter.log"
         self.env = dict(env or {})
@@ -65,8 +84,18 @@ class Snapshotter:
         template = self.work / "nydusd.json"
         template.write_text(json.dumps(self.config, indent=2))
         if not self.upstream:
-            return [str(program("containerd-nydus-grpc")), "--config-path", str(template), "--root", str(self.root),
-                    "--address", str(self.socket), "--log-level", "info", *self.arguments]  # fmt: skip
+            return [
+                str(program("containerd-nydus-grpc")),
+                "--config-path",
+                str(template),
+                "--root",
+                str(self.root),
+                "--address",
+                str(self.socket),
+                "--log-level",
+                "info",
+                *self.arguments,
+            ]
         names = ("containerd-nydus-grpc", "nydusd", "nydus-image")
         binaries = [ref_bin(name) for name in names]
         if None in binaries:
@@ -83,7 +112,8 @@ class Snapshotter:
         toml.write_text(
             f'version = 1\nroot = "{self.root}"\naddress = "{self.socket}"\ndaemon_mode = "{self.mode}"\n'
             f'[system]\nenable = false\n[daemon]\nnydusd_path = "{wrapper}"\nnydusimage_path = "{image}"\n'
-            f'nydusd_config = "{template}"\nfs_driver = "fusedev"\nrecover_policy = "restart"\nfailover_policy = "resend"\n'
+            f'nydusd_config = "{template}"\nfs_driver = "fusedev"\nrecover_policy = "restart"\n'
+            'failover_policy = "resend"\n'
             '[cgroup]\nenable = false\n[metrics]\naddress = ""\n[log]\nlog_to_stdout = true\nlevel = "info"\n'
         )
         return [grpc, "--config", str(toml), *self.arguments]
@@ -127,7 +157,9 @@ class Snapshotter:
     def __enter__(self) -> Snapshotter:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
         self.end_daemons()
         unmount_below(self.work)
@@ -162,6 +194,8 @@ class Stack:
         self.options = options or StackOptions()
         self.work = work or work_dir()
         self.leftovers: list[str] = []
+        self.snapshotter: Snapshotter
+        self.containerd: Containerd
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Stack:
@@ -182,8 +216,13 @@ class Stack:
                 self.mirror = self._exits.enter_context(
                     Mirror(self.work / "mirror", f"http://{self.host}", keep=options.mirror_keep)
                 )
-                mirrors.append({"host": self.mirror.url, "auth_through": False,
-                                "headers": {"X-Dragonfly-Registry": f"http://{self.host}"}})  # fmt: skip
+                mirrors.append(
+                    {
+                        "host": self.mirror.url,
+                        "auth_through": False,
+                        "headers": {"X-Dragonfly-Registry": f"http://{self.host}"},
+                    }
+                )
             config = daemon_config(mirrors, prefetch=options.prefetch, **options.backend)
             self.new_node(config)
         except BaseException:
@@ -198,14 +237,22 @@ class Stack:
         config = config or self.snapshotter.config
         self.node = self.work / f"n{self._number}"
         self.snapshotter = Snapshotter(
-            self.node / "s", config, upstream=self.options.upstream, env=self.options.env,
-            arguments=self.options.snapshotter_arguments, mode=self.options.mode,
-        )  # fmt: skip
+            self.node / "s",
+            config,
+            upstream=self.options.upstream,
+            env=self.options.env,
+            arguments=self.options.snapshotter_arguments,
+            mode=self.options.mode,
+        )
         self.snapshotter.start()
         self.containerd = Containerd(
-            self.node / "c", self.snapshotter.socket, self.options.containerd, pause_ref=self.options.pause_ref,
-            hosts={self.host: f"http://{self.host}", self.registry.host: self.registry.url}, env=self.options.env,
-        )  # fmt: skip
+            self.node / "c",
+            self.snapshotter.socket,
+            self.options.containerd,
+            pause_ref=self.options.pause_ref,
+            hosts={self.host: f"http://{self.host}", self.registry.host: self.registry.url},
+            env=self.options.env,
+        )
         self.containerd.start()
         probe = f"probe-{time.monotonic_ns()}"  # reaches the plugin itself, unlike `plugin ls` and `snapshots ls`
         self.containerd.ctr("snapshots", "--snapshotter", "nydus", "prepare", probe, timeout=30)
@@ -229,23 +276,59 @@ class Stack:
         self.leftovers = [f"pid {pid}" for pid in pids] + unmount_below(self.work)
         remove_tree(self.work)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._exits.close()
 
     # Programs against this stack
 
-    def ctr_run(self, ref: str, *command: str, snapshotter: str = "nydus", timeout: float = 120.0, net_host: bool = True) -> str:
+    def ctr_run(
+        self, ref: str, *command: str, snapshotter: str = "nydus", timeout: float = 120.0, net_host: bool = True
+    ) -> str:
         """Output of a short command in a container of an image that has been pulled."""
         name = f"c{time.monotonic_ns()}"
         done = self.containerd.ctr(
-            "run", "--rm", *(["--net-host"] if net_host else []), "--snapshotter", snapshotter, ref, name, *command, timeout=timeout
+            "run",
+            "--rm",
+            *(["--net-host"] if net_host else []),
+            "--snapshotter",
+            snapshotter,
+            ref,
+            name,
+            *command,
+            timeout=timeout,
         )
         return done.stdout
 
-    def rpull(self, ref: str, *args: str, snapshotter: str = "nydus", timeout: float = 120.0, check: bool = True,
-              env: Mapping[str, str] | None = None) -> str:  # fmt: skip
-        done = run([program("ctr-remote"), "-a", self.containerd.socket, "-n", self.containerd.namespace, "images", "rpull",
-                    "--plain-http", "--snapshotter", snapshotter, *args, ref], timeout=timeout, check=check, env=env)  # fmt: skip
+    def rpull(
+        self,
+        ref: str,
+        *args: str,
+        snapshotter: str = "nydus",
+        timeout: float = 120.0,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
+        done = run(
+            [
+                program("ctr-remote"),
+                "-a",
+                self.containerd.socket,
+                "-n",
+                self.containerd.namespace,
+                "images",
+                "rpull",
+                "--plain-http",
+                "--snapshotter",
+                snapshotter,
+                *args,
+                ref,
+            ],
+            timeout=timeout,
+            check=check,
+            env=env,
+        )
         return done.stdout + done.stderr
 
     def convert(self, source: str, target: str, *args: str, upstream: bool = False, timeout: float = 300.0) -> str:
@@ -257,8 +340,21 @@ class Stack:
                 raise LabError("interop: the reference programs are not here")
             nydusify, image = other, other_image
         done = run(
-            [nydusify, "convert", "--nydus-image", image, "--source", f"{self.registry.host}/{source}", "--target",
-             f"{self.registry.host}/{target}", "--source-insecure", "--target-insecure", "--work-dir", self.work / "nydusify",
-             *args], timeout=timeout,
-        )  # fmt: skip
+            [
+                nydusify,
+                "convert",
+                "--nydus-image",
+                image,
+                "--source",
+                f"{self.registry.host}/{source}",
+                "--target",
+                f"{self.registry.host}/{target}",
+                "--source-insecure",
+                "--target-insecure",
+                "--work-dir",
+                self.work / "nydusify",
+                *args,
+            ],
+            timeout=timeout,
+        )
         return done.stdout + done.stderr
