@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from crc32c import crc32c
 
@@ -59,10 +59,10 @@ class BlobWriter:
             digester=options.digester,
             features=options.features,
         )
-        self.sha256 = hashlib.sha256()
+        self.sha256: Any = hashlib.sha256()
         """Of every byte written so far."""
         self.size = 0
-        self._hash_for_id = self.sha256
+        self._hash_for_id: Any = self.sha256
         self._meta = bytearray()
         self._digests = bytearray()
         self._toc: list[toc.TocEntry] = []
@@ -264,7 +264,11 @@ class BlobWriter:
             table = self._write_toc(self._toc)
             info.toc_size, info.toc_digest = len(table), hashlib.sha256(table).digest()
         info.compressed_size = self.size
-        info.id = self._options.blob_id or self._hash_for_id.hexdigest()
+        info.id = self._options.blob_id or self.id_hash()
+
+    def id_hash(self) -> str:
+        """SHA-256 of everything written but the digest array (4.10)."""
+        return cast(str, self._hash_for_id.hexdigest())
 
     def _write_toc(self, entries: Sequence[toc.TocEntry]) -> bytes:
         table = b"".join(map(toc.pack_toc_entry, entries))

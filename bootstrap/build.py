@@ -96,7 +96,7 @@ def _finish(root: Node, writer: BlobWriter, options: BuildOptions, clock: _Clock
         writer.finish_inline(bootstrap)
     clock.stage("dump_bootstrap")
     digest = writer.sha256.hexdigest()
-    blob_id = digest if options.inline_meta else writer.info.id
+    blob_id = writer.id_hash() if options.inline_meta else writer.info.id
     return BuildResult(
         blob_id=blob_id,
         blob_size=writer.size,

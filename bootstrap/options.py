@@ -78,9 +78,9 @@ class BuildOptions:
 class BuildResult:
     """What a build wrote.
 
-    `blob_id`: id in the blob table's sense (for inline bootstraps the SHA-256 of the whole stream, which is what a
-    merge will use), "" when there is no data and nothing was inlined; `blob_size` and `blob_sha256`: of all bytes
-    written to the blob; `timings`: seconds by stage; `readahead`: stored bytes of prefetched files (policy blob).
+    `blob_id`: the builder's id (4.10), "" when there is no data and nothing was inlined. A layer blob in a registry is
+    not known by it but by `blob_sha256`, which like `blob_size` is of all bytes written. `timings`: seconds by stage;
+    `blobs`: ids in blob table order; sizes in bytes.
     """
 
     blob_id: str

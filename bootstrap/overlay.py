@@ -39,7 +39,9 @@ def drop_whiteouts(root: Node, spec: str) -> None:
     while stack:
         children = stack.pop().children
         assert children is not None
-        gone = [name for name, node in children.items() if name == OCI_OPAQUE and spec == "oci" or is_removal(node, spec)]
+        gone = [name for name, node in children.items() if is_removal(node, spec) is not None]
+        if spec == "oci" and OCI_OPAQUE in children:
+            gone.append(OCI_OPAQUE)
         for name in gone:
             del children[name]
         stack += [node for node in children.values() if node.children is not None]

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from struct import Struct
-from typing import BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 import zstandard
 
@@ -68,7 +68,7 @@ def open_layer(stream: BinaryIO) -> BinaryIO:
     Decompression runs in its own thread, so that it overlaps with chunking; closing the result ends it.
     Raises BuildError here or on read for another compression, damaged or truncated data.
     """
-    buffered = io.BufferedReader(cast("io.RawIOBase", stream), READ_SIZE)
+    buffered: io.BufferedReader[Any] = io.BufferedReader(cast("io.RawIOBase", stream), READ_SIZE)
     try:
         head = buffered.peek(6)[:6]
     except OSError as error:
@@ -83,7 +83,7 @@ def open_layer(stream: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, buffered)
 
 
-def _inflate(stream: io.BufferedReader) -> Iterator[bytes]:
+def _inflate(stream: io.BufferedReader[Any]) -> Iterator[bytes]:
     """Blocks of uncompressed data of a gzip file of one or more members."""
     data = b""
     members = 0
@@ -116,7 +116,7 @@ def _inflate(stream: io.BufferedReader) -> Iterator[bytes]:
         members += 1
 
 
-def _unzstd(stream: io.BufferedReader) -> Iterator[bytes]:
+def _unzstd(stream: io.BufferedReader[Any]) -> Iterator[bytes]:
     """Blocks of uncompressed data of a zstd file of one or more frames."""
     data = b""
     while True:
@@ -216,9 +216,9 @@ class TarStream:
         while True:
             header = self._exactly(BLOCK)
             if len(header) < BLOCK:
+                if self.position < BLOCK:
+                    raise BuildError("not a tar: empty or shorter than one header")
                 if header and not zeros:
-                    if self.position < BLOCK:
-                        raise BuildError("not a tar: shorter than one header")
                     raise BuildError(f"the tar ends in the middle of a header after {self._entry}: truncated?")
                 if pax or long_name or long_link:
                     raise BuildError(f"the tar ends behind the extension of an entry, after {self._entry}: truncated?")
@@ -270,9 +270,9 @@ class TarStream:
         if kind == b"\0":
             kind = DIRECTORY if name.endswith(b"/") else REGULAR
         entry = Entry(name, kind, _number(mode) & 0o7777, _number(uid), _number(gid), size, _number(mtime))
-        if kind == LINK or kind == SYMLINK:
+        if kind in (LINK, SYMLINK):
             entry.linkname = link.split(b"\0", 1)[0] if long_link is None else long_link
-        elif kind == CHAR or kind == BLOCKDEV:
+        elif kind in (CHAR, BLOCKDEV):
             entry.devmajor, entry.devminor = _number(major), _number(minor)
         if pax is not None:
             self._apply(entry, pax)

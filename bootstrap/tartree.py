@@ -74,7 +74,7 @@ class LayerTree:
             if entry.type == tar.SYMLINK:
                 if not 0 < len(entry.linkname) <= MAX_SYMLINK or b"\0" in entry.linkname:
                     raise BuildError(
-                        f"{entry.shown}: symbolic link with a target of {len(entry.linkname)} bytes (1 to {MAX_SYMLINK})"
+                        f"{entry.shown}: link target of {len(entry.linkname)} bytes (1 to {MAX_SYMLINK}, no NUL)"
                     )
                 node.target = entry.linkname
                 node.size = len(entry.linkname)
@@ -121,7 +121,8 @@ class LayerTree:
                 todo += [p for p in reversed(child.target.split(b"/")) if p not in (b"", b".")]
                 continue
             if child.children is None:
-                raise BuildError(f"{entry.shown}: lies below {part.decode('utf-8', 'backslashreplace')!r}, not a directory")
+                shown = part.decode("utf-8", "backslashreplace")
+                raise BuildError(f"{entry.shown}: lies below {shown!r}, which is not a directory")
             trail.append(child)
         return trail[-1]
 

@@ -336,7 +336,9 @@ class _Inodes:
     def _dirents(self, directory: Node) -> bytes:
         children, parent = directory.children, directory.parent
         assert children is not None and parent is not None
-        entries = [(name, child.offset // _SLOT, _FILE_TYPES[child.mode & 0o170000]) for name, child in children.items()]
+        entries = [
+            (name, child.offset // _SLOT, _FILE_TYPES[child.mode & 0o170000]) for name, child in children.items()
+        ]
         entries.append((b".", directory.offset // _SLOT, 2))
         entries.append((b"..", parent.offset // _SLOT, 2))
         entries.sort()

@@ -1,0 +1,160 @@
+"""What the commands that build images share: numbers, prefetch patterns, the result as JSON, failing cleanly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[int]
+else:
+    _ParamType = click.ParamType  # generic only in newer releases of click
+
+PREFETCH_HELP = (
+    "What to fetch ahead at run time: 'fs' records the paths read from stdin (one absolute path a line, to the end of "
+    "input), 'blob' also puts their data first (v5), 'none' reads nothing."
+)
+
+
+class Number(_ParamType):
+    """A number as upstream takes it: decimal or 0x..."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number (decimal, or hexadecimal with 0x)", param, ctx)
+
+
+def log_options(command: F) -> F:
+    """-L and -l, which every command of the builder has."""
+    command = click.option(
+        "-l",
+        "--log-level",
+        type=click.Choice(["trace", "debug", "info", "warn", "error"], case_sensitive=False),
+        default="info",
+        show_default=True,
+        help="How much to say.",
+    )(command)
+    return click.option("-L", "--log-file", metavar="FILE", help="Write messages there instead of to stderr.")(command)
+
+
+def set_up_logging(level: str, log_file: str | None) -> None:
+    """Messages of this command to stderr or `log_file`; ClickException if that cannot be opened."""
+    names = {"trace": logging.DEBUG, "debug": logging.DEBUG, "warn": logging.WARNING, "error": logging.ERROR}
+    try:
+        handler: logging.Handler = logging.FileHandler(log_file) if log_file else logging.StreamHandler()
+    except OSError as error:
+        raise click.ClickException(f"cannot write the log file {log_file}: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(names.get(level.lower(), logging.INFO))
+
+
+class CommandError(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        setattr(self, "exit_code", exit_code)  # noqa: B010  click declares it on the class
+
+
+@contextmanager
+def clear_errors(doing: str) -> Iterator[None]:
+    """Turn what can go wrong into one line: domain errors (exit 1, layers that do not fit 2), full disks, Ctrl-C."""
+    from bootstrap.errors import RafsError
+    from bootstrap.merge import InconsistentError
+
+    try:
+        yield
+    except InconsistentError as error:
+        raise CommandError(f"{doing}: {error}", 2) from error
+    except RafsError as error:
+        raise CommandError(f"{doing}: {error}") from error
+    except BrokenPipeError as error:
+        raise CommandError(f"{doing}: whoever reads the output went away") from error
+    except OSError as error:
+        where = f" {os.fsdecode(error.filename)}" if error.filename else ""
+        raise CommandError(f"{doing}:{where} {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CommandError(f"{doing}: not enough memory") from error
+
+
+def refuse(given: dict[str, Any]) -> None:
+    """End with one line if an option is used whose feature does not exist here yet."""
+    used = [name for name, value in given.items() if value]
+    if used:
+        raise CommandError(f"not supported yet: {', '.join(used)}")
+
+
+def read_patterns(policy: str) -> list[bytes]:
+    """Prefetch patterns from stdin if the policy wants some; dropped ones are logged."""
+    if policy == "none":
+        return []
+    from bootstrap.tree import clean_patterns
+
+    kept, warnings = clean_patterns(sys.stdin.buffer.read().splitlines())
+    for warning in warnings:
+        logging.getLogger(__name__).warning("%s", warning)
+    return kept
+
+
+def version() -> str:
+    """Our version as callers parse it: v1.2.3."""
+    try:
+        return "v" + metadata.version("nydus-py")
+    except metadata.PackageNotFoundError:
+        return "v0.0.0"
+
+
+def report(
+    *,
+    bootstrap: str,
+    blobs: Sequence[str],
+    times: dict[str, float],
+    events: dict[str, int | str],
+    fs_version: int,
+    compressor: str,
+    output_json: str | None,
+    blob_size: int | None,
+) -> None:
+    """Say what was built, in the log and in the JSON file that callers read."""
+    size = "" if blob_size is None else f"data blob size: {blob_size:#x}\n"
+    logging.getLogger(__name__).info(
+        "successfully built RAFS filesystem: \nmeta blob path: %s\n%sdata blobs: %s",
+        bootstrap or "<none>",
+        size,
+        json.dumps(list(blobs)),
+    )
+    if output_json is None:
+        return
+    document = {
+        "version": version(),
+        "bootstrap": bootstrap,
+        "blobs": list(blobs),
+        "external_bootstrap": "",
+        "external_blobs": [],
+        "trace": {
+            "consumed_time": times,
+            "registered_events": {**events, "egid": str(os.getegid()), "euid": str(os.geteuid())},
+        },
+        "fs_version": str(fs_version),
+        "compressor": compressor,
+    }
+    Path(output_json).write_text(json.dumps(document, indent=2))

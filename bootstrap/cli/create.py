@@ -1,0 +1,267 @@
+"""nydus-image create"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from bootstrap.cli.building import (
+    PREFETCH_HELP,
+    CommandError,
+    Number,
+    clear_errors,
+    log_options,
+    read_patterns,
+    refuse,
+    report,
+    set_up_logging,
+)
+
+if TYPE_CHECKING:
+    from bootstrap.build import BuildOptions, BuildResult
+
+TYPES = (
+    "directory",
+    "dir-rafs",
+    "estargz-rafs",
+    "estargz-ref",
+    "estargztoc-ref",
+    "tar-rafs",
+    "tar-tarfs",
+    "targz-rafs",
+    "targz-ref",
+    "stargz_index",
+)
+_FROM_DIRECTORY = frozenset(("directory", "dir-rafs"))
+_FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs"))
+
+
+@click.command(
+    "create",
+    short_help="Build an image or a layer from a directory or a tar.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("source")
+@click.option(
+    "-t",
+    "--type",
+    "--source-type",
+    "kind",
+    type=click.Choice(TYPES),
+    default="dir-rafs",
+    show_default=True,
+    metavar="TYPE",
+    help="What SOURCE is and what to make of it, see below.",
+)
+@click.option("-B", "--bootstrap", metavar="FILE", help="Write the metadata there.")
+@click.option(
+    "-D", "--blob-dir", metavar="DIR", help="Write the data there, named by its SHA-256; the metadata too without -B."
+)
+@click.option("-b", "--blob", metavar="FILE", help="Write the data there; may be a FIFO.")
+@click.option(
+    "--blob-inline-meta",
+    "--inline-bootstrap",
+    is_flag=True,
+    help="Append the metadata to the data: one layer blob, no -B.",
+)
+@click.option("--blob-id", metavar="ID", help="Id of the data blob instead of its SHA-256.")
+@click.option(
+    "--chunk-size",
+    type=Number(),
+    metavar="SIZE",
+    help="Unit of deduplication and fetching: a power of two, 0x1000 to 0x1000000 (default 0x100000).",
+)
+@click.option(
+    "--batch-size", type=Number(), default=0, metavar="SIZE", help="Merge chunks smaller than this (not supported yet)."
+)
+@click.option(
+    "--compressor", type=click.Choice(["none", "lz4_block", "zstd"]), default="zstd", show_default=True,
+    help="How to compress chunks.",
+)  # fmt: skip
+@click.option(
+    "--digester", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True,
+    help="How to name and verify chunks.",
+)  # fmt: skip
+@click.option("-v", "--fs-version", type=click.Choice(["5", "6"]), default="6", show_default=True, help="RAFS version.")
+@click.option("--features", type=click.Choice(["blob-toc"]), multiple=True, help="Add a table of contents (v6).")
+@click.option("--aligned-chunk", is_flag=True, help="Align chunks to 4 KiB in v5; v6 always does.")
+@click.option("--repeatable", is_flag=True, help="Leave owners out, so that the image depends on content alone.")
+@click.option(
+    "--whiteout-spec",
+    type=click.Choice(["oci", "overlayfs", "none"]),
+    default="oci",
+    show_default=True,
+    help="What marks removed files in a directory source. Layers of a tar keep theirs for 'merge'.",
+)
+@click.option(
+    "--prefetch-policy", type=click.Choice(["fs", "blob", "none"]), default="none", show_default=True,
+    help=PREFETCH_HELP,
+)  # fmt: skip
+@click.option("-J", "--output-json", metavar="FILE", help="Write the result there as JSON.")
+@click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image (not supported yet).")
+@click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image (not supported yet).")
+@click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data (not supported yet).")
+@click.option("--external-blob", metavar="FILE", help="Data of external files (not supported yet).")
+@click.option("--blob-data-size", metavar="HEX", help="Size of the layer for stargz_index (not supported yet).")
+@click.option("--blob-cache-dir", metavar="DIR", help="Write cache files instead of a blob (not supported yet).")
+@click.option("--attributes", metavar="FILE", help="Attributes by path (not supported yet).")
+@click.option("-C", "--config", metavar="FILE", help="Storage backend of parent blobs; not needed here.")
+@click.option("--disable-check", is_flag=True, hidden=True)
+@click.option("--blob-offset", type=Number(), default=0, hidden=True)
+@log_options
+def create(source: str, **given: Any) -> None:
+    """Build an image from SOURCE: a directory, or a layer tar (file, FIFO or /dev/stdin).
+
+    \b
+    An image of a directory, metadata and data apart:
+        nydus-image create -B image.boot -D blobs/ DIRECTORY
+    A layer as registries hold it, to be merged later:
+        nydus-image create --type tar-rafs --blob-inline-meta --features blob-toc --blob layer.nydus layer.tar.gz
+
+    \b
+    TYPE:
+        dir-rafs, directory                  a directory
+        tar-rafs, targz-rafs, estargz-rafs   a tar: plain, gzip or zstd, whichever of the three names is given
+        targz-ref, estargz-ref, estargztoc-ref, stargz_index, tar-tarfs
+                                             keep the tar and index it (not supported yet)
+    """
+    set_up_logging(given["log_level"], given["log_file"])
+    kind = given["kind"]
+    refuse(
+        {
+            f"--type {kind}": kind not in _FROM_DIRECTORY | _FROM_TAR,
+            "--batch-size": given["batch_size"],
+            "--encrypt": given["encrypt"],
+            "--chunk-dict": given["chunk_dict"],
+            "--parent-bootstrap": given["parent_bootstrap"],
+            "--external-blob": given["external_blob"],
+            "--blob-cache-dir": given["blob_cache_dir"],
+            "--attributes": given["attributes"],
+            "--blob-data-size": given["blob_data_size"],
+            "--blob-offset": given["blob_offset"],
+        }
+    )
+    _check_outputs(given)
+    with clear_errors(f"cannot build {source}"):
+        options = _options(given)
+        result, bootstrap_path = _build(source, kind, options, given)
+        report(
+            bootstrap=bootstrap_path,
+            blobs=result.blobs,
+            times=result.timings,
+            events={"blob_uncompressed_size": result.uncompressed_size},
+            fs_version=options.fs_version,
+            compressor=options.compressor.label,
+            output_json=given["output_json"],
+            blob_size=result.blob_size,
+        )
+
+
+def _check_outputs(given: dict[str, Any]) -> None:
+    inline, bootstrap, blob, blob_dir = (
+        given["blob_inline_meta"],
+        given["bootstrap"],
+        given["blob"],
+        given["blob_dir"],
+    )
+    if blob and blob_dir:
+        raise CommandError("give --blob or --blob-dir, not both", 2)
+    if not blob and not blob_dir:
+        raise CommandError("give --blob FILE or --blob-dir DIRECTORY for the data", 2)
+    if inline and bootstrap:
+        raise CommandError("--blob-inline-meta puts the metadata into the data blob: leave --bootstrap out", 2)
+    if not inline and not bootstrap and not blob_dir:
+        raise CommandError("give --bootstrap FILE for the metadata (or --blob-inline-meta, or --blob-dir)", 2)
+    if blob_dir and not os.path.isdir(blob_dir):
+        raise CommandError(f"the directory {blob_dir} for data blobs does not exist")
+
+
+def _options(given: dict[str, Any]) -> BuildOptions:
+    from bootstrap.build import BuildOptions
+    from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, Compressor, Digester
+
+    policy = given["prefetch_policy"]
+    return BuildOptions(
+        fs_version=int(given["fs_version"]),
+        compressor=Compressor[given["compressor"].upper()],
+        digester=Digester[given["digester"].upper()],
+        chunk_size=given["chunk_size"] or DEFAULT_CHUNK_SIZE,
+        aligned_chunk=given["aligned_chunk"],
+        whiteout_spec=given["whiteout_spec"],
+        inline_meta=given["blob_inline_meta"],
+        blob_toc=bool(given["features"]),
+        prefetch_policy=policy,
+        prefetch=read_patterns(policy),
+        blob_id=given["blob_id"],
+        repeatable=given["repeatable"],
+        threads=max(1, min(4, os.cpu_count() or 1)),
+    )
+
+
+def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any]) -> tuple[BuildResult, str]:
+    """Run the build into the files asked for; the path of the metadata, "" when it is inlined."""
+    from bootstrap.build import build_directory, build_layer, open_source
+    from bootstrap.merge import write_file
+    from bootstrap.tar import open_layer
+
+    with ExitStack() as stack:
+        layer = None
+        if kind in _FROM_TAR:
+            layer = stack.enter_context(open_source(source))
+            layer = stack.enter_context(open_layer(layer))
+        target = stack.enter_context(_Output(given["blob"], given["blob_dir"]))
+        assert target.file is not None
+        if layer is not None:
+            result = build_layer(layer, target.file, options)
+        else:
+            result = build_directory(source, target.file, options)
+        blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
+        target.keep(blob_id)
+    if options.inline_meta:
+        return result, ""
+    path = given["bootstrap"]
+    if path is None:
+        import hashlib
+
+        path = os.path.join(given["blob_dir"], hashlib.sha256(result.bootstrap).hexdigest())
+    write_file(Path(path), result.bootstrap)
+    return result, path
+
+
+class _Output:
+    """Where the data goes: a file or FIFO as it is, or a file in a directory that gets its name at the end.
+
+    What a failed build has written to a regular file is removed.
+    """
+
+    def __init__(self, blob: str | None, blob_dir: str | None) -> None:
+        self._dir = blob_dir
+        self._path = blob if blob is not None else os.path.join(blob_dir or ".", f".blob.{os.getpid()}.tmp")
+        self._kept = False
+        self.file: BinaryIO | None = None
+
+    def __enter__(self) -> _Output:
+        self.file = open(self._path, "wb", buffering=1 << 16)  # closed in __exit__
+        return self
+
+    def keep(self, blob_id: str) -> None:
+        """The build is done; without an id there is no data and no file is left."""
+        assert self.file is not None
+        self.file.close()
+        if self._dir is not None and blob_id:
+            os.replace(self._path, os.path.join(self._dir, blob_id))
+            self._kept = True
+        elif blob_id:
+            self._kept = True
+
+    def __exit__(self, *exc: object) -> None:
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.close()
+        if not self._kept and os.path.isfile(self._path):
+            with suppress(OSError):
+                os.unlink(self._path)
