@@ -1,0 +1,149 @@
+"""A nydusd process (ours or upstream's) with its mountpoint and API socket, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from tests.lab.process import Child, mounts_below, remove_tree, tail, unmount_below, wait_until, work_dir
+
+
+class Answer(NamedTuple):
+    status: int
+    body: Any
+
+    @property
+    def message(self) -> str:
+        return str(self.body["message"]) if isinstance(self.body, dict) else ""
+
+
+class _Unix(HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def localfs_config(blobs: Path, *, config_id: str = "", work_dir: Path | None = None, **extra: Any) -> str:
+    """A version 1 configuration for a directory of blobs."""
+    device: dict[str, Any] = {"id": config_id, "backend": {"type": "localfs", "config": {"dir": str(blobs)}}}
+    if work_dir is not None:
+        device["cache"] = {"type": "blobcache", "config": {"work_dir": str(work_dir)}}
+    return json.dumps({"device": device, "mode": "direct", **extra})
+
+
+class Nydusd:
+    """Use as a context manager; leaving it ends the process and removes mount and directory."""
+
+    def __init__(self, *args: str | Path, binary: Path | None = None, directory: Path | None = None) -> None:
+        self.dir = directory or work_dir()
+        self.mnt = self.dir / "m"
+        self.sock = self.dir / "a.sock"
+        self.log = self.dir / "log"
+        self.args = args
+        self.binary = binary
+        self.child: Child | None = None
+        self.ready_seconds = 0.0
+
+    def start(self, *, ready: bool = True) -> Nydusd:
+        if not mounts_below(self.mnt):
+            self.mnt.mkdir(exist_ok=True)
+        program = [self.binary] if self.binary else [sys.executable, "-m", "nydusfs.daemon.cli"]
+        limit = ["--rlimit-nofile", "0"] if self.binary else []
+        self.child = Child("nydusd", [*program, "fuse", "-M", self.mnt, "-A", self.sock, *limit, *self.args], self.log)
+        if ready:
+            self.ready_seconds = self.child.wait_ready(self.running)
+        return self
+
+    def running(self) -> bool:
+        try:
+            return bool(self.get("daemon").body["state"] == "RUNNING")
+        except OSError:
+            return False
+
+    @property
+    def pid(self) -> int:
+        assert self.child is not None
+        return self.child.pid
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Answer:
+        connection = _Unix(str(self.sock), timeout)
+        try:
+            data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
+            connection.request(method, f"/api/v1/{path}", body=data)
+            answer = connection.getresponse()
+            text = answer.read()
+            return Answer(answer.status, json.loads(text) if text else None)
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Answer:
+        return self.call("GET", path)
+
+    def mount(self, at: str, source: Path, config: str, **extra: Any) -> Answer:
+        body = {"source": str(source), "fs_type": "rafs", "config": config, **extra}
+        return self.call("POST", f"mount?mountpoint={quote(at, safe='')}", body)
+
+    def umount(self, at: str) -> Answer:
+        return self.call("DELETE", f"mount?mountpoint={quote(at, safe='')}")
+
+    def memory(self, field: str = "RssAnon") -> int:
+        """A size of `/proc/PID/status` in kB."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1])
+        raise KeyError(field)
+
+    def log_text(self) -> str:
+        return tail(self.log, 1 << 20)
+
+    def stop(self, sig: int = signal.SIGTERM, timeout: float = 12.0) -> tuple[int, float]:
+        """Exit status and the seconds it took."""
+        assert self.child is not None
+        began = time.monotonic()
+        code = self.child.stop(timeout, sig)
+        return code, time.monotonic() - began
+
+    def __enter__(self) -> Nydusd:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.child is not None and self.child.alive():
+            self.child.stop(10)
+        unmount_below(self.dir)
+        remove_tree(self.dir)
+
+
+def can_mount_fuse() -> str:
+    """"" when a test may mount here, else the reason why not."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "needs /dev/fuse"
+    if shutil.which("umount") is None:
+        return "needs umount"
+    return ""
+
+
+def reader(code: str, *args: str | Path, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
+    """Run Python code that touches a mount, in a process that can be left behind."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+__all__ = ["Answer", "Nydusd", "can_mount_fuse", "localfs_config", "reader", "wait_until"]
