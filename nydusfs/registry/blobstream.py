@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TAIL = 64 * 1024
+
 
 class BlobStream(io.RawIOBase):
     """A blob from its first to its last byte. The last read raises RegistryError if size or digest are wrong, so bytes
@@ -132,8 +134,9 @@ def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
 
 
 class RangedBlob(io.RawIOBase):
-    """Random access to a blob of known size, one request per read: for the few kilobytes at a layer's tail. Bytes are
-    not verified here, only their number; callers check digests of what they take out."""
+    """Random access to a blob of known size, for the few kilobytes at a layer's tail. Such tails are read in pieces from
+    the back, so what lies before a wanted piece is fetched with it. Bytes are not verified here, only their number;
+    callers check digests of what they take out."""
 
     def __init__(self, transport: Transport, repository: str, digest: str, size: int) -> None:
         self._transport = transport
@@ -141,6 +144,8 @@ class RangedBlob(io.RawIOBase):
         self._digest = digest
         self._size = size
         self._position = 0
+        self._start = 0
+        self._window = b""
 
     def readable(self) -> bool:
         return True
@@ -160,8 +165,13 @@ class RangedBlob(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self._size - self._position))
         if count:
-            view[:count] = self._fetch(self._position, count)
-            self._position += count
+            end = self._position + count
+            if not self._start <= self._position <= end <= self._start + len(self._window):
+                start = min(self._position, max(0, end - _TAIL))
+                self._window = self._fetch(start, end - start)
+                self._start = start
+            view[:count] = self._window[self._position - self._start : end - self._start]
+            self._position = end
         return count
 
     def _fetch(self, offset: int, count: int) -> bytes:

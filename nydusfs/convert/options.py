@@ -1,0 +1,65 @@
+"""Flags that the commands share, and the small languages of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from nydusfs.errors import ConvertError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+# each shared by several flags, as upstream has it
+_SHARED_NAMES = ("backend-type", "backend-config", "backend-config-file")
+
+
+def flag(*names: str, env: str | None = "", **attributes: Any) -> Callable[[F], F]:
+    """A click option with upstream's environment variable: the flag's name in capitals ("": derive it; None: none)."""
+    first = names[0].lstrip("-")
+    if env == "":
+        shared = next((name for name in _SHARED_NAMES if first.endswith(name)), first)
+        env = shared.replace("-", "_").upper()
+    attributes.setdefault("show_default", "default" in attributes and not attributes.get("is_flag"))
+    return click.option(*names, envvar=env, show_envvar=env is not None, **attributes)
+
+
+class Number(click.ParamType[int]):
+    """An integer, decimal or 0x hexadecimal."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number (decimal or 0x hexadecimal)", param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds from text such as 5s, 1m30s, 500ms."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        parts = _DURATION.findall(value)
+        if value == "0":
+            return 0.0
+        if not parts or "".join(number + unit for number, unit in parts) != value:
+            self.fail(f"{value!r} is not a duration such as 5s, 1m30s or 500ms", param, ctx)
+        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
+
+
+def refuse_unsupported(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises ConvertError that names every flag (parameter name -> value) which differs from its default."""
+    used = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults.get(name)]
+    if used:
+        raise ConvertError(f"not supported yet: {', '.join(used)}")
