@@ -129,7 +129,7 @@ class Nydusd:
 
 
 def can_mount_fuse() -> str:
-    """"" when a test may mount here, else the reason why not."""
+    """ "" when a test may mount here, else the reason why not."""
     if os.geteuid() != 0:
         return "needs root"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):

@@ -35,6 +35,10 @@ def work_dir(parent: str | Path | None = None) -> Path:
         base = Path("/tmp")
     path = base / f"ny-{secrets.token_hex(3)}"
     path.mkdir(mode=0o700, parents=True)
+    if record := os.environ.get("NYDUS_LAB_RECORD"):
+        # tests/run cleans up by this list when a test was killed before it could
+        with open(record, "a") as file:
+            file.write(f"{path}\n")
     return path
 
 
