@@ -1,0 +1,390 @@
+"""The blob cache of one work directory: files that say by their existence what is ready.
+
+    <work_dir>/<blob id>/<number>-<key>          a segment, verified and durable
+    <work_dir>/<blob id>/<number>-<key>.<boot>   verified and complete, not yet known to be on the disk
+    <work_dir>/<blob id>/<number>-<key>.part     being written
+
+A segment is written to `.part` after its digests were checked, renamed to `.<boot id>` when complete and to its plain
+name after fdatasync, a second later in a batch. After a crash of the process alone the second kind is good (the page
+cache lived on) and is adopted; after a reboot its boot id differs and it is deleted. So unknown means absent, there is
+no state file that could disagree with the data, and evicting a segment is one unlink.
+
+One process writes a directory (flock). A second one, such as a dedicated daemon of another image, gets a directory of
+its own below it: nothing is shared then, and nothing can be corrupted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import re
+import resource
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import trio
+
+from nydusfs.errors import CacheError
+from nydusfs.segments import KEY_SIZE, Segment
+
+log = logging.getLogger("nydusfs.cache")
+
+SYNC_DELAY = 1.0  # seconds a finished segment may wait to be made durable: one journal commit then serves many
+FULL_PAUSE = 1.0  # seconds without attempts to write after the disk was found full
+MAX_SIDE_STORES = 64
+MAX_MAPS = 256  # derived chunk maps kept, 80 bytes per chunk each
+_NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
+_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+
+def boot_id() -> str:
+    """Of this boot of the kernel; 8 hex digits are enough to tell it from the last."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:8]
+    except OSError:
+        return "unknown"
+
+
+class _OpenFile:
+    """A descriptor with a count of readers: closing one that a thread reads from could hand it another file's bytes."""
+
+    __slots__ = ("evicted", "fd", "users")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.users = 0
+        self.evicted = False
+
+
+class CacheStore:
+    """Open with `CacheStore(work_dir)`, run `sync_forever` in a nursery, `close` at the end.
+
+    Raises `CacheError` when the directory cannot be made or written. Methods belong to the trio thread, except
+    `BlobCache.write`, which is made for a worker thread.
+    """
+
+    def __init__(self, work_dir: str | os.PathLike[str], *, boot: str | None = None) -> None:
+        self.boot = boot or boot_id()
+        self.path, self._lock_fd = _claim(Path(work_dir))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_open = max(8, min(256, soft // 8))
+        self._open: OrderedDict[tuple[str, bytes], _OpenFile] = OrderedDict()
+        self._blobs: dict[str, BlobCache] = {}
+        self._pending: list[tuple[BlobCache, str, bytes]] = []
+        self._pending_lock = threading.Lock()
+        self._wake = trio.Event()
+        self._full_until = 0.0
+        self._full = False
+        self.nowait = bool(_RWF_NOWAIT)
+
+    def blob(self, blob_id: str) -> BlobCache:
+        """The cache of a blob, one object for all mounts. Raises `CacheError`."""
+        if blob_id not in self._blobs:
+            if blob_id.startswith(".") or "/" in blob_id:
+                raise CacheError(f"cache {self.path}: blob id {blob_id!r} is not usable as a directory name")
+            self._blobs[blob_id] = BlobCache(self, blob_id)
+        return self._blobs[blob_id]
+
+    def map_path(self, name: str) -> str:
+        """Where to keep a derived chunk map of that name; the ones used longest ago make room. For a worker thread."""
+        folder = self.path / ".maps"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            (folder / name).touch(mode=0o600)
+            maps = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+            for path in maps[:-MAX_MAPS]:
+                _unlink(path)
+        except FileNotFoundError:
+            pass  # another image's map was renamed into place this instant
+        except OSError as error:
+            raise CacheError(f"cache {self.path}: {_reason(error)}") from None
+        return str(folder / name)
+
+    # Durability
+
+    def _finished(self, blob: BlobCache, name: str, key: bytes) -> None:
+        with self._pending_lock:
+            self._pending.append((blob, name, key))
+
+    def kick(self) -> None:
+        """Tell `sync_forever` that there is something to do."""
+        self._wake.set()
+
+    async def sync_forever(self) -> None:
+        """Make finished segments durable in batches, until cancelled; the last batch is left to the next process."""
+        while True:
+            await self._wake.wait()
+            await trio.sleep(SYNC_DELAY)
+            self._wake = trio.Event()
+            await trio.to_thread.run_sync(self.sync)
+
+    def sync(self) -> None:
+        """fdatasync everything finished, then give it its final name. For a worker thread."""
+        with self._pending_lock:
+            batch, self._pending = self._pending, []
+        opened: list[tuple[BlobCache, str, bytes, int]] = []
+        for blob, name, key in batch:
+            try:
+                fd = os.open(blob.path / f"{name}.{self.boot}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue  # evicted, or the directory was removed: nothing to make durable
+            opened.append((blob, name, key, fd))
+            # Start the write-out of this one while the next is opened: the first fdatasync below then commits the
+            # journal for all of them.
+            _start_writeout(fd)
+            if len(opened) >= 64:
+                self._commit(opened)
+                opened = []
+        self._commit(opened)
+
+    def _commit(self, opened: list[tuple[BlobCache, str, bytes, int]]) -> None:
+        for blob, name, key, fd in opened:
+            try:
+                os.fdatasync(fd)
+                os.rename(blob.path / f"{name}.{self.boot}", blob.path / name)
+                blob.durable(key)
+            except OSError as error:
+                log.warning("cache %s: segment %s is dropped, it cannot be made durable: %s", blob.path, name, error)
+                blob.forget(key)
+                _unlink(blob.path / f"{name}.{self.boot}")
+            finally:
+                os.close(fd)
+
+    # Full disks
+
+    def may_write(self) -> bool:
+        return time.monotonic() >= self._full_until
+
+    def note_write(self, error: OSError | None) -> None:
+        """From the writing thread: one warning when writing stops working, one line when it works again."""
+        if error is None:
+            if self._full:
+                self._full = False
+                log.info("cache %s can be written again", self.path)
+            return
+        self._full_until = time.monotonic() + FULL_PAUSE
+        if not self._full:
+            self._full = True
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "is full" if full else f"cannot be written ({_reason(error)})"
+            log.warning("cache %s %s: data is served without being kept until there is room again", self.path, what)
+
+    # Descriptors
+
+    def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> _OpenFile | None:
+        slot = (blob.blob_id, key)
+        file = self._open.get(slot)
+        if file is None:
+            fd = -1
+            for name in names:
+                try:
+                    fd = os.open(blob.path / name, os.O_RDONLY | os.O_CLOEXEC)
+                    break
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE) and self._open:
+                        self._shrink(len(self._open) // 2)
+                    return None
+            if fd < 0:
+                return None
+            file = self._open[slot] = _OpenFile(fd)
+            self._shrink(self._max_open)
+        else:
+            self._open.move_to_end(slot)
+        file.users += 1
+        return file
+
+    def release(self, file: _OpenFile) -> None:
+        file.users -= 1
+        if file.evicted and not file.users:
+            os.close(file.fd)
+
+    def drop_open(self, blob_id: str, key: bytes) -> None:
+        file = self._open.pop((blob_id, key), None)
+        if file is not None:
+            self._retire(file)
+
+    def _shrink(self, limit: int) -> None:
+        while len(self._open) > limit:
+            self._retire(self._open.popitem(last=False)[1])
+
+    def _retire(self, file: _OpenFile) -> None:
+        file.evicted = True
+        if not file.users:
+            os.close(file.fd)
+
+    def close(self) -> None:
+        """Make the rest durable and let go of the directory."""
+        self.sync()
+        self._shrink(0)
+        os.close(self._lock_fd)
+
+
+class BlobCache:
+    """The segments of one blob."""
+
+    def __init__(self, store: CacheStore, blob_id: str) -> None:
+        self.store = store
+        self.blob_id = blob_id
+        self.path = store.path / blob_id
+        self._ready: dict[bytes, bool] = {}  # key -> durable
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self._load()
+        except OSError as error:
+            raise CacheError(f"cache {self.path}: {_reason(error)}") from None
+
+    def _load(self) -> None:
+        """What an earlier process left: only what is known to be whole."""
+        for entry in os.scandir(self.path):
+            match = _NAME.fullmatch(entry.name)
+            if match is None or not entry.is_file(follow_symlinks=False):
+                continue
+            key = bytes.fromhex(match[2])
+            if match[3] is None:
+                self._ready[key] = True
+            elif match[3] == self.store.boot:
+                self._ready.setdefault(key, False)
+                self.store._finished(self, f"{match[1]}-{match[2]}", key)
+            else:
+                _unlink(self.path / entry.name)
+        if not all(self._ready.values()):
+            self.store.kick()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._ready
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def durable(self, key: bytes) -> None:
+        if key in self._ready:
+            self._ready[key] = True
+
+    def forget(self, key: bytes) -> None:
+        self._ready.pop(key, None)
+
+    async def read(self, segment: Segment, offset: int, size: int) -> bytearray | None:
+        """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent."""
+        key = segment.key
+        name = segment.name
+        names = (name,) if self._ready.get(key) else (name, f"{name}.{self.store.boot}", name)
+        file = self.store.acquire(self, key, names)
+        if file is None:
+            self.forget(key)
+            return None
+        data = bytearray(size)
+        try:
+            got = -1
+            if self.store.nowait:
+                try:
+                    got = os.preadv(file.fd, [data], offset, _RWF_NOWAIT)
+                except BlockingIOError:
+                    pass  # not in the page cache: let a thread wait for the disk
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                    self.store.nowait = False
+            if got != size:
+                got = await trio.to_thread.run_sync(os.preadv, file.fd, [data], offset)
+        except OSError as error:
+            log.warning("cache %s/%s cannot be read (%s), it is fetched again", self.path, name, _reason(error))
+            got = -1
+        finally:
+            self.store.release(file)
+        if got != size:
+            self.drop(segment)
+            return None
+        return data
+
+    def drop(self, segment: Segment) -> None:
+        """Forget a segment and delete its file: it was found damaged."""
+        self.forget(segment.key)
+        self.store.drop_open(self.blob_id, segment.key)
+        for name in (segment.name, f"{segment.name}.{self.store.boot}"):
+            _unlink(self.path / name)
+
+    def write(self, segment: Segment, plain: bytearray) -> bool:
+        """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
+        if not self.store.may_write():
+            return False
+        part = self.path / f"{segment.name}.part"
+        try:
+            try:
+                fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # the directory was cleaned up under us
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                view = memoryview(plain)
+                while view:
+                    view = view[os.write(fd, view) :]
+            finally:
+                os.close(fd)
+            os.rename(part, self.path / f"{segment.name}.{self.store.boot}")
+        except OSError as error:
+            _unlink(part)
+            self.store.note_write(error)
+            return False
+        self.store.note_write(None)
+        return True
+
+    def add(self, segment: Segment) -> None:
+        """From the trio thread, after `write` said True: readable from now on, durable soon."""
+        if segment.key not in self._ready:
+            self._ready[segment.key] = False
+            self.store._finished(self, segment.name, segment.key)
+            self.store.kick()
+
+
+def _claim(work_dir: Path) -> tuple[Path, int]:
+    """The directory to use and its lock: `work_dir`, or the first free `worker-N` below it."""
+    last: OSError | None = None
+    for number in range(1, MAX_SIDE_STORES + 1):
+        path = work_dir if number == 1 else work_dir / f".worker-{number}"
+        fd = -1
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            last = error
+            continue
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise CacheError(f"cache {path} cannot be used: {_reason(error)}") from None
+        if number > 1:
+            log.warning("cache %s is in use by another process: using %s, nothing is shared", work_dir, path)
+        return path, fd
+    raise CacheError(f"cache {work_dir} is in use by {MAX_SIDE_STORES} processes already ({last})")
+
+
+def _unlink(path: Path) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # gone already, or the disk is in no state to care
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def _start_writeout(fd: int) -> None:
+    """sync_file_range(2) on the whole file, without waiting. A failure only costs time: fdatasync follows."""
+    try:
+        _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+    except AttributeError:
+        pass  # a libc without it

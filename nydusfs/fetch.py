@@ -1,0 +1,297 @@
+"""The scheduler between caches and sources: who fetches what, when, and once.
+
+- One fetch per segment per node at a time, whatever the number of mounts and readers (single flight). It runs in the
+  scheduler's own nursery: a reader that is cancelled leaves it running for the others.
+- Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and starts nothing while a demand
+  read is in flight or was a moment ago; a demand read that meets a waiting prefetch of its segment makes it urgent.
+- Missing neighbours of one read are one request.
+- Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
+  are decoded in place, where the two switches (about 100 us) would cost more than the work.
+- Failure is never remembered: the next read tries again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import trio
+
+from bootstrap.chunkmap import Chunk, ChunkMap
+from nydusfs.cache import BlobCache
+from nydusfs.counters import CacheCounters
+from nydusfs.errors import SourceError
+from nydusfs.segments import BadChunk, Segment, decode, runs
+from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
+
+log = logging.getLogger("nydusfs.fetch")
+
+DEMAND_REQUESTS = 16  # at the same time; more would only share the same link
+PREFETCH_REQUESTS = 8
+MERGE = 1 << 20  # compressed bytes of one merged request
+# Prefetch stays away this long after a demand read: a starting program reads in bursts with small pauses.
+QUIET = 0.1
+INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
+DECODE_THREADS = 4
+RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One segment to fetch, and all that is needed to do it. `cache` None: nothing is kept."""
+
+    segment: Segment
+    chunks: ChunkMap
+    source: Source
+    cache: BlobCache | None
+    counters: CacheCounters
+
+    @property
+    def identity(self) -> tuple[int, str, bytes]:
+        # By cache object too: two stores each need the bytes.
+        return (id(self.cache), self.segment.blob.id, self.segment.key)
+
+
+@dataclass(slots=True)
+class _Flight:
+    job: Job
+    done: trio.Event = field(default_factory=trio.Event)
+    urgent: trio.Event = field(default_factory=trio.Event)
+    plain: bytearray | None = None
+    error: SourceError | None = None
+
+
+_Parts: TypeAlias = list[tuple[Job, list[Chunk], bytearray]]  # chunks to decode, and where to
+
+
+class FetchScheduler:
+    """Give it a nursery that outlives all readers; it starts its fetches there."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._flights: dict[tuple[int, str, bytes], _Flight] = {}
+        self._demand_slots = trio.Semaphore(DEMAND_REQUESTS)
+        self._prefetch_slots = trio.Semaphore(PREFETCH_REQUESTS)
+        self._threads = trio.CapacityLimiter(DECODE_THREADS)
+        self._demand_active = 0
+        self._quiet_from = 0.0
+        self._recent: OrderedDict[tuple[int, str, bytes], bytearray] = OrderedDict()
+        self._recent_bytes = 0
+
+    def recent(self, job: Job) -> bytearray | None:
+        """A segment that was fetched lately and could not be kept on disk."""
+        if not self._recent:
+            return None
+        return self._recent.get(job.identity)
+
+    async def fetch(self, jobs: Sequence[Job], priority: Priority) -> list[bytearray]:
+        """The plain bytes of each job's segment, verified and, where the disk allows, cached.
+
+        Jobs of one call that are neighbours in their blob share a request. Raises `SourceError`.
+        """
+        flights = self._join(jobs, priority)
+        if priority is Priority.DEMAND:
+            self._demand_active += 1
+        try:
+            for flight in flights:
+                await flight.done.wait()
+        finally:
+            if priority is Priority.DEMAND:
+                self._demand_active -= 1
+                self._quiet_from = trio.current_time() + QUIET
+        found: list[bytearray] = []
+        for flight in flights:
+            if flight.error is not None:
+                raise SourceError(flight.error.what, flight.error.tried)
+            assert flight.plain is not None
+            found.append(flight.plain)
+        return found
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Begin to fetch without waiting, what a sequential reader will ask for next. Errors show when it does."""
+        self._join(jobs, Priority.DEMAND)
+
+    def in_flight(self, job: Job) -> bool:
+        return job.identity in self._flights
+
+    def _join(self, jobs: Sequence[Job], priority: Priority) -> list[_Flight]:
+        """A flight for each job: one that is under way, or new ones started in merged groups."""
+        flights: list[_Flight] = []
+        group: list[_Flight] = []
+        for job in jobs:
+            flight = self._flights.get(job.identity)
+            if flight is None:
+                flight = self._flights[job.identity] = _Flight(job)
+                if group and not _joinable(group, job.segment):
+                    self._nursery.start_soon(self._run, group, priority)
+                    group = []
+                group.append(flight)
+            elif priority is Priority.DEMAND:
+                flight.urgent.set()
+            flights.append(flight)
+        if group:
+            self._nursery.start_soon(self._run, group, priority)
+        return flights
+
+    async def _run(self, group: list[_Flight], priority: Priority) -> None:
+        try:
+            if priority is Priority.DEMAND:
+                async with self._demand_slots:
+                    await self._fetch_group(group, priority)
+            else:
+                await self._run_prefetch(group)
+        finally:
+            # Also when the nursery is cancelled: waiters must not hang.
+            for flight in group:
+                if flight.plain is None and flight.error is None:
+                    flight.error = SourceError(f"blob {flight.job.segment.blob.id}: the daemon is stopping")
+                if self._flights.get(flight.job.identity) is flight:
+                    del self._flights[flight.job.identity]
+                flight.done.set()
+
+    async def _run_prefetch(self, group: list[_Flight]) -> None:
+        urgent = await self._turn(group)
+        if urgent:
+            async with self._demand_slots:
+                await self._fetch_group(group, Priority.DEMAND)
+            return
+        try:
+            await self._fetch_group(group, Priority.PREFETCH)
+        finally:
+            self._prefetch_slots.release()
+
+    async def _turn(self, group: list[_Flight]) -> bool:
+        """Wait until prefetch may start a request and take a slot; True (no slot taken) when a reader wants it now."""
+        while True:
+            if any(flight.urgent.is_set() for flight in group):
+                return True
+            now = trio.current_time()
+            if not self._demand_active and now >= self._quiet_from:
+                try:
+                    self._prefetch_slots.acquire_nowait()
+                    return False
+                except trio.WouldBlock:
+                    pass
+            # Few tasks wait here (prefetch threads of the config), so a poll is simple and costs nothing that shows.
+            with trio.move_on_after(max(0.02, self._quiet_from - now)):
+                await group[0].urgent.wait()
+            await trio.lowlevel.checkpoint()
+
+    async def _fetch_group(self, group: list[_Flight], priority: Priority) -> None:
+        try:
+            if len(group) == 1:
+                await self._fetch_one(group[0], priority)
+            else:
+                await self._fetch_merged(group, priority)
+        except SourceError as error:
+            if len(group) == 1:
+                group[0].error = error
+                return
+            # One bad segment must not take its neighbours along.
+            for flight in group:
+                try:
+                    await self._fetch_one(flight, priority)
+                except SourceError as own:
+                    flight.error = own
+
+    async def _fetch_one(self, flight: _Flight, priority: Priority) -> None:
+        job = flight.job
+        segment = job.segment
+        plain = bytearray(segment.size)
+        kept: list[bool] = []
+        ranges = list(runs(job.chunks, segment))
+        for number, (start, end, chunks) in enumerate(ranges):
+            last = number == len(ranges) - 1
+
+            async def check(
+                stored: Buffer, start: int = start, chunks: list[Chunk] = chunks, last: bool = last
+            ) -> None:
+                nonlocal kept
+                kept = await self._decode([(job, chunks, plain)], start, stored, store=last)
+
+            await self._read(job, start, end - start, priority, check)
+        self._finish(flight, plain, kept[-1])
+
+    async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
+        jobs = [flight.job for flight in group]
+        start, end = jobs[0].segment.compressed_start, jobs[-1].segment.compressed_end
+        parts = [(job, next(runs(job.chunks, job.segment))[2], bytearray(job.segment.size)) for job in jobs]
+        kept: list[bool] = []
+        await self._read(jobs[0], start, end - start, priority, partial(self._verify, kept, parts, start, True))
+        for flight, (_, _, plain) in zip(group, parts, strict=True):
+            self._finish(flight, plain, kept[-1])
+
+    async def _read(self, job: Job, start: int, size: int, priority: Priority, check: Check) -> None:
+        job.counters.buffered_backend_size += size
+        try:
+            await job.source.read(job.segment.blob.id, start, size, priority, check)
+        finally:
+            job.counters.buffered_backend_size -= size
+
+    async def _verify(self, kept: list[bool], parts: _Parts, start: int, store: bool, stored: Buffer) -> None:
+        """The check of a source's bytes: verify everything, then write it if `store`; appends whether all was kept.
+
+        Raises `WrongBytes`.
+        """
+        view = memoryview(stored)
+        if len(stored) <= INLINE:
+            kept.append(_decode_and_store(parts, start, view, store))
+            return
+        kept.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=self._threads))
+
+    def _finish(self, flight: _Flight, plain: bytearray, kept: bool) -> None:
+        job = flight.job
+        flight.plain = plain
+        job.counters.entries_count += len(job.segment.rows)
+        if kept and job.cache is not None:
+            job.cache.add(job.segment)
+            return
+        if job.identity not in self._recent:
+            self._recent[job.identity] = plain
+            self._recent_bytes += len(plain)
+        while self._recent_bytes > RECENT_BYTES:
+            _, old = self._recent.popitem(last=False)
+            self._recent_bytes -= len(old)
+
+
+def _joinable(group: list[_Flight], segment: Segment) -> bool:
+    """Whether `segment` goes on where the group ends, in one request of at most `MERGE` bytes."""
+    first, last = group[0].job.segment, group[-1].job.segment
+    return (
+        last.blob.id == segment.blob.id
+        and not last.gappy
+        and not segment.gappy
+        and 0 <= segment.compressed_start - last.compressed_end <= INLINE
+        and segment.compressed_end - first.compressed_start <= MERGE
+    )
+
+
+def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> bool:
+    for job, chunks, plain in parts:
+        try:
+            decode(job.segment, chunks, start, stored, plain)
+        except BadChunk as error:
+            raise WrongBytes(str(error)) from None
+    if not store:
+        return False
+    return all(job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts)
+
+
+async def fetch_chunk(job: Job, chunk: Chunk) -> bytes:
+    """One chunk alone, uncached: the way to good chunks whose segment holds a bad one. Raises `SourceError`."""
+    place = chunk.uncompressed_offset - job.segment.start
+    plain = bytearray(job.segment.size)
+
+    async def check(stored: Buffer) -> None:
+        try:
+            decode(job.segment, [chunk], chunk.compressed_offset, memoryview(stored), plain)
+        except BadChunk as error:
+            raise WrongBytes(str(error)) from None
+
+    blob = job.segment.blob.id
+    await job.source.read(blob, chunk.compressed_offset, chunk.compressed_size, Priority.DEMAND, check)
+    return bytes(plain[place : place + chunk.uncompressed_size])

@@ -1,0 +1,323 @@
+"""Reading files of one image: extents from the bootstrap, segments from the cache, the rest through the scheduler."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from bootstrap.base import Blob, Bootstrap, Extent
+from bootstrap.chunkmap import ChunkMap
+from bootstrap.digest import digest
+from bootstrap.errors import RafsError
+from nydusfs.cache import BlobCache, CacheStore
+from nydusfs.config import Config
+from nydusfs.counters import BackendCounters, CacheCounters
+from nydusfs.errors import ReadError, SourceError
+from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
+from nydusfs.prefetch import Prefetcher
+from nydusfs.segments import SEGMENT_SIZE, Segment, make_segment
+from nydusfs.sources import Priority, Source
+
+log = logging.getLogger("nydusfs.image")
+
+MAX_SEGMENTS = 512  # descriptions kept per image; making one again costs 1 us per chunk in it
+# A reader that has read this much in sequence gets the next segments fetched ahead of it.
+SEQUENTIAL = 256 * 1024
+READ_AHEAD = 4 << 20
+MAX_STREAMS = 64
+
+
+@dataclass(slots=True)
+class _Stream:
+    end: int
+    run: int
+    ahead: int  # file offset up to which fetching was started
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    segment: Segment
+    offset: int  # in the segment file
+    size: int
+
+
+class ImageReader:
+    """`store` None: nothing is kept on disk. The caller owns source, store and scheduler; `close` gives the maps back.
+
+    All methods belong to the trio thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bootstrap: Bootstrap,
+        chunks: ChunkMap,
+        source: Source,
+        scheduler: FetchScheduler,
+        store: CacheStore | None,
+        config: Config,
+        counters: CacheCounters | None = None,
+    ) -> None:
+        self.name = name
+        self.bootstrap = bootstrap
+        self.chunks = chunks
+        self.source = source
+        self.config = config
+        self.cache_counters = counters or CacheCounters()
+        if store is not None:
+            self.cache_counters.store_path = str(store.path)
+        self.cache_counters.underlying_files.update(blob.id for blob in bootstrap.blobs)
+        self._scheduler = scheduler
+        self._store = store
+        self._validate = config.cache.validate
+        self._blobs = bootstrap.blobs
+        self._caches: dict[int, BlobCache] = {}
+        self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._closed = False
+
+    @property
+    def backend_counters(self) -> BackendCounters:
+        return self.source.counters
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes:
+        """Bytes of a regular file, fewer only at its end.
+
+        Raises `ReadError`: EIO after every source failed, with one log line that names image, file, blob, chunk and
+        the sources tried.
+        """
+        try:
+            extents = self.bootstrap.extents(ino, offset, size)
+            pieces = self._pieces(extents)
+        except (RafsError, KeyError, ValueError, IndexError) as error:
+            raise self._failed(ino, f"bad metadata: {error}") from None
+        self.cache_counters.total += 1
+        try:
+            parts = await self._collect(pieces)
+        except SourceError:
+            parts = await self._chunk_by_chunk(ino, extents)
+        self._note_stream(ino, offset, size)
+        if len(parts) == 1:
+            return bytes(parts[0])
+        return b"".join(parts)
+
+    def _pieces(self, extents: Sequence[Extent]) -> list[_Piece]:
+        """What to copy out of which segment; neighbours in one segment are one piece."""
+        pieces: list[_Piece] = []
+        for extent in extents:
+            row = self.chunks.find(extent.blob_index, extent.blob_offset, extent.size)
+            number = self.chunks.chunk(row).uncompressed_offset // SEGMENT_SIZE
+            segment = self.segment(extent.blob_index, number)
+            place = extent.blob_offset - segment.start
+            if pieces and (last := pieces[-1]).segment is segment and last.offset + last.size == place:
+                pieces[-1] = _Piece(segment, last.offset, last.size + extent.size)
+            else:
+                pieces.append(_Piece(segment, place, extent.size))
+        return pieces
+
+    def segment(self, blob_index: int, number: int) -> Segment:
+        """Raises KeyError when the blob has no chunk there."""
+        slot = (blob_index, number)
+        segment = self._segments.get(slot)
+        if segment is None:
+            segment = self._segments[slot] = make_segment(self.chunks, self._blobs[blob_index], number)
+            if len(self._segments) > MAX_SEGMENTS:
+                self._segments.popitem(last=False)
+        else:
+            self._segments.move_to_end(slot)
+        return segment
+
+    def cache(self, blob: Blob) -> BlobCache | None:
+        if self._store is None:
+            return None
+        cache = self._caches.get(blob.index)
+        if cache is None:
+            cache = self._caches[blob.index] = self._store.blob(blob.id)
+        return cache
+
+    def job(self, segment: Segment) -> Job:
+        return Job(segment, self.chunks, self.source, self.cache(segment.blob), self.cache_counters)
+
+    def is_ready(self, segment: Segment) -> bool:
+        cache = self.cache(segment.blob)
+        return cache is not None and segment.key in cache
+
+    async def _collect(self, pieces: Sequence[_Piece]) -> list[bytes | bytearray | memoryview]:
+        """The pieces' bytes. A cached segment that turns out damaged is fetched like a missing one."""
+        if len(pieces) == 1 and self.is_ready(pieces[0].segment):
+            data = await self._cached(pieces[0])
+            if data is not None:
+                return [data]
+        missing: dict[bytes, Segment] = {}
+        for piece in pieces:
+            if not self.is_ready(piece.segment):
+                missing.setdefault(piece.segment.key, piece.segment)
+        plain = await self._fetch(list(missing.values())) if missing else {}
+        parts: list[bytes | bytearray | memoryview] = []
+        for piece in pieces:
+            whole = plain.get(piece.segment.key)
+            if whole is None:
+                data = await self._cached(piece)
+                if data is not None:
+                    parts.append(data)
+                    continue
+                plain.update(await self._fetch([piece.segment]))
+                whole = plain[piece.segment.key]
+            parts.append(memoryview(whole)[piece.offset : piece.offset + piece.size])
+        return parts
+
+    async def _fetch(self, segments: list[Segment]) -> dict[bytes, bytearray]:
+        jobs: list[Job] = []
+        found: dict[bytes, bytearray] = {}
+        for segment in segments:
+            job = self.job(segment)
+            recent = self._scheduler.recent(job)
+            if recent is not None:
+                found[segment.key] = recent
+            else:
+                jobs.append(job)
+        if jobs:
+            foreign = any(self._scheduler.in_flight(job) for job in jobs)
+            try:
+                buffers = await self._scheduler.fetch(jobs, Priority.DEMAND)
+            except SourceError:
+                if not foreign:
+                    raise
+                # It may have been another image's source that failed: once more with our own.
+                buffers = await self._scheduler.fetch(jobs, Priority.DEMAND)
+            found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
+        return found
+
+    async def _cached(self, piece: _Piece) -> bytearray | None:
+        segment = piece.segment
+        cache = self.cache(segment.blob)
+        if cache is None or segment.key not in cache:
+            return None
+        if self._validate:
+            data = await self._validated(cache, piece)
+        else:
+            data = await cache.read(segment, piece.offset, piece.size)
+        if data is not None:
+            self.cache_counters.partial_hits += 1
+        return data
+
+    async def _validated(self, cache: BlobCache, piece: _Piece) -> bytearray | None:
+        """`cache.validate`: hash the touched chunks again. None drops the segment, so that it is fetched anew."""
+        segment = piece.segment
+        whole = await cache.read(segment, 0, segment.size)
+        if whole is None:
+            return None
+
+        def wrong() -> int:
+            view = memoryview(whole)
+            for row in segment.rows:
+                chunk = self.chunks.chunk(row)
+                begin = chunk.uncompressed_offset - segment.start
+                end = begin + chunk.uncompressed_size
+                touched = begin < piece.offset + piece.size and piece.offset < end
+                if touched and any(chunk.digest) and digest(segment.blob.digester, view[begin:end]) != chunk.digest:
+                    return chunk.index
+            return -1
+
+        bad = await trio.to_thread.run_sync(wrong)
+        if bad >= 0:
+            log.warning("image %s: chunk %d of blob %s is damaged in the cache", self.name, bad, segment.blob.id)
+            cache.drop(segment)
+            return None
+        return whole[piece.offset : piece.offset + piece.size]
+
+    async def _chunk_by_chunk(self, ino: int, extents: Sequence[Extent]) -> list[bytes | bytearray | memoryview]:
+        """After a segment failed: the chunks this read needs may be good all the same."""
+        parts: list[bytes | bytearray | memoryview] = []
+        for extent in extents:
+            row = self.chunks.find(extent.blob_index, extent.blob_offset, extent.size)
+            chunk = self.chunks.chunk(row)
+            segment = self.segment(extent.blob_index, chunk.uncompressed_offset // SEGMENT_SIZE)
+            piece = _Piece(segment, extent.blob_offset - segment.start, extent.size)
+            data = await self._cached(piece)
+            if data is None:
+                try:
+                    plain = await fetch_chunk(self.job(segment), chunk)
+                except SourceError as error:
+                    tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
+                    where = f"blob {segment.blob.id} chunk {chunk.index} from {self.source.name}: {tried}"
+                    raise self._failed(ino, where) from None
+                begin = extent.blob_offset - chunk.uncompressed_offset
+                parts.append(memoryview(plain)[begin : begin + extent.size])
+            else:
+                parts.append(data)
+        return parts
+
+    def _failed(self, ino: int, reason: str) -> ReadError:
+        message = f"image {self.name}: file {self.path_of(ino)}: {reason}"
+        log.error("Failed in reading backend: %s", message)
+        return ReadError(message, errno.EIO)
+
+    def path_of(self, ino: int) -> str:
+        """The file's path if a short walk finds it, else its handle: only for error lines."""
+        try:
+            for steps, (path, entry) in enumerate(self.bootstrap.walk()):
+                if entry.ino == ino:
+                    return "/" + os.fsdecode(path).encode("utf-8", "replace").decode()
+                if steps >= 20_000:
+                    break
+        except (RafsError, ValueError):
+            pass
+        return f"inode {ino}"
+
+    # Sequential readers
+
+    def _note_stream(self, ino: int, offset: int, size: int) -> None:
+        """Recognise sequential reading per file (kernel readahead keeps two requests of 128 KiB in flight at most) and
+        fetch the segments in front of it, so that a cold sequential read is bound by the link, not by its round trips.
+        """
+        stream = self._streams.get(ino)
+        if stream is None:
+            if len(self._streams) >= MAX_STREAMS:
+                self._streams.popitem(last=False)
+            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size)
+            return
+        self._streams.move_to_end(ino)
+        # Parallel readahead requests finish in any order: near the last end is in sequence.
+        if not stream.end - SEQUENTIAL <= offset <= stream.end + SEQUENTIAL:
+            self._streams[ino] = _Stream(offset + size, 0, offset + size)
+            return
+        stream.run += size
+        stream.end = max(stream.end, offset + size)
+        if stream.run >= SEQUENTIAL and stream.ahead < stream.end + READ_AHEAD // 2:
+            start = max(stream.end, stream.ahead)
+            window = min(READ_AHEAD, stream.run * 2)
+            stream.ahead = stream.end + window
+            if stream.ahead > start:
+                self._read_ahead(ino, start, stream.ahead - start)
+
+    def _read_ahead(self, ino: int, offset: int, size: int) -> None:
+        try:
+            pieces = self._pieces(self.bootstrap.extents(ino, offset, size))
+        except (RafsError, KeyError, ValueError, IndexError):
+            return  # the read itself will say so
+        jobs = [self.job(piece.segment) for piece in pieces if not self.is_ready(piece.segment)]
+        jobs = [job for job in jobs if self._scheduler.recent(job) is None]
+        if jobs:
+            self._scheduler.start(list(dict.fromkeys(jobs)))
+
+    # Prefetch
+
+    async def prefetch(self, files: Sequence[bytes] | None = None, *, stop: Callable[[], bool] | None = None) -> None:
+        """Fetch ahead as the configuration says, until done, cancelled or `stop()` is true. Never raises for bad data.
+
+        `files`: absolute paths that replace the bootstrap's own table.
+        """
+        await Prefetcher(self, self._scheduler).run(files, stop)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.chunks.close()
+            self.bootstrap.close()

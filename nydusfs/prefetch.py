@@ -1,0 +1,199 @@
+"""What to fetch ahead, in which order, how fast.
+
+Order as upstream's (`nydusd.md` 5.6): the given files, else the bootstrap's table (directories stand for all files
+below, "/" for everything), then with `prefetch_all` every blob front to back. Different from upstream: a demand read
+never waits for prefetch (see `fetch.FetchScheduler`), and `bandwidth_rate` is obeyed as written.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from bootstrap.errors import RafsError
+from nydusfs.errors import CacheError, SourceError
+from nydusfs.segments import SEGMENT_SIZE, Segment
+from nydusfs.sources import Priority
+
+if TYPE_CHECKING:
+    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.image_reader import ImageReader
+
+log = logging.getLogger("nydusfs.prefetch")
+
+MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out when they are back
+_SLICE = 200  # inodes looked at between two turns of the loop
+
+
+class TokenBucket:
+    """`rate` bytes per second (0: no limit), one second's worth at once at most. A request larger than that goes into
+    debt, so the rate holds on average whatever the request size."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._tokens = float(rate)
+        self._updated = trio.current_time()
+
+    async def take(self, size: int) -> None:
+        if not self._rate:
+            return
+        while True:
+            now = trio.current_time()
+            self._tokens = min(float(self._rate), self._tokens + (now - self._updated) * self._rate)
+            self._updated = now
+            if self._tokens > 0:
+                self._tokens -= size
+                return
+            await trio.sleep(-self._tokens / self._rate + 0.001)
+
+
+class Prefetcher:
+    def __init__(self, reader: ImageReader, scheduler: FetchScheduler) -> None:
+        self._reader = reader
+        self._scheduler = scheduler
+        self._config = reader.config.prefetch
+        self._bucket = TokenBucket(self._config.bandwidth_rate)
+        self._failures = 0
+        self._seen: set[tuple[int, int]] = set()
+
+    async def run(self, files: Sequence[bytes] | None, stop: Callable[[], bool] | None) -> None:
+        """Workers that share one ordered list; returns when it is empty."""
+        if not self._config.enable:
+            return
+        counters = self._reader.cache_counters
+        counters.prefetch_begin = counters.prefetch_begin or time.time()
+        groups = self._groups(self._plan(files))
+        lock = trio.Lock()
+
+        async def worker() -> None:
+            counters.prefetch_workers += 1
+            try:
+                while not (stop and stop()) and self._failures < MAX_FAILURES:
+                    async with lock:
+                        group = await self._next(groups)
+                    if group is None:
+                        return
+                    await self._fetch(group)
+            finally:
+                counters.prefetch_workers -= 1
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._config.threads):
+                    nursery.start_soon(worker)
+        finally:
+            counters.prefetch_end = time.time()
+        if self._failures >= MAX_FAILURES:
+            log.warning("image %s: prefetch gives up after %d failures in a row", self._reader.name, self._failures)
+
+    async def _next(self, groups: Iterator[list[Job] | None]) -> list[Job] | None:
+        """The next request; the plan yields None now and then so that walking a big tree holds nobody up."""
+        while True:
+            try:
+                group = next(groups)
+            except StopIteration:
+                return None
+            except (RafsError, KeyError, ValueError, CacheError) as error:
+                log.warning("image %s: prefetch stops at bad metadata: %s", self._reader.name, error)
+                return None
+            if group is not None:
+                return group
+            await trio.lowlevel.checkpoint()
+
+    async def _fetch(self, group: list[Job]) -> None:
+        size = group[-1].segment.compressed_end - group[0].segment.compressed_start
+        await self._bucket.take(max(size, 0))
+        counters = self._reader.cache_counters
+        counters.prefetch_requests_count += 1
+        counters.prefetch_data_amount += max(size, 0)
+        started = time.monotonic()
+        try:
+            await self._scheduler.fetch(group, Priority.PREFETCH)
+            self._failures = 0
+        except SourceError as error:
+            self._failures += 1
+            log.info("image %s: prefetch: %s", self._reader.name, error)
+            await trio.sleep(min(5.0, 0.1 * 2 ** min(self._failures, 6)))
+        finally:
+            counters.prefetch_cumulative_us += int((time.monotonic() - started) * 1e6)
+
+    # What
+
+    def _groups(self, plan: Iterator[Segment | None]) -> Iterator[list[Job] | None]:
+        """Neighbouring segments of the plan in one request of up to `merging_size` compressed bytes."""
+        group: list[Job] = []
+        for segment in plan:
+            if segment is None:
+                yield None
+                continue
+            if self._reader.is_ready(segment):
+                continue
+            if group:
+                first, last = group[0].segment, group[-1].segment
+                fits = (
+                    segment.blob.index == last.blob.index
+                    and segment.number == last.number + 1
+                    and segment.compressed_end - first.compressed_start <= self._config.merging_size
+                )
+                if not fits:
+                    yield group
+                    group = []
+            group.append(self._reader.job(segment))
+        if group:
+            yield group
+
+    def _plan(self, files: Sequence[bytes] | None) -> Iterator[Segment | None]:
+        bootstrap = self._reader.bootstrap
+        if files is not None:
+            inodes = []
+            for path in files:
+                ino = bootstrap.resolve(path)
+                if ino:
+                    inodes.append(ino)
+                else:
+                    log.warning("image %s: prefetch file %r is not in the image", self._reader.name, path)
+        else:
+            inodes = list(bootstrap.prefetch_inodes())
+        everything = bool(inodes) and all(ino == bootstrap.root for ino in inodes)
+        if not everything:
+            for ino in inodes:
+                yield from self._below(ino)
+        if everything or (self._config.prefetch_all and bootstrap.root not in inodes):
+            yield from self._all()
+
+    def _below(self, ino: int) -> Iterator[Segment | None]:
+        bootstrap = self._reader.bootstrap
+        mode = bootstrap.attr(ino).mode
+        if stat.S_ISREG(mode):
+            yield from self._file(ino)
+        elif stat.S_ISDIR(mode):
+            for count, (_, entry) in enumerate(bootstrap.walk(ino)):
+                if count % _SLICE == 0:
+                    yield None
+                if entry.dtype == 8:
+                    yield from self._file(entry.ino)
+
+    def _file(self, ino: int) -> Iterator[Segment]:
+        for ref in self._reader.bootstrap.chunk_refs(ino):
+            yield from self._once(ref.blob_index, ref.uncompressed_offset // SEGMENT_SIZE)
+
+    def _all(self) -> Iterator[Segment | None]:
+        chunks = self._reader.chunks
+        for blob in self._reader.bootstrap.blobs:
+            rows = chunks.blob_rows(blob.index)
+            row = rows.start
+            while row < rows.stop:
+                number = chunks.chunk(row).uncompressed_offset // SEGMENT_SIZE
+                yield from self._once(blob.index, number)
+                yield None
+                row = max(row + 1, self._reader.segment(blob.index, number).rows.stop)
+
+    def _once(self, blob_index: int, number: int) -> Iterator[Segment]:
+        if (blob_index, number) not in self._seen:
+            self._seen.add((blob_index, number))
+            yield self._reader.segment(blob_index, number)

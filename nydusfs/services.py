@@ -1,0 +1,91 @@
+"""What all images of one worker share, and how an image is opened with it.
+
+async with open_services() as services:
+    reader = await services.open_image("image.boot", config, name="/4")
+    data = await reader.read(ino, 0, 4096)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from hashlib import blake2b
+
+import trio
+
+from bootstrap.base import Bootstrap
+from bootstrap.chunkmap import ChunkMap
+from bootstrap.reader import open_bootstrap
+from nydusfs.cache import CacheStore
+from nydusfs.config import Config, connection_debug
+from nydusfs.counters import CacheCounters
+from nydusfs.fetch import FetchScheduler
+from nydusfs.image_reader import ImageReader
+from nydusfs.sources import SourceHub, open_source
+
+log = logging.getLogger("nydusfs")
+
+
+class Services:
+    """Use `open_services`."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.hub = SourceHub()
+        self.scheduler = FetchScheduler(nursery)
+        self._nursery = nursery
+        self._stores: dict[str, CacheStore] = {}
+
+    def store(self, work_dir: str) -> CacheStore:
+        """One store per directory, whatever it is called. Raises `CacheError`."""
+        key = os.path.realpath(work_dir)
+        if key not in self._stores:
+            store = self._stores[key] = CacheStore(work_dir)
+            self._nursery.start_soon(store.sync_forever)
+        return self._stores[key]
+
+    async def open_image(
+        self, bootstrap_path: str, config: Config, *, name: str, counters: CacheCounters | None = None
+    ) -> ImageReader:
+        """Open an image for reading; `name` stands for it in logs.
+
+        Raises `ConfigError`, `CacheError`, and `bootstrap.errors.RafsError` for an unusable bootstrap.
+        """
+        source = open_source(config.backend, self.hub)
+        if line := connection_debug(config):
+            log.info("%s", line)
+        store = self.store(config.cache.work_dir) if config.cache.persistent else None
+        bootstrap, chunks = await trio.to_thread.run_sync(_open, bootstrap_path, store)
+        return ImageReader(name, bootstrap, chunks, source, self.scheduler, store, config, counters)
+
+    async def aclose(self) -> None:
+        self.hub.close()
+        for store in self._stores.values():
+            await trio.to_thread.run_sync(store.close)
+
+
+@asynccontextmanager
+async def open_services() -> AsyncIterator[Services]:
+    """At the end every fetch is cancelled and what is cached made durable."""
+    async with trio.open_nursery() as nursery:
+        services = Services(nursery)
+        try:
+            yield services
+        finally:
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await services.aclose()
+
+
+def _open(bootstrap_path: str, store: CacheStore | None) -> tuple[Bootstrap, ChunkMap]:
+    """In a thread: building the chunk map of a big image takes tenths of a second the first time."""
+    bootstrap = open_bootstrap(bootstrap_path)
+    try:
+        path = None
+        if store is not None:
+            path = store.map_path(blake2b(os.path.realpath(bootstrap_path).encode(), digest_size=12).hexdigest())
+        return bootstrap, ChunkMap.open(bootstrap, path)
+    except BaseException:
+        bootstrap.close()
+        raise
