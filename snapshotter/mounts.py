@@ -59,6 +59,5 @@ class Layout:
 
 def _id_options(labels: Mapping[str, str]) -> list[str]:
     # containerd's mount code takes these two out again and makes idmapped lower mounts of them
-    return [
-        f"{option}={labels[key]}" for option, key in (("uidmap", UID_MAPPING), ("gidmap", GID_MAPPING)) if labels.get(key)
-    ]
+    pairs = (("uidmap", UID_MAPPING), ("gidmap", GID_MAPPING))
+    return [f"{option}={labels[key]}" for option, key in pairs if labels.get(key)]

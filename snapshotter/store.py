@@ -88,7 +88,7 @@ class Store:
             raise NotFound(f"snapshot {key} not found")
         return [_snapshot(row) for row in rows]
 
-    def list(self) -> list[Snapshot]:
+    def all(self) -> list[Snapshot]:
         """All snapshots in byte order of their keys, read at once: no lock is held while a client takes its time."""
         return [_snapshot(row) for row in self._database.reader().execute(f"{_SELECT} ORDER BY s.key").fetchall()]
 
@@ -105,7 +105,7 @@ class Store:
         labels: Mapping[str, str],
         host_id: int | None = None,
     ) -> Snapshot:
-        """Prepare or View: row and directory. `host_id` owns the directories (user namespaces), else the parent's owner.
+        """Prepare or View: row and directory, owned by `host_id` (user namespaces) or else by the parent's owner.
 
         Raises InvalidArgument (empty key, parent not committed), NotFound (parent), AlreadyExists (key).
         """
@@ -163,7 +163,9 @@ class Store:
                 raise NotFound(f"snapshot {key} not found")
             identity, kind, parent_id = row
             if kind != Kind.ACTIVE:
-                raise FailedPrecondition(f"snapshot {key} is {Kind(kind).name.lower()}, only an active one can be committed")
+                raise FailedPrecondition(
+                    f"snapshot {key} is {Kind(kind).name.lower()}: only active ones can be committed"
+                )
             if parent:
                 parent_id = _rebase(writer, key, parent_id, parent)
             now = time.time_ns()
@@ -248,7 +250,9 @@ class Store:
         with self._database.write() as writer:
             if self._database.created and highest:
                 log.warning(
-                    "%s holds snapshots up to %d that this database does not know; they are left alone", self.directory, highest
+                    "%s holds snapshots up to %d that this database does not know; they are left alone",
+                    self.directory,
+                    highest,
                 )
                 writer.execute("INSERT OR REPLACE INTO facts VALUES ('floor', ?)", (highest,))
             row = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
@@ -385,5 +389,3 @@ def _dump(labels: Mapping[str, str]) -> str:
 def _need(text: str, what: str) -> None:
     if not text:
         raise InvalidArgument(f"snapshot {what} is required")
-
-

@@ -57,7 +57,21 @@ def test_filters(filters: list[str], matches: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["==x", "name==", "name=x", "name==,", "name==x,", "a b", 'name=="x', "name~=/x", ".name", "name.", "name==/x", '"\\q"']
+    "text",
+    [
+        "==x",
+        "name==",
+        "name=x",
+        "name==,",
+        "name==x,",
+        "a b",
+        'name=="x',
+        "name~=/x",
+        ".name",
+        "name.",
+        "name==/x",
+        '"\\q"',
+    ],
 )
 def test_bad_filters_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="at position"):

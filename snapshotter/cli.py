@@ -1,0 +1,208 @@
+"""`containerd-nydus-grpc`: flags of three generations (snapshotter.md 4.1 to 4.3), Go's way of writing them.
+
+Exit codes: 0 ended by SIGTERM or SIGINT; 1 the machine or another instance is in the way; 2 wrong flags or
+configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import click
+
+_SHORT = {"-c": "--config-path", "-R": "--root", "-l": "--log-level", "-C": "--cache-dir", "-L": "--log-dir"}
+_SHORT["-M"] = "--daemon-mode"
+_TRUE, _FALSE = ("1", "t", "T", "true", "TRUE", "True"), ("0", "f", "F", "false", "FALSE", "False")
+
+# flag -> (aliases, setting). Settings are keys of the TOML file.
+_TEXT: dict[str, tuple[tuple[str, ...], str]] = {
+    "--root": ((), "root"),
+    "--address": ((), "address"),
+    "--nydusd": (("--nydusd-path",), "daemon.nydusd_path"),
+    "--nydus-image": (("--nydusimg-path",), "daemon.nydusimage_path"),
+    "--daemon-mode": ((), "daemon_mode"),
+    "--fs-driver": (("--daemon-backend",), "daemon.fs_driver"),
+    "--log-level": ((), "log.level"),
+    "--cache-dir": ((), "cache_manager.cache_dir"),
+    "--log-dir": ((), "log.dir"),
+    "--recover-policy": ((), "daemon.recover_policy"),
+    "--nydus-overlayfs-path": ((), "snapshot.nydus_overlayfs_path"),
+    "--gc-period": ((), "cache_manager.gc_period"),
+    "--metrics-address": ((), "metrics.address"),
+    "--publickey-file": ((), "image.public_key_file"),
+    "--kubeconfig-path": ((), "remote.auth.kubeconfig_path"),
+    "--image-service-address": ((), "remote.auth.image_service_address"),
+    "--api-socket": ((), "system.address"),
+}
+_BOOLEAN: dict[str, str] = {
+    "--log-to-stdout": "log.log_to_stdout",
+    "--cleanup-on-close": "cleanup_on_close",
+    "--sync-remove": "snapshot.sync_remove",
+    "--convert-vpc-registry": "remote.convert_vpc_registry",
+    "--disable-cache-manager": "cache_manager.disable",
+    "--enable-nydus-overlayfs": "snapshot.enable_nydus_overlayfs",
+    "--enable-stargz": "experimental.enable_stargz",
+    "--validate-signature": "image.validate_signature",
+    "--enable-kubeconfig-keychain": "remote.auth.enable_kubeconfig_keychain",
+    "--enable-cri-keychain": "remote.auth.enable_cri_keychain",
+    "--enable-system-controller": "system.enable",
+}
+_SPECIAL_BOOLEAN = ("--shared-daemon", "--async-remove", "--enable-metrics", "--version", "--help")
+_SHOWN = {
+    "--root": "State, snapshots, logs.",
+    "--address": "Unix socket that containerd's proxy plugin dials.",
+    "--nydusd": "nydusd program [default: beside this program, else in PATH].",
+    "--daemon-mode": "shared (one nydusd for all images, default) or dedicated (one for each).",
+    "--log-level": "trace, debug, info, warn, error.",
+    "--log-to-stdout": "Log to stdout instead of ROOT/logs/nydus-snapshotter.log.",
+    "--cache-dir": "Blob cache [default: as the template of --config-path says, else ROOT/cache].",
+}
+
+_EPILOG = """\b
+Examples:
+  containerd-nydus-grpc --config-path /etc/nydus/config.json
+  containerd-nydus-grpc --config /etc/nydus/config.toml
+  containerd-nydus-grpc --nydusd-config /etc/nydus/nydusd-config.json --log-to-stdout
+
+\b
+containerd finds it with:
+  [proxy_plugins.nydus]
+    type = "snapshot"
+    address = "/run/containerd-nydus/containerd-nydus-grpc.sock"
+
+Flags win over the TOML file. Flags of older releases (--shared-daemon, --nydusd-path, ...) are accepted."""
+
+
+def go_arguments(arguments: Sequence[str]) -> list[str]:
+    """Go's flag syntax in click's: `-flag` is `--flag`, a bare boolean is `--flag=true`."""
+    booleans = {*_BOOLEAN, *_SPECIAL_BOOLEAN}
+    out: list[str] = []
+    for at, word in enumerate(arguments):
+        if word == "--":
+            return [*out, *arguments[at:]]
+        name, equals, value = word.partition("=")
+        if name.startswith("-") and len(name) > 1:
+            name = _SHORT.get(name, name if name.startswith("--") or name == "-h" else f"-{name}")
+        if name in ("--version", "--help") and value not in _FALSE:
+            out.append(name)
+        elif name in booleans and not equals:
+            out.append(f"{name}=true")
+        else:
+            out.append(name + equals + value)
+    return out
+
+
+class _GoBool(click.ParamType[bool]):
+    name = "bool"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> bool:
+        if value not in _TRUE and value not in _FALSE:
+            self.fail(f"{value!r} is neither true nor false", param, context)
+        return value in _TRUE
+
+
+def _command() -> click.Command:
+    def option(*names: str, **more: Any) -> click.Option:
+        return click.Option([*names, names[0].strip("-").replace("-", "_")], **more)
+
+    parameters: list[click.Parameter] = [
+        option("--config", metavar="FILE", help="Snapshotter TOML; or nydusd JSON, told apart by content."),
+        option("--config-path", metavar="FILE", help="nydusd JSON, the template for every image."),
+        option("--nydusd-config", metavar="FILE", help="The same, in newer releases."),
+    ]
+    for name, (aliases, _) in _TEXT.items():
+        parameters.append(option(name, *aliases, help=_SHOWN.get(name), hidden=name not in _SHOWN))
+    parameters.append(option("--nydusd-thread-num", type=int, hidden=True))
+    for name in (*_BOOLEAN, "--shared-daemon", "--async-remove", "--enable-metrics"):
+        shown = _SHOWN.get(name)
+        parameters.append(option(name, type=_GoBool(), metavar="[=BOOL]", help=shown, hidden=shown is None))
+    parameters.append(option("--metrics-file", hidden=True))
+    parameters.append(option("--version", is_flag=True, help="Print the version and exit."))
+    return click.Command(
+        "containerd-nydus-grpc",
+        params=parameters,
+        callback=_run,
+        help="Snapshotter for containerd that starts containers before their Nydus images are downloaded.",
+        epilog=_EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+
+def settings_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Values of the flags given, under the names of the TOML keys and of the three file flags."""
+
+    def given(flag: str) -> Any:
+        return options.get(flag.strip("-").replace("-", "_"))
+
+    values: dict[str, Any] = {name: given(name) for name in ("config", "config-path", "nydusd-config") if given(name)}
+    for flag, (_, key) in _TEXT.items():
+        if given(flag) is not None:
+            values[key] = given(flag)
+    for flag, key in _BOOLEAN.items():
+        if given(flag) is not None:
+            values[key] = given(flag)
+    if given("--nydusd-thread-num") is not None:
+        values["daemon.threads_number"] = given("--nydusd-thread-num")
+    if given("--async-remove") is not None:
+        values["snapshot.sync_remove"] = not given("--async-remove")
+    if given("--shared-daemon"):
+        values["daemon_mode"] = "shared"
+    return values
+
+
+def _run(**options: Any) -> None:
+    if options["version"]:
+        from importlib.metadata import version
+
+        click.echo(f"Version:    v{version('nydus-py')}")
+        click.echo(f"Python:     {sys.version.split()[0]}")
+        return
+    # the imports cost 0.2 s that --help does not need
+    from snapshotter import logs, settings
+    from snapshotter.errors import SettingsError, SnapshotterError
+    from snapshotter.recovery import Program
+
+    buffered = logs.buffer_until_known()
+    try:
+        chosen = settings.load(settings_of(options))
+        if os.geteuid() == 0:
+            logs.configure(chosen, buffered)
+        stopping = _stop_on_signals()
+        program = Program(chosen)
+    except (SnapshotterError, OSError) as error:
+        click.echo(f"containerd-nydus-grpc: {error}", err=True)
+        raise SystemExit(2 if isinstance(error, SettingsError) else 1) from None
+    stopping.wait()
+    program.stop()
+    logging.shutdown()
+    # gRPC's threads may still wait for a call; nothing of ours is left to do
+    os._exit(0)
+
+
+def _stop_on_signals() -> threading.Event:
+    stopping = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stopping
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console script."""
+    _command().main(go_arguments(sys.argv[1:] if arguments is None else arguments), prog_name="containerd-nydus-grpc")
+
+
+if __name__ == "__main__":
+    main()

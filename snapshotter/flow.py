@@ -1,0 +1,139 @@
+"""Which layer is lazy, and what every call of the snapshots service does about it (snapshotter.md 2.2 to 2.8)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+
+from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SnapshotterError
+from snapshotter.filters import Adaptor, parse
+from snapshotter.images import Images
+from snapshotter.labels import LAYER_DIGEST, SNAPSHOT_REF, id_mapping, is_data, is_meta
+from snapshotter.mounts import Layout, Mount
+from snapshotter.store import Kind, Snapshot, Store, disk_usage
+
+log = logging.getLogger(__name__)
+
+
+class Snapshotter:
+    """The ten calls, in terms of this room; `service.py` puts them on the wire."""
+
+    def __init__(self, store: Store, layout: Layout, images: Images, *, sync_remove: bool = False) -> None:
+        self._store = store
+        self._layout = layout
+        self._images = images
+        self._sync_remove = sync_remove
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
+        ref = labels.get(SNAPSHOT_REF, "")
+        # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
+        if ref and is_data(labels) and not is_meta(labels):
+            made = self._store.commit_skipped(key, parent, ref, labels)
+            log.debug("layer %s is lazy: %s", ref, f"snapshot {made.id}" if made else "there already")
+            raise AlreadyExists(f'target snapshot "{ref}": already exists')
+        return self._create(Kind.ACTIVE, key, parent, labels)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """Read-only, on any layer or on none. Data layers of a Nydus image show as the empty directories they are."""
+        return self._create(Kind.VIEW, key, parent, labels)
+
+    def mounts(self, key: str) -> list[Mount]:
+        """The same as Prepare or View answered; an image that is not mounted (any more) is mounted again."""
+        chain = self._store.chain(key)
+        if chain[0].kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {key} is committed: it has no mounts")
+        return self._mounts(chain)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
+        self._store.commit(name, key, labels, parent)
+
+    def remove(self, key: str) -> None:
+        """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""
+        self._store.remove(key)
+        if self._sync_remove:
+            self.cleanup()
+
+    def stat(self, key: str) -> Snapshot:
+        return self._store.stat(key)
+
+    def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
+        return self._store.update(key, labels, mask)
+
+    def find(self, filters: Sequence[str]) -> list[Snapshot]:
+        """Raises InvalidArgument for a filter outside the grammar."""
+        matches = parse(filters)
+        return [snapshot for snapshot in self._store.all() if matches(_adaptor(snapshot))]
+
+    def usage(self, key: str) -> tuple[int, int]:
+        """(bytes, inodes); for a lazy layer the blob cache's share is counted too."""
+        snapshot = self._store.stat(key)
+        if snapshot.kind is Kind.ACTIVE:
+            return disk_usage(self._store.upper(snapshot.id))
+        size = snapshot.size
+        if is_data(snapshot.labels):
+            size += self._images.cache_usage(snapshot.labels.get(LAYER_DIGEST, "").rpartition(":")[2])
+        return size, snapshot.inodes
+
+    def cleanup(self) -> None:
+        """Deletes directories without a snapshot and unmounts the images they carried. One failure stops nothing."""
+        for identity, path in self._store.leftovers():
+            try:
+                self._images.release(identity)
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                pass  # two Cleanups at once
+            except (SnapshotterError, OSError) as error:
+                log.warning("%s is left for the next clean-up: %s", path, error)
+
+    # ----
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        mapping = id_mapping(labels)
+        snapshot = self._store.create(kind, key, parent, labels, mapping[1] if mapping else None)
+        try:
+            return self._mounts(self._store.chain(key))
+        except BaseException:
+            # else a retry with this key meets AlreadyExists, and containerd's collector has to find the rest
+            self._undo(snapshot)
+            raise
+
+    def _undo(self, snapshot: Snapshot) -> None:
+        try:
+            self._store.remove(snapshot.key)
+            shutil.rmtree(self._store.upper(snapshot.id).parent, ignore_errors=True)
+        except SnapshotterError as error:
+            log.warning("snapshot %s cannot be taken back: %s", snapshot.key, error)
+
+    def _mounts(self, chain: Sequence[Snapshot]) -> list[Mount]:
+        """Lazy if a meta layer lies below, whatever lies between: layers built on a Nydus image need its files too.
+
+        The nearest one counts. The snapshot itself does not: a meta layer being unpacked is an ordinary directory.
+        """
+        for depth, layer in enumerate(chain[1:], 1):
+            if is_meta(layer.labels):
+                if id_mapping(chain[0].labels):
+                    raise InvalidArgument(
+                        "user namespaces on Nydus images are not supported yet: "
+                        'take "remap-ids" out of the capabilities of proxy_plugins.nydus'
+                    )
+                return self._layout.lazy(chain[0], chain[1:depth], self._images.ensure(layer))
+        return self._layout.ordinary(chain)
+
+
+def _adaptor(snapshot: Snapshot) -> Adaptor:
+    def field(path: Sequence[str]) -> tuple[str, bool]:
+        if path[0] == "labels" and len(path) > 1:
+            name = ".".join(path[1:])
+            return snapshot.labels.get(name, ""), name in snapshot.labels
+        if len(path) == 1:
+            if path[0] == "name":
+                return snapshot.key, True
+            if path[0] == "parent":
+                return snapshot.parent, True
+            if path[0] == "kind":
+                return snapshot.kind.name.lower(), True
+        return "", False
+
+    return field

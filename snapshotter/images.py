@@ -1,0 +1,355 @@
+"""Mounted Nydus images ("RAFS instances"): one per meta layer snapshot, served by the shared daemon or by its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshotter.daemons import Daemon, DaemonSettings, new_id
+from snapshotter.errors import NotFound, SnapshotterError, Unavailable
+from snapshotter.labels import image_ref
+from snapshotter.nydusd_api import ApiError, ApiUnreachable
+from snapshotter.nydusd_config import Template, derive, write_private
+from snapshotter.records import DaemonRecord, InstanceRecord, Records
+from snapshotter.store import Snapshot, Store, disk_usage
+
+log = logging.getLogger(__name__)
+
+RECOVERY_SECONDS = 90.0
+_V5_MAGIC, _V6_MAGIC = 0x52414653, 0xE0F5E1E2
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    daemon: DaemonSettings
+    shared: bool
+    template: Template
+    cache_dir: Path
+
+
+class Images:
+    """`ensure` is what the flow calls; everything else keeps it true over deaths of either program."""
+
+    def __init__(self, settings: ImageSettings, store: Store, records: Records) -> None:
+        self._settings = settings
+        self._root = settings.daemon.root
+        self._store = store
+        self._records = records
+        self._lock = threading.Lock()  # guards the dictionaries, never held over a call
+        self._image_locks: dict[int, threading.Lock] = {}
+        self._instances: dict[int, InstanceRecord] = {}
+        self._serving: set[int] = set()
+        self._daemons: dict[str, Daemon] = {}
+        self._recovered = threading.Event()
+
+    # ---- what the flow needs
+
+    def ensure(self, meta: Snapshot, labels: Mapping[str, str] | None = None) -> Path:
+        """Where this image is mounted; mounts it if it is not. Blocks until reads are answered.
+
+        Raises NotFound (no image reference, no bootstrap), Unavailable (nydusd) and whatever nydusd answers.
+        """
+        labels = labels or meta.labels
+        if not self._recovered.wait(RECOVERY_SECONDS):
+            raise Unavailable("still recovering after the start: try again")
+        with self._one(meta.id):
+            record = self._instances.get(meta.id)
+            if record is not None and meta.id in self._serving and self._daemons[record.daemon].alive:
+                return self.mountpoint(record)
+            image = image_ref(labels, str(meta.id))
+            bootstrap = find_bootstrap(self._store.upper(meta.id), image)
+            if record is None:
+                daemon = self._shared_daemon() if self._settings.shared else self._new_daemon(meta.id, shared=False)
+                record = InstanceRecord(meta.id, daemon.id, image, bootstrap)
+                try:
+                    # written first: should this program die now, the next one knows what to look for
+                    self._records.add_daemon(daemon.record)
+                    self._records.save_instance(record)
+                    self._instances[meta.id] = record
+                    self._mount(record, labels)
+                except BaseException:
+                    self._forget(record)
+                    raise
+            else:
+                self._mount(record, labels)
+            log.info("image %s mounted at %s", record.image, self.mountpoint(record))
+            return self.mountpoint(record)
+
+    def release(self, snapshot: int) -> None:
+        """Unmounts an image whose meta layer was removed; a daemon of its own ends."""
+        if not self._recovered.wait(RECOVERY_SECONDS):
+            return
+        with self._one(snapshot):
+            record = self._instances.get(snapshot)
+            if record is not None:
+                self._forget(record)
+                log.info("image %s unmounted from %s", record.image, self.mountpoint(record))
+        with self._lock:
+            self._image_locks.pop(snapshot, None)
+
+    def mountpoint(self, record: InstanceRecord) -> Path:
+        if self._settings_shared(record):
+            return self._root / "mnt" / str(record.snapshot)
+        return self._own_mountpoint(record.snapshot)
+
+    def cache_usage(self, blob: str) -> int:
+        """Bytes on disk that the blob cache holds for a blob id: our directory of segments, or upstream's files."""
+        size = 0
+        for name in (blob, *(blob + ending for ending in (".blob.data", ".blob.data.chunk_map", ".blob.meta"))):
+            path = self._settings.cache_dir / name
+            if path.is_dir():
+                size += disk_usage(path)[0]
+            elif path.is_file():
+                size += path.stat().st_blocks * 512
+        return size
+
+    # ---- start and end of this program
+
+    def recover(self) -> None:
+        """Finds the daemons of an earlier run, replaces dead ones, mounts what is missing. Once, in the background."""
+        try:
+            self._recover()
+        except Exception:
+            log.exception("recovery did not finish; images are mounted again when they are asked for")
+        finally:
+            self._recovered.set()
+        if self._settings.shared:
+            try:
+                # at start, not at the first image: the first container then does not wait for it
+                self._shared_daemon().ensure()
+            except (SnapshotterError, OSError) as error:
+                log.warning("%s; plain OCI images work, Nydus images will try again", error)
+
+    def _recover(self) -> None:
+        alive = self._store.ids()
+        for instance in self._records.instances():
+            if instance.snapshot in alive:
+                self._instances[instance.snapshot] = instance
+        found: list[Daemon] = []
+        dead: list[Daemon] = []
+        for record in self._records.daemons():
+            daemon = self._add(record)
+            served = [one for one in self._instances.values() if one.daemon == record.id]
+            if not record.shared and not served:
+                daemon.stop()
+                self._daemons.pop(record.id, None)
+                continue
+            (found if daemon.adopt() else dead).append(daemon)
+        log.info("found %d nydusd running, %d to be started again", len(found), len(dead))
+        for daemon in found:
+            self._settle(daemon)
+        for daemon in dead:
+            try:
+                daemon.ensure()
+            except (SnapshotterError, OSError) as error:
+                log.warning("%s; its images are mounted when they are asked for", error)
+        for instance in self._records.instances():
+            if instance.snapshot not in alive:
+                self._records.forget_instance(instance.snapshot)
+
+    def _settle(self, daemon: Daemon) -> None:
+        """A living daemon serves exactly the images on record."""
+        if not daemon.shared:
+            self._serving |= {one.snapshot for one in self._instances.values() if one.daemon == daemon.id}
+            return
+        mounted = daemon.api.mounted()
+        wanted = {f"/{one.snapshot}": one for one in self._instances.values() if one.daemon == daemon.id}
+        for path in (mounted or set()) - set(wanted) - {"/"}:
+            try:
+                daemon.api.umount(path)
+                log.info("unmounted %s, which no snapshot needs any more", path)
+            except SnapshotterError as error:
+                log.warning("%s", error)
+        for path, record in wanted.items():
+            if mounted is not None and path in mounted:
+                self._serving.add(record.snapshot)
+            else:
+                self._remount(record)
+
+    def close(self, *, umount: bool = False) -> None:
+        """Daemons and mounts stay, unless `umount` (cleanup_on_close)."""
+        for daemon in list(self._daemons.values()):
+            if umount:
+                daemon.stop()
+            else:
+                daemon.unwatch()
+
+    # ---- mounting
+
+    def _mount(self, record: InstanceRecord, labels: Mapping[str, str]) -> None:
+        daemon = self._daemons[record.daemon]
+        copy_blob_meta(record.bootstrap, self._settings.cache_dir)
+        if not daemon.shared:
+            daemon.ensure()
+            self._serving.add(record.snapshot)
+            return
+        for attempt in (1, 2):
+            with daemon.lock:
+                daemon.ensure()
+                if record.snapshot in self._serving:
+                    return
+                try:
+                    config = self._config(record, labels)
+                    daemon.api.mount(f"/{record.snapshot}", record.bootstrap, config)
+                except ApiUnreachable:
+                    if attempt == 2 or daemon.alive:
+                        raise
+                    continue
+                except ApiError as error:
+                    # ids are never given out twice: what is mounted there is this very image
+                    if "already exists" not in error.message:
+                        raise SnapshotterError(f"image {record.image} cannot be mounted: {error}") from None
+                self._serving.add(record.snapshot)
+                return
+
+    def _remount(self, record: InstanceRecord) -> None:
+        """A failing image does not take the others down."""
+        try:
+            self._mount(record, self._labels(record))
+        except (SnapshotterError, OSError) as error:
+            log.warning("image %s is not mounted again: %s", record.image, error)
+
+    def _forget(self, record: InstanceRecord) -> None:
+        daemon = self._daemons[record.daemon]
+        self._serving.discard(record.snapshot)
+        self._instances.pop(record.snapshot, None)
+        if not daemon.shared:
+            daemon.stop()
+            self._daemons.pop(daemon.id, None)
+            self._remove_daemon_files(daemon.id)
+        elif daemon.alive:
+            try:
+                daemon.api.umount(f"/{record.snapshot}")
+            except SnapshotterError as error:
+                log.debug("%s", error)
+        self._records.forget_instance(record.snapshot)
+        shutil.rmtree(self._config_dir(daemon.id) / str(record.snapshot), ignore_errors=True)
+
+    def _config(self, record: InstanceRecord, labels: Mapping[str, str]) -> str:
+        text = derive(
+            self._settings.template,
+            image=record.image,
+            instance=str(record.snapshot),
+            cache_dir=self._settings.cache_dir,
+            labels=labels,
+        )
+        self._settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(self._config_path(record), text)
+        return text
+
+    def _labels(self, record: InstanceRecord) -> Mapping[str, str]:
+        return next((one.labels for one in self._store.all() if one.id == record.snapshot), {})
+
+    # ---- daemons
+
+    def _shared_daemon(self) -> Daemon:
+        with self._lock:
+            for daemon in self._daemons.values():
+                if daemon.shared:
+                    return daemon
+            return self._new_daemon(0, shared=True)
+
+    def _new_daemon(self, snapshot: int, *, shared: bool) -> Daemon:
+        identity = new_id()
+        socket = self._root / "socket" / identity / "api.sock"
+        mountpoint = self._root / "mnt" if shared else self._own_mountpoint(snapshot)
+        return self._add(DaemonRecord(identity, shared, 0, 0, socket, mountpoint))
+
+    def _add(self, record: DaemonRecord) -> Daemon:
+        def arguments() -> Sequence[str]:
+            if record.shared:
+                return []
+            instance = self._only_instance(record.id)
+            self._config(instance, self._labels(instance))
+            return ["--config", str(self._config_path(instance)), "--bootstrap", str(instance.bootstrap)]
+
+        def on_start() -> None:
+            served = [one for one in list(self._instances.values()) if one.daemon == record.id]
+            if not record.shared:
+                self._serving |= {one.snapshot for one in served}
+                return
+            # mounted before this start and lost with the old process; images never mounted are ensure's business
+            self._serving -= {one.snapshot for one in served}
+            for instance in served:
+                self._remount(instance)
+
+        daemon = Daemon(self._settings.daemon, self._records, record, arguments, on_start)
+        self._daemons[record.id] = daemon
+        return daemon
+
+    def _only_instance(self, daemon: str) -> InstanceRecord:
+        for instance in list(self._instances.values()):
+            if instance.daemon == daemon:
+                return instance
+        raise NotFound(f"nydusd {daemon} has no image")
+
+    def _settings_shared(self, record: InstanceRecord) -> bool:
+        daemon = self._daemons.get(record.daemon)
+        return daemon.shared if daemon else self._settings.shared
+
+    def _own_mountpoint(self, snapshot: int) -> Path:
+        return self._store.directory / str(snapshot) / "mnt"
+
+    def _config_dir(self, daemon: str) -> Path:
+        return self._root / "config" / daemon
+
+    def _config_path(self, record: InstanceRecord) -> Path:
+        if self._settings_shared(record):
+            return self._config_dir(record.daemon) / str(record.snapshot) / "config.json"
+        return self._config_dir(record.daemon) / "config.json"
+
+    def _remove_daemon_files(self, daemon: str) -> None:
+        for path in (self._config_dir(daemon), self._root / "socket" / daemon, self._settings.daemon.log_dir / daemon):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _one(self, snapshot: int) -> Iterator[None]:
+        """One caller per image: the others find it mounted."""
+        with self._lock:
+            lock = self._image_locks.setdefault(snapshot, threading.Lock())
+        with lock:
+            yield
+
+
+def find_bootstrap(upper: Path, image: str) -> Path:
+    """The bootstrap a meta layer brought. Raises NotFound when it is missing or is none."""
+    for path in (upper / "image" / "image.boot", upper / "image.boot"):
+        try:
+            with path.open("rb") as file:
+                head = file.read(1028)
+        except FileNotFoundError:
+            continue
+        v5 = len(head) >= 8 and struct.unpack_from("<II", head) == (_V5_MAGIC, 0x500)
+        v6 = len(head) == 1028 and struct.unpack_from("<I", head, 1024)[0] == _V6_MAGIC
+        if not v5 and not v6:
+            raise NotFound(
+                f"image {image}: {path} is no RAFS bootstrap (v5 or v6): its last layer is damaged, pull it again"
+            )
+        return path
+    raise NotFound(
+        f"image {image}: its layer labelled nydus-bootstrap holds no image/image.boot in {upper}: convert it again"
+    )
+
+
+def copy_blob_meta(bootstrap: Path, cache_dir: Path) -> None:
+    """`*.blob.meta` files beside a bootstrap belong to its blobs (zran): nydusd looks for them in the cache."""
+    for path in bootstrap.parent.glob("*.blob.meta"):
+        target = cache_dir / path.name
+        if target.exists():
+            continue
+        try:
+            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=cache_dir, prefix=".new-")
+            with os.fdopen(descriptor, "wb") as out, path.open("rb") as source:
+                shutil.copyfileobj(source, out)
+            os.replace(temporary, target)
+        except OSError as error:
+            log.warning("%s cannot be copied to %s: %s", path, cache_dir, error.strerror)

@@ -1,0 +1,91 @@
+"""nydusd's HTTP API over its unix socket: the calls of snapshotter.md 6, blocking, one connection a call."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from snapshotter.errors import SnapshotterError
+
+DIAL_SECONDS = 5.0
+REQUEST_SECONDS = 30.0
+MAX_REPLY = 16 << 20
+
+
+class ApiError(SnapshotterError):
+    """nydusd answered with an error. `message` is its own text."""
+
+    def __init__(self, what: str, status: int, message: str) -> None:
+        self.status = status
+        self.message = message
+        super().__init__(f"{what}: nydusd answered {status}: {message}")
+
+
+class ApiUnreachable(SnapshotterError):
+    """Nobody answers on the socket."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(min(DIAL_SECONDS, self.timeout or DIAL_SECONDS))
+        self.sock.connect(self._path)
+        self.sock.settimeout(self.timeout)
+
+
+class NydusdApi:
+    """One daemon's API. Every method raises ApiUnreachable or ApiError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def info(self, timeout: float = REQUEST_SECONDS) -> dict[str, Any]:
+        reply = self._call("GET", "/api/v1/daemon", timeout=timeout)
+        if not isinstance(reply, dict):
+            raise ApiError("GET /api/v1/daemon", 200, "the body is not a JSON object")
+        return reply
+
+    def mounted(self) -> set[str] | None:
+        """Mountpoints served now (`/12`); None if this daemon does not tell."""
+        collection = self.info().get("backend_collection")
+        return set(collection) if isinstance(collection, dict) else None
+
+    def mount(self, mountpoint: str, bootstrap: Path, config: str) -> None:
+        """`mountpoint` is a path inside the daemon's tree; `config` is JSON text and may hold secrets."""
+        body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
+        self._call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
+
+    def umount(self, mountpoint: str) -> None:
+        self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}")
+
+    def _call(self, method: str, url: str, body: object = None, timeout: float = REQUEST_SECONDS) -> Any:
+        what = f"{method} {url.partition('?')[0]} on {self.path}"
+        connection = _UnixConnection(self.path, timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"} if data else {}
+            connection.request(method, url, body=data, headers=headers)
+            response = connection.getresponse()
+            text = response.read(MAX_REPLY)
+        except (OSError, http.client.HTTPException) as error:
+            raise ApiUnreachable(f"{what}: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
+        if response.status == 204 or (response.status == 200 and not text):
+            return None
+        try:
+            decoded = json.loads(text)
+        except (ValueError, RecursionError):
+            decoded = None
+        if response.status != 200:
+            message = decoded.get("message") if isinstance(decoded, dict) else None
+            raise ApiError(what, response.status, str(message or text[:200].decode(errors="replace")))
+        return decoded

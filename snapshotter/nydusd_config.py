@@ -1,0 +1,192 @@
+"""The nydusd configuration of one image: the operator's template plus what only the image knows (snapshotter.md 4.6).
+
+The template is version 1 JSON. Keys this program does not know pass through unchanged (upstream drops them, and with
+them `mirrors`). Where the blob cache lies:
+
+1. `cache_manager.cache_dir` / `--cache-dir`, when given;
+2. the template's own `device.cache.config.work_dir`, when the template came by `--config-path` (generation 0.3: its
+   files name the cache, and people look for it there);
+3. `<root>/cache` (later generations: the template's value is replaced, as upstream does).
+"""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import json
+import logging
+import os
+import socket
+import ssl
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nydusfs.config import load_config
+from nydusfs.errors import NydusError
+from nydusfs.registry.credentials import Credentials, docker_credentials
+from nydusfs.registry.reference import DOCKER_HUB, Reference
+from snapshotter.errors import InvalidArgument, SettingsError
+from snapshotter.labels import PULL_SECRET, PULL_USER
+
+log = logging.getLogger(__name__)
+
+HUB_API = "index.docker.io"
+PROBE_SECONDS = 1.0
+MAX_TEMPLATE = 1 << 20
+# Registries whose addresses are the node's alone; the rest of the backends carry their own address in the template.
+_ONLY_ID_AND_CACHE = ("localfs", "localdisk", "oss", "s3", "http-proxy")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A checked template: `device.backend.type` is known, every known key has the right type."""
+
+    path: Path
+    document: Mapping[str, Any]
+
+    @property
+    def work_dir(self) -> Path | None:
+        cache = self.document["device"].get("cache") or {}
+        value = (cache.get("config") or {}).get("work_dir")
+        return Path(value) if value else None
+
+
+def load_template(path: Path) -> Template:
+    """Raises SettingsError naming the file and key. Unknown keys are warnings."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_TEMPLATE + 1).decode()
+        if len(text) > MAX_TEMPLATE:
+            raise SettingsError(f"{path}: is larger than {MAX_TEMPLATE} bytes")
+        document = json.loads(text)
+        if not isinstance(document, dict):
+            raise SettingsError(f"{path}: expected a JSON object")
+        if "device" not in document:
+            raise SettingsError(
+                f'{path}: key "device" is missing: a nydusd template for the snapshotter is version 1 JSON '
+                '({"device": {"backend": ..., "cache": ...}, "mode": "direct", ...})'
+            )
+        load_config(text, str(path), template=True)
+    except OSError as error:
+        raise SettingsError(f"{path}: the nydusd configuration cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: is not valid JSON: {error}") from None
+    except NydusError as error:
+        raise SettingsError(str(error)) from None
+    return Template(path, document)
+
+
+def derive(template: Template, *, image: str, instance: str, cache_dir: Path, labels: Mapping[str, str]) -> str:
+    """JSON text for one image. It may hold a registry password: keep it out of logs.
+
+    `instance` is the mount's id (without slash). Raises InvalidArgument for an image reference that is none.
+    """
+    document: dict[str, Any] = copy.deepcopy(dict(template.document))
+    device = document["device"]
+    device["id"] = f"/{instance}"  # the slash matters: metrics are asked for by it
+    cache = device.setdefault("cache", {"type": "blobcache"})
+    cache["config"] = {**(cache.get("config") or {}), "work_dir": str(cache_dir)}
+    backend = device["backend"]
+    if backend.get("type") == "registry":
+        backend["config"] = _registry(dict(backend.get("config") or {}), image, labels)
+    elif backend.get("type") not in _ONLY_ID_AND_CACHE:
+        raise InvalidArgument(f"{template.path}: unknown backend type {backend.get('type')!r}")
+    document.setdefault("mode", "direct")
+    return json.dumps(document)
+
+
+def _registry(config: dict[str, Any], image: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        reference = Reference.parse(image)
+    except NydusError as error:
+        raise InvalidArgument(f"the image's own label names no image: {error}") from None
+    host = HUB_API if reference.host == DOCKER_HUB else reference.host
+    config["host"], config["repo"] = host, reference.repository
+    # Upstream's snapshotter writes this key even when it is empty, and so switches the default of `fallback`: scripts
+    # that read nydusd's "backend config" line expect `fallback: false`.
+    config.setdefault("proxy", {"fallback": False})
+    if config.get("scheme") in (None, "", "https") and (scheme := loopback_scheme(host)):
+        if config.get("scheme") == "https" and scheme != "https":
+            log.info("registry %s on this machine speaks plain HTTP: scheme https of the template is not used", host)
+        config["scheme"] = scheme
+    if basic := _basic_auth(reference.host, labels):
+        config["auth"] = basic
+        config.pop("registry_token", None)
+    return config
+
+
+def _basic_auth(host: str, labels: Mapping[str, str]) -> str:
+    if labels.get(PULL_USER) and labels.get(PULL_SECRET):
+        log.info("credentials for %s: from the labels of the snapshot", host)
+        return Credentials(labels[PULL_USER], labels[PULL_SECRET]).basic
+    found = docker_credentials(host)
+    if found is None:
+        return ""
+    if not (found.username and found.password):
+        log.warning("credentials for %s: docker's config.json has an identity token only, nydusd cannot use that", host)
+        return ""
+    log.info("credentials for %s: from docker's config.json", host)
+    return found.basic
+
+
+def loopback_scheme(host: str) -> str:
+    """`http` or `https`, as a registry on this machine really speaks; "" for other hosts and when nobody answers.
+
+    nerdctl and docker take plain HTTP for loopback registries without being told, nydusd follows its configuration:
+    one image name then works for pulling and fails for reading. A probe settles it, and only for addresses that never
+    leave the machine: elsewhere a silent step down from TLS would be an attack's work.
+    """
+    name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
+    name = name.strip("[]")
+    try:
+        local = name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        return ""
+    if _speaks_tls(name, int(port or 443)):
+        return "https"
+    return "http" if _speaks_http(name, int(port or 80)) else ""
+
+
+def _speaks_tls(name: str, port: int) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only the protocol is asked for
+    try:
+        with (
+            socket.create_connection((name, port), PROBE_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=name),
+        ):
+            return True
+    except ssl.SSLError as error:
+        # Any TLS alert (client certificate wanted, ...) is TLS as well.
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
+
+
+def _speaks_http(name: str, port: int) -> bool:
+    try:
+        with socket.create_connection((name, port), PROBE_SECONDS) as plain:
+            plain.sendall(f"HEAD /v2/ HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
+            return plain.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file only root can read, complete or not there."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

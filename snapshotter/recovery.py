@@ -1,0 +1,116 @@
+"""Start and end of the program: claim the root, sweep it, serve at once, recover behind, stop without disturbing."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+from pathlib import Path
+
+import grpc
+
+from snapshotter.daemons import DaemonSettings
+from snapshotter.database import NAME, Database
+from snapshotter.errors import StartError
+from snapshotter.flow import Snapshotter
+from snapshotter.images import Images, ImageSettings
+from snapshotter.mounts import Layout
+from snapshotter.nydusd_config import load_template
+from snapshotter.records import Records
+from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
+from snapshotter.settings import Settings
+from snapshotter.store import Store
+from snapshotter.system import overlay_works
+
+log = logging.getLogger(__name__)
+
+# nydusd has no trace, fatal or panic
+_NYDUSD_LEVELS = {"warning": "warn", "fatal": "error", "panic": "error"}
+
+
+class Program:
+    """A running snapshotter. The constructor returns with the socket being served; recovery goes on behind.
+
+    Raises StartError or SettingsError, with nothing left behind.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if os.geteuid() != 0:
+            raise StartError("must run as root: it mounts images and owns container files")
+        template = load_template(settings.template)
+        root = _make_root(settings.root)
+        self._lock = _lock_root(root)
+        claim_address(settings.address)
+        if not overlay_works(root):
+            raise StartError(
+                "this kernel cannot mount overlayfs (or not on the file system of "
+                f"{root}): containers need it. Try modprobe overlay, or another --root"
+            )
+        self._settings = settings
+        self._database = Database(root / NAME)
+        store = Store(root, self._database)
+        if swept := store.sweep_temporary():
+            log.info("removed %d unfinished snapshot directories", swept)
+        for identity in store.missing():
+            log.error("snapshot %d has no directory any more: remove its image in containerd, pull it again", identity)
+        if (root / "metadata.db").exists():
+            log.warning(
+                "%s holds the database of another implementation (metadata.db), which is not read: "
+                "images unpacked by it must be removed and pulled again",
+                root,
+            )
+        daemon = DaemonSettings(
+            program=settings.nydusd,
+            root=root,
+            log_dir=settings.log_dir,
+            log_level=_NYDUSD_LEVELS.get(settings.log_level, settings.log_level),
+            log_rotation_size=settings.nydusd_log_rotation,
+            threads=settings.threads,
+            restart=settings.restart_nydusd,
+        )
+        own = template.work_dir if settings.honour_work_dir else None
+        # a relative work_dir would depend on where nydusd happens to be started
+        cache = settings.cache_dir or root / (own or "cache")
+        self._images = Images(ImageSettings(daemon, settings.shared, template, cache), store, Records(self._database))
+        self.snapshotter = Snapshotter(
+            store, Layout(store.directory, volatile=settings.volatile), self._images, sync_remove=settings.sync_remove
+        )
+        self._server: grpc.Server = serve(Service(self.snapshotter), settings.address, settings.uid, settings.gid)
+        log.info("serving %s, root %s, blob cache %s", settings.address, root, cache)
+        threading.Thread(target=self._images.recover, name="recovery", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends serving; nydusd and its mounts stay for the containers that use them."""
+        self._server.stop(GRACE_SECONDS).wait(GRACE_SECONDS + 1)
+        self._images.close(umount=self._settings.cleanup_on_close)
+        self._database.close()
+        self._settings.address.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _make_root(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(path, 0o700)
+        root = path.resolve(strict=True)
+        for name in ("mnt", "socket", "config"):
+            # mnt may be a mount whose server is dead: it must not be touched
+            try:
+                (root / name).mkdir(mode=0o700 if name != "mnt" else 0o755)
+            except FileExistsError:
+                pass
+    except OSError as error:
+        raise StartError(f"root {path}: {error.strerror}") from None
+    return root
+
+
+def _lock_root(root: Path) -> int:
+    """Held until this process ends, however it ends; nydusd does not inherit it."""
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StartError(f"root {root} is in use by a living process: stop it, or choose another --root") from None
+    return descriptor

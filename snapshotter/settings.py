@@ -1,0 +1,281 @@
+"""Settings of the snapshotter: three generations of flags and the TOML file (snapshotter.md 4), flags winning."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snapshotter.database import NAME
+from snapshotter.errors import SettingsError
+
+log = logging.getLogger(__name__)
+
+OLD_ROOT = "/var/lib/containerd-nydus"
+NEW_ROOT = "/var/lib/containerd/io.containerd.snapshotter.v1.nydus"
+ADDRESS = "/run/containerd-nydus/containerd-nydus-grpc.sock"
+OLD_TEMPLATE = "/etc/nydus/config.json"
+NEW_TEMPLATE = "/etc/nydus/nydusd-config.json"
+MAX_ROOT = 70  # bytes: sockets below it must stay under the kernel's 108
+MAX_CONFIG = 1 << 20
+LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "panic")
+_MODES = {"multiple": "dedicated", "dedicated": "dedicated", "shared": "shared", "prefetch": "dedicated"}
+
+
+class Key(NamedTuple):
+    """One key of the TOML file. `works`: False while it is read and checked, but changes nothing yet."""
+
+    kind: type
+    default: Any
+    works: bool = True
+
+
+KEYS: dict[str, Key] = {
+    "version": Key(int, 1),
+    "root": Key(str, ""),
+    "address": Key(str, ADDRESS),
+    "uid": Key(int, 0),
+    "gid": Key(int, 0),
+    "daemon_mode": Key(str, "shared"),
+    "cleanup_on_close": Key(bool, False),
+    "system.enable": Key(bool, False, works=False),
+    "system.address": Key(str, "/run/containerd-nydus/system.sock", works=False),
+    "system.uid": Key(int, 0, works=False),
+    "system.gid": Key(int, 0, works=False),
+    "system.debug.daemon_cpu_profile_duration_secs": Key(int, 0, works=False),
+    "system.debug.pprof_address": Key(str, "", works=False),
+    "metrics.address": Key(str, "", works=False),
+    "metrics.hung_io_interval": Key(str, "10s", works=False),
+    "metrics.collect_interval": Key(str, "1m", works=False),
+    "daemon.nydusd_path": Key(str, ""),
+    "daemon.nydusimage_path": Key(str, "", works=False),
+    "daemon.nydusd_config": Key(str, ""),
+    "daemon.fs_driver": Key(str, "fusedev"),
+    "daemon.recover_policy": Key(str, "restart"),
+    "daemon.threads_number": Key(int, 0),
+    "daemon.log_rotation_size": Key(int, 100),
+    "daemon.failover_policy": Key(str, "resend", works=False),
+    "snapshot.enable_nydus_overlayfs": Key(bool, False, works=False),
+    "snapshot.nydus_overlayfs_path": Key(str, "", works=False),
+    "snapshot.enable_kata_volume": Key(bool, False, works=False),
+    "snapshot.sync_remove": Key(bool, False),
+    "snapshot.enable_overlayfs_volatile": Key(bool, False),
+    "remote.convert_vpc_registry": Key(bool, False, works=False),
+    "remote.skip_ssl_verify": Key(bool, False, works=False),
+    "remote.mirrors_config.dir": Key(str, "", works=False),
+    "remote.auth.enable_kubeconfig_keychain": Key(bool, False, works=False),
+    "remote.auth.kubeconfig_path": Key(str, "", works=False),
+    "remote.auth.enable_cri_keychain": Key(bool, False, works=False),
+    "remote.auth.image_service_address": Key(str, "/run/containerd/containerd.sock", works=False),
+    "remote.auth.enable_kubelet_credential_providers": Key(bool, False, works=False),
+    "remote.auth.credential_provider_config": Key(str, "", works=False),
+    "remote.auth.credential_provider_bin_dir": Key(str, "", works=False),
+    "remote.auth.credential_renewal_interval": Key(str, "0s", works=False),
+    "image.public_key_file": Key(str, "", works=False),
+    "image.validate_signature": Key(bool, False, works=False),
+    "cache_manager.cache_dir": Key(str, ""),
+    "cache_manager.disable": Key(bool, False, works=False),
+    "cache_manager.gc_period": Key(str, "24h", works=False),
+    "log.log_to_stdout": Key(bool, False),
+    "log.level": Key(str, "info"),
+    "log.dir": Key(str, ""),
+    "log.log_rotation_max_size": Key(int, 200),
+    "log.log_rotation_max_backups": Key(int, 5),
+    "log.log_rotation_max_age": Key(int, 0, works=False),
+    "log.log_rotation_local_time": Key(bool, True, works=False),
+    "log.log_rotation_compress": Key(bool, True, works=False),
+    "cgroup.enable": Key(bool, False, works=False),
+    "cgroup.memory_limit": Key(str, "", works=False),
+    "experimental.enable_stargz": Key(bool, False, works=False),
+    "experimental.enable_referrer_detect": Key(bool, False, works=False),
+    "experimental.enable_index_detect": Key(bool, False, works=False),
+    "experimental.enable_backend_source": Key(bool, False, works=False),
+    "experimental.tarfs.enable_tarfs": Key(bool, False, works=False),
+    "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, works=False),
+    "experimental.tarfs.tarfs_hint": Key(bool, False, works=False),
+    "experimental.tarfs.max_concurrent_proc": Key(int, 0, works=False),
+    "experimental.tarfs.export_mode": Key(str, "", works=False),
+}
+# Without these an operator believes to be protected, or containers would start on other rules than asked for.
+_REFUSED = ("image.validate_signature",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the program runs with. Paths are absolute."""
+
+    root: Path
+    address: Path
+    uid: int
+    gid: int
+    shared: bool
+    cleanup_on_close: bool
+    nydusd: str
+    template: Path
+    cache_dir: Path | None  # None: see nydusd_config
+    honour_work_dir: bool  # the template came by --config-path
+    restart_nydusd: bool
+    threads: int
+    nydusd_log_rotation: int  # MB
+    sync_remove: bool
+    volatile: bool
+    log_to_stdout: bool
+    log_level: str
+    log_dir: Path
+    log_rotation_size: int  # MB
+    log_rotation_backups: int
+
+
+def load(flags: Mapping[str, Any]) -> Settings:
+    """Settings from flags: TOML key -> value, and the three file flags `config`, `config-path`, `nydusd-config`.
+
+    `config` is told apart by content: nydusd JSON (generation 0.3) or snapshotter TOML. Raises SettingsError.
+    """
+    values = dict(flags)
+    template = values.pop("nydusd-config", "") or ""
+    old_template = values.pop("config-path", "") or ""
+    toml: dict[str, Any] = {}
+    if config := values.pop("config", ""):
+        text = _read(Path(config))
+        if text.lstrip().startswith("{"):
+            old_template = old_template or config
+        else:
+            toml = parse_toml(text, config)
+    for name, value in values.items():
+        _check(name, value, f"--{name}")
+    chosen = {**toml, **values}
+
+    def get(name: str) -> Any:
+        return chosen.get(name, KEYS[name].default)
+
+    for name in chosen:
+        if not KEYS[name].works and chosen[name] != KEYS[name].default:
+            if name in _REFUSED:
+                raise SettingsError(
+                    f"{name} is not supported yet: refusing to start without the protection it asks for"
+                )
+            log.warning("setting %s has no effect yet", name)
+    honour = bool(old_template) and not template
+    template = template or old_template or get("daemon.nydusd_config") or _default_template()
+    root = Path(get("root") or _default_root(bool(old_template)))
+    _check_root(root)
+    mode, driver = get("daemon_mode"), get("daemon.fs_driver")
+    if mode not in _MODES:
+        raise SettingsError(f"daemon_mode {mode!r} is not supported: use one of {', '.join(_MODES)}")
+    if driver != "fusedev":
+        raise SettingsError(f"fs_driver {driver!r} is not supported yet: use fusedev")
+    policy = get("daemon.recover_policy")
+    if policy not in ("none", "restart", "failover"):
+        raise SettingsError(f"daemon.recover_policy {policy!r}: use none, restart or failover")
+    if policy == "failover":
+        log.warning("recover_policy failover is not supported yet: a dead nydusd is started again (restart)")
+    if not 0 <= get("daemon.threads_number") <= 1024:
+        raise SettingsError(f"daemon.threads_number {get('daemon.threads_number')} is outside 0..1024")
+    if get("log.level") not in LEVELS:
+        raise SettingsError(f"log level {get('log.level')!r}: use one of {', '.join(LEVELS)}")
+    return Settings(
+        root=root,
+        address=Path(get("address")).absolute(),
+        uid=get("uid"),
+        gid=get("gid"),
+        shared=_MODES[mode] == "shared",
+        cleanup_on_close=get("cleanup_on_close"),
+        nydusd=find_nydusd(get("daemon.nydusd_path")),
+        template=Path(template).absolute(),
+        cache_dir=Path(get("cache_manager.cache_dir")).absolute() if get("cache_manager.cache_dir") else None,
+        honour_work_dir=honour,
+        restart_nydusd=policy != "none",
+        threads=get("daemon.threads_number"),
+        nydusd_log_rotation=get("daemon.log_rotation_size"),
+        sync_remove=get("snapshot.sync_remove"),
+        volatile=get("snapshot.enable_overlayfs_volatile"),
+        log_to_stdout=get("log.log_to_stdout"),
+        log_level=get("log.level"),
+        log_dir=Path(get("log.dir") or root / "logs").absolute(),
+        log_rotation_size=get("log.log_rotation_max_size"),
+        log_rotation_backups=get("log.log_rotation_max_backups"),
+    )
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Dotted key -> value of a snapshotter TOML file. Unknown keys are warnings; wrong types raise SettingsError."""
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{where}: is neither a JSON object nor valid TOML: {error}") from None
+    found: dict[str, Any] = {}
+    _flatten(document, "", where, found)
+    if found.get("version", 1) != 1:
+        raise SettingsError(f"{where}: version {found['version']} is not supported, expected 1")
+    return found
+
+
+def _flatten(table: Mapping[str, Any], prefix: str, where: str, found: dict[str, Any]) -> None:
+    for key, value in table.items():
+        name = prefix + key
+        if name in KEYS:
+            _check(name, value, where)
+            found[name] = value
+        elif isinstance(value, dict) and any(known.startswith(name + ".") for known in KEYS):
+            _flatten(value, name + ".", where, found)
+        elif any(known.startswith(name + ".") for known in KEYS):
+            raise SettingsError(f"{where}: {name}: expected a table, got {value!r}")
+        else:
+            nearest = difflib.get_close_matches(name, KEYS, 1, 0.6)
+            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+            log.warning("%s: unknown key %s is ignored%s", where, name, hint)
+
+
+_NAMES = {str: "text", int: "a number", bool: "true or false"}
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    kind = KEYS[name].kind
+    if type(value) is not kind:
+        raise SettingsError(f"{where}: {name}: expected {_NAMES[kind]}, got {value!r}")
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise SettingsError(f"{path}: the configuration cannot be read: {error.strerror}") from None
+    if len(data) > MAX_CONFIG:
+        raise SettingsError(f"{path}: is larger than {MAX_CONFIG} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: is not UTF-8 text") from None
+
+
+def _default_template() -> str:
+    return OLD_TEMPLATE if not Path(NEW_TEMPLATE).exists() and Path(OLD_TEMPLATE).exists() else NEW_TEMPLATE
+
+
+def _default_root(old_generation: bool) -> str:
+    in_use = any((Path(OLD_ROOT) / name).exists() for name in (NAME, "metadata.db"))
+    return OLD_ROOT if old_generation or in_use else NEW_ROOT
+
+
+def _check_root(root: Path) -> None:
+    text = str(root.absolute())
+    if len(text.encode(errors="surrogateescape")) > MAX_ROOT:
+        raise SettingsError(f"root {text} is longer than {MAX_ROOT} bytes: socket paths below it would not fit")
+    if re.search(r"[:,\\\s]", text):
+        raise SettingsError(f"root {text!r} holds a character that separates overlay options (colon, comma, ...)")
+
+
+def find_nydusd(given: str) -> str:
+    """The configured program; else the one installed beside this one, else the first in PATH, else the bare name."""
+    if given:
+        return given
+    beside = Path(sys.argv[0]).absolute().with_name("nydusd")
+    return str(beside) if beside.is_file() else shutil.which("nydusd") or "nydusd"
