@@ -79,8 +79,8 @@ need_environment() {
         [ -n "$extra" ] && what="$REPO[$extra]"
         "$venv/bin/python" -m pip install --disable-pip-version-check -q -e "$what" >"$log" 2>&1 </dev/null ||
             { tail -n 20 "$log" >&2; die "pip could not install $what (whole output: $log)"; }
-        { echo "$want"; grep -s '^extra' "$stamp"; echo "extra $extra"; } >"$stamp.new"
-        [ "$extra" = dev ] && echo "extra " >>"$stamp.new"
+        { echo "$want"; grep -s '^extra' "$stamp" || true; echo "extra $extra"; } >"$stamp.new"
+        [ "$extra" != dev ] || echo "extra " >>"$stamp.new"
         mv "$stamp.new" "$stamp"
     fi
     exec 9>&-
