@@ -62,7 +62,7 @@ _SHOWN = {
     "--daemon-mode": "shared (one nydusd for all images, default) or dedicated (one for each).",
     "--log-level": "trace, debug, info, warn, error.",
     "--log-to-stdout": "Log to stdout instead of ROOT/logs/nydus-snapshotter.log.",
-    "--cache-dir": "Blob cache [default: as the template of --config-path says, else ROOT/cache].",
+    "--cache-dir": "Blob cache, instead of the work_dir of the nydusd JSON [default: ROOT/cache].",
 }
 
 _EPILOG = """\b

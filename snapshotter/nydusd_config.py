@@ -1,12 +1,11 @@
 """The nydusd configuration of one image: the operator's template plus what only the image knows (snapshotter.md 4.6).
 
 The template is version 1 JSON. Keys this program does not know pass through unchanged (upstream drops them, and with
-them `mirrors`). Where the blob cache lies:
+them `mirrors`).
 
-1. `cache_manager.cache_dir` / `--cache-dir`, when given;
-2. the template's own `device.cache.config.work_dir`, when the template came by `--config-path` (generation 0.3: its
-   files name the cache, and people look for it there);
-3. `<root>/cache` (later generations: the template's value is replaced, as upstream does).
+The blob cache is the snapshotter's (`--cache-dir`, `cache_manager.cache_dir`, else `<root>/cache`): it replaces the
+template's `work_dir` as in upstream, also for a template of `--config-path`. Two snapshotters on one machine then never
+share a cache by accident, and everything an instance keeps lies below its root.
 """
 
 from __future__ import annotations

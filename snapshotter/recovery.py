@@ -69,9 +69,9 @@ class Program:
             threads=settings.threads,
             restart=settings.restart_nydusd,
         )
-        own = template.work_dir if settings.honour_work_dir else None
-        # a relative work_dir would depend on where nydusd happens to be started
-        cache = settings.cache_dir or root / (own or "cache")
+        cache = settings.cache_dir
+        if template.work_dir and template.work_dir != cache:
+            log.info("work_dir %s of %s is not used: see --cache-dir", template.work_dir, template.path)
         self._images = Images(ImageSettings(daemon, settings.shared, template, cache), store, Records(self._database))
         self.snapshotter = Snapshotter(
             store, Layout(store.directory, volatile=settings.volatile), self._images, sync_remove=settings.sync_remove

@@ -119,8 +119,7 @@ class Settings:
     cleanup_on_close: bool
     nydusd: str
     template: Path
-    cache_dir: Path | None  # None: see nydusd_config
-    honour_work_dir: bool  # the template came by --config-path
+    cache_dir: Path
     restart_nydusd: bool
     threads: int
     nydusd_log_rotation: int  # MB
@@ -162,7 +161,6 @@ def load(flags: Mapping[str, Any]) -> Settings:
                     f"{name} is not supported yet: refusing to start without the protection it asks for"
                 )
             log.warning("setting %s has no effect yet", name)
-    honour = bool(old_template) and not template
     template = template or old_template or get("daemon.nydusd_config") or _default_template()
     root = Path(get("root") or _default_root(bool(old_template)))
     _check_root(root)
@@ -189,8 +187,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
         cleanup_on_close=get("cleanup_on_close"),
         nydusd=find_nydusd(get("daemon.nydusd_path")),
         template=Path(template).absolute(),
-        cache_dir=Path(get("cache_manager.cache_dir")).absolute() if get("cache_manager.cache_dir") else None,
-        honour_work_dir=honour,
+        cache_dir=Path(get("cache_manager.cache_dir") or root / "cache").absolute(),
         restart_nydusd=policy != "none",
         threads=get("daemon.threads_number"),
         nydusd_log_rotation=get("daemon.log_rotation_size"),
