@@ -1,0 +1,121 @@
+"""The calls by which a kubelet runs a container, without a kubelet: containerd's CRI over its own socket."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tests.lab.process import LabError
+
+_EXITED, _NODE = 2, 2
+
+
+@cache
+def _modules() -> tuple[Any, Any]:
+    """Messages and stubs, generated from cri.proto beside this file."""
+    from grpc_tools import protoc  # type: ignore[import-untyped]
+
+    folder = tempfile.mkdtemp(prefix="ny-cri-")
+    here = Path(__file__).parent
+    if protoc.main(
+        ["protoc", f"-I{here}", f"--python_out={folder}", f"--grpc_python_out={folder}", str(here / "cri.proto")]
+    ):
+        raise LabError("protoc refuses cri.proto")
+    sys.path.insert(0, folder)
+    try:
+        import cri_pb2  # type: ignore[import-not-found]
+        import cri_pb2_grpc  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(folder)
+        for path in sorted(Path(folder).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        Path(folder).rmdir()
+    return cri_pb2, cri_pb2_grpc
+
+
+class Cri:
+    """One pod after another on containerd's socket; `cgroup` names the parent cgroup to remove afterwards."""
+
+    def __init__(self, socket: Path, work: Path) -> None:
+        self.messages, stubs = _modules()
+        # Go servers refuse the escaped socket path that grpc would send as :authority.
+        self.channel = grpc.insecure_channel(f"unix://{socket}", options=[("grpc.default_authority", "localhost")])
+        self.runtime, self.images = stubs.RuntimeServiceStub(self.channel), stubs.ImageServiceStub(self.channel)
+        self.logs = work / "pods"
+        self.logs.mkdir(exist_ok=True)
+        self.cgroup = f"ny{secrets.token_hex(4)}"
+
+    def sandbox(self) -> tuple[str, Any]:
+        m = self.messages
+        options = m.NamespaceOption(network=_NODE)
+        config = m.PodSandboxConfig(
+            metadata=m.PodSandboxMetadata(name="pod", uid=secrets.token_hex(8), namespace="lab"),
+            log_directory=str(self.logs),
+            linux=m.LinuxPodSandboxConfig(
+                cgroup_parent=f"/{self.cgroup}",
+                security_context=m.LinuxSandboxSecurityContext(namespace_options=options),
+            ),
+        )
+        made = self.runtime.RunPodSandbox(m.RunPodSandboxRequest(config=config), timeout=60)
+        return made.pod_sandbox_id, config
+
+    def pull(self, image: str, config: Any, user: str = "", password: str = "") -> str:
+        m = self.messages
+        auth = m.AuthConfig(username=user, password=password) if user else None
+        request = m.PullImageRequest(image=m.ImageSpec(image=image), auth=auth, sandbox_config=config)
+        return str(self.images.PullImage(request, timeout=120).image_ref)
+
+    def run(self, pod: str, config: Any, image_ref: str, *command: str) -> tuple[int, str]:
+        """(exit code, standard output) of one container of the pod; the container is removed."""
+        m = self.messages
+        log = f"{secrets.token_hex(4)}.log"
+        security = m.LinuxContainerSecurityContext(namespace_options=m.NamespaceOption(network=_NODE))
+        container = self.runtime.CreateContainer(
+            m.CreateContainerRequest(
+                pod_sandbox_id=pod,
+                sandbox_config=config,
+                config=m.ContainerConfig(
+                    metadata=m.ContainerMetadata(name=log[:8]),
+                    image=m.ImageSpec(image=image_ref),
+                    command=command,
+                    log_path=log,
+                    linux=m.LinuxContainerConfig(security_context=security),
+                ),
+            ),
+            timeout=60,
+        ).container_id
+        name = m.ContainerId(container_id=container)
+        self.runtime.StartContainer(name, timeout=60)
+        deadline = time.monotonic() + 60
+        while (status := self.runtime.ContainerStatus(name, timeout=20).status).state != _EXITED:
+            if time.monotonic() > deadline:
+                raise LabError(f"container {container} did not end")
+            time.sleep(0.05)
+        self.runtime.RemoveContainer(name, timeout=60)
+        lines = (self.logs / log).read_text().splitlines()
+        return status.exit_code, "\n".join(line.split(" ", 3)[3] for line in lines if " stdout " in line)
+
+    def remove(self, pod: str) -> None:
+        name = self.messages.PodSandboxId(pod_sandbox_id=pod)
+        self.runtime.StopPodSandbox(name, timeout=60)
+        self.runtime.RemovePodSandbox(name, timeout=60)
+
+    def remove_image(self, image: str) -> None:
+        self.images.RemoveImage(
+            self.messages.RemoveImageRequest(image=self.messages.ImageSpec(image=image)), timeout=60
+        )
+
+    def close(self) -> None:
+        self.channel.close()
+        for folder in Path("/sys/fs/cgroup").glob(f"*/{self.cgroup}"):
+            try:
+                folder.rmdir()
+            except OSError:
+                pass
