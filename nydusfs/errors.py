@@ -30,11 +30,15 @@ class ConfigError(NydusError):
 
 
 class SourceError(NydusError):
-    """No source could deliver the bytes asked for. `tried` holds a (source name, reason) pair for each, in order."""
+    """No source could deliver the bytes asked for. `tried` holds a (source name, reason) pair for each, in order.
 
-    def __init__(self, what: str, tried: Sequence[tuple[str, str]] = ()) -> None:
+    `damaged`: at least one source answered, but with bytes that are not the blob's; a smaller read may succeed.
+    """
+
+    def __init__(self, what: str, tried: Sequence[tuple[str, str]] = (), *, damaged: bool = False) -> None:
         self.what = what
         self.tried = list(tried)
+        self.damaged = damaged
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.tried)
         super().__init__(f"{what}: {reasons}" if reasons else what)
 

@@ -106,7 +106,7 @@ class FetchScheduler:
         found: list[bytearray] = []
         for flight in flights:
             if flight.error is not None:
-                raise SourceError(flight.error.what, flight.error.tried)
+                raise SourceError(flight.error.what, flight.error.tried, damaged=flight.error.damaged)
             assert flight.plain is not None
             found.append(flight.plain)
         return found
@@ -144,6 +144,10 @@ class FetchScheduler:
                     await self._fetch_group(group, priority)
             else:
                 await self._run_prefetch(group)
+        except Exception as error:  # a bug must cost one read, not the worker that serves every mount
+            log.exception("fetching blob %s failed unexpectedly", group[0].job.segment.blob.id)
+            for flight in group:
+                flight.error = SourceError(f"internal error: {type(error).__name__}")
         finally:
             # Also when the nursery is cancelled: waiters must not hang.
             for flight in group:
@@ -188,8 +192,9 @@ class FetchScheduler:
             else:
                 await self._fetch_merged(group, priority)
         except SourceError as error:
-            if len(group) == 1:
-                group[0].error = error
+            if len(group) == 1 or not error.damaged:
+                for flight in group:
+                    flight.error = error
                 return
             # One bad segment must not take its neighbours along.
             for flight in group:
@@ -206,13 +211,7 @@ class FetchScheduler:
         ranges = list(runs(job.chunks, segment))
         for number, (start, end, chunks) in enumerate(ranges):
             last = number == len(ranges) - 1
-
-            async def check(
-                stored: Buffer, start: int = start, chunks: list[Chunk] = chunks, last: bool = last
-            ) -> None:
-                nonlocal kept
-                kept = await self._decode([(job, chunks, plain)], start, stored, store=last)
-
+            check = partial(self._verify, kept, [(job, chunks, plain)], start, last)
             await self._read(job, start, end - start, priority, check)
         self._finish(flight, plain, kept[-1])
 

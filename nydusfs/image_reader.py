@@ -18,7 +18,7 @@ from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache, CacheStore
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
-from nydusfs.errors import ReadError, SourceError
+from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
 from nydusfs.prefetch import Prefetcher
 from nydusfs.segments import SEGMENT_SIZE, Segment, make_segment
@@ -77,7 +77,7 @@ class ImageReader:
         self._store = store
         self._validate = config.cache.validate
         self._blobs = bootstrap.blobs
-        self._caches: dict[int, BlobCache] = {}
+        self._caches: dict[int, BlobCache | None] = {}
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         self._closed = False
@@ -100,7 +100,9 @@ class ImageReader:
         self.cache_counters.total += 1
         try:
             parts = await self._collect(pieces)
-        except SourceError:
+        except SourceError as error:
+            if not error.damaged:
+                raise self._unreadable(ino, pieces[0].segment, "", error) from None
             parts = await self._chunk_by_chunk(ino, extents)
         self._note_stream(ino, offset, size)
         if len(parts) == 1:
@@ -137,8 +139,14 @@ class ImageReader:
         if self._store is None:
             return None
         cache = self._caches.get(blob.index)
-        if cache is None:
-            cache = self._caches[blob.index] = self._store.blob(blob.id)
+        if cache is None and blob.index not in self._caches:
+            try:
+                cache = self._store.blob(blob.id)
+            except CacheError as error:
+                log.warning("image %s: nothing is kept of this blob: %s", self.name, error)
+                self._caches[blob.index] = None
+                return None
+            self._caches[blob.index] = cache
         return cache
 
     def job(self, segment: Segment) -> Job:
@@ -245,14 +253,19 @@ class ImageReader:
                 try:
                     plain = await fetch_chunk(self.job(segment), chunk)
                 except SourceError as error:
-                    tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
-                    where = f"blob {segment.blob.id} chunk {chunk.index} from {self.source.name}: {tried}"
-                    raise self._failed(ino, where) from None
+                    raise self._unreadable(ino, segment, f" chunk {chunk.index}", error) from None
                 begin = extent.blob_offset - chunk.uncompressed_offset
                 parts.append(memoryview(plain)[begin : begin + extent.size])
             else:
                 parts.append(data)
         return parts
+
+    def _unreadable(self, ino: int, segment: Segment, chunk: str, error: SourceError) -> ReadError:
+        chunk = (
+            chunk or f" chunks {self.chunks.chunk(segment.rows[0]).index}..{self.chunks.chunk(segment.rows[-1]).index}"
+        )
+        tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
+        return self._failed(ino, f"blob {segment.blob.id}{chunk} from {self.source.name}: {tried}")
 
     def _failed(self, ino: int, reason: str) -> ReadError:
         message = f"image {self.name}: file {self.path_of(ino)}: {reason}"
@@ -305,7 +318,7 @@ class ImageReader:
         jobs = [self.job(piece.segment) for piece in pieces if not self.is_ready(piece.segment)]
         jobs = [job for job in jobs if self._scheduler.recent(job) is None]
         if jobs:
-            self._scheduler.start(list(dict.fromkeys(jobs)))
+            self._scheduler.start(jobs)
 
     # Prefetch
 

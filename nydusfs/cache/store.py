@@ -83,7 +83,7 @@ class CacheStore:
         self.nowait = bool(_RWF_NOWAIT)
 
     def blob(self, blob_id: str) -> BlobCache:
-        """The cache of a blob, one object for all mounts. Raises `CacheError`."""
+        """The cache of a blob, one object for all mounts. Raises `CacheError` for an id that is no file name."""
         if blob_id not in self._blobs:
             if blob_id.startswith(".") or "/" in blob_id:
                 raise CacheError(f"cache {self.path}: blob id {blob_id!r} is not usable as a directory name")
@@ -238,7 +238,7 @@ class BlobCache:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._load()
         except OSError as error:
-            raise CacheError(f"cache {self.path}: {_reason(error)}") from None
+            store.note_write(error)  # full, most likely: `write` tries again
 
     def _load(self) -> None:
         """What an earlier process left: only what is known to be whole."""

@@ -14,6 +14,10 @@ from nydusfs.errors import SourceError
 from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 
 
+class _TooShort(Exception):
+    """The file ends before the range does."""
+
+
 class LocalFsSource:
     """`dir` is looked at before `alt_dirs` (upstream joins the id twice there and so prefers the alternatives)."""
 
@@ -35,20 +39,26 @@ class LocalFsSource:
     ) -> Buffer:
         started = time.monotonic()
         tried: list[tuple[str, str]] = []
+        damaged = False
         for path in self._candidates(blob_id):
             try:
                 data = await trio.to_thread.run_sync(_pread, path, offset, size)
                 if check is not None:
                     await check(data)
+            except _TooShort as error:
+                damaged = True
+                tried.append((str(path), str(error)))
             except OSError as error:
                 tried.append((str(path), (error.strerror or str(error)).lower()))
             except WrongBytes as error:
+                damaged = True
                 tried.append((str(path), str(error)))
             else:
                 self.counters.record(size, started, False)
                 return data
         self.counters.record(size, started, True)
-        raise SourceError(f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}", tried)
+        what = f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}"
+        raise SourceError(what, tried, damaged=damaged)
 
     async def aclose(self) -> None:
         pass
@@ -61,7 +71,7 @@ def _pread(path: Path, offset: int, size: int) -> bytes:
         while len(data) < size:
             more = os.pread(fd, size - len(data), offset + len(data))
             if not more:
-                raise OSError(0, f"file ends after {len(data)} of {size} bytes at {offset}")
+                raise _TooShort(f"file ends after {len(data)} of {size} bytes at {offset}")
             data += more
         return data
     finally:

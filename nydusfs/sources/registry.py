@@ -39,13 +39,27 @@ MAX_RETRY_PAUSE = 5.0
 
 
 class _Refused(Exception):
-    """One attempt failed. `retry`: the same source may do better later; `blame`: it counts against its health."""
+    """One attempt failed. `retry`: the same source may do better later; `blame`: it counts against its health;
+    `damaged`: it answered with something that is not this range of the blob."""
 
-    def __init__(self, reason: str, *, retry: bool = True, blame: bool = True, hung: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, retry: bool = True, blame: bool = True, hung: bool = False, damaged: bool = False
+    ) -> None:
         self.retry = retry
+        self.damaged = damaged
         self.blame = blame
         self.hung = hung
         super().__init__(reason)
+
+
+class _Tried(list[tuple[str, str]]):
+    """Sources tried for one read, with reasons."""
+
+    damaged = False
+
+    def note(self, name: str, reason: _Refused, label: str = "") -> None:
+        self.append((name, f"{reason}{label}"))
+        self.damaged |= reason.damaged
 
 
 @dataclass(slots=True)
@@ -134,7 +148,7 @@ class RegistrySource:
             self.counters.record(size, started, failed)
 
     async def _read(self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None) -> Buffer:
-        tried: list[tuple[str, str]] = []
+        tried = _Tried()
         for route in self._routes:
             assert route.health is not None
             admitted = route.health.admit(time.monotonic(), blob_id, MIRROR_PATIENCE)
@@ -147,14 +161,14 @@ class RegistrySource:
                     await self._ping(route.ping)
                 data = await self._from_route(route, blob_id, offset, size, check, patience)
             except _Refused as reason:
-                tried.append((route.name, str(reason)))
+                tried.note(route.name, reason)
                 self._note_failure(route, route.health, blob_id, reason)
                 continue
             if route.health.success():
                 self._log.info("Mirror server %s recovered", route.base.origin)
             return data
         if self._connection.proxy.url and not self._connection.proxy.fallback:
-            raise SourceError(f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}", tried)
+            raise self._error(blob_id, offset, size, tried)
         if any(reason != "left out after failures" for _, reason in tried):
             self._log.warning(
                 "Request to all mirror server failed, fallback to original server. blob %s, %s",
@@ -170,7 +184,7 @@ class RegistrySource:
         size: int,
         priority: Priority,
         check: Check | None,
-        tried: list[tuple[str, str]],
+        tried: _Tried,
     ) -> Buffer:
         attempts = 1 + self._connection.retry_limit
         pause = RETRY_PAUSE
@@ -179,13 +193,17 @@ class RegistrySource:
                 return await self._from_route(self._last, blob_id, offset, size, check, self._timeout, last=True)
             except _Refused as reason:
                 label = f" (attempt {attempt} of {attempts})" if attempts > 1 else ""
-                tried.append((self._last.name, f"{reason}{label}"))
+                tried.note(self._last.name, reason, label)
                 if not reason.retry:
                     break
             if attempt < attempts:
                 await trio.sleep(pause * (0.75 + random.random() / 2))
                 pause = min(MAX_RETRY_PAUSE, pause * 2)
-        raise SourceError(f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}", tried)
+        raise self._error(blob_id, offset, size, tried)
+
+    def _error(self, blob_id: str, offset: int, size: int, tried: _Tried) -> SourceError:
+        what = f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}"
+        return SourceError(what, tried, damaged=tried.damaged)
 
     def _note_failure(self, route: _Route, health: Health, blob_id: str, reason: _Refused) -> None:
         now = time.monotonic()
@@ -221,6 +239,8 @@ class RegistrySource:
             response = await self._fetch(route, blob_id, offset, size, patience, last)
         except HttpTimeout as error:
             raise _Refused(str(error), hung=True) from None
+        except ProtocolViolation as error:
+            raise _Refused(str(error), damaged=True) from None
         except HttpError as error:
             raise _Refused(str(error)) from None
         except AuthError as error:
@@ -228,15 +248,13 @@ class RegistrySource:
         if response.status not in (200, 206):
             status = response.status
             temporary = status >= 500 or status in (408, 425, 429)
-            raise _Refused(f"status {status}", retry=temporary, blame=temporary)
-        if len(response.body) != size:
-            raise _Refused(f"{len(response.body)} bytes instead of {size}")
+            raise _Refused(f"status {status}", retry=temporary, blame=temporary, damaged=status == 416)
         if check is not None:
             try:
                 await check(response.body)
             except WrongBytes as error:
                 route.redirects.pop(blob_id, None)
-                raise _Refused(str(error), blame=False) from None
+                raise _Refused(str(error), blame=False, damaged=True) from None
         return response.body
 
     async def _fetch(
