@@ -135,7 +135,6 @@ def _run(options: Any, log_level: str, log_file: str | None, rotation_mb: int) -
     import trio
 
     from nydusfs.daemon import logs
-    from nydusfs.daemon.images import ImageOpener
     from nydusfs.daemon.service import Daemon
     from nydusfs.errors import NydusError
 
@@ -146,7 +145,7 @@ def _run(options: Any, log_level: str, log_file: str | None, rotation_mb: int) -
         click.echo(f"nydusd: log file {log_file}: {error.strerror}", err=True)
         return 1
     try:
-        daemon = Daemon(options, ImageOpener(), events)
+        daemon = Daemon(options, events)
         request = daemon.prepare()
         return trio.run(daemon.run, request)
     except NydusError as error:
@@ -154,7 +153,9 @@ def _run(options: Any, log_level: str, log_file: str | None, rotation_mb: int) -
         click.echo(f"nydusd: {error}", err=True)
         return error.exit_code
     except Exception as error:
-        log.error("internal error: %s", error, exc_info=True)
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]  # type: ignore[assignment]
+        log.error("internal error: %s", error, exc_info=error)
         click.echo(f"nydusd: internal error: {type(error).__name__}: {error} (details are in the log)", err=True)
         return 1
 

@@ -15,6 +15,7 @@ from bootstrap.errors import RafsError
 from bootstrap.layout.common import SuperFlags
 from nydusfs.config import Config, public_config
 from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedError
+from nydusfs.daemon.process import give_back_memory
 from nydusfs.drivers.fuse import FuseDriver
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import ImageData, Metadata, MountExistsError, MountMissingError, split_mountpoint
@@ -138,6 +139,7 @@ class MountTable:
                 raise MountFailedError(detail) from None
             self.images[where] = mounted
             self._start(mounted)
+        give_back_memory()
         log.info("Rafs filesystem mounted at %s", where)
         return mounted
 
@@ -170,6 +172,7 @@ class MountTable:
                 pass  # the tree lost it already; the rest must still go
             del self.images[where]
             await self._close(mounted)
+            give_back_memory()
         log.info("Rafs filesystem umounted at %s", where)
 
     async def close_all(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -67,3 +68,26 @@ def check_mountpoint(path: str) -> str:
 def check_privileges() -> None:
     if os.geteuid() != 0:
         raise NydusError("nydusd must run as root: mounting FUSE with allow_other needs CAP_SYS_ADMIN")
+
+
+_M_ARENA_MAX = -8
+
+
+def tame_allocator() -> None:
+    """Let all threads share two malloc arenas; best effort, only glibc has the call.
+
+    By default each worker thread gets an arena of its own that keeps what a large chunk map needed while it was built:
+    measured 1 MB per mount of a 100,000-file image over 12 mounts, against 50 kB so.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+    except (OSError, AttributeError):
+        pass
+
+
+def give_back_memory() -> None:
+    """Return freed heap pages to the kernel: after work that needed much for a moment. Takes about 1 ms."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

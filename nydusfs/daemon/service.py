@@ -16,13 +16,15 @@ from nydusfs.config import CacheConfig, Config, LocalFsBackend, load_config
 from nydusfs.daemon import http, process
 from nydusfs.daemon.api import Api
 from nydusfs.daemon.errors import MountFailedError
+from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing
-from nydusfs.daemon.mounts import MountRequest, MountTable, Opener
+from nydusfs.daemon.mounts import MountRequest, MountTable
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
 from nydusfs.drivers import kernel
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
+from nydusfs.services import open_services
 
 log = logging.getLogger("nydusfs.daemon")
 
@@ -60,9 +62,21 @@ def first_mount(options: Options) -> MountRequest | None:
     if config is None:
         if options.localfs_dir is None:
             raise NydusError("both --config and --localfs-dir are missing: one must say where the image's blobs are")
-        # No cache directory: the blobs are on this machine already.
-        config = Config(id="", backend=LocalFsBackend(dir=options.localfs_dir), cache=CacheConfig())
+        config = Config(id="", backend=LocalFsBackend(dir=options.localfs_dir), cache=_local_cache(options.localfs_dir))
     return MountRequest(options.virtual_mountpoint, options.bootstrap, config, _prefetch_list(options.prefetch_files))
+
+
+def _local_cache(directory: str) -> CacheConfig:
+    """Beside the blobs, as upstream keeps it, but in a folder: the cache of a blob has the blob's own name."""
+    path = os.path.join(directory, ".nydusd-cache")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        log.warning(
+            "no cache directory can be made at %s (%s): data is decoded again when needed", path, error.strerror
+        )
+        return CacheConfig()
+    return CacheConfig(type="blobcache", work_dir=path)
 
 
 def _prefetch_list(path: str | None) -> tuple[str, ...]:
@@ -84,17 +98,17 @@ class Daemon:
 
     mounts: MountTable
 
-    def __init__(self, options: Options, opener: Opener, events: ErrorRing) -> None:
+    def __init__(self, options: Options, events: ErrorRing) -> None:
         self.options = options
         self.id = options.daemon_id
         self.supervisor: str | None = None
         self.events = events
-        self._opener = opener
         self._machine = StateMachine()
         self._driver: FuseDriver
         self._stopping = trio.Event()
         self._unmount = True
         self._failed = False
+        self._listening = False
         self._runtime: dict[str, dict[str, str]] = {}
 
     # -- what the API asks
@@ -128,6 +142,7 @@ class Daemon:
 
     def prepare(self) -> MountRequest | None:
         """All checks that need no event loop. Raises `NydusError`; nothing was changed then, except a dead mount."""
+        process.tame_allocator()
         log.info(version_line())
         process.raise_nofile_limit(self.options.rlimit_nofile)
         process.check_privileges()
@@ -142,8 +157,8 @@ class Daemon:
         """Serve until stopped; the exit status. Raises `NydusError` when the start fails."""
         refused: NydusError | None = None
         with trio.open_signal_receiver(*_SIGNALS) as signals:
-            async with trio.open_nursery() as nursery:
-                self.mounts = MountTable(self._driver, self._opener, nursery)
+            async with open_services() as services, trio.open_nursery() as nursery:
+                self.mounts = MountTable(self._driver, ImageOpener(services), nursery)
                 nursery.start_soon(self._watch_signals, signals)
                 try:
                     await self._serve(nursery, request)
@@ -154,6 +169,7 @@ class Daemon:
                     if self._unmount:
                         self._driver.detach()
                     self._driver.close()
+                    self._remove_socket()
                     nursery.cancel_scope.cancel()
         if refused is not None:
             raise refused
@@ -176,6 +192,7 @@ class Daemon:
         api = trio.CancelScope()
         if self.options.apisock is not None:
             listener = http.bind_socket(self.options.apisock)
+            self._listening = True
             log.info("HTTP API server running at %s", self.options.apisock)
 
             async def serve_api() -> None:
@@ -187,23 +204,27 @@ class Daemon:
         await self._stopping.wait()
         self._arm_deadline()
         api.cancel()
-        if self.options.apisock is not None:
-            http.remove_socket(self.options.apisock)
+        self._remove_socket()
         if self._machine.state is not State.STOPPED:
             self._machine.stop()
         await self._driver.stop(unmount=self._unmount)
         await served.wait()
         await self.mounts.close_all()
 
+    def _remove_socket(self) -> None:
+        if self._listening and self.options.apisock is not None:
+            self._listening = False
+            http.remove_socket(self.options.apisock)
+
     async def _serve_fuse(self, served: trio.Event, task_status: trio.TaskStatus[None]) -> None:
         try:
             await self._driver.serve(task_status)
+            if not self._stopping.is_set():
+                log.info("the mount at %s was unmounted from outside", self.options.mountpoint)
         except OSError as error:
             log.error("FUSE session failed: %s", error)
             self._failed = True
         finally:
-            if not self._stopping.is_set():
-                log.info("the mount at %s was unmounted from outside", self.options.mountpoint)
             served.set()
             self._stopping.set()
 
