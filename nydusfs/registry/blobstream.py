@@ -134,9 +134,9 @@ def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
 
 
 class RangedBlob(io.RawIOBase):
-    """Random access to a blob of known size, for the few kilobytes at a layer's tail. Such tails are read in pieces from
-    the back, so what lies before a wanted piece is fetched with it. Bytes are not verified here, only their number;
-    callers check digests of what they take out."""
+    """Random access to a blob of known size, for the few kilobytes at a layer's tail. Such tails are read in pieces
+    from the back, so what lies before a wanted piece is fetched with it. Bytes are not verified here, only their
+    number; callers check digests of what they take out."""
 
     def __init__(self, transport: Transport, repository: str, digest: str, size: int) -> None:
         self._transport = transport

@@ -1,0 +1,270 @@
+"""`nydusify check`: rules of manifest and bootstrap, then the file system against the source's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from nydusfs.convert import rules
+from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
+from nydusfs.convert.compare import Comparison, MountView, ReaderView, View, compare
+from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
+from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted
+from nydusfs.convert.platforms import Platform
+from nydusfs.convert.progress import Progress, size_text
+from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
+from nydusfs.errors import ConvertError
+from nydusfs.registry import mediatypes as mt
+from nydusfs.registry.client import RegistryClient
+from nydusfs.registry.hosts import ClientOptions
+from nydusfs.registry.reference import Reference
+
+if TYPE_CHECKING:
+    from bootstrap.base import Bootstrap
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """`source` None: only rules. `use_mount` False: read through our reader, without nydusd, FUSE and root."""
+
+    target: Reference
+    source: Reference | None = None
+    target_client: ClientOptions = field(default_factory=ClientOptions)
+    source_client: ClientOptions = field(default_factory=ClientOptions)
+    platform: Platform | None = None
+    multi_platform: bool = False
+    work_dir: Path = Path("output")
+    nydusd: str = "nydusd"
+    use_mount: bool = True
+
+
+@dataclass(slots=True)
+class CheckResult:
+    violations: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations and (self.comparison is None or not self.comparison.count)
+
+
+def check(options: CheckOptions, progress: Progress) -> CheckResult:
+    """Raises NydusError for what prevents checking; what is wrong with the image is in the result."""
+    with ExitStack() as stack:
+        client = stack.enter_context(RegistryClient(options.target.host, options.target_client))
+        platforms = [options.platform] if options.platform else None
+        progress.say(f"parsing image {options.target}")
+        found = load_images(client, options.target, platforms)
+        target, plain = pick_nydus(found)
+        source = None
+        source_client = client
+        if options.source is not None:
+            progress.say(f"parsing image {options.source}")
+            source_client = stack.enter_context(RegistryClient(options.source.host, options.source_client))
+            source = pick_plain(load_images(source_client, options.source, platforms))
+        result = CheckResult()
+        folder = _fresh(options.work_dir)
+        _dump(folder / "target", "nydus", target)
+        if source is not None:
+            _dump(folder / "source", "nydus" if source.is_nydus else "oci", source)
+
+        progress.say(f"checking manifest {options.target}")
+        result.violations += rules.check_manifest(target)
+        if options.multi_platform and plain is None:
+            result.violations.append("index: holds no plain image beside the Nydus one")
+        if plain is not None:
+            result.violations += rules.check_oci_half(plain, target)
+        if source is not None:
+            result.violations += rules.check_config(source, target)
+        if not target.is_nydus:
+            return result
+        result.violations += _check_blobs(client, target)
+        if result.violations:
+            return result
+
+        progress.say(f"checking bootstrap {options.target}")
+        boot, violations = fetch_bootstrap(client, target, folder / "target" / "nydus_bootstrap")
+        result.violations += violations
+        result.violations += _check_bootstrap(boot, target)
+        if source is None or result.violations:
+            return result
+
+        progress.say(f"reading source {source.name} ({size_text(source.size)})")
+        tree = source_tree(source_client, source, progress)
+        with _view(options, client, target, boot, folder / "target", progress) as view:
+            progress.say("comparing filesystem")
+            result.comparison = compare(tree, view)
+        progress.say(f"compared {result.comparison.entries} entries, {size_text(result.comparison.content)} of content")
+        return result
+
+
+def pick_nydus(found: ImageSet) -> tuple[Image, Image | None]:
+    """The Nydus image, and the plain one beside it in a merged index. Raises ConvertError."""
+    nydus = [image for image in found.images if image.is_nydus or image.artifact_type == mt.NYDUS_MANIFEST_ARTIFACT]
+    plain = [image for image in found.images if image not in nydus]
+    if not nydus:
+        # a single image is judged by the rules, which say what is missing
+        if found.index is None:
+            return found.images[0], None
+        raise ConvertError(f"{found.reference} holds no Nydus image (converted with --merge-platform?)")
+    same = [image for image in plain if image.platform.matches(nydus[0].platform)]
+    return nydus[0], same[0] if same else None
+
+
+def pick_plain(found: ImageSet) -> Image:
+    plain = [image for image in found.images if not image.is_nydus and not image.artifact_type]
+    if not plain:
+        raise ConvertError(f"{found.reference} is a Nydus image: give its plain source as --source")
+    return plain[0]
+
+
+def fetch_bootstrap(client: RegistryClient, image: Image, folder: Path) -> tuple[Path, list[str]]:
+    """Unpacks the bootstrap layer below `folder`: path of the bootstrap, and violations of its diff id."""
+    from bootstrap.errors import RafsError
+    from bootstrap.tar import open_layer
+
+    layer = image.layers[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    try:
+        with (
+            client.open_blob(image.reference.repository, layer.digest, layer.size) as stored,
+            open_layer(cast(BinaryIO, stored)) as plain,
+        ):
+            hashing = _Hashing(plain, digest)
+            boot = unpack_bootstrap_layer(cast(BinaryIO, hashing), folder, image.name)
+            while hashing.read(_PIECE):
+                pass
+    except RafsError as error:
+        raise ConvertError(f"{image.name}: bootstrap layer {layer.digest}: {error}") from error
+    found = f"sha256:{digest.hexdigest()}"
+    if image.diff_ids[-1:] != [found]:
+        return boot, [f"config: the bootstrap layer's diff id is {found}, the config says {image.diff_ids[-1]}"]
+    return boot, []
+
+
+def source_tree(client: RegistryClient, source: Image, progress: Progress) -> Node:
+    """The merged tree of a plain image. Raises ConvertError, RegistryError."""
+    from bootstrap.errors import RafsError
+    from bootstrap.tar import open_layer
+
+    root = new_root()
+    for layer in source.layers:
+        what = f"layer {layer.digest} of {source.name}"
+        progress.start(layer.digest, f"layer {layer.hex[:12]}", layer.size)
+        try:
+            stored = client.open_blob(source.reference.repository, layer.digest, layer.size)
+            with stored, open_layer(cast(BinaryIO, stored)) as plain:
+                upper = read_layer(plain, what)
+                while plain.read(_PIECE):
+                    pass
+        except RafsError as error:
+            raise ConvertError(f"{what}: {error}") from error
+        apply_layer(root, upper)
+        progress.finish(layer.digest)
+    return root
+
+
+def _check_blobs(client: RegistryClient, target: Image) -> Iterator[str]:
+    for layer in {layer.digest: layer for layer in target.layers}.values():
+        if not client.has_blob(target.reference.repository, layer.digest):
+            yield f"manifest: layer {layer.digest} is not in the registry"
+
+
+def _check_bootstrap(path: Path, target: Image) -> list[str]:
+    from bootstrap.errors import RafsError
+    from bootstrap.reader import open_bootstrap
+
+    found: list[str] = []
+    try:
+        with contextlib.closing(open_bootstrap(str(path))) as bootstrap:
+            found += rules.check_bootstrap(bootstrap, target)
+    except RafsError as error:
+        found.append(f"bootstrap: {error}")
+    return found
+
+
+@contextmanager
+def _view(
+    options: CheckOptions, client: RegistryClient, target: Image, boot: Path, folder: Path, progress: Progress
+) -> Iterator[View]:
+    if options.use_mount:
+        program = find_nydusd(options.nydusd)
+        progress.say(f"mounting image {options.target}")
+        cache = folder / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        config = daemon_config(client, options.target, cache, prefetch=False)
+        try:
+            with mounted(program, boot, config, folder / "mnt", folder):
+                yield MountView(folder / "mnt")
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)
+        return
+    from bootstrap.reader import open_bootstrap
+
+    blobs = folder / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.closing(open_bootstrap(str(boot))) as bootstrap:
+            files = _download(client, target, bootstrap, blobs, progress)
+            with contextlib.closing(ReaderView(bootstrap, files)) as view:
+                yield view
+    finally:
+        shutil.rmtree(blobs, ignore_errors=True)
+
+
+def _download(
+    client: RegistryClient, target: Image, bootstrap: Bootstrap, folder: Path, progress: Progress
+) -> dict[str, Path]:
+    layers: dict[str, Descriptor] = {layer.hex: layer for layer in target.layers}
+    files: dict[str, Path] = {}
+    for blob in bootstrap.blobs:
+        layer = layers.get(blob.id)
+        if layer is None:
+            raise ConvertError(f"blob {blob.id} is not a layer of {target.name}: check it through a mount")
+        path = files[blob.id] = folder / blob.id
+        with client.open_blob(target.reference.repository, layer.digest, layer.size) as stored, path.open("wb") as out:
+            shutil.copyfileobj(stored, out, _PIECE)
+    return files
+
+
+def _dump(folder: Path, kind: str, image: Image) -> None:
+    """Manifest and config as upstream leaves them for whoever wants to look."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents: list[tuple[str, dict[str, Any]]] = [("manifest", image.manifest), ("config", image.config)]
+    for name, document in documents:
+        (folder / f"{kind}_{name}.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def _fresh(root: Path) -> Path:
+    try:
+        for name in ("source", "target"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConvertError(
+            f"working directory {root} cannot be used: {error.strerror} (choose with --work-dir)"
+        ) from error
+    return root.resolve()
+
+
+class _Hashing:
+    def __init__(self, stream: BinaryIO, digest: Any) -> None:
+        self._stream = stream
+        self._digest = digest
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._digest.update(data)
+        return data
