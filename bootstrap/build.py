@@ -18,7 +18,7 @@ from bootstrap.layout.common import SuperFlags, super_flags
 from bootstrap.options import BuildOptions, BuildResult
 from bootstrap.overlay import drop_whiteouts
 from bootstrap.tartree import LayerTree
-from bootstrap.tree import BlobInfo, Node, clean_patterns, number
+from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Node, clean_patterns, number
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -54,6 +54,10 @@ def build_layer(
                 left -= len(piece)
         writer.flush()
         clock.stage("dump_blob")
+        if options.inline_meta and layer.has_implied:  # this bootstrap is for a merge
+            for node in number(layer.root):
+                if node.implied:
+                    node.mtime_nsec = IMPLIED_NSEC
         return _finish(layer.root, writer, options, clock)
 
 

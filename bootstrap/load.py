@@ -8,7 +8,7 @@ from bootstrap.errors import BuildError
 from bootstrap.layout import v5, v6
 from bootstrap.layout.common import BlobFeatures
 from bootstrap.reader import Blob, Bootstrap, BootstrapV5, BootstrapV6
-from bootstrap.tree import BlobInfo, Chunk, LinkGroup, Node
+from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Chunk, LinkGroup, Node, has_default_attributes
 
 _S_IFMT, _S_IFDIR, _S_IFREG, _S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000
 
@@ -80,6 +80,8 @@ class _Loader:
             if self._budget < 0:
                 raise BuildError(f"{self._where}: more names than fit the file, directories overlap")
             for node, below in found:
+                if node.mtime_nsec == IMPLIED_NSEC and node.children is not None:
+                    node.implied = has_default_attributes(node)
                 if node.name in kids:
                     raise BuildError(f"{self._where}: a directory holds the name {node.name!r} twice")
                 kids[node.name] = node

@@ -132,6 +132,8 @@ def merge_layers(
     order = number(tree)
     table: dict[int, BlobInfo] = {}
     for node in order:
+        if node.implied:
+            node.mtime_nsec = 0
         for chunk in node.chunks or ():
             table.setdefault(id(chunk.blob), chunk.blob)
     used = list(table.values())

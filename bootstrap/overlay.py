@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from bootstrap.tree import Node
+from bootstrap.tree import Node, copy_attributes, has_default_attributes
 
 OCI_PREFIX = b".wh."
 OCI_OPAQUE = b".wh..wh..opq"
@@ -50,9 +50,11 @@ def drop_whiteouts(root: Node, spec: str) -> None:
 def apply_layer(lower: Node, upper: Node, spec: str = "oci") -> Node:
     """`upper` over `lower`: whiteouts of the upper layer act on the lower one only and vanish.
 
-    Both trees are used up; the result is `upper` with what remains visible of `lower` hung into it. The root's
-    attributes are the upper ones.
+    Both trees are used up; the result is `upper` with what remains visible of `lower` hung into it. Directories that
+    the upper layer only implies, and a root it does not describe, have the lower attributes.
     """
+    if has_default_attributes(upper):
+        copy_attributes(lower, upper)
     stack: list[tuple[Node, Node]] = [(lower, upper)]
     while stack:
         below, above = stack.pop()
@@ -78,6 +80,8 @@ def apply_layer(lower: Node, upper: Node, spec: str = "oci") -> Node:
                 continue
             old = None if opaque or name in removed else olds.get(name)
             if old is not None and old.children is not None:
+                if node.implied:
+                    copy_attributes(old, node)
                 stack.append((old, node))
             else:
                 fresh.append(node)

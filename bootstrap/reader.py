@@ -12,7 +12,7 @@ import os
 
 from bootstrap.base import Attr, Blob, Bootstrap, ChunkRef, DirEntry, Extent
 from bootstrap.errors import FormatError, RafsError
-from bootstrap.layout import v5, v6
+from bootstrap.layout import toc, v5, v6
 from bootstrap.layout.common import INLINE_BLOB_ID
 from bootstrap.reader_v5 import BootstrapV5
 from bootstrap.reader_v6 import BootstrapV6
@@ -64,7 +64,7 @@ def _version(data: mmap.mmap) -> int:
 
 def _open(where: str, data: mmap.mmap, inline_id: str) -> Bootstrap:
     version = _version(data)
-    if not version:
+    if not version or _has_trailer(data):
         data = _inlined(data)
         version = _version(data)
     if version == 5:
@@ -72,6 +72,17 @@ def _open(where: str, data: mmap.mmap, inline_id: str) -> Bootstrap:
     if version == 6:
         return BootstrapV6(where, data, inline_id)
     raise FormatError("bootstrap", 0, "neither a RAFS v5 or v6 bootstrap nor a blob with one inside")
+
+
+def _has_trailer(data: mmap.mmap) -> bool:
+    """Whether what starts like a bootstrap is a layer blob: one without any file data begins with its bootstrap."""
+    if len(data) % toc.TAR_HEADER_SIZE:
+        return False
+    try:
+        header = toc.parse_tar_header(data[-toc.TAR_HEADER_SIZE :])
+    except FormatError:
+        return False
+    return header.name in (toc.IMAGE_BOOT, toc.BLOB_TOC)
 
 
 def _inlined(blob: mmap.mmap) -> mmap.mmap:

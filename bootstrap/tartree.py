@@ -35,6 +35,8 @@ class LayerTree:
 
     def __init__(self, xattr_limit: int) -> None:
         self.root = new_root()
+        self.has_implied = False
+        """Whether some directory was made because something lies in it (some may have got their entry later)."""
         self._xattr_limit = xattr_limit
         self._foreign: set[bytes] = set()
         # Entries of one directory follow each other: remembering it saves the walk for most of them.
@@ -112,6 +114,8 @@ class LayerTree:
                 check_name(part, entry.shown)
                 child = children[part] = Node(part, stat.S_IFDIR | 0o755)
                 child.rdev = v5.NO_RDEV
+                child.implied = True
+                self.has_implied = True
             if child.is_symlink:
                 followed += 1
                 if followed > MAX_FOLLOWED:
@@ -151,6 +155,7 @@ class LayerTree:
 
     def _fill(self, node: Node, entry: tar.Entry) -> None:
         node.mode = stat.S_IFMT(node.mode) | entry.mode
+        node.implied = False
         node.uid = entry.uid
         node.gid = entry.gid
         node.mtime = entry.mtime

@@ -105,6 +105,7 @@ class Node:
         "data_at",
         "gid",
         "group",
+        "implied",
         "index",
         "linked",
         "mode",
@@ -138,6 +139,8 @@ class Node:
         self.group: LinkGroup | None = None
         self.linked = False
         """A tar builder saw a hard link to it: v5 marks every such name."""
+        self.implied = False
+        """A directory no entry describes: it exists because something lies in it (see IMPLIED_NSEC)."""
         self.source: str | bytes | None = None
         """Where a directory build reads its content."""
         self.parent: Node | None = None
@@ -159,11 +162,36 @@ class Node:
         return stat.S_ISLNK(self.mode)
 
 
+IMPLIED_NSEC = 1
+"""How a layer's bootstrap tells a merge that a directory is only implied: mtime 0 s + 1 ns, 0755, root:root.
+
+An archive gives mtimes in whole seconds, so nothing else looks like this. The merge then keeps the attributes a lower
+layer gives that directory, as unpacking one layer over another does, and stores mtime 0 where there is none. Upstream
+always lets the made-up attributes win.
+"""
+
+
 def new_root() -> Node:
     """The root a layer has that does not describe it: 0755, root, epoch."""
-    root = Node(b"/", stat.S_IFDIR | 0o755)
-    root.rdev = 0
-    return root
+    return Node(b"/", stat.S_IFDIR | 0o755)
+
+
+def has_default_attributes(directory: Node) -> bool:
+    """Whether all attributes but the nanoseconds are those of a directory that no entry describes."""
+    return (
+        directory.mode == stat.S_IFDIR | 0o755
+        and not directory.mtime
+        and not directory.uid
+        and not directory.gid
+        and not directory.xattrs
+    )
+
+
+def copy_attributes(source: Node, target: Node) -> None:
+    """Owner, permissions, times and extended attributes of one directory for another."""
+    target.mode, target.uid, target.gid, target.rdev = source.mode, source.uid, source.gid, source.rdev
+    target.mtime, target.mtime_nsec, target.xattrs = source.mtime, source.mtime_nsec, source.xattrs
+    target.implied = source.implied
 
 
 def number(root: Node) -> list[Node]:
