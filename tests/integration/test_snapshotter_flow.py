@@ -1,0 +1,248 @@
+"""The lazy flow over gRPC with a real nydusd: labels like containerd's, deaths of either program, clean ends.
+
+Runs with our nydusd, and with upstream's where it is here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.lab.daemon import can_mount_fuse
+from tests.lab.mounted import check_mount, load_manifest
+from tests.lab.paths import ref_bin, shared_dir
+from tests.lab.process import mounts_below, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
+from tests.lab.stack import Snapshotter
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.interop,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
+    pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here"),
+]
+
+IMAGE = "127.0.0.1:1/lab/merged:v6"
+
+
+def case() -> Path:
+    shared = shared_dir()
+    assert shared is not None
+    return shared / "fixtures" / "reference" / "v6-merged3"
+
+
+def template() -> dict[str, object]:
+    backend = {"type": "localfs", "config": {"dir": str(case())}}
+    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct", "enable_xattr": True}
+
+
+@pytest.fixture(params=["ours", "upstream", "ours-dedicated"])
+def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+    work = work_dir()
+    arguments: tuple[str, ...] = ("--log-level", "debug")
+    if request.param == "upstream":
+        real = ref_bin("nydusd")
+        if real is None:
+            pytest.skip("interop: upstream's nydusd is not here")
+        wrapper = work / "nydusd"
+        # upstream dies where RLIMIT_NOFILE cannot be raised
+        wrapper.write_text(f'#!/bin/sh\nshift\nexec {real} fuse --rlimit-nofile 0 "$@"\n')
+        wrapper.chmod(0o755)
+        arguments += ("--nydusd", str(wrapper))
+    if request.param == "ours-dedicated":
+        arguments += ("--daemon-mode=dedicated",)
+    try:
+        with Snapshotter(work / "s", template(), arguments=arguments) as running:
+            yield running
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+def check(path: Path) -> None:
+    """The whole tree, entry by entry, but for what upstream's nydusd changes at its mount point."""
+    lines = check_mount(case(), path)
+    upstream_changes = (": mtime is ", "'/': ")
+    assert not [line for line in lines if not any(text in line for text in upstream_changes)]
+
+
+def read(path: Path, timeout: float = 30.0) -> bytes:
+    """In a process of its own: a test must not hang with a mount."""
+    program = f"print(open({str(path)!r},'rb').read().hex())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=timeout)
+    if done.returncode:
+        raise OSError(done.stderr.decode())
+    return bytes.fromhex(done.stdout.decode())
+
+
+def some_file(root: Path) -> Path:
+    """A regular file of the image with content, relative to its root."""
+    for entry in load_manifest(case())["entries"]:
+        if entry["type"] == "file" and entry.get("size", 0) > 10 and entry["path"].isascii():
+            return Path(entry["path"].lstrip("/"))
+    raise AssertionError("no file")
+
+
+def log_of(ours: Snapshotter) -> str:
+    return (ours.root / "logs" / "nydus-snapshotter.log").read_text()
+
+
+def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        meta = pull(client, case(), ours.work, IMAGE)
+        mounts = client.prepare("default/4/c1", meta)
+        (mount,) = mounts
+        assert (mount.type, mount.source) == ("overlay", "overlay")
+        assert [text.partition("=")[0] for text in mount.options] == ["workdir", "upperdir", "lowerdir"]
+        lower = Path(option(mount, "lowerdir"))
+        check(lower)
+        assert client.mounts("default/4/c1") == mounts
+
+        name = some_file(lower)
+        with mounted(mounts, ours.work / "c1") as rootfs:
+            assert read(rootfs / name) == read(lower / name)
+            (rootfs / name).write_bytes(b"written")
+            (rootfs / "etc-new").mkdir()
+            assert client.usage("default/4/c1")[0] > 0
+
+        # views: of the image as nerdctl makes them, of a data layer, of the layer being built on top
+        (view,) = client.view("default/5/v", meta)
+        assert not option(view, "upperdir")
+        assert option(view, "lowerdir").split(":")[0] == str(lower)
+        with mounted([view], ours.work / "v") as rootfs:
+            assert read(rootfs / name) == read(lower / name)
+            with pytest.raises(OSError):
+                (rootfs / "x").mkdir()
+        assert client.mounts("default/5/v") == [view]
+        data = client.stat(meta).parent
+        assert client.view("default/5/data", data)
+
+        # an ordinary layer over the Nydus image, and a container on top of that: nothing of either is lost
+        client.commit("default/6/top", "default/4/c1")
+        stacked = client.prepare("default/7/c2", "default/6/top")
+        with mounted(stacked, ours.work / "c2") as rootfs:
+            assert read(rootfs / name) == b"written"
+            assert (rootfs / "etc-new").is_dir()
+        assert client.mounts("default/7/c2") == stacked
+
+        for key in ("default/7/c2", "default/6/top", "default/5/v", "default/5/data", meta):
+            client.remove(key)
+        while left := client.list():
+            parents = {info.parent for info in left}
+            for info in left:
+                if info.name not in parents:
+                    client.remove(info.name)
+        assert str(lower.parent) in mounts_below(ours.root) or str(lower) in mounts_below(ours.root)
+        client.cleanup()
+        assert os.listdir(ours.root / "snapshots") == []
+        served = [path for path in mounts_below(ours.root) if path != str(ours.root / "mnt")]
+        assert served == []
+        assert not os.path.exists(lower) or not os.listdir(lower)
+
+
+def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        meta = pull(client, case(), ours.work, IMAGE)
+        mounts = client.prepare("default/4/c1", meta)
+        lower = Path(option(mounts[0], "lowerdir"))
+        name = some_file(lower)
+        with mounted(mounts, ours.work / "c1") as rootfs:
+            before = ours.daemons()
+            assert len(before) == 1
+            for stop in (ours.kill, ours.stop):
+                stop()
+                assert read(rootfs / name)
+                ours.start()
+            with Client(ours.socket) as again:
+                assert again.mounts("default/4/c1") == mounts
+                new = again.prepare("default/5/c2", meta)
+                with mounted(new, ours.work / "c2") as other:
+                    assert read(other / name) == read(rootfs / name)
+                assert ours.daemons() == before
+                assert "found 1 nydusd running, 0 to be started again" in log_of(ours)
+                assert ", 1 to be started again" not in log_of(ours)
+                again.remove("default/5/c2")
+                again.cleanup()
+                assert read(rootfs / name)
+                check(lower)
+
+
+def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        first = pull(client, case(), ours.work, IMAGE)
+        second = pull(client, case(), ours.work, IMAGE, tag="b")
+        roots = [Path(option(client.prepare(f"default/9/{n}", n)[0], "lowerdir")) for n in (first, second)]
+        for root in roots:
+            check(root)
+        for _ in range(2):
+            old = ours.daemons()
+            for pid in old:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: served(roots), 30, "both images after the death of nydusd")
+            assert not set(ours.daemons()) & set(old)
+        for root in roots:
+            check(root)
+        # both dead: the next start brings the mounts back before anybody asks
+        old = ours.daemons()
+        ours.kill()
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        ours.start()
+        wait_until(lambda: served(roots), 30, "both images after a start")
+        with Client(ours.socket) as again:
+            assert Path(option(again.mounts(f"default/9/{first}")[0], "lowerdir")) == roots[0]
+        for root in roots:
+            check(root)
+
+
+def served(roots: list[Path]) -> bool:
+    try:
+        return all(read(root / some_file(root)) for root in roots)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@pytest.mark.parametrize("ours", ["ours"], indirect=True)
+def test_errors_are_clear_and_roll_back(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        # a client that sends no annotations
+        meta = pull(client, case(), ours.work, "")
+        with pytest.raises(grpc.RpcError, match="disable_snapshot_annotations"):
+            client.prepare("c", meta)
+        with pytest.raises(grpc.RpcError, match="not found"):
+            client.stat("c")
+        # a damaged bootstrap
+        meta = pull(client, case(), ours.work, IMAGE, tag="c")
+        boot = next((ours.root / "snapshots").glob("*/fs/image/image.boot"))
+        for boot in (ours.root / "snapshots").glob("*/fs/image/image.boot"):
+            boot.write_bytes(b"\0" * 4096)
+        with pytest.raises(grpc.RpcError, match="no RAFS bootstrap"):
+            client.prepare("c", meta)
+        boot.unlink()
+        for boot in (ours.root / "snapshots").glob("*/fs/image/image.boot"):
+            boot.unlink()
+        with pytest.raises(grpc.RpcError, match="holds no image"):
+            client.prepare("c", meta)
+        # plain images do not care, and another parent under a taken chain id gets a name of its own
+        client.prepare("p", "")
+        client.commit("plain", "p")
+        taken = next(info for info in client.list() if info.parent == "")
+        labels = {REF: taken.labels[REF], PREFIX + "nydus-blob": "1"} if REF in taken.labels else {}
+        if labels:
+            with pytest.raises(grpc.RpcError, match="target snapshot"):
+                client.prepare("q", "plain", labels)
+            (found,) = client.list(f'labels."{REF}"=={labels[REF]},parent=="plain"')
+            assert found.name != taken.name
+        with pytest.raises(grpc.RpcError, match="missing parent"):
+            client.prepare("r", "nobody")
+        with pytest.raises(grpc.RpcError) as caught:
+            client.list("==")
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,146 @@
+"""SIGKILL at any moment of Prepare, Commit and Remove: database and directories agree after the next start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.lab.process import can_connect, remove_tree, run, unmount_below, work_dir
+from tests.lab.snapshots import Client
+from tests.lab.stack import Snapshotter, daemon_config, program
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
+
+ROUNDS = 6
+
+
+def churn(socket: Path, number: int, stop: threading.Event) -> None:
+    """Layers on layers, some removed again, until the server dies. Keys are never used twice."""
+    with contextlib.suppress(grpc.RpcError), Client(socket) as client:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            key, name = f"{number}-{step}-{os.urandom(4).hex()}", f"name-{os.urandom(6).hex()}"
+            parents = [info.name for info in client.list("kind==committed")] if step % 3 == 0 else []
+            client.prepare(key, random.choice(parents) if parents else "")
+            if step % 2:
+                client.commit(name, key)
+            if step % 4 == 0:
+                with contextlib.suppress(grpc.RpcError):
+                    client.remove(key)
+            if step % 10 == 0:
+                client.cleanup()
+
+
+def agree(root: Path) -> None:
+    """Every row has its directory; every directory has a row or goes with the next Cleanup; nothing temporary."""
+    database = sqlite3.connect(f"file:{root}/metadata.sqlite?mode=ro", uri=True)
+    rows = dict(database.execute("SELECT id, kind FROM snapshots"))
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert database.execute("PRAGMA foreign_key_check").fetchall() == []
+    database.close()
+    names = os.listdir(root / "snapshots")
+    assert all(name.isdecimal() for name in names)
+    assert {int(name) for name in names} == set(rows)
+    for identity, kind in rows.items():
+        assert os.stat(root / "snapshots" / str(identity) / "fs").st_mode & 0o7777 == 0o755
+        if kind == 2:
+            assert (root / "snapshots" / str(identity) / "work").is_dir()
+
+
+def test_database_and_directories_agree_after_sigkill() -> None:
+    work = work_dir()
+    ours = Snapshotter(work / "s", daemon_config(prefetch=False), arguments=("--daemon-mode", "dedicated"))
+    try:
+        for _ in range(ROUNDS):
+            ours.start()
+            stop = threading.Event()
+            threads = [threading.Thread(target=churn, args=(ours.socket, number, stop)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            time.sleep(random.uniform(0.3, 1.2))
+            ours.kill()
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+            ours.start()
+            with Client(ours.socket) as client:
+                client.cleanup()
+                for info in client.list():
+                    assert client.stat(info.name) == info
+                    if info.kind == 2:
+                        assert client.mounts(info.name)
+            agree(ours.root)
+            ours.stop()
+    finally:
+        ours.kill()
+        unmount_below(work)
+        remove_tree(work)
+
+
+def test_a_second_instance_is_told_so_and_stale_sockets_are_replaced() -> None:
+    work = work_dir()
+    try:
+        with Snapshotter(work / "s", daemon_config(prefetch=False), arguments=("--daemon-mode", "dedicated")) as first:
+            same_socket = [*first.argv(), "--root", str(work / "other")]
+            same_root = [*first.argv(), "--address", str(work / "other.sock")]
+            for argv, text in ((same_socket, "served by a living process"), (same_root, "in use by a living process")):
+                done = run(argv, timeout=30, check=False)
+                assert done.returncode == 1
+                assert text in done.stderr
+                assert "Traceback" not in done.stderr
+                assert len(done.stderr.strip().splitlines()) == 1
+            assert can_connect(first.socket)
+            first.kill()
+            assert first.socket.exists()
+            argv = first.argv()
+            child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            try:
+                deadline = time.monotonic() + 20
+                while not can_connect(first.socket):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            finally:
+                child.terminate()
+                assert child.wait(20) == 0
+            assert not first.socket.exists()
+            first.socket.write_text("not a socket")
+            done = run(argv, timeout=30, check=False)
+            assert done.returncode == 1
+            assert "not a socket" in done.stderr
+            assert first.socket.read_text() == "not a socket"
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+def test_without_root_or_overlayfs_one_line_says_so() -> None:
+    work = work_dir()
+    template = work / "t.json"
+    template.write_text('{"device": {"backend": {"type": "registry", "config": {}}}}')
+    work.chmod(0o755)
+    argv = [str(program("containerd-nydus-grpc")), "--config-path", str(template), "--root", str(work / "r")]
+    argv += ["--address", str(work / "g.sock")]
+    try:
+        done = run(["setpriv", "--reuid=65534", "--clear-groups", *argv], timeout=30, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "must run as root" in done.stderr
+        # an upper directory cannot lie on an overlay: the same answer as from a kernel without the file system
+        script = 'mount -t overlay overlay -o "lowerdir=$1/l,upperdir=$1/u,workdir=$1/w" "$1/r" && shift && exec "$@"'
+        for name in ("l", "u", "w", "r"):
+            (work / name).mkdir()
+        done = run(["unshare", "-m", "sh", "-c", script, "sh", work, *argv], timeout=30, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "cannot mount overlayfs" in done.stderr
+    finally:
+        unmount_below(work)
+        remove_tree(work)
