@@ -187,12 +187,11 @@ class MountTable:
                 raise MountFailedError("invalid prefetch file list")
         try:
             image = await self._opener(request)
-        except (NydusError, RafsError) as error:
-            log.error("mount of %s at %s failed: %s", request.source, request.mountpoint, error)
-            raise MountFailedError(f"RAFS failed to handle request, {error}") from None
-        except OSError as error:
-            reason = f"{error.filename or request.source}: {error.strerror or error}"
-            log.error("mount of %s at %s failed: %s", request.source, request.mountpoint, reason)
+        except (NydusError, RafsError, OSError) as error:
+            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            named = request.source in reason or isinstance(error, NydusError)
+            reason = reason if named else f"bootstrap {request.source}: {reason}"
+            log.error("mount at %s failed: %s", request.mountpoint, reason)
             raise MountFailedError(f"RAFS failed to handle request, {reason}") from None
         config = request.config
         stats = FsStats(

@@ -112,9 +112,12 @@ class FuseDriver:
         """End the session: waiting reads get EIO, the mount is detached (`unmount`) or left behind as a dead one."""
         operations = self.operations
         operations.closing = True
-        operations.cancel_reads()
+        cancelled = operations.cancel_reads()
         with trio.move_on_after(STOP_GRACE):
             await operations.wait_idle()
+            if cancelled:
+                # After a failed read-ahead the kernel asks once more for the page: that must be answered as well.
+                await trio.sleep(0.05)
             async with self._notifying:  # the session must not go away under a notification
                 pass
         if unmount:

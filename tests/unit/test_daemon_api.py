@@ -1,0 +1,188 @@
+"""Routes, bodies, status codes and error texts of the API, against answers recorded from nydusd v2.4.4."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nydusfs.daemon.api import Api
+from nydusfs.daemon.errors import UnexpectedEventError
+from nydusfs.daemon.http import Request, Response
+from nydusfs.daemon.logs import ErrorRing
+from nydusfs.daemon.mounts import MountedImage, MountRequest
+from nydusfs.daemon.state import Event, State, StateMachine
+from nydusfs.drivers.fuse import InFlightInfo
+
+
+class Mounts:
+    def __init__(self) -> None:
+        self.images: dict[str, MountedImage] = {}
+        self.asked: list[MountRequest] = []
+
+    def get(self, mountpoint: str) -> None:
+        return None
+
+    async def mount(self, request: MountRequest) -> None:
+        self.asked.append(request)
+
+
+class Control:
+    """A daemon without images."""
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        self.supervisor: str | None = None
+        self.mounts: Any = Mounts()
+        self.events = ErrorRing()
+        self.machine = StateMachine()
+        self.values: dict[str, dict[str, str]] = {}
+        for event in (Event.MOUNT, Event.START):
+            self.machine.step(event)
+
+    @property
+    def state(self) -> State:
+        return self.machine.state
+
+    def start(self) -> None:
+        self.machine.step(Event.START)
+
+    async def exit(self) -> Callable[[], None]:
+        self.machine.exit()
+        return lambda: None
+
+    def inflight(self) -> list[InFlightInfo]:
+        return []
+
+    def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
+        self.values.setdefault(config_id, {}).update(values)
+
+    def runtime_config(self, config_id: str) -> dict[str, str]:
+        return self.values.get(config_id, {})
+
+
+async def ask(method: str, target: str, body: bytes | str = b"", control: Control | None = None) -> Response:
+    path, _, query = target.partition("?")
+    values = dict(part.split("=", 1) for part in query.split("&") if part)
+    data = body.encode() if isinstance(body, str) else body
+    return await Api(control or Control()).handle(Request(method, f"/api/v1/{path}", values, data))
+
+
+# (method, target, body, status, message) as upstream's daemon answered
+REFUSALS = [
+    ("GET", "nope", "", 404, "NoRoute"),
+    ("GET", "daemon/", "", 404, "NoRoute"),
+    ("PATCH", "daemon", "", 400, "BadRequest"),
+    ("PUT", "daemon", "", 400, "BadRequest"),
+    ("GET", "daemon", "{}", 400, "BadRequest"),
+    ("PUT", "daemon/start", "{}", 400, "BadRequest"),
+    ("PUT", "daemon/start", "", 400, 'Configure(DaemonAbnormal(UnexpectedEvent("Start")))'),
+    ("PUT", "daemon/fuse/takeover", "", 400, 'Upgrade(DaemonAbnormal(UnexpectedEvent("Takeover")))'),
+    ("PUT", "daemon/fuse/sendfd", "", 501, "Upgrade(DaemonAbnormal(Unsupported))"),
+    ("PUT", "daemon", '{"log_level":"zzz"}', 500, "Configure(ResponsePayloadType)"),
+    ("PUT", "daemon", '{"x":"zzz"}', 400, 'ParseBody(Error("missing field `log_level`", line: 1, column: 11))'),
+    ("PUT", "daemon", "zz", 400, 'ParseBody(Error("expected value", line: 1, column: 1))'),
+    ("GET", "daemon/backend", "", 400, "QueryString(\"'mountpoint' should be specified in query string\")"),
+    ("GET", "daemon/backend?mountpoint=/zz", "", 500,
+     'FsBackendInfo(Metrics(Daemon(Other("object or filesystem doesn\'t exist"))))'),
+    ("GET", "metrics", "", 404, "GlobalMetrics(Metrics(Stats(NoCounter)))"),
+    ("GET", "metrics?id=zz", "", 404, "GlobalMetrics(Metrics(Stats(NoCounter)))"),
+    ("GET", "metrics/files?id=zz", "", 404, "FsFilesMetrics(Metrics(Stats(NoCounter)))"),
+    ("GET", "metrics/pattern?id=zz", "", 404, "Pattern(Metrics(Stats(NoCounter)))"),
+    ("GET", "metrics/backend?id=zz", "", 404, "BackendMetrics(Metrics(Stats(NoCounter)))"),
+    ("GET", "metrics/blobcache?id=zz", "", 404, "BlobcacheMetrics(Metrics(Stats(NoCounter)))"),
+    ("POST", "mount", "{}", 400, "QueryString(\"'mountpoint' should be specified in query string\")"),
+    ("POST", "mount?mountpoint=/q", "{}", 400, 'ParseBody(Error("missing field `source`", line: 1, column: 2))'),
+    ("POST", "mount?mountpoint=/q", '{"source":"/nope","fs_type":"","config":"{}"}', 500,
+     ("Mount(MountFilesystem(Other(\"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but  was "
+      'specified`")))')),
+    ("PUT", "config", '{"x":"zzz"}', 500, "Configure(ResponsePayloadType)"),
+]  # fmt: skip
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("method", "target", "body", "status", "message"), REFUSALS)
+async def test_refusals_are_upstreams_word_for_word(
+    method: str, target: str, body: str, status: int, message: str
+) -> None:
+    answer = await ask(method, target, body)
+    assert answer.status == status
+    assert json.loads(answer.body) == {"code": "UNDEFINED", "message": message}
+
+
+@pytest.mark.trio
+async def test_bodies_no_client_should_send_are_refused_without_a_trace_of_internals() -> None:
+    for body in ("[]", "5", "null", '{"log_level":5}', "{" * 100_000, b"\xff\xfe{}", '{"log_level":null}'):
+        answer = await ask("PUT", "daemon", body)
+        assert answer.status == 400, body
+        assert json.loads(answer.body)["message"].startswith("ParseBody(Error(")
+    for config in ('""', '"[]"', '"{}"', "7", '"device = 1"'):
+        answer = await ask("POST", "mount?mountpoint=/q", f'{{"source":"/b","fs_type":"rafs","config":{config}}}')
+        assert answer.status in (400, 500)
+        assert b"Traceback" not in answer.body
+
+
+@pytest.mark.trio
+async def test_daemon_information_has_upstreams_shape() -> None:
+    info = json.loads((await ask("GET", "daemon")).body)
+    assert info["version"].keys() == {"package_ver", "git_commit", "build_time", "profile", "rustc"}
+    assert {k: v for k, v in info.items() if k != "version"} == {
+        "id": None, "supervisor": None, "state": "RUNNING", "backend_collection": {},
+    }  # fmt: skip
+    second = await Api(Control()).handle(Request("GET", "/api/v2/daemon"))
+    assert json.loads(second.body)["backend_collection"] is None
+    assert (await ask("GET", "metrics/inflight")).status == 204
+    events = json.loads((await ask("GET", "daemon/events")).body)
+    assert events == {"max_errors": 500, "total_errors": 0, "max_size": 51200, "total_size": 0, "errors": []}
+
+
+@pytest.mark.trio
+async def test_mount_request_carries_everything_over() -> None:
+    control = Control()
+    config = {"device": {"id": "/4", "backend": {"type": "localfs", "config": {"dir": "/b"}}}, "mode": "direct"}
+    body = {"source": "/boot", "fs_type": "rafs", "config": json.dumps(config), "prefetch_files": ["/bin"]}
+    assert (await ask("POST", "mount?mountpoint=/4", json.dumps(body), control)).status == 204
+    (request,) = control.mounts.asked
+    assert (request.mountpoint, request.source, request.prefetch_files) == ("/4", "/boot", ("/bin",))
+    assert request.config.id == "/4"
+
+
+@pytest.mark.trio
+async def test_runtime_settings_are_kept_per_id_and_secrets_never_shown() -> None:
+    control = Control()
+    assert (
+        await ask("PUT", "config?id=/4", '{"registry_auth":"c2VjcmV0","proxy_url":"http://p"}', control)
+    ).status == 204
+    answer = await ask("GET", "config?id=/4", control=control)
+    assert json.loads(answer.body) == {"registry_auth": "(hidden)", "proxy_url": "http://p"}
+    assert json.loads((await ask("GET", "config", control=control)).body) == {}
+    assert control.values["/4"]["registry_auth"] == "c2VjcmV0"
+
+
+def test_state_machine_allows_exactly_the_documented_transitions() -> None:
+    allowed = {
+        (State.INIT, Event.MOUNT): State.READY,
+        (State.INIT, Event.STOP): State.STOPPED,
+        (State.READY, Event.START): State.RUNNING,
+        (State.READY, Event.STOP): State.STOPPED,
+        (State.READY, Event.EXIT): State.STOPPED,
+        (State.RUNNING, Event.STOP): State.READY,
+    }
+    for state in State:
+        for event in Event:
+            machine = StateMachine()
+            machine.state = state
+            if (state, event) in allowed:
+                machine.step(event)
+                assert machine.state is allowed[state, event]
+            else:
+                with pytest.raises(UnexpectedEventError):
+                    machine.step(event)
+                assert machine.state is state
+    for state in State:
+        machine = StateMachine()
+        machine.state = state
+        machine.stop()
+        assert machine.state is State.STOPPED
