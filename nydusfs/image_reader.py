@@ -332,5 +332,5 @@ class ImageReader:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.chunks.close()
+            # The chunk map goes with its last user: a shared fetch may still be decoding with it.
             self.bootstrap.close()

@@ -16,7 +16,7 @@ import trio
 
 # Wake up for this much of a body, not for every packet: on a 40 Mbit/s link that is 8 instead of 300 passes through
 # the loop for 400 kB.
-LOW_WATER = 64 * 1024
+LOW_WATER = 16 * 1024
 
 IO_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ssl.SSLError)
 

@@ -38,12 +38,12 @@ def _manifest(case: Path) -> dict[str, Any]:
     return found
 
 
-def _config(case: Path, work: Path, **extra: object) -> str:
+def _config(case: Path, work: Path, validate: bool) -> str:
     inline = case / "layer"
     backend = {"blob_file": str(inline)} if inline.exists() else {"dir": str(case)}
-    cache = {"type": "blobcache", "config": {"work_dir": str(work)}}
+    cache = {"type": "blobcache", "validate": validate, "config": {"work_dir": str(work)}}
     device = {"backend": {"type": "localfs", "config": backend}, "cache": cache}
-    return json.dumps({"device": device, "mode": "direct", **extra})
+    return json.dumps({"device": device, "mode": "direct"})
 
 
 async def _read_whole(reader: ImageReader, ino: int, size: int, step: int) -> bytes:
@@ -79,7 +79,9 @@ def test_every_byte(name: str, tmp_path: Path) -> None:
         for step, validate in ((131072, False), (5000, True), (1 << 22, False)):
             config = load_config(_config(case, tmp_path), name)
             if validate:
-                config = load_config(_config(case, tmp_path).replace('"blobcache"', '"blobcache", "validate": true'), name)
+                config = load_config(
+                    _config(case, tmp_path).replace('"blobcache"', '"blobcache", "validate": true'), name
+                )
             async with open_services() as services:
                 reader = await services.open_image(str(boot), config, name=name)
                 before = reader.backend_counters.read_count
