@@ -1,0 +1,244 @@
+"""The distribution client against a real registry, a real token server, and servers that misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.registry.client import RegistryClient
+from nydusfs.registry.credentials import Credentials
+from nydusfs.registry.hosts import ClientOptions
+from tests.lab.process import free_port
+from tests.lab.registry import Registry, find_program
+from tests.lab.tokens import TokenServer
+
+pytestmark = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
+
+QUICK = ClientOptions(retries=2, retry_delay=0.01, connect_timeout=5, read_timeout=10)
+DATA = bytes(range(256)) * 40_000
+DIGEST = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
+
+
+def _nobody() -> Credentials | None:
+    return None
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+def _push(client: RegistryClient, repository: str, data: bytes = DATA, **options: int) -> str:
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    client.push_blob(repository, digest, len(data), lambda: io.BytesIO(data), **options)  # type: ignore[arg-type]
+    return digest
+
+
+def test_blobs_there_and_back(registry: Registry) -> None:
+    with RegistryClient(registry.host, QUICK, _nobody) as client:
+        assert not client.has_blob("lab/a", DIGEST)
+        assert client.push_blob("lab/a", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+        assert not client.push_blob("lab/a", DIGEST, len(DATA), lambda: io.BytesIO(DATA)), "it is there already"
+        assert client.blob("lab/a", DIGEST, len(DATA)) == DATA
+        with pytest.raises(RegistryError, match="larger"):
+            client.blob("lab/a", DIGEST, len(DATA) - 1)
+        mark = registry.mark()
+        assert client.mount_blob("lab/b", DIGEST, "lab/a")
+        assert client.has_blob("lab/b", DIGEST)
+        assert not [one for one in registry.since(mark).requests if one.method in ("PUT", "PATCH")]
+        chunked = _push(client, "lab/a", DATA[1:], chunk_size=3_000_000)
+        assert client.blob("lab/a", chunked, len(DATA)) == DATA[1:]
+        tail = client.open_blob_ranges("lab/a", DIGEST, len(DATA))
+        tail.seek(-10, io.SEEK_END)
+        assert tail.read() == DATA[-10:]
+
+
+def test_manifests_keep_their_bytes(registry: Registry) -> None:
+    with RegistryClient(registry.host, QUICK, _nobody) as client:
+        config = _push(client, "lab/m", b"{}")
+        body = json.dumps({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "layers": [],
+            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": 2},
+        }, indent=2).encode()  # fmt: skip
+        digest = client.push_manifest("lab/m", "tag", "application/vnd.oci.image.manifest.v1+json", body)
+        for selector in ("tag", digest):
+            found = client.manifest("lab/m", selector)
+            assert (found.body, found.digest) == (body, digest)
+        assert client.manifest_digest("lab/m", "tag") == digest
+        assert client.manifest_digest("lab/m", "none") is None
+        with pytest.raises(NotFoundError, match=r"image .*lab/m:none does not exist"):
+            client.manifest("lab/m", "none")
+        with pytest.raises(NotFoundError, match="lab/none"):
+            client.manifest("lab/none", "tag")
+
+
+def test_unreachable_is_said_in_bounded_time() -> None:
+    host = f"127.0.0.1:{free_port()}"
+    with (
+        RegistryClient(host, QUICK, _nobody) as client,
+        pytest.raises(RegistryError, match=f"{host} cannot be reached"),
+    ):
+        client.manifest("a", "b")
+
+
+def test_token_authentication(tmp_path: Path) -> None:
+    with (
+        TokenServer(tmp_path / "tokens") as tokens,
+        Registry(tmp_path / "registry", token_realm=tokens.realm) as registry,
+    ):
+        right = Credentials(tokens.user, tokens.password)
+        with RegistryClient(registry.host, QUICK, lambda: right) as client:
+            digest = _push(client, "lab/private")
+            assert client.blob("lab/private", digest, len(DATA)) == DATA
+            assert client.mount_blob("lab/other", digest, "lab/private")
+        scopes = [scope for scope, _ in tokens.granted]
+        assert scopes.count("repository:lab/private:pull,push") == 1, "one token per scope serves every request"
+        with (
+            RegistryClient(registry.host, QUICK, lambda: Credentials(tokens.user, "wrong")) as client,
+            pytest.raises(AuthError, match="wrong credentials") as caught,
+        ):
+            client.manifest("lab/private", "x")
+        assert "wrong" in str(caught.value) and tokens.password not in str(caught.value)
+        with (
+            RegistryClient(registry.host, QUICK, _nobody) as client,
+            pytest.raises(AuthError, match="authentication required"),
+        ):
+            client.manifest("lab/private", "x")
+
+
+# -- servers that misbehave
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    answer: Callable[[http.server.BaseHTTPRequestHandler], None]
+    seen: list[tuple[str, str, dict[str, str]]]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout: ClassVar[int] = 10  # type: ignore[misc]
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _Server)
+        self.server.seen.append((self.command, self.path, dict(self.headers)))
+        self.server.answer(self)
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def _serve(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[_Server]:
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.answer, server.seen = answer, []  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _reply(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
+
+
+def _host(server: _Server) -> str:
+    return f"127.0.0.1:{server.server_port}"
+
+
+def test_broken_connections_are_taken_up_where_they_broke() -> None:
+    ranges: list[str] = []
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if "/blobs/" not in handler.path:
+            return _reply(handler, 200)
+        wanted = handler.headers.get("Range", "")
+        ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-") or 0)
+        handler.send_response(206 if wanted else 200)
+        handler.send_header("Content-Length", str(len(DATA) - start))
+        handler.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
+        handler.end_headers()
+        handler.wfile.write(DATA[start : start + (len(DATA) // 3) + 1])
+        handler.close_connection = True
+        return None
+
+    with _serve(answer) as server, RegistryClient(_host(server), QUICK, _nobody) as client:
+        assert client.blob("r", DIGEST, len(DATA)) == DATA
+    assert len(ranges) == 3 and ranges[0] == "" and ranges[1].startswith("bytes=")
+
+
+def test_wrong_bytes_never_pass() -> None:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        _reply(handler, 200, DATA[:-1] + b"x" if "/blobs/" in handler.path else b"")
+
+    with (
+        _serve(answer) as server,
+        RegistryClient(_host(server), QUICK, _nobody) as client,
+        pytest.raises(RegistryError, match=DIGEST),
+    ):
+        client.blob("r", DIGEST, len(DATA))
+
+
+def test_server_errors_are_retried_and_then_told() -> None:
+    failures = 2
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        nonlocal failures
+        if "/blobs/" in handler.path and failures:
+            failures -= 1
+            return _reply(handler, 503, b'{"errors": [{"code": "BUSY", "message": "later"}]}')
+        return _reply(handler, 200, DATA)
+
+    with _serve(answer) as server, RegistryClient(_host(server), QUICK, _nobody) as client:
+        assert client.blob("r", DIGEST, len(DATA)) == DATA
+        failures = 99
+        with pytest.raises(RegistryError, match=r"answers 503 \(BUSY: later\)"):
+            client.blob("r", DIGEST, len(DATA))
+
+
+def test_redirects_lose_the_credentials_and_may_not_ask_for_them() -> None:
+    secret = Credentials("u", "p")
+
+    def store(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if "evil" in handler.path:
+            return _reply(handler, 401, WWW_Authenticate='Basic realm="give"')
+        return _reply(handler, 200, DATA)
+
+    with _serve(store) as storage:
+
+        def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+            if handler.path == "/v2/":
+                return _reply(handler, 200)
+            if "Authorization" not in handler.headers:
+                return _reply(handler, 401, WWW_Authenticate="BASIC Realm=x")
+            name = "evil" if "evil" in handler.path else "good"
+            return _reply(handler, 307, Location=f"http://{_host(storage)}/{name}?signature=s")
+
+        with _serve(answer) as server, RegistryClient(_host(server), QUICK, lambda: secret) as client:
+            assert client.blob("r", DIGEST, len(DATA)) == DATA
+            with pytest.raises(RegistryError, match="401"):
+                client.blob("evil", DIGEST, len(DATA))
+    assert storage.seen
+    assert not any("Authorization" in headers for _, _, headers in storage.seen)
