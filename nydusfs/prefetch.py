@@ -108,6 +108,8 @@ class Prefetcher:
     async def _fetch(self, group: list[Job]) -> None:
         size = group[-1].segment.compressed_end - group[0].segment.compressed_start
         await self._bucket.take(max(size, 0))
+        if all(self._reader.is_ready(job.segment) for job in group):
+            return  # readers came first while this waited for its share of the bandwidth
         counters = self._reader.cache_counters
         counters.prefetch_requests_count += 1
         counters.prefetch_data_amount += max(size, 0)
