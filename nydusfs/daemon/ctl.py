@@ -203,12 +203,15 @@ def mount(obj: tuple[Client, bool], source: str, config: Any, mountpoint: str, k
 
 
 @cli.command()
-@click.argument("mountpoint")
+@click.argument("path", metavar="[MOUNTPOINT]", required=False)
+@click.option("-m", "--mountpoint", metavar="PATH", help="The same as an option, as upstream's nydusctl wants it.")
 @_raw
 @click.pass_obj
-def umount(obj: tuple[Client, bool], mountpoint: str, raw_too: bool) -> None:
+def umount(obj: tuple[Client, bool], path: str | None, mountpoint: str | None, raw_too: bool) -> None:
     """Unmount the image at MOUNTPOINT."""
-    obj[0].call("DELETE", "mount", mountpoint=mountpoint)
+    if (path is None) == (mountpoint is None):
+        raise click.UsageError("name the mountpoint once: `nydusctl umount /img` or `nydusctl umount -m /img`")
+    obj[0].call("DELETE", "mount", mountpoint=path or mountpoint or "")
 
 
 def main() -> None:
