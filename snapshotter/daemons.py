@@ -23,6 +23,7 @@ from snapshotter.system import detach, mountpoints, start_time
 
 log = logging.getLogger(__name__)
 
+ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 STOP_SECONDS = 10.0
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -93,15 +94,25 @@ class Daemon:
         return self._record.pid
 
     def adopt(self) -> bool:
-        """Takes over a process that an earlier run of this program started. False: it is dead, or useless."""
+        """Takes over a process that an earlier run of this program started. False: it is dead, or useless.
+
+        One that lives but does not answer is waited for: containers run on it, and its API answers nothing while it
+        mounts an image.
+        """
         with self.lock:
-            try:
-                state = self.api.info(timeout=5).get("state")
-                pid = _peer_pid(self._record.socket)
-            except (SnapshotterError, OSError):
-                return False
+            deadline = time.monotonic() + ADOPT_SECONDS
+            state, pid = "", 0
+            while state != "RUNNING" and time.monotonic() < deadline:
+                try:
+                    state = self.api.info(timeout=10).get("state", "")
+                    pid = _peer_pid(self._record.socket)
+                except (SnapshotterError, OSError):
+                    if not self._processes():
+                        return False
+                if state != "RUNNING":
+                    time.sleep(0.1)
             if state != "RUNNING" or str(self.mountpoint) not in mountpoints():
-                log.warning("nydusd %s (pid %d) is %s or its mount is gone: replacing it", self.id, pid, state)
+                log.warning("nydusd %s (pid %d, state %s) has no mount or no answer: replacing it", self.id, pid, state)
                 return False
             self._record = replace(self._record, pid=pid, started=start_time(pid))
             self._records.save_daemon(self._record)
@@ -234,11 +245,15 @@ class Daemon:
                     self._deaths += 1
                     log.error("nydusd %s cannot be started again: %s", self.id, error)
 
-    def _end_processes(self) -> None:
-        """SIGTERM, then SIGKILL, to every process of ours that was started for this socket."""
+    def _processes(self) -> set[int]:
         pids = set(_serving(self._record.socket))
         if self._record.pid and self._record.started and start_time(self._record.pid) == self._record.started:
             pids.add(self._record.pid)
+        return pids
+
+    def _end_processes(self) -> None:
+        """SIGTERM, then SIGKILL, to every process of ours that was started for this socket."""
+        pids = self._processes()
         for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 2.0)):
             for pid in pids:
                 try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from snapshotter.errors import SnapshotterError, StartError
+from snapshotter.errors import ResourceExhausted, SnapshotterError, StartError
 
 NAME = "metadata.sqlite"
 SCHEMA_VERSION = 1
@@ -110,7 +110,9 @@ class Database:
                         self._writer.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                raise SnapshotterError(f"snapshot database {self.path}: {error}") from error
+                full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+                kind = ResourceExhausted if full else SnapshotterError
+                raise kind(f"snapshot database {self.path}: {error}") from error
 
     def close(self) -> None:
         """Ends the writer after the transaction under way; readers end with their threads."""

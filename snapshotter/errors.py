@@ -23,6 +23,10 @@ class FailedPrecondition(SnapshotterError):
     """The request is right, but not in this state."""
 
 
+class ResourceExhausted(SnapshotterError):
+    """The disk is full."""
+
+
 class Unavailable(SnapshotterError):
     """Something this call needs is not there yet, or not any more: try again."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -24,6 +25,7 @@ from snapshotter.store import Snapshot, Store, disk_usage
 log = logging.getLogger(__name__)
 
 RECOVERY_SECONDS = 90.0
+_BLOB_ID = re.compile(r"[0-9a-f]{64}")
 _V5_MAGIC, _V6_MAGIC = 0x52414653, 0xE0F5E1E2
 
 
@@ -102,6 +104,8 @@ class Images:
 
     def cache_usage(self, blob: str) -> int:
         """Bytes on disk that the blob cache holds for a blob id: our directory of segments, or upstream's files."""
+        if not _BLOB_ID.fullmatch(blob):
+            return 0
         size = 0
         for name in (blob, *(blob + ending for ending in (".blob.data", ".blob.data.chunk_map", ".blob.meta"))):
             path = self._settings.cache_dir / name

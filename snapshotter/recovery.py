@@ -77,6 +77,7 @@ class Program:
             store, Layout(store.directory, volatile=settings.volatile), self._images, sync_remove=settings.sync_remove
         )
         self._server: grpc.Server = serve(Service(self.snapshotter), settings.address, settings.uid, settings.gid)
+        self._inode = settings.address.lstat().st_ino
         log.info("serving %s, root %s, blob cache %s", settings.address, root, cache)
         threading.Thread(target=self._images.recover, name="recovery", daemon=True).start()
 
@@ -85,7 +86,12 @@ class Program:
         self._server.stop(GRACE_SECONDS).wait(GRACE_SECONDS + 1)
         self._images.close(umount=self._settings.cleanup_on_close)
         self._database.close()
-        self._settings.address.unlink(missing_ok=True)
+        try:
+            # another instance may have put its own socket there by now
+            if self._settings.address.lstat().st_ino == self._inode:
+                self._settings.address.unlink()
+        except FileNotFoundError:
+            pass
         os.close(self._lock)
 
 

@@ -36,10 +36,11 @@ _CODES = (
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
-# containerd asks before it knows
-_EXPECTED = (errors.AlreadyExists, errors.NotFound)
+# containerd asks before it knows, and its collector removes parents before it knows of children
+_EXPECTED = (errors.AlreadyExists, errors.NotFound, errors.FailedPrecondition)
 
 
 class Service(rpc.SnapshotsServicer):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -246,3 +247,16 @@ def test_errors_are_clear_and_roll_back(ours: Snapshotter) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             client.list("==")
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_many_containers_at_once_share_one_mount(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        meta = pull(client, case(), ours.work, IMAGE)
+        with ThreadPoolExecutor(12) as pool:
+            mounts = list(pool.map(lambda number: client.prepare(f"default/4/c{number}", meta), range(12)))
+        lower = {option(mount, "lowerdir") for (mount,) in mounts}
+        assert len(lower) == 1
+        assert len(ours.daemons()) == 1
+        assert len(client.list("kind==active")) == 12
+        assert log_of(ours).count(" mounted at ") == 1
+        check(Path(lower.pop()))

@@ -144,3 +144,68 @@ def test_without_root_or_overlayfs_one_line_says_so() -> None:
     finally:
         unmount_below(work)
         remove_tree(work)
+
+
+def test_a_full_disk_is_said_so_and_nothing_is_lost() -> None:
+    work = work_dir()
+    root = work / "s" / "r"
+    root.mkdir(parents=True)
+    run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", root])
+    try:
+        arguments = ("--daemon-mode", "dedicated", "--log-dir", str(work / "logs"))
+        with (
+            Snapshotter(work / "s", daemon_config(prefetch=False), arguments=arguments) as ours,
+            Client(ours.socket) as client,
+        ):
+            client.prepare("before")
+            filler = root / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+            refused = 0
+            for number in range(200):
+                try:
+                    client.prepare(f"full-{number}", "", {"containerd.io/snapshot/x": "y" * 4000})
+                except grpc.RpcError as error:
+                    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+                    refused += 1
+            assert refused
+            filler.unlink()
+            client.prepare("after")
+            assert {"before", "after"} <= {info.name for info in client.list()}
+            client.cleanup()
+            agree(root)
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+def test_without_dev_fuse_plain_images_work() -> None:
+    work = work_dir()
+    hidden = work / "dev"
+    hidden.mkdir()
+    ours = Snapshotter(work / "s", daemon_config(prefetch=False))
+    script = (
+        'mount -t tmpfs none "$1" && for f in null zero random urandom; do cp -a /dev/$f "$1"; done && '
+        'mount --bind "$1" /dev && shift && exec "$@"'
+    )
+    plain = ours.argv
+    ours.argv = lambda: ["unshare", "-m", "sh", "-c", script, "sh", str(hidden), *plain()]  # type: ignore[method-assign]
+    try:
+        (work / "s").mkdir()
+        with ours, Client(ours.socket) as client:
+            assert client.prepare("plain")
+            client.commit("layer", "plain", {"containerd.io/snapshot/nydus-bootstrap": "1"})
+            labels = {"containerd.io/snapshot/nydus-bootstrap": "1", "containerd.io/snapshot/cri.image-ref": "a.io/b/c"}
+            client.prepare("meta", "", labels)
+            (identity,) = [path for path in (ours.root / "snapshots").iterdir() if path.name == "2"]
+            (identity / "fs" / "image.boot").write_bytes(b"SFAR\x00\x05\x00\x00" + b"\0" * 8192)
+            client.commit("image", "meta", labels)
+            with pytest.raises(grpc.RpcError, match="/dev/fuse is missing") as caught:
+                client.prepare("container", "image")
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(grpc.RpcError, match="not found"):
+                client.stat("container")
+    finally:
+        unmount_below(work)
+        remove_tree(work)
