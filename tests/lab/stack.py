@@ -249,7 +249,7 @@ class Stack:
             self.node / "c",
             self.snapshotter.socket,
             self.options.containerd,
-            pause_ref=self.options.pause_ref,
+            pause_ref=self.options.pause_ref or f"{self.registry.host}/lab/pause:1",
             hosts={self.host: f"http://{self.host}", self.registry.host: self.registry.url},
             env=self.options.env,
         )

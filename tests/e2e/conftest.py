@@ -1,0 +1,70 @@
+"""One stack per test module and containerd generation, with a small image in both forms in its registry."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.images import Image
+from tests.lab.paths import ref_bin
+from tests.lab.registry import find_program
+from tests.lab.sample import small_image
+from tests.lab.stack import Stack, StackOptions
+
+PAYLOAD = 24 << 20
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.root)
+
+
+def require_programs() -> None:
+    missing = [name for name in ("containerd", "ctr", "runc") if shutil.which(name) is None]
+    if missing or find_program() is None:
+        pytest.skip(f"end to end: not installed: {', '.join(missing) or 'docker-registry'}")
+    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        pytest.skip("root: needs root and /dev/fuse")
+
+
+def containerd_of(generation: str) -> Path | None:
+    """None for Debian's; skips when a newer one is wanted and not here."""
+    if generation == "1.6":
+        return None
+    newer = ref_bin("containerd")
+    if newer is None or ref_bin("ctr") is None or ref_bin("containerd-shim-runc-v2") is None:
+        pytest.skip("interop: no containerd 2.x here")
+    return newer
+
+
+@pytest.fixture(scope="session")
+def nerdctl() -> Path:
+    found = ref_bin("nerdctl") or (Path(which) if (which := shutil.which("nerdctl")) else None)
+    if found is None:
+        pytest.skip("interop: no nerdctl here")
+    return found
+
+
+def load_image(stack: Stack, name: str = "lab/small", marker: str = "hello", **options: Any) -> Image:
+    """Pushes the small image as NAME:oci and its conversion as NAME:nydus."""
+    image = small_image(stack.work / f"image-{marker}", marker, payload=PAYLOAD, **options)
+    image.push(stack.registry.host, name, "oci")
+    stack.convert(f"{name}:oci", f"{name}:nydus")
+    shutil.rmtree(image.directory)
+    return image
+
+
+@pytest.fixture(scope="module", params=["1.6", "2.x"])
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """Mirror before the registry; no prefetch, so that requests can be counted."""
+    require_programs()
+    with Stack(StackOptions(mirror=True, prefetch=False, containerd=containerd_of(request.param))) as made:
+        load_image(made)
+        yield made
+    assert made.leftovers == []
