@@ -1,0 +1,162 @@
+"""Our nydusd beside upstream's: the same image, a directory of blobs, each with a cache of its own.
+
+    python -m tests.bench.bench_fuse [--big MiB] [--files N] [--rounds N] [--json FILE]
+
+Prints the median of the rounds for both and the ratio (above 1: ours is better). "cold": nothing cached by the daemon;
+"disk": the daemon's cache is filled, the kernel's page cache dropped; "warm": the kernel has the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bootstrap.build import build_directory
+from bootstrap.options import BuildOptions
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
+from tests.lab.paths import ref_bin
+from tests.lab.process import drop_caches, remove_tree, work_dir
+
+MIB = 1 << 20
+
+_SEQUENTIAL = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_RDONLY)
+began = time.perf_counter()
+total = 0
+while data := os.read(fd, 1 << 20): total += len(data)
+print(total / (1 << 20) / (time.perf_counter() - began))
+"""
+_RANDOM = """
+import os, random, sys, time
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+pages = os.fstat(fd).st_size // 4096
+rng = random.Random(7)
+offsets = [rng.randrange(pages) * 4096 for _ in range(int(sys.argv[2]))]
+began = time.perf_counter()
+for offset in offsets: os.pread(fd, 4096, offset)
+print(len(offsets) / (time.perf_counter() - began))
+"""
+
+
+def make_tree(root: Path, big_mib: int, files: int) -> None:
+    """One big file and many small ones, of half compressible bytes."""
+    rng = random.Random(1)
+
+    def half(size: int) -> bytes:
+        return rng.randbytes(size // 2) + bytes(size - size // 2)
+
+    root.mkdir()
+    with (root / "big").open("wb") as file:
+        for _ in range(big_mib * 16):
+            file.write(half(MIB // 16))
+    for number in range(files):
+        folder = root / "tree" / f"d{number // 50:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"file-{number}").write_bytes(half(rng.randrange(200, 16000)))
+
+
+def _figure(code: str, *arguments: str | Path) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=True
+    )
+    return float(done.stdout)
+
+
+def _seconds(command: str, cwd: Path) -> float:
+    began = time.perf_counter()
+    subprocess.run(["sh", "-c", command], cwd=cwd, timeout=300, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def measure(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
+    """All figures of one daemon, started for this."""
+    daemon = Nydusd(binary=binary)
+    config = daemon.dir / "c.json"
+    config.write_text(localfs_config(blobs, work_dir=daemon.dir / "cache"))
+    daemon.args = ("-B", boot, "-C", config)
+    figures: dict[str, float] = {}
+    drop_caches()
+    with daemon:
+        tar = "tar cf - tree | cat >/dev/null"
+        big = daemon.mnt / "big"
+        figures["ready, s"] = daemon.ready_seconds
+        figures["idle RSS, MiB"] = daemon.memory("VmRSS") / 1024
+        figures["find -ls first, s"] = _seconds("find . -ls", daemon.mnt)
+        figures["find -ls again, s"] = _seconds("find . -ls", daemon.mnt)
+        figures["sequential cold, MiB/s"] = _figure(_SEQUENTIAL, big)
+        figures["sequential warm, MiB/s"] = _figure(_SEQUENTIAL, big)
+        figures["random 4K warm, 1/s"] = _figure(_RANDOM, big, "20000")
+        figures["tar cold, s"] = _seconds(tar, daemon.mnt)
+        figures["tar warm, s"] = _seconds(tar, daemon.mnt)
+        time.sleep(1.5)  # let the cache become durable: its writing is not what the next lines measure
+        drop_caches()
+        figures["sequential disk, MiB/s"] = _figure(_SEQUENTIAL, big)
+        drop_caches()
+        figures["random 4K disk, 1/s"] = _figure(_RANDOM, big, "3000")
+        drop_caches()
+        figures["tar disk, s"] = _seconds(tar, daemon.mnt)
+        figures["RSS after, MiB"] = daemon.memory("VmRSS") / 1024
+        figures["RSS anonymous after, MiB"] = daemon.memory("RssAnon") / 1024
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--big", type=int, default=48, metavar="MIB", help="size of the one big file")
+    parser.add_argument("--files", type=int, default=1500, help="number of small files")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if reason := can_mount_fuse():
+        print(f"cannot run: {reason}")
+        return 1
+    contenders: dict[str, Path | None] = {"ours": None}
+    reference = ref_bin("nydusd")
+    if reference is None:
+        print("interop: no reference nydusd here, only ours is measured")
+    else:
+        contenders["upstream"] = reference
+    base = work_dir()
+    try:
+        make_tree(base / "t", options.big, options.files)
+        blob = base / "blob"
+        with blob.open("wb") as out:
+            result = build_directory(str(base / "t"), out, BuildOptions())
+        boot = base / "boot"
+        boot.write_bytes(result.bootstrap)
+        (base / "blobs").mkdir()
+        os.rename(blob, base / "blobs" / result.blob_id)
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        for _ in range(options.rounds):
+            for name, binary in contenders.items():  # alternating: a busy minute hits both
+                runs[name].append(measure(binary, boot, base / "blobs"))
+    finally:
+        remove_tree(base)
+    table = {
+        figure: {name: statistics.median(run[figure] for run in results) for name, results in runs.items()}
+        for figure in runs["ours"][0]
+    }
+    print(f"{'':28}{'ours':>12}{'upstream':>12}{'ratio':>8}")
+    for figure, row in table.items():
+        line = f"{figure:28}{row['ours']:12.3f}"
+        if "upstream" in row:
+            better = row["ours"] / row["upstream"] if figure.endswith("/s") else row["upstream"] / row["ours"]
+            row["ratio"] = better
+            line += f"{row['upstream']:12.3f}{better:8.2f}"
+        print(line)
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
