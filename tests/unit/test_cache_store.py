@@ -1,0 +1,187 @@
+"""The cache after kills, power cuts, damage and full disks: absent is fine, wrong bytes never."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from bootstrap.base import Blob
+from bootstrap.layout.common import BlobFeatures, Compressor, Digester
+from nydusfs.cache import CacheStore
+from nydusfs.errors import CacheError
+from nydusfs.segments import Segment
+
+BLOB = Blob(0, "b" * 64, 1 << 20, 99, Compressor.ZSTD, Digester.BLAKE3, BlobFeatures(0), 0, 0, 0)
+
+
+def segment(number: int, content: bytes) -> Segment:
+    key = number.to_bytes(4, "big") + len(content).to_bytes(8, "big")
+    return Segment(BLOB, number, key, range(1), len(content), 0, 1, False)
+
+
+def content(number: int) -> bytes:
+    return random.Random(number).randbytes(5000 + number)
+
+
+def keep(store: CacheStore, number: int) -> Segment:
+    data = content(number)
+    part = segment(number, data)
+    cache = store.blob(BLOB.id)
+    assert cache.write(part, bytearray(data))
+    cache.add(part)
+    return part
+
+
+def found(store: CacheStore, number: int) -> bytes | None:
+    async def main() -> bytes | None:
+        part = segment(number, content(number))
+        data = await store.blob(BLOB.id).read(part, 0, part.size) if part.key in store.blob(BLOB.id) else None
+        return None if data is None else bytes(data)
+
+    return trio.run(main)
+
+
+def test_ready_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path)
+    keep(store, 1)
+    assert found(store, 1) == content(1)
+    store.sync()
+    keep(store, 2)  # complete, not yet synced
+    os.close(store._lock_fd)  # the process dies here
+    again = CacheStore(tmp_path)
+    assert found(again, 1) == content(1)
+    assert found(again, 2) == content(2)  # same boot: the page cache is still there
+    again.close()
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_power_cut_at_any_point(seed: int, tmp_path: Path) -> None:
+    """What was not synced is gone, torn or zero afterwards; whatever is served after the reboot is right."""
+    choice = random.Random(seed)
+    disk = tmp_path / "disk"
+    store = CacheStore(disk, boot="11111111")
+    synced: set[int] = set()
+    written: list[int] = []
+    for number in range(12):
+        keep(store, number)
+        written.append(number)
+        if choice.random() < 0.3:
+            store.sync()
+            synced |= set(written)
+    if choice.random() < 0.5:  # cut in the middle of a write
+        (disk / BLOB.id / f"{segment(50, content(50)).name}.part").write_bytes(content(50)[:100])
+    after = tmp_path / "after"
+    shutil.copytree(disk, after)
+    durable = {segment(number, content(number)).name for number in synced}
+    for path in (after / BLOB.id).iterdir():
+        if path.name in durable:
+            continue
+        fate = choice.choice(["lost", "empty", "zeros", "torn"])
+        size = path.stat().st_size
+        if fate == "lost":
+            path.unlink()
+        else:
+            path.write_bytes({"empty": b"", "zeros": bytes(size), "torn": path.read_bytes()[: size // 2]}[fate])
+    reborn = CacheStore(after, boot="22222222")
+    for number in range(12):
+        data = found(reborn, number)
+        assert data == (content(number) if number in synced else None)
+    assert sorted(path.name for path in (after / BLOB.id).iterdir()) == sorted(durable)
+    reborn.close()
+    store.close()
+
+
+def test_damage_from_outside_means_absent(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path)
+    for number in (1, 2, 3):
+        keep(store, number)
+    store.sync()
+    store.close()
+    store = CacheStore(tmp_path)
+    folder = tmp_path / BLOB.id
+    (folder / segment(1, content(1)).name).unlink()
+    os.truncate(folder / segment(2, content(2)).name, 10)
+    assert found(store, 1) is None
+    assert found(store, 2) is None
+    assert found(store, 3) == content(3)
+    keep(store, 2)
+    assert found(store, 2) == content(2)
+    shutil.rmtree(folder)  # what a snapshotter does when no image uses the blob
+    keep(store, 4)
+    assert found(store, 4) == content(4)
+    store.close()
+
+
+def test_a_second_process_gets_its_own_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = CacheStore(tmp_path)
+    keep(first, 1)
+    code = (
+        "import sys; from nydusfs.cache import CacheStore; s = CacheStore(sys.argv[1]);"
+        "print(s.path, len(s.blob(sys.argv[2])))"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path), BLOB.id]
+    other = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    assert other.stdout.split() == [str(tmp_path / ".worker-2"), "0"]
+    assert "in use by another process" in other.stderr
+    first.close()
+    mine = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    assert mine.stdout.split() == [str(tmp_path), "1"]
+
+
+def test_few_descriptors_and_readers_that_overlap_evictions(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path)
+    store._max_open = 4
+    parts = [keep(store, number) for number in range(40)]
+
+    async def reader(number: int) -> None:
+        for step in range(30):
+            which = (number * 7 + step * 11) % 40
+            data = await store.blob(BLOB.id).read(parts[which], 3, 1000)
+            assert data == content(which)[3:1003]
+
+    async def main() -> None:
+        store.nowait = False  # always through a thread: evictions happen meanwhile
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(reader, number)
+
+    trio.run(main)
+    assert len(store._open) <= 4
+    store.close()
+
+
+def test_unusable_directories_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="file"):
+        CacheStore(tmp_path / "file")
+
+
+def test_a_disk_that_takes_nothing_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("nydusfs.cache.store.FULL_PAUSE", 0.0)
+    store = CacheStore(tmp_path)
+    cache = store.blob(BLOB.id)
+    real = os.write
+
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for number in range(3):
+        assert not cache.write(segment(number, content(number)), bytearray(content(number)))
+    monkeypatch.setattr(os, "write", real)
+    keep(store, 5)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "is full" in caplog.text
+    assert not list((tmp_path / BLOB.id).glob("*.part"))
+    store.close()
