@@ -331,7 +331,15 @@ class Stack:
         )
         return done.stdout + done.stderr
 
-    def convert(self, source: str, target: str, *args: str, upstream: bool = False, timeout: float = 300.0) -> str:
+    def convert(
+        self,
+        source: str,
+        target: str,
+        *args: str,
+        upstream: bool = False,
+        timeout: float = 300.0,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
         """`nydusify convert` on the registry's own port (conversion does not pass the shaped link)."""
         nydusify, image = program("nydusify"), program("nydus-image")
         if upstream:
@@ -356,5 +364,6 @@ class Stack:
                 *args,
             ],
             timeout=timeout,
+            env=env,
         )
         return done.stdout + done.stderr

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import urllib.parse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -78,7 +79,7 @@ class TokenServer:
         request.end_headers()
         request.wfile.write(body)
 
-    def token(self, access: list[dict[str, object]]) -> str:
+    def token(self, access: Sequence[Mapping[str, object]]) -> str:
         now = int(time.time())
         claims = {"iss": ISSUER, "sub": self.user, "aud": SERVICE, "exp": now + 300, "nbf": now - 10, "iat": now - 10,
                   "jti": secrets.token_hex(8), "access": access}  # fmt: skip
