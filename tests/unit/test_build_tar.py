@@ -286,7 +286,8 @@ def test_create_streams_through_pipes_and_merge_reads_the_result(tmp_path: Path)
     drain = threading.Thread(target=lambda: received.append(Path(target).read_bytes()), daemon=True)
     feed.start()
     drain.start()
-    arguments = ["--log-level", "warn", "--prefetch-policy", "fs", "--whiteout-spec", "none", "--fs-version", "6", "--type", "tar-rafs", "--blob-inline-meta", "--features", "blob-toc", "--chunk-size", "0x1000"]
+    arguments = ["--log-level", "warn", "--prefetch-policy", "fs", "--whiteout-spec", "none", "--fs-version", "6"]
+    arguments += ["--type", "tar-rafs", "--blob-inline-meta", "--features", "blob-toc", "--chunk-size", "0x1000"]
     code, text = run(create, *arguments, "--blob", target, source, stdin=b"/\n")
     assert (code, text) == (0, "")
     feed.join(10)
