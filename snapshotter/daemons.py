@@ -75,6 +75,7 @@ class Daemon:
         self._alive = False
         self._closing = threading.Event()
         self._born = 0.0
+        self._said = 0  # length of the output file before this process
         self._deaths = 0
 
     @property
@@ -166,7 +167,8 @@ class Daemon:
         command += ["--log-file", str(log_dir / "nydusd.log")]
         output = log_dir / "nydusd.out"
         try:
-            with output.open("wb") as out:
+            with output.open("ab") as out:
+                self._said = out.tell()
                 # No preexec_fn: subprocess then uses vfork, which is safe beside gRPC's threads. Its own session:
                 # signals to this program's group, and its death, pass it by.
                 process = subprocess.Popen(
@@ -192,10 +194,8 @@ class Daemon:
         delay = 0.01
         while True:
             if process.poll() is not None:
-                raise Unavailable(
-                    f"nydusd {self.id} ended at its start with status {process.returncode}: {_last_line(output)} "
-                    f"(see {output.parent})"
-                )
+                said = f"status {process.returncode}: {_last_line(output, self._said)} (see {output.parent})"
+                raise Unavailable(f"nydusd {self.id} ended at its start with {said}")
             try:
                 if self.api.info(timeout=5).get("state") == "RUNNING":
                     return
@@ -229,7 +229,8 @@ class Daemon:
             self._alive = False
             self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
         consequence = "starting it again" if self._settings.restart else "recover_policy is none"
-        log.error("nydusd %s (pid %d) died; %s", self.id, pid, consequence)
+        output = self._settings.log_dir / self.id / "nydusd.out"
+        log.error("nydusd %s (pid %d) died, its last words: %s; %s", self.id, pid, _last_line(output, 0), consequence)
         if self._settings.restart:
             self._bring_back()
 
@@ -293,10 +294,11 @@ def _serving(path: Path) -> list[int]:
     return found
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Path, start: int) -> str:
+    """Of what was printed behind `start` bytes."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
+            file.seek(max(start, path.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").strip().splitlines()
     except OSError:
         lines = []

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,18 +189,18 @@ class Images:
 
     def _mount(self, record: InstanceRecord, labels: Mapping[str, str]) -> None:
         daemon = self._daemons[record.daemon]
-        copy_blob_meta(record.bootstrap, self._settings.cache_dir)
         if not daemon.shared:
             daemon.ensure()
             self._serving.add(record.snapshot)
             return
+        # before the lock: a credential helper may take its time
+        config = self._config(record, labels)
         for attempt in (1, 2):
             with daemon.lock:
                 daemon.ensure()
                 if record.snapshot in self._serving:
                     return
                 try:
-                    config = self._config(record, labels)
                     daemon.api.mount(f"/{record.snapshot}", record.bootstrap, config)
                 except ApiUnreachable:
                     if attempt == 2 or daemon.alive:
@@ -324,13 +323,17 @@ class Images:
 
 
 def find_bootstrap(upper: Path, image: str) -> Path:
-    """The bootstrap a meta layer brought. Raises NotFound when it is missing or is none."""
+    """The bootstrap a meta layer brought. Raises NotFound when it is missing or is none.
+
+    The layer's author is not trusted: a link would have nydusd read a file of the host, or another image's.
+    """
     for path in (upper / "image" / "image.boot", upper / "image.boot"):
-        try:
-            with path.open("rb") as file:
-                head = file.read(1028)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             continue
+        if os.path.realpath(path) != str(path) or not path.is_file():
+            raise NotFound(f"image {image}: {path} is not a regular file: this is no Nydus image")
+        with path.open("rb") as file:
+            head = file.read(1028)
         v5 = len(head) >= 8 and struct.unpack_from("<II", head) == (_V5_MAGIC, 0x500)
         v6 = len(head) == 1028 and struct.unpack_from("<I", head, 1024)[0] == _V6_MAGIC
         if not v5 and not v6:
@@ -341,19 +344,3 @@ def find_bootstrap(upper: Path, image: str) -> Path:
     raise NotFound(
         f"image {image}: its layer labelled nydus-bootstrap holds no image/image.boot in {upper}: convert it again"
     )
-
-
-def copy_blob_meta(bootstrap: Path, cache_dir: Path) -> None:
-    """`*.blob.meta` files beside a bootstrap belong to its blobs (zran): nydusd looks for them in the cache."""
-    for path in bootstrap.parent.glob("*.blob.meta"):
-        target = cache_dir / path.name
-        if target.exists():
-            continue
-        try:
-            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=cache_dir, prefix=".new-")
-            with os.fdopen(descriptor, "wb") as out, path.open("rb") as source:
-                shutil.copyfileobj(source, out)
-            os.replace(temporary, target)
-        except OSError as error:
-            log.warning("%s cannot be copied to %s: %s", path, cache_dir, error.strerror)

@@ -6,9 +6,11 @@ Runs with our nydusd, and with upstream's where it is here.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,26 +224,29 @@ def test_errors_are_clear_and_roll_back(ours: Snapshotter) -> None:
             client.stat("c")
         # a damaged bootstrap
         meta = pull(client, case(), ours.work, IMAGE, tag="c")
-        boot = next((ours.root / "snapshots").glob("*/fs/image/image.boot"))
         for boot in (ours.root / "snapshots").glob("*/fs/image/image.boot"):
             boot.write_bytes(b"\0" * 4096)
         with pytest.raises(grpc.RpcError, match="no RAFS bootstrap"):
             client.prepare("c", meta)
-        boot.unlink()
         for boot in (ours.root / "snapshots").glob("*/fs/image/image.boot"):
             boot.unlink()
         with pytest.raises(grpc.RpcError, match="holds no image"):
             client.prepare("c", meta)
+        # a link instead of a bootstrap would have nydusd read files of the host
+        for root in (ours.root / "snapshots").glob("*/fs/image"):
+            (root / "image.boot").symlink_to(case() / "image.boot")
+        with pytest.raises(grpc.RpcError, match="not a regular file"):
+            client.prepare("c", meta)
         # plain images do not care, and another parent under a taken chain id gets a name of its own
         client.prepare("p", "")
         client.commit("plain", "p")
-        taken = next(info for info in client.list() if info.parent == "")
-        labels = {REF: taken.labels[REF], PREFIX + "nydus-blob": "1"} if REF in taken.labels else {}
-        if labels:
+        taken = next(info for info in client.list() if info.parent == "" and REF in info.labels)
+        labels = {REF: taken.labels[REF], PREFIX + "nydus-blob": "1"}
+        for key in ("q1", "q2"):
             with pytest.raises(grpc.RpcError, match="target snapshot"):
-                client.prepare("q", "plain", labels)
-            (found,) = client.list(f'labels."{REF}"=={labels[REF]},parent=="plain"')
-            assert found.name != taken.name
+                client.prepare(key, "plain", labels)
+        (found,) = client.list(f'labels."{REF}"=={labels[REF]},parent=="plain"')
+        assert found.name != taken.name
         with pytest.raises(grpc.RpcError, match="missing parent"):
             client.prepare("r", "nobody")
         with pytest.raises(grpc.RpcError) as caught:
@@ -260,3 +265,19 @@ def test_many_containers_at_once_share_one_mount(ours: Snapshotter) -> None:
         assert len(client.list("kind==active")) == 12
         assert log_of(ours).count(" mounted at ") == 1
         check(Path(lower.pop()))
+
+
+@pytest.mark.parametrize("ours", ["ours", "upstream"], indirect=True)
+def test_no_nydusd_is_lost_when_the_start_is_interrupted(ours: Snapshotter) -> None:
+    for _ in range(5):
+        ours.kill()
+        ours.end_daemons()
+        ours.start()
+        time.sleep(random.uniform(0, 0.4))
+    ours.kill()
+    ours.start()
+    with Client(ours.socket) as client:
+        meta = pull(client, case(), ours.work, IMAGE)
+        (mount,) = client.prepare("default/4/c", meta)
+        check(Path(option(mount, "lowerdir")))
+    assert len(ours.daemons()) == 1
