@@ -109,6 +109,7 @@ class Daemon:
         self._unmount = True
         self._failed = False
         self._listening = False
+        self._deadline_armed = False
         self._runtime: dict[str, dict[str, str]] = {}
 
     # -- what the API asks
@@ -156,21 +157,25 @@ class Daemon:
     async def run(self, request: MountRequest | None) -> int:
         """Serve until stopped; the exit status. Raises `NydusError` when the start fails."""
         refused: NydusError | None = None
-        with trio.open_signal_receiver(*_SIGNALS) as signals:
-            async with open_services() as services, trio.open_nursery() as nursery:
-                self.mounts = MountTable(self._driver, ImageOpener(services), nursery)
-                nursery.start_soon(self._watch_signals, signals)
-                try:
-                    await self._serve(nursery, request)
-                except NydusError as error:
-                    refused = error  # raised below, outside the nursery's exception group
-                finally:
-                    # Also after an unexpected error: no mount may stay behind a daemon that is about to end.
-                    if self._unmount:
-                        self._driver.detach()
-                    self._driver.close()
-                    self._remove_socket()
-                    nursery.cancel_scope.cancel()
+        try:
+            with trio.open_signal_receiver(*_SIGNALS) as signals:
+                async with open_services() as services, trio.open_nursery() as nursery:
+                    self.mounts = MountTable(self._driver, ImageOpener(services), nursery)
+                    nursery.start_soon(self._watch_signals, signals)
+                    try:
+                        await self._serve(nursery, request)
+                    except NydusError as error:
+                        refused = error  # raised below, outside the nursery's exception group
+                    finally:
+                        # Also after an unexpected error: no mount may stay behind a daemon that is about to end.
+                        self._arm_deadline()
+                        if self._unmount:
+                            self._driver.detach()
+                        nursery.cancel_scope.cancel()
+        finally:
+            # Only now no task can answer a request any more: libfuse's session may go.
+            self._driver.close()
+            self._remove_socket()
         if refused is not None:
             raise refused
         log.info("nydusd quits")
@@ -182,6 +187,9 @@ class Daemon:
                 await self.mounts.mount(request)
             except MountFailedError as error:
                 raise NydusError(error.message) from None
+        # Bound before the mount, so that a bad path fails the start; clients wait until the API serves.
+        listener = http.bind_socket(self.options.apisock) if self.options.apisock is not None else None
+        self._listening = listener is not None
         self._driver.open()
         self._machine.step(Event.MOUNT)
         served = trio.Event()
@@ -190,9 +198,7 @@ class Daemon:
         log.info("start fuse servers with %d worker threads", self.options.threads)
         log.info("Fuse daemon started!")
         api = trio.CancelScope()
-        if self.options.apisock is not None:
-            listener = http.bind_socket(self.options.apisock)
-            self._listening = True
+        if listener is not None:
             log.info("HTTP API server running at %s", self.options.apisock)
 
             async def serve_api() -> None:
@@ -237,6 +243,10 @@ class Daemon:
             self._stopping.set()
 
     def _arm_deadline(self) -> None:
+        if self._deadline_armed:
+            return
+        self._deadline_armed = True
+
         def give_up() -> None:
             log.error("stop did not finish within %.0f s: leaving at once", STOP_DEADLINE)
             if self._unmount:

@@ -178,8 +178,8 @@ class FuseDriver:
         """Put another image (or the same with other settings) in the place of a mounted one, without a gap."""
         parts = split_mountpoint(mountpoint)
         names_before = self._root_names() if not parts else []
-        old, _ = self.operations.tree.detach(parts)
         image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs)
+        old, _ = self.operations.tree.detach(parts)
         self.operations.images[image.index] = image
         change = self.operations.tree.attach(parts, image)
         await self._retire(old, change, names_before)

@@ -5,7 +5,6 @@ Nothing here touches a path below a mount that this process serves: such a call 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -166,17 +165,25 @@ def set_queue_depth(entry: MountEntry, background: int) -> bool:
     would stop the read-ahead of every other image. The control file system need not be mounted: it is then mounted
     for a moment in a directory of our own.
     """
-    with contextlib.ExitStack() as stack:
-        control = Path(FUSE_CONTROL)
-        if not (control / str(entry.minor)).is_dir():
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="nydusd-fusectl-"))
+    name = str(entry.minor)
+    try:
+        if os.path.isdir(os.path.join(FUSE_CONTROL, name)):
+            return _write_queue_depth(os.path.join(FUSE_CONTROL, name), background)
+        scratch = tempfile.mkdtemp(prefix="nydusd-fusectl-")
+        try:
             if _libc().mount(b"fusectl", os.fsencode(scratch), b"fusectl", 0, None) != 0:
                 return False
-            stack.callback(umount_detach, scratch)
-            control = Path(scratch)
-        try:
-            (control / str(entry.minor) / "max_background").write_text(str(background))
-            (control / str(entry.minor) / "congestion_threshold").write_text(str(background * 3 // 4))
-        except OSError:
-            return False
+            try:
+                return _write_queue_depth(os.path.join(scratch, name), background)
+            finally:
+                umount_detach(scratch)
+        finally:
+            os.rmdir(scratch)
+    except OSError:
+        return False
+
+
+def _write_queue_depth(control: str, background: int) -> bool:
+    for name, value in (("max_background", background), ("congestion_threshold", background * 3 // 4)):
+        Path(control, name).write_text(str(value))
     return True

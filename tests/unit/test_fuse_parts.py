@@ -185,7 +185,7 @@ async def test_cancelled_reads_answer_eio_and_the_waiter_sees_them_end() -> None
 async def test_image_indexes_are_not_used_again_soon() -> None:
     driver = FuseDriver("/nowhere")
     image = TinyImage(b"a")
-    seen = set()
+    seen: set[int] = set()
     for _ in range(1000):
         await driver.mount("/x", image, image, FsStats("/x"), serve_xattrs=True)
         seen |= driver.operations.images.keys()
@@ -236,8 +236,8 @@ def test_refused_file_limit_is_clamped_and_said(
             raise ValueError("not allowed to raise maximum limit")
         granted.append(wanted)
 
-    monkeypatch.setattr(process.resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(process.resource, "setrlimit", set_limit)
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits)
+    monkeypatch.setattr("resource.setrlimit", set_limit)
     with caplog.at_level(logging.INFO):
         process.raise_nofile_limit(1_000_000)
         process.raise_nofile_limit(0)
