@@ -88,12 +88,13 @@ class FetchScheduler:
             return None
         return self._recent.get(job.identity)
 
-    async def fetch(self, jobs: Sequence[Job], priority: Priority) -> list[bytearray]:
+    async def fetch(self, jobs: Sequence[Job], priority: Priority, merge: int = MERGE) -> list[bytearray]:
         """The plain bytes of each job's segment, verified and, where the disk allows, cached.
 
-        Jobs of one call that are neighbours in their blob share a request. Raises `SourceError`.
+        Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes.
+        Raises `SourceError`.
         """
-        flights = self._join(jobs, priority)
+        flights = self._join(jobs, priority, merge)
         if priority is Priority.DEMAND:
             self._demand_active += 1
         try:
@@ -113,12 +114,12 @@ class FetchScheduler:
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Begin to fetch without waiting, what a sequential reader will ask for next. Errors show when it does."""
-        self._join(jobs, Priority.DEMAND)
+        self._join(jobs, Priority.DEMAND, MERGE)
 
     def in_flight(self, job: Job) -> bool:
         return job.identity in self._flights
 
-    def _join(self, jobs: Sequence[Job], priority: Priority) -> list[_Flight]:
+    def _join(self, jobs: Sequence[Job], priority: Priority, merge: int) -> list[_Flight]:
         """A flight for each job: one that is under way, or new ones started in merged groups."""
         flights: list[_Flight] = []
         group: list[_Flight] = []
@@ -126,7 +127,7 @@ class FetchScheduler:
             flight = self._flights.get(job.identity)
             if flight is None:
                 flight = self._flights[job.identity] = _Flight(job)
-                if group and not _joinable(group, job.segment):
+                if group and not _joinable(group, job.segment, merge):
                     self._nursery.start_soon(self._run, group, priority)
                     group = []
                 group.append(flight)
@@ -257,15 +258,15 @@ class FetchScheduler:
             self._recent_bytes -= len(old)
 
 
-def _joinable(group: list[_Flight], segment: Segment) -> bool:
-    """Whether `segment` goes on where the group ends, in one request of at most `MERGE` bytes."""
+def _joinable(group: list[_Flight], segment: Segment, merge: int) -> bool:
+    """Whether `segment` goes on where the group ends, in one request of at most `merge` bytes."""
     first, last = group[0].job.segment, group[-1].job.segment
     return (
         last.blob.id == segment.blob.id
         and not last.gappy
         and not segment.gappy
         and 0 <= segment.compressed_start - last.compressed_end <= INLINE
-        and segment.compressed_end - first.compressed_start <= MERGE
+        and segment.compressed_end - first.compressed_start <= merge
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nydusfs.prefetch")
 
+MAX_MERGE = 16 << 20  # one request is held in memory twice; upstream's cap of 2.1
 MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out when they are back
 _SLICE = 200  # inodes looked at between two turns of the loop
 
@@ -57,6 +58,7 @@ class Prefetcher:
         self._reader = reader
         self._scheduler = scheduler
         self._config = reader.config.prefetch
+        self._merge = min(self._config.merging_size, MAX_MERGE)
         self._bucket = TokenBucket(self._config.bandwidth_rate)
         self._failures = 0
         self._seen: set[tuple[int, int]] = set()
@@ -115,7 +117,7 @@ class Prefetcher:
         counters.prefetch_data_amount += max(size, 0)
         started = time.monotonic()
         try:
-            await self._scheduler.fetch(group, Priority.PREFETCH)
+            await self._scheduler.fetch(group, Priority.PREFETCH, self._merge)
             self._failures = 0
         except SourceError as error:
             self._failures += 1
@@ -140,7 +142,7 @@ class Prefetcher:
                 fits = (
                     segment.blob.index == last.blob.index
                     and segment.number == last.number + 1
-                    and segment.compressed_end - first.compressed_start <= self._config.merging_size
+                    and segment.compressed_end - first.compressed_start <= self._merge
                 )
                 if not fits:
                     yield group

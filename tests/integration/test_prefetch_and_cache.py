@@ -1,0 +1,251 @@
+"""Prefetch behind demand, its order and rate; a full disk; what a restart finds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from bootstrap.options import BuildOptions
+from nydusfs.config import load_config
+from nydusfs.image_reader import ImageReader
+from nydusfs.segments import SEGMENT_SIZE
+from nydusfs.services import Services, open_services
+from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.tiny import TinyImage, noise, tiny_image
+
+MIB = 1 << 20
+FILES = {f"{name}/data": noise(3 * MIB, seed) for seed, name in enumerate("abcd")}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> TinyImage:
+    options = BuildOptions(prefetch_policy="fs", prefetch=[b"/c", b"/a"])
+    return tiny_image(tmp_path_factory.mktemp("image"), FILES, options)
+
+
+@pytest.fixture
+def origin(image: TinyImage) -> Iterator[FaultyServer]:
+    with faulty_server({image.blob_id: image.blob}) as server:
+        yield server
+
+
+def config_text(work: Path, origin: FaultyServer, **prefetch: Any) -> str:
+    backend = {"host": origin.netloc, "repo": "a/b", "scheme": "http", "timeout": 30}
+    cache = {"type": "blobcache", "config": {"work_dir": str(work)}}
+    document = {"device": {"backend": {"type": "registry", "config": backend}, "cache": cache}, "mode": "direct"}
+    return json.dumps({**document, "fs_prefetch": {"enable": True, **prefetch}})
+
+
+async def open_reader(services: Services, image: TinyImage, text: str) -> ImageReader:
+    return await services.open_image(str(image.bootstrap), load_config(text, "test"), name="img")
+
+
+async def read_file(reader: ImageReader, name: str) -> bytes:
+    ino = reader.bootstrap.resolve(name.encode())
+    size = reader.bootstrap.attr(ino).size
+    return b"".join([await reader.read(ino, offset, 131072) for offset in range(0, size, 131072)])
+
+
+def order(origin: FaultyServer) -> list[str]:
+    """Which file each request began in; files lie in the blob in order of their names."""
+    places = [request.span[0] for request in origin.data_requests if request.span]
+    return [key for key, _ in itertools.groupby("abcd"[min(place // (3 * MIB), 3)] for place in places)]
+
+
+def test_the_table_comes_first_then_the_rest(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin, threads_count=1))
+            with trio.fail_after(60):
+                await reader.prefetch()
+            asked = len(origin.data_requests)
+            assert order(origin)[:2] == ["c", "a"]
+            for name, data in FILES.items():
+                assert await read_file(reader, name) == data
+            assert len(origin.data_requests) == asked  # everything was here
+            counters = reader.cache_counters.as_json()
+            assert counters["prefetch_requests_count"] == asked
+            assert counters["prefetch_data_amount"] >= 12 * MIB
+            reader.close()
+
+    trio.run(main)
+
+
+def test_a_given_list_replaces_the_table(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_services() as services:
+            text = config_text(tmp_path, origin, threads_count=1, prefetch_all=False, merging_size=4 * MIB)
+            reader = await open_reader(services, image, text)
+            with trio.fail_after(60):
+                await reader.prefetch([b"/d/data", b"/none", b"/b"])
+            assert order(origin) == ["d", "b"]
+            assert len(origin.data_requests) <= 4  # merged
+            reader.close()
+
+    trio.run(main)
+
+
+def test_the_bandwidth_is_obeyed_by_prefetch_alone(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_services() as services:
+            text = config_text(tmp_path, origin, bandwidth_rate=2 * MIB)
+            reader = await open_reader(services, image, text)
+            started = time.monotonic()
+            with trio.move_on_after(2):
+                await reader.prefetch()
+            fetched = reader.cache_counters.prefetch_data_amount
+            # one second's worth at once, then 2 MiB/s, and the last request may overdraw
+            assert fetched <= (time.monotonic() - started) * 2 * MIB + 2 * MIB + 2 * SEGMENT_SIZE
+            for name, data in FILES.items():  # demand reads do not care
+                assert await read_file(reader, name) == data
+            reader.close()
+
+    trio.run(main)
+
+
+def test_demand_reads_do_not_wait_for_prefetch(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    """Prefetch with many threads on a slow server; a demand read meets at most the requests on their way, and nothing
+    new is prefetched while demand is in flight."""
+    origin.latency = 0.3
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin, threads_count=16))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.prefetch)
+                await trio.sleep(0.05)
+                before = len(origin.data_requests)
+                ino = reader.bootstrap.resolve(b"d/data")
+                names: list[int] = []
+                for offset in range(0, 3 * MIB, 512 * 1024):
+                    mark = len(origin.data_requests)
+                    await reader.read(ino, offset, 4096)
+                    names.append(len(origin.data_requests) - mark)
+                # Each demand read caused its own request at most (and read-ahead none: the reads are not in sequence).
+                assert all(count <= 1 for count in names), (before, names)
+                nursery.cancel_scope.cancel()
+            reader.close()
+
+    trio.run(main)
+
+
+def test_demand_makes_a_waiting_prefetch_urgent(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            scheduler = services.scheduler
+            scheduler._quiet_from = trio.current_time() + 3600  # as if demand never paused
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.prefetch)
+                await trio.sleep(0.1)
+                assert not origin.data_requests
+                with trio.fail_after(20):
+                    assert await read_file(reader, "c/data") == FILES["c/data"]
+                nursery.cancel_scope.cancel()
+            reader.close()
+
+    trio.run(main)
+
+
+def test_a_sequential_reader_is_read_ahead_of(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    origin.latency = 0.2
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            assert await read_file(reader, "b/data") == FILES["b/data"]
+            times = [request.when for request in origin.data_requests]
+            assert len(times) >= 3
+            assert any(second - first < 0.15 for first, second in itertools.pairwise(times))  # overlapping round trips
+            reader.close()
+
+    trio.run(main)
+
+
+@pytest.mark.root
+def test_a_full_disk_costs_speed_only(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(small)], check=True, timeout=30)
+    try:
+
+        async def main() -> None:
+            async with open_services() as services:
+                reader = await open_reader(services, image, config_text(small / "cache", origin))
+                for name, data in FILES.items():
+                    assert await read_file(reader, name) == data
+                warnings = [record for record in caplog.records if "is full" in record.getMessage()]
+                assert len(warnings) == 1
+                # Small reads of a segment that could not be kept do not fetch it again each time.
+                asked = len(origin.data_requests)
+                ino = reader.bootstrap.resolve(b"d/data")
+                for offset in range(2 * MIB, 3 * MIB, 4096):
+                    assert await reader.read(ino, offset, 4096) == FILES["d/data"][offset : offset + 4096]
+                assert len(origin.data_requests) - asked <= 2
+                await trio.run_process(["mount", "-o", "remount,size=40m", str(small)])
+                await trio.sleep(1.1)
+                services.scheduler._recent.clear()
+                for name, data in FILES.items():
+                    assert await read_file(reader, name) == data
+                assert "can be written again" in caplog.text
+                asked = len(origin.data_requests)
+                for name, data in FILES.items():
+                    assert await read_file(reader, name) == data
+                assert len(origin.data_requests) == asked
+                reader.close()
+
+        trio.run(main)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True, timeout=30)
+
+
+def test_validate_finds_damage_in_the_cache(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = config_text(tmp_path, origin).replace('"blobcache"', '"blobcache", "validate": true')
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, text)
+            assert await read_file(reader, "a/data") == FILES["a/data"]
+            reader.close()
+        for path in (tmp_path / image.blob_id).iterdir():
+            data = bytearray(path.read_bytes())
+            data[100] ^= 1
+            path.write_bytes(data)
+        async with open_services() as services:
+            reader = await open_reader(services, image, text)
+            assert await read_file(reader, "a/data") == FILES["a/data"]
+            assert "is damaged in the cache" in caplog.text
+            reader.close()
+
+    trio.run(main)
+
+
+def test_umount_during_prefetch(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    origin.latency = 0.1
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            with trio.move_on_after(0.15):
+                await reader.prefetch()
+            reader.close()
+            await trio.sleep(0.5)  # fetches on their way end without harm
+            again = await open_reader(services, image, config_text(tmp_path, origin))
+            assert await read_file(again, "a/data") == FILES["a/data"]
+            again.close()
+
+    trio.run(main)
