@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
 
 import click
 
@@ -81,20 +81,19 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
         )
     except OSError as error:
         raise click.ClickException(f"log file {log_file} cannot be written: {error.strerror}") from error
-    if level > logging.DEBUG:
-        for noisy in ("httpx", "httpcore"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy in ("httpx", "httpcore"):  # never more: they would log header fields
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> None:
     """Console script. Every failure is one line on stderr and an exit code; a traceback only with --debug."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = cli.main(arguments, prog_name="nydusify", standalone_mode=False)
+        code: object = cli.main(arguments, prog_name="nydusify", standalone_mode=False)
     except click.exceptions.Exit as done:
         code = done.exit_code
     except click.ClickException as error:
@@ -110,7 +109,13 @@ def main(arguments: list[str] | None = None) -> Any:
         known = _is_known(error)
         click.echo(f"nydusify: error: {text if known else f'internal: {type(error).__name__}: {text}'}", err=True)
         code = getattr(error, "exit_code", 1) if known else 1
-    sys.exit(code if isinstance(code, int) else 0)
+    if isinstance(code, int) and code:
+        # Everything is cleaned up by now. The interpreter would still wait for threads that push to, or read from, a
+        # server that has gone silent: minutes, with their time-outs and retries.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _is_known(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -145,23 +145,23 @@ class _Conversion:
 
         begun = time.monotonic()
         progress.say(f"converting image {options.source}")
-        with ThreadPoolExecutor(_PUSH_THREADS, thread_name_prefix="push") as pushers:
-            try:
-                layers = self._layers(images, pushers)
-                nydus = [self._assemble(image, layers, pushers, number) for number, image in enumerate(images)]
-                result.convert_elapsed = time.monotonic() - begun
-                progress.say(
-                    f"converted image {options.source} (cached {result.cached}/{result.layers}), "
-                    f"elapsed {elapsed_text(result.convert_elapsed)}"
-                )
-                begun = time.monotonic()
-                progress.say(f"pushing image {options.target}")
-                for pushed in self.pushed.values():
-                    pushed.result()
-                self._push_images(found, nydus)
-            except BaseException:
-                pushers.shutdown(wait=False, cancel_futures=True)
-                raise
+        pushers = ThreadPoolExecutor(_PUSH_THREADS, thread_name_prefix="push")
+        try:
+            layers = self._layers(images, pushers)
+            nydus = [self._assemble(image, layers, pushers, number) for number, image in enumerate(images)]
+            result.convert_elapsed = time.monotonic() - begun
+            progress.say(
+                f"converted image {options.source} (cached {result.cached}/{result.layers}), "
+                f"elapsed {elapsed_text(result.convert_elapsed)}"
+            )
+            begun = time.monotonic()
+            progress.say(f"pushing image {options.target}")
+            for pushed in self.pushed.values():
+                pushed.result()
+            self._push_images(found, nydus)
+        finally:
+            # after a failure nobody waits for pushes that may hang until their time-outs
+            pushers.shutdown(wait=False, cancel_futures=True)
         self._push_cache(layers)
         result.push_elapsed = time.monotonic() - begun
         progress.say(
@@ -234,14 +234,14 @@ class _Conversion:
         for job in jobs:
             self.progress.start(job.source.digest, f"layer {job.source.hex[:12]}", job.source.size)
         workers = options.workers or cpu_count()
-        for job, built in convert_layers(
-            jobs, workers, lambda job, count: self.progress.advance(job.source.digest, count)
-        ):
-            self.progress.finish(job.source.digest)
-            found[job.source.digest] = built
-            self._push_layer(built, pushers)
-            if self.local is not None:
-                self.local.add(built, options.settings)
+        building = convert_layers(jobs, workers, lambda job, count: self.progress.advance(job.source.digest, count))
+        with closing(building):
+            for job, built in building:
+                self.progress.finish(job.source.digest)
+                found[job.source.digest] = built
+                self._push_layer(built, pushers)
+                if self.local is not None:
+                    self.local.add(built, options.settings)
         result.origins = {digest: layer.origin for digest, layer in found.items()}
         return found
 
@@ -349,7 +349,8 @@ class _Conversion:
             self._push_manifest(_digest(one.body), one.media_type, one.body)
         docker = found.index_media_type == mt.DOCKER_LIST or (not found.index and nydus[0].source.is_docker)
         media_type = mt.DOCKER_LIST if docker and not options.oci else mt.OCI_INDEX
-        result.digest = self._push_manifest(options.target.selector, media_type, manifests.index(entries, media_type))
+        body = manifests.index(entries, media_type, merged=options.merge_platform)
+        result.digest = self._push_manifest(options.target.selector, media_type, body)
 
     def _push_oci_half(self, image: Image) -> dict[str, Any]:
         """The plain image of a merged index: its layers copied, an empty one below them."""

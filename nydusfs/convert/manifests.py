@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from typing import Any
 
@@ -150,13 +151,14 @@ def index_entry(
     return entry
 
 
-def index(entries: list[dict[str, Any]], media_type: str) -> bytes:
+def index(entries: list[dict[str, Any]], media_type: str, *, merged: bool) -> bytes:
+    """Upstream's merged indexes do not name their own type (seen with v2.4.4); Docker's lists must."""
+    if merged and media_type == mt.OCI_INDEX:
+        return indented({"schemaVersion": 2, "manifests": entries})
     return indented({"schemaVersion": 2, "mediaType": media_type, "manifests": entries})
 
 
 def _digest(body: bytes) -> str:
-    import hashlib
-
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 

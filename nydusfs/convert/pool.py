@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -26,9 +26,9 @@ def cpu_count() -> int:
 
 def convert_layers(
     jobs: Sequence[LayerJob], workers: int, report: Callable[[LayerJob, int], None]
-) -> Iterator[tuple[LayerJob, ConvertedLayer]]:
-    """Yields layers as they get ready, the largest started first. Raises the first NydusError; leaving the iteration
-    early ends the worker processes."""
+) -> Generator[tuple[LayerJob, ConvertedLayer], None, None]:
+    """Yields layers as they get ready, the largest started first. Raises the first NydusError; closing the
+    generator early ends the worker processes."""
     if not jobs:
         return
     workers = max(1, min(workers, len(jobs)))

@@ -101,6 +101,21 @@ def test_documents_equal_upstream_byte_for_byte() -> None:
     plain = next(image for image in _images("index") if not image.is_nydus)
     half_config, _, half = manifests.oci_half(source, oci=False)
     assert (half_config, half) == (plain.config_body, plain.manifest_body)
+    merged = _images("index")[1]
+    platform = {"architecture": "amd64", "os": "linux"}
+    notes = {mt.ANNOTATION_SOURCE_DIGEST: source.digest}
+    index = manifests.index(
+        [
+            manifests.index_entry(mt.OCI_MANIFEST, half, platform, annotations=notes),
+            manifests.index_entry(
+                mt.OCI_MANIFEST, merged.manifest_body, platform, artifact_type=mt.NYDUS_MANIFEST_ARTIFACT
+            ),
+        ],
+        mt.OCI_INDEX,
+        merged=True,
+    )
+    layout = _oci("index")
+    assert index == _blob(layout, json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
     assert _sha(manifests.EMPTY_LAYER) == manifests.EMPTY_LAYER_DIGEST
     assert _sha(gzip.decompress(manifests.EMPTY_LAYER)) == manifests.EMPTY_LAYER_DIFF_ID
 
@@ -273,7 +288,8 @@ def test_every_kind_of_difference_is_reported() -> None:
     found = compare(tree(), _Model(other, contents))
     told = {line.split(":")[0] for line in found.differences}
     assert sorted(told) == [
-        "/content", "/dev", "/extra", "/gone", "/kind", "/link", "/mode", "/owner", "/second", "/size", "/time", "/xattr",
+        "/content",
+        "/dev", "/extra", "/gone", "/kind", "/link", "/mode", "/owner", "/second", "/size", "/time", "/xattr",
     ]  # fmt: skip
     assert found.count == len(found.differences)
     assert compare(tree(), _Model(tree(), contents)).count == 0
