@@ -20,8 +20,10 @@ from bootstrap.base import Blob
 from bootstrap.chunkmap import Chunk, ChunkMap, decode_chunk
 from bootstrap.errors import CodecError, DigestMismatch
 
-# One constant for the whole node; part of every key. Larger: fewer round trips and requests, more bytes that nobody
-# asked for. At 40 Mbit/s and 20 ms, 1 MiB (about 0.4 MB compressed) costs 100 ms, 256 KiB costs 40 ms.
+# One constant for the whole node; part of every key. Larger: fewer requests and cache files, more bytes that nobody
+# asked for. Measured over 40 Mbit/s and 20 ms, 2000 files of 10 kB, 69 of them read in 25 places one after the other:
+# 1 MiB 1.86 s, 17 requests, 7.0 MB; 512 KiB 1.64 s, 5.1 MB; 256 KiB 1.24 s, 27 requests, 2.9 MB; 128 KiB 1.09 s,
+# 1.5 MB. A cold sequential read is at the link's limit with each of them (read-ahead merges neighbours).
 SEGMENT_SIZE = 1 << 20
 
 # Compressed gap that is read through rather than left out by a second request.

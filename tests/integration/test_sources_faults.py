@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import ssl
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
@@ -399,3 +401,36 @@ def test_the_proxy_is_used_and_fallen_back_from(image: TinyImage, stack: ExitSta
         assert origin.requests
 
     run(image, config_text(tmp_path, origin.netloc, proxy={"url": proxy.url}), scenario)
+
+
+def test_tls_and_its_settings(image: TinyImage, stack: ExitStack, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=lab"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [*command.split(), *names, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True, timeout=30
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    secure, plain = server(stack, image, tls=context), server(stack, image)
+
+    async def works(reader: ImageReader, _: Services) -> None:
+        await check_all(reader)
+
+    def fails(message: str) -> Scenario:
+        async def scenario(reader: ImageReader, _: Services) -> None:
+            with pytest.raises(ReadError, match=message):
+                await read_file(reader, "small")
+
+        return scenario
+
+    def text(name: str, host: str, **settings: Any) -> str:
+        return config_text(tmp_path / name, host, scheme="https", **settings)
+
+    run(image, text("a", secure.netloc, ca_cert_files=[str(cert)]), works)
+    assert secure.connections <= 5  # kept, as without TLS
+    run(image, text("b", secure.netloc, skip_verify=True), works)
+    run(image, text("c", secure.netloc), fails("certificate not accepted"))
+    run(image, text("d", secure.netloc, ca_cert_files=["/none.pem"]), fails("cannot load ca_cert_files /none.pem"))
+    run(image, text("e", plain.netloc), fails("TLS handshake failed"))
+    run(image, text("f", plain.netloc, skip_verify=True), works)  # upstream's fall-back to plain HTTP

@@ -10,6 +10,7 @@ import base64
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ class FaultyServer:
     latency: float = 0.0
     rate: float = 0.0  # bytes per second of a body
     token_life: int = 300
+    tls: ssl.SSLContext | None = None
     choose: Callable[[Request], str] | None = None  # a mode per request
     requests: list[Request] = field(default_factory=list)
     tokens: list[Request] = field(default_factory=list)
@@ -66,7 +68,7 @@ class FaultyServer:
 
     @property
     def url(self) -> str:
-        return f"http://{self.netloc}"
+        return f"{'https' if self.tls else 'http'}://{self.netloc}"
 
     @property
     def data_requests(self) -> list[Request]:
@@ -92,22 +94,30 @@ class FaultyServer:
             threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
 
     def _talk(self, connection: socket.socket) -> None:
-        self._open.add(connection)
+        raw, file = connection, None
+        self._open.add(raw)
         try:
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(connection, server_side=True)
             file = connection.makefile("rb")
             while (request := self._read(file)) is not None and self._answer(connection, request):
                 pass
         except OSError:
             pass
         finally:
-            self._open.discard(connection)
+            self._open.discard(raw)
+            if file is not None:
+                file.close()  # it shares the descriptor
             connection.close()
 
     def _read(self, file: object) -> Request | None:
         line = file.readline(65536)  # type: ignore[attr-defined]
         if not line:
             return None
-        method, target, _ = line.decode("latin-1").split()
+        try:
+            method, target, _ = line.decode("latin-1").split()
+        except ValueError as error:
+            raise OSError("no HTTP, perhaps TLS") from error
         headers: dict[str, str] = {}
         while header := file.readline(65536).rstrip(b"\r\n"):  # type: ignore[attr-defined]
             name, _, value = header.decode("latin-1").partition(":")
