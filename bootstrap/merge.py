@@ -21,7 +21,7 @@ from bootstrap.layout.common import (
 from bootstrap.load import blob_info, load_tree
 from bootstrap.overlay import apply_layer, drop_whiteouts
 from bootstrap.reader import Bootstrap, open_bootstrap
-from bootstrap.tree import BlobInfo, Node, clean_patterns, number
+from bootstrap.tree import BlobInfo, Node, clean_patterns, no_collector, number
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -96,6 +96,11 @@ def merge_layers(
     """
     if not sources:
         raise BuildError("nothing to merge: give at least one layer bootstrap")
+    with no_collector():
+        return _merge(sources, out, prefetch, parent)
+
+
+def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes], parent: Path | None) -> MergeResult:
     pool: dict[str, BlobInfo] = {}
     tree: Node | None = None
     expected: _Format | None = None
@@ -129,6 +134,7 @@ def merge_layers(
     assert tree is not None
     if version == 6:
         flags |= SuperFlags.ENCRYPT_XTS if encrypted else SuperFlags.ENCRYPT_NONE
+        flags |= SuperFlags.HAS_XATTR  # upstream's v6 merges say so whether or not it is true
     order = number(tree)
     table: dict[int, BlobInfo] = {}
     for node in order:
