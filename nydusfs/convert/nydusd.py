@@ -27,7 +27,7 @@ from nydusfs.registry.reference import Reference
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
-STOP_TIMEOUT = 10.0
+STOP_TIMEOUT = 20.0
 
 
 def find_nydusd(name: str) -> str:
