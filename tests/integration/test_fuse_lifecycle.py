@@ -406,3 +406,67 @@ def test_a_container_root_on_top_keeps_set_uid_programs_and_devices_working(tmp_
             assert reader("import sys; print(open(sys.argv[1]+'/new','w').write('x'))", merged).stdout == "1\n"
         finally:
             unmount_below(merged)
+
+
+MANY_READERS = """
+import collections, os, sys, threading
+names = [os.path.join(a, f) for a, _, files in os.walk(sys.argv[1]) for f in files]
+names = [n for n in names if not os.path.islink(n) and os.path.isfile(n) and os.stat(n).st_size][:400]
+outcome = []
+def read(name):
+    try:
+        outcome.append(len(open(name, 'rb').read()))
+    except OSError as error:
+        outcome.append(-error.errno)
+threads = [threading.Thread(target=read, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(names), *collections.Counter(outcome))
+"""
+
+
+def test_four_hundred_blocked_readers_of_one_image_do_not_slow_another(tmp_path: Path) -> None:
+    """Upstream's daemon stands still with as many blocked reads as it has threads (4)."""
+    case, other = fixture("v6-bigdir-prefetch-fs"), fixture(MERGED)
+    with silent_registry() as port, Nydusd() as daemon:
+        assert daemon.mount("/dead", case / "image.boot", silent_config(port, tmp_path / "cache")).status == 204
+        crowd = subprocess.Popen(
+            [sys.executable, "-c", MANY_READERS, str(daemon.mnt / "dead")], stdout=subprocess.PIPE, text=True
+        )
+        blocked(daemon, 400)
+        began = time.monotonic()
+        assert daemon.mount("/good", other / "image.boot", localfs_config(other)).status == 204
+        assert check_mount(other, daemon.mnt / "good") == []
+        assert time.monotonic() - began < 20
+        assert daemon.umount("/dead").status == 204
+        output, _ = crowd.communicate(timeout=20)
+        count, *errors = map(int, output.split())
+        assert count == 400
+        assert set(errors) <= {-errno.EIO, -errno.ESTALE}
+
+
+def test_everything_on_the_command_line(tmp_path: Path) -> None:
+    """A version 2 TOML configuration, a place inside the tree, a prefetch list, a rotated log file, a cache kept."""
+    case = fixture(MERGED)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'version = 2\nid = "boot"\n[backend]\ntype = "localfs"\n[backend.localfs]\ndir = "{case}"\n'
+        f'[cache]\ntype = "filecache"\n[cache.filecache]\nwork_dir = "{tmp_path}/cache"\n'
+        "[rafs.prefetch]\nenable = true\nthreads = 2\n"
+    )
+    wanted = tmp_path / "list"
+    wanted.write_text("\n/\n\n")
+    log = tmp_path / "logs" / "nydusd"
+    arguments = [
+        *("-B", str(case / "image.boot"), "-C", str(config), "-m", "/in/side", "--prefetch-files", str(wanted)),
+        *("-L", str(log), "--log-rotation-size", "1", "--log-level", "debug", "--fuse-threads", "2"),
+        *("--failover-policy", "flush", "--id", "boot-1"),
+    ]
+    with Nydusd(*arguments) as daemon:
+        assert check_mount(case, daemon.mnt / "in" / "side") == []
+        assert daemon.get("daemon").body["id"] == "boot-1"
+        wait_until(lambda: daemon.get("metrics/blobcache?id=boot").body["prefetch_requests_count"] > 0, 5, "prefetch")
+        assert daemon.log_text() == "", "nothing on stdout when there is a log file"
+        text = log.with_suffix(".log").read_text()
+        assert "Rafs filesystem mounted at /in/side" in text
+        assert any((tmp_path / "cache").rglob("*"))
