@@ -6,7 +6,7 @@ Streaming: what is in memory is the tree (about 1 kB per path), the chunk index 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from bootstrap import tar
@@ -15,10 +15,12 @@ from bootstrap.directory import dump_order, read_chunks, scan
 from bootstrap.errors import BuildError
 from bootstrap.layout import v5, v6
 from bootstrap.layout.common import SuperFlags, super_flags
+from bootstrap.load import blob_info, load_tree
 from bootstrap.options import BuildOptions, BuildResult
-from bootstrap.overlay import drop_whiteouts
+from bootstrap.overlay import apply_layer, drop_whiteouts
+from bootstrap.reader import open_bootstrap
 from bootstrap.tartree import LayerTree
-from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Node, clean_patterns, number
+from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Chunk, Node, clean_patterns, number
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -62,19 +64,35 @@ def build_layer(
 
 
 def build_directory(
-    source: str | bytes, out: BinaryIO, options: BuildOptions, progress: Progress | None = None
+    source: str | bytes,
+    out: BinaryIO,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    *,
+    parent: str | None = None,
 ) -> BuildResult:
-    """Like `build_layer`, from a directory (`dir-rafs`). Whiteouts of `whiteout_spec` are left out: nothing lies below.
+    """Like `build_layer`, from a directory (`dir-rafs`).
 
-    Raises BuildError for files that cannot be read or change while they are.
+    `parent` is a bootstrap to put the directory onto: its whiteouts act on it, its chunks are reused, its blobs come
+    first in the blob table (5.13). Without one, whiteouts are left out. Raises BuildError for files that cannot be
+    read or change while they are, and for a parent of another version or chunk size.
     """
     clock = _Clock()
     root = scan(source, xattr_limit=_xattr_limit(options))
-    drop_whiteouts(root, options.whiteout_spec)
+    below: list[BlobInfo] = []
+    known: dict[tuple[bytes, int], Chunk] = {}
+    if parent is None:
+        drop_whiteouts(root, options.whiteout_spec)
+    else:
+        lower, below = _load_parent(parent, options)
+        for node in number(lower):
+            for chunk in node.chunks or ():
+                known.setdefault((chunk.digest, chunk.uncompressed_size), chunk)
+        root = apply_layer(lower, root, options.whiteout_spec)
     clock.stage("load_from_directory")
-    order = number(root)
+    order = [node for node in number(root) if node.source is not None]
     patterns = clean_patterns(options.prefetch)[0] if options.prefetch_policy != "none" else []
-    with BlobWriter(out, options, progress=progress) as writer:
+    with BlobWriter(out, options, known, progress) as writer:
         ahead, rest = dump_order(order, patterns)
         for node in ahead:
             read_chunks(node, options.chunk_size, writer.add)
@@ -85,14 +103,27 @@ def build_directory(
             read_chunks(node, options.chunk_size, writer.add)
         writer.flush()
         clock.stage("dump_blob")
-        return _finish(root, writer, options, clock)
+        return _finish(root, writer, options, clock, below)
 
 
-def _finish(root: Node, writer: BlobWriter, options: BuildOptions, clock: _Clock) -> BuildResult:
+def _load_parent(path: str, options: BuildOptions) -> tuple[Node, list[BlobInfo]]:
+    with open_bootstrap(path) as image:
+        if (image.version, image.chunk_size) != (options.fs_version, options.chunk_size):
+            raise BuildError(
+                f"parent {path} has version {image.version} and chunk size {image.chunk_size:#x}, "
+                f"this build {options.fs_version} and {options.chunk_size:#x}"
+            )
+        blobs = [blob_info(blob) for blob in image.blobs]
+        return load_tree(image, blobs), blobs
+
+
+def _finish(
+    root: Node, writer: BlobWriter, options: BuildOptions, clock: _Clock, below: Sequence[BlobInfo] = ()
+) -> BuildResult:
     if options.repeatable:
         _forget_owners(root)
     writer.finish_data()
-    blobs = writer.blobs()
+    blobs = [*below, *writer.blobs()]
     if not options.inline_meta:
         writer.finish_separate()
     bootstrap, count = write_bootstrap(root, blobs, options)
@@ -110,7 +141,7 @@ def _finish(root: Node, writer: BlobWriter, options: BuildOptions, clock: _Clock
         uncompressed_size=writer.info.uncompressed_size,
         inode_count=count,
         timings=clock.times,
-        blobs=[blob_id] if writer.info.chunk_count else [],
+        blobs=[*(blob.id for blob in below), *([blob_id] if writer.info.chunk_count else [])],
     )
 
 

@@ -35,6 +35,7 @@ class LayerTree:
 
     def __init__(self, xattr_limit: int) -> None:
         self.root = new_root()
+        self.root.rdev = v5.NO_RDEV
         self.has_implied = False
         """Whether some directory was made because something lies in it (some may have got their entry later)."""
         self._xattr_limit = xattr_limit

@@ -102,7 +102,7 @@ _FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs"))
     help=PREFETCH_HELP,
 )  # fmt: skip
 @click.option("-J", "--output-json", metavar="FILE", help="Write the result there as JSON.")
-@click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image (not supported yet).")
+@click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image (directories).")
 @click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image (not supported yet).")
 @click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data (not supported yet).")
 @click.option("--external-blob", metavar="FILE", help="Data of external files (not supported yet).")
@@ -137,7 +137,7 @@ def create(source: str, **given: Any) -> None:
             "--batch-size": given["batch_size"],
             "--encrypt": given["encrypt"],
             "--chunk-dict": given["chunk_dict"],
-            "--parent-bootstrap": given["parent_bootstrap"],
+            "--parent-bootstrap with a tar": given["parent_bootstrap"] and kind in _FROM_TAR,
             "--external-blob": given["external_blob"],
             "--blob-cache-dir": given["blob_cache_dir"],
             "--attributes": given["attributes"],
@@ -218,7 +218,7 @@ def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any])
         if layer is not None:
             result = build_layer(layer, target.file, options)
         else:
-            result = build_directory(source, target.file, options)
+            result = build_directory(source, target.file, options, parent=given["parent_bootstrap"])
         blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
         target.keep(blob_id)
     if options.inline_meta:

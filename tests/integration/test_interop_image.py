@@ -199,6 +199,19 @@ def test_directory_build_equals_upstream(name: str, tmpfs: Path) -> None:
     assert result.bootstrap == expected
 
 
+def test_layered_build_on_a_parent_equals_upstream(tmpfs: Path) -> None:
+    assert REFERENCE is not None
+    case = REFERENCE / "v6-parent"
+    source = tmpfs / "parent-layer2"
+    make = [sys.executable, str(REFERENCE / "make_tree.py"), "dir", "layer2", str(source), "-c", "0x8000"]
+    subprocess.run(make, check=True, timeout=60)
+    out = io.BytesIO()
+    options = BuildOptions(chunk_size=0x8000)
+    result = build_directory(str(source), out, options, parent=str(case / "parent.boot"))
+    assert (case / result.blob_id).read_bytes() == out.getvalue()
+    assert result.bootstrap == rewrite(case / "image.boot", [], sort_xattrs=True)
+
+
 def test_merge_equals_upstream_on_five_layers(tmp_path: Path) -> None:
     sources = []
     for number in range(1, 6):
