@@ -119,7 +119,11 @@ class Nydusd:
         return code, time.monotonic() - began
 
     def __enter__(self) -> Nydusd:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         if self.child is not None and self.child.alive():
