@@ -35,7 +35,8 @@ def version_text() -> str:
     """The `-V` answer. Tools match `Version:\\s*(v.*)` in it."""
     info = build_info()
     return (
-        f"nydusd Version: \t{info['package_ver']}\nGit Commit: \t{info['git_commit']}\nBuild Time: \t{info['build_time']}\n"
+        f"nydusd Version: \t{info['package_ver']}\nGit Commit: \t{info['git_commit']}\n"
+        f"Build Time: \t{info['build_time']}\n"
         f"Profile: \t{info['profile']}\nRustc: \t\t{info['rustc']}"
     )
 
