@@ -268,6 +268,15 @@ class BootstrapV6(Bootstrap):
         at = self._meta + v6.NID_UNIT * ino + (64 if form & 1 else 32)
         return at + 8 + 4 * icount if icount else at
 
+    def inode_span(self, ino: int) -> int:
+        """Bytes from the inode's start to the end of what follows it: xattrs, inline data, chunk addresses."""
+        form, icount, _, _, size, *_ = self._fields(ino)
+        head = self._payload(ino, form, icount) - self.inode_offset(ino)
+        layout = form >> 1
+        if layout == v6.LAYOUT_CHUNK_BASED:
+            return (head + 7 & ~7) + -(-size // self.chunk_size) * 8
+        return head + (size % self.block_size if layout == v6.LAYOUT_FLAT_INLINE else 0)
+
     def attr(self, ino: int) -> Attr:
         _, _, mode, _, size, u, _, uid, gid, mtime, nsec, nlink = self._fields(ino)
         if mtime >> 63:
