@@ -30,7 +30,7 @@ from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
 
 log = logging.getLogger("nydusfs.fetch")
 
-DEMAND_REQUESTS = 16  # at the same time; more would only share the same link
+DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
 PREFETCH_REQUESTS = 8
 MERGE = 1 << 20  # compressed bytes of one merged request
 # Prefetch stays away this long after a demand read: a starting program reads in bursts with small pauses.
@@ -74,7 +74,7 @@ class FetchScheduler:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._flights: dict[tuple[int, str, bytes], _Flight] = {}
-        self._demand_slots = trio.Semaphore(DEMAND_REQUESTS)
+        self._demand_slots: dict[str, trio.Semaphore] = {}
         self._prefetch_slots = trio.Semaphore(PREFETCH_REQUESTS)
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._demand_active = 0
@@ -138,10 +138,17 @@ class FetchScheduler:
             self._nursery.start_soon(self._run, group, priority)
         return flights
 
+    def _slots_of(self, source: Source) -> trio.Semaphore:
+        """Per source: readers of a registry that answers must not queue behind those of one that hangs."""
+        slots = self._demand_slots.get(source.name)
+        if slots is None:
+            slots = self._demand_slots[source.name] = trio.Semaphore(DEMAND_REQUESTS)
+        return slots
+
     async def _run(self, group: list[_Flight], priority: Priority) -> None:
         try:
             if priority is Priority.DEMAND:
-                async with self._demand_slots:
+                async with self._slots_of(group[0].job.source):
                     await self._fetch_group(group, priority)
             else:
                 await self._run_prefetch(group)
@@ -161,7 +168,7 @@ class FetchScheduler:
     async def _run_prefetch(self, group: list[_Flight]) -> None:
         urgent = await self._turn(group)
         if urgent:
-            async with self._demand_slots:
+            async with self._slots_of(group[0].job.source):
                 await self._fetch_group(group, Priority.DEMAND)
             return
         try:

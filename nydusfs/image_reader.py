@@ -80,6 +80,7 @@ class ImageReader:
         self._caches: dict[int, BlobCache | None] = {}
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._paths: dict[int, str] = {}
         self._closed = False
 
     @property
@@ -274,6 +275,13 @@ class ImageReader:
 
     def path_of(self, ino: int) -> str:
         """The file's path if a short walk finds it, else its handle: only for error lines."""
+        if ino not in self._paths:
+            if len(self._paths) >= MAX_STREAMS:
+                self._paths.clear()
+            self._paths[ino] = self._walk_to(ino)
+        return self._paths[ino]
+
+    def _walk_to(self, ino: int) -> str:
         try:
             for steps, (path, entry) in enumerate(self.bootstrap.walk()):
                 if entry.ino == ino:

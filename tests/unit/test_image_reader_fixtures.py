@@ -77,11 +77,7 @@ def test_every_byte(name: str, tmp_path: Path) -> None:
 
     async def main() -> None:
         for step, validate in ((131072, False), (5000, True), (1 << 22, False)):
-            config = load_config(_config(case, tmp_path), name)
-            if validate:
-                config = load_config(
-                    _config(case, tmp_path).replace('"blobcache"', '"blobcache", "validate": true'), name
-                )
+            config = load_config(_config(case, tmp_path, validate), name)
             async with open_services() as services:
                 reader = await services.open_image(str(boot), config, name=name)
                 before = reader.backend_counters.read_count
