@@ -62,6 +62,14 @@ class CheckResult:
 
 def check(options: CheckOptions, progress: Progress) -> CheckResult:
     """Raises NydusError for what prevents checking; what is wrong with the image is in the result."""
+    try:
+        return _check(options, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConvertError(f"working directory {options.work_dir}: {reason} (choose with --work-dir)") from error
+
+
+def _check(options: CheckOptions, progress: Progress) -> CheckResult:
     with ExitStack() as stack:
         client = stack.enter_context(RegistryClient(options.target.host, options.target_client))
         platforms = [options.platform] if options.platform else None

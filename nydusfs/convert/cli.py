@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
 import sys
 from types import FrameType
@@ -109,13 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         known = _is_known(error)
         click.echo(f"nydusify: error: {text if known else f'internal: {type(error).__name__}: {text}'}", err=True)
         code = getattr(error, "exit_code", 1) if known else 1
-    if isinstance(code, int) and code:
-        # Everything is cleaned up by now. The interpreter would still wait for threads that push to, or read from, a
-        # server that has gone silent: minutes, with their time-outs and retries.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _is_known(error: Exception) -> bool:

@@ -8,13 +8,14 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nydusfs.convert.facts import Facts, differences, kept_xattrs, shown
 from nydusfs.convert.sourcetree import Node
+from nydusfs.convert.threads import DaemonPool
 from nydusfs.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -59,13 +60,13 @@ def compare(source: Node, view: View, limit: int = 100) -> Comparison:
     """The root directory's own attributes are left out, as containers never see them. Raises nothing for what the
     image does wrong: an unreadable entry is a difference."""
     result = Comparison(limit)
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="compare") as pool:
+    with DaemonPool(_READERS, "compare") as pool:
         _Comparer(view, result, pool).run(source)
     return result
 
 
 class _Comparer:
-    def __init__(self, view: View, result: Comparison, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, view: View, result: Comparison, pool: DaemonPool) -> None:
         self._view = view
         self._result = result
         self._pool = pool

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from nydusfs.convert.layers import ConvertedLayer, LayerJob, LayerSettings
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.pool import convert_layers, cpu_count
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
+from nydusfs.convert.threads import DaemonPool
 from nydusfs.errors import AuthError, ConvertError, NotFoundError, RegistryError
 from nydusfs.registry import mediatypes as mt
 from nydusfs.registry.client import RegistryClient
@@ -145,8 +146,7 @@ class _Conversion:
 
         begun = time.monotonic()
         progress.say(f"converting image {options.source}")
-        pushers = ThreadPoolExecutor(_PUSH_THREADS, thread_name_prefix="push")
-        try:
+        with DaemonPool(_PUSH_THREADS, "push") as pushers:
             layers = self._layers(images, pushers)
             nydus = [self._assemble(image, layers, pushers, number) for number, image in enumerate(images)]
             result.convert_elapsed = time.monotonic() - begun
@@ -159,9 +159,6 @@ class _Conversion:
             for pushed in self.pushed.values():
                 pushed.result()
             self._push_images(found, nydus)
-        finally:
-            # after a failure nobody waits for pushes that may hang until their time-outs
-            pushers.shutdown(wait=False, cancel_futures=True)
         self._push_cache(layers)
         result.push_elapsed = time.monotonic() - begun
         progress.say(
@@ -203,7 +200,7 @@ class _Conversion:
 
     # -- layers
 
-    def _layers(self, images: list[Image], pushers: ThreadPoolExecutor) -> dict[str, ConvertedLayer]:
+    def _layers(self, images: list[Image], pushers: DaemonPool) -> dict[str, ConvertedLayer]:
         """Every different source layer once: source digest -> converted layer; pushes are under way."""
         options, result = self.options, self.result
         wanted = {layer.digest: layer for image in images for layer in image.layers}
@@ -245,7 +242,7 @@ class _Conversion:
         result.origins = {digest: layer.origin for digest, layer in found.items()}
         return found
 
-    def _push_layer(self, layer: ConvertedLayer, pushers: ThreadPoolExecutor) -> None:
+    def _push_layer(self, layer: ConvertedLayer, pushers: DaemonPool) -> None:
         if layer.digest not in self.pushed:
             self.pushed[layer.digest] = pushers.submit(self._retried, lambda: self._send_layer(layer))
 
@@ -279,9 +276,7 @@ class _Conversion:
 
     # -- images
 
-    def _assemble(
-        self, image: Image, layers: dict[str, ConvertedLayer], pushers: ThreadPoolExecutor, number: int
-    ) -> _Nydus:
+    def _assemble(self, image: Image, layers: dict[str, ConvertedLayer], pushers: DaemonPool, number: int) -> _Nydus:
         """Merged bootstrap, its layer, config and manifest of one platform; blobs are being pushed."""
         from bootstrap.errors import RafsError
         from bootstrap.merge import MergeSource, merge_layers
@@ -326,7 +321,7 @@ class _Conversion:
         )
         return _Nydus(image, media_type, body, len(config) + sum(one.size for one in descriptors))
 
-    def _submit(self, pushers: ThreadPoolExecutor, digest: str, path: Path) -> None:
+    def _submit(self, pushers: DaemonPool, digest: str, path: Path) -> None:
         if digest not in self.pushed:
             self.pushed[digest] = pushers.submit(
                 self._retried, lambda: self.target.push_file(self.options.target.repository, digest, path)

@@ -493,6 +493,20 @@ def test_mount_serves_until_it_is_stopped(registry: Registry, image: Image, tmp_
     assert not mounts_below(tmp_path) and not where.exists() and not (tmp_path / "w").exists()
 
 
+@pytest.mark.root
+def test_full_work_directory_is_said(registry: Registry, image: Image, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True, timeout=20)
+    try:
+        done = nydusify("convert", "--source", f"{registry.host}/lab/app:oci", "--target",
+                        f"{registry.host}/lab/t:full", "--work-dir", small / "w")  # fmt: skip
+        _failed(done, "No space left", str(small))
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True, timeout=20)
+
+
 def test_interrupt_leaves_nothing(registry: Registry, image: Image, tmp_path: Path) -> None:
     # a target that accepts and never answers holds the conversion in its push
     import socket
