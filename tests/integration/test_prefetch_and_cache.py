@@ -249,3 +249,25 @@ def test_umount_during_prefetch(image: TinyImage, origin: FaultyServer, tmp_path
             again.close()
 
     trio.run(main)
+
+
+def test_images_that_claim_one_blob_do_not_see_each_others_bytes(tmp_path: Path) -> None:
+    """Same blob id, same places, other contents: a hostile bootstrap must not fill another image's cache. Segments that
+    are the same in both are shared."""
+    common = noise(2 * MIB, 77)
+    one = tiny_image(tmp_path, {"a": common, "b": noise(5000, 1)}, BuildOptions(blob_id="claimed"))
+    (tmp_path / "two").mkdir()
+    two = tiny_image(tmp_path / "two", {"a": common, "b": noise(5000, 2)}, BuildOptions(blob_id="claimed"))
+    with faulty_server({"claimed": one.blob}) as first, faulty_server({"claimed": two.blob}) as second:
+
+        async def main() -> None:
+            async with open_services() as services:
+                for image, server in ((one, first), (two, second), (one, first)):
+                    reader = await open_reader(services, image, config_text(tmp_path / "cache", server))
+                    for name, data in image.files.items():
+                        assert await read_file(reader, name) == data
+                    reader.close()
+            assert len(first.data_requests) == 3
+            assert len(second.data_requests) == 1
+
+        trio.run(main)
