@@ -55,6 +55,7 @@ _NOT_YET = (
     (BlobFeatures.TARFS, "tarfs blobs"),
     (BlobFeatures.EXTERNAL, "external blobs"),
 )
+_NOT_YET_BITS = sum(feature for feature, _ in _NOT_YET)
 _NO_DIGEST = bytes(32)
 
 
@@ -278,9 +279,8 @@ def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
     Raises CodecError when the bytes do not decode or the blob is of a kind not supported, DigestMismatch when they
     decode to something else than the image was built from.
     """
-    for feature, what in _NOT_YET:
-        if blob.features & feature:
-            raise CodecError(f"{_where(chunk, blob)}: {what} are not supported yet")
+    if blob.features & _NOT_YET_BITS:
+        require_supported(blob)
     if chunk.flags & (ChunkFlags.BATCH | ChunkFlags.ENCRYPTED) or not chunk.compressed_size:
         raise CodecError(f"{_where(chunk, blob)}: batched or encrypted chunks are not supported yet")
     if len(stored) != chunk.compressed_size:
@@ -300,6 +300,13 @@ def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
     elif digest(blob.digester, plain) != chunk.digest:
         raise DigestMismatch(f"{_where(chunk, blob)}: its {blob.digester.label} digest is wrong")
     return plain
+
+
+def require_supported(blob: Blob) -> None:
+    """CodecError for a blob whose kind this package cannot decode."""
+    for feature, what in _NOT_YET:
+        if blob.features & feature:
+            raise CodecError(f"blob {blob.id}: {what} are not supported yet")
 
 
 def verify_crc(chunk: Chunk, blob: Blob, plain: bytes) -> None:

@@ -46,8 +46,10 @@ def open_bootstrap(path: str | os.PathLike[str]) -> Bootstrap:
             if not size:
                 raise FormatError("bootstrap", 0, "the file is empty")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise RafsError(f"cannot open bootstrap {where}: {error}") from error
+    except OSError as error:
+        raise RafsError(f"cannot open bootstrap {where}: {error.strerror}") from error
+    except ValueError as error:
+        raise RafsError(f"cannot map bootstrap {where}: {error}") from error
     inline_id = os.path.basename(where).split(".", 1)[0] or INLINE_BLOB_ID
     try:
         return _open(where, data, inline_id)

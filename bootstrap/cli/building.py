@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,16 @@ def version() -> str:
         return "v" + metadata.version("nydus-py")
     except metadata.PackageNotFoundError:
         return "v0.0.0"
+
+
+def version_text() -> str:
+    """The answer to --version: five lines as upstream's; callers match `Version:\\s*(v.*)` in it."""
+    commit = os.environ.get("NYDUS_BUILD_COMMIT", "unknown")
+    built = os.environ.get("NYDUS_BUILD_TIME", "unknown")
+    return (
+        f"Version: \t{version()}\nGit Commit: \t{commit}\nBuild Time: \t{built}\nProfile: \trelease\n"
+        f"Rustc: \t\t{platform.python_implementation()} {platform.python_version()}"
+    )
 
 
 def report(
