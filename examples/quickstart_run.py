@@ -83,7 +83,7 @@ def quickstart(options: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     nerdctl = find_nerdctl()
-    say("sample image (Debian, Python 3.11, numpy, scipy, pandas)")
+    say("sample image (Debian, Python 3.11, numpy, scipy, pandas, scikit-learn)")
     image = sample_image(say)
     say(
         f"  {image.content / 1e6:.0f} MB in {image.files:,} files, {len(image.layers)} layers, "

@@ -239,7 +239,7 @@ class Containerd:
         end_processes(processes_mentioning(str(self.socket)), timeout=5)
         unmount_below(self.work)
         for space in spaces:
-            for folder in Path("/sys/fs/cgroup").glob(f"*/{space}"):
+            for folder in [Path("/sys/fs/cgroup", space), *Path("/sys/fs/cgroup").glob(f"*/{space}")]:
                 try:
                     folder.rmdir()
                 except OSError:
@@ -247,6 +247,13 @@ class Containerd:
             for base in ("/run/containerd/runc", "/run/containerd/fifo"):
                 if space != "default" and space != "k8s.io":
                     shutil.rmtree(f"{base}/{space}", ignore_errors=True)
+        if not Path("/run/containerd/containerd.sock").exists():
+            # Made for our shims; a system containerd keeps its own here.
+            for name in ("s", "fifo", "runc", ""):
+                try:
+                    Path("/run/containerd", name).rmdir()
+                except OSError:
+                    pass
         self._child = None
 
     def __enter__(self) -> Containerd:

@@ -1,6 +1,7 @@
 """The sample images: a real one of a few hundred megabytes from the host's Debian packages and PyPI, and small ones.
 
-The real one is what people run: Debian's base, the Python runtime, numpy, scipy and pandas, an application; six layers.
+The real one is what people run: Debian, the Python runtime, numpy, scipy, pandas and scikit-learn, an application;
+six layers.
 Files come from installed packages (`dpkg -L` of a dependency closure), wheels from pip; the result is kept in a cache
 directory and reused. debootstrap would give the same tree, but takes over a minute and a mirror of all packages.
 """
@@ -23,11 +24,16 @@ from pathlib import Path
 from tests.lab.images import EPOCH, Blob, Image, ImageLayout, Layer, Member, entry
 from tests.lab.process import LabError, run
 
-VERSION = 1  # raise when the recipe changes: it names the cache
-WHEELS = (
-    "numpy==2.2.6",
-    "scipy==1.15.3",
-    "pandas==2.2.3 python-dateutil==2.9.0.post0 pytz==2025.2 tzdata==2025.2 six==1.17.0",
+VERSION = 2  # raise when the recipe changes: it names the cache
+WHEELS = tuple(
+    names.split()
+    for names in (
+        """numpy==2.2.6 matplotlib==3.9.4 contourpy==1.3.1 cycler==0.12.1 fonttools==4.55.3 kiwisolver==1.4.8
+        packaging==24.2 pillow==11.1.0 pyparsing==3.2.1""",
+        "scipy==1.15.3",
+        """pandas==2.2.3 python-dateutil==2.9.0.post0 pytz==2025.2 tzdata==2025.2 six==1.17.0 scikit-learn==1.5.2
+        joblib==1.4.2 threadpoolctl==3.5.0""",
+    )
 )
 BASE = [
     "apt",
@@ -161,52 +167,27 @@ def _load(directory: Path) -> Image:
 def _download_wheels(say: Callable[[str], None]) -> list[list[Path]]:
     target = cache_dir() / "wheels"
     target.mkdir(parents=True, exist_ok=True)
-    groups = []
+
+    def found(name: str) -> Path | None:
+        project, _, version = name.partition("==")
+        return next(target.glob(f"{project.replace('-', '_')}-{version}-*.whl"), None)
+
+    missing = [name for names in WHEELS for name in names if found(name) is None]
+    if missing:
+        say(f"downloading {len(missing)} wheels from PyPI ({missing[0]} ...)")
+        # For Debian's Python inside the image, whatever interpreter runs this.
+        python = "--python-version 3.11 --implementation cp --abi cp311 --abi abi3 --abi none"
+        platforms = "--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any"
+        options = f"--quiet --no-deps --only-binary :all: {python} {platforms}".split()
+        run([sys.executable, "-m", "pip", "download", *options, "--dest", target, *missing], timeout=300)
+    groups: list[list[Path]] = []
     for names in WHEELS:
-        group = []
-        for name in names.split():
-            project, _, version = name.partition("==")
-            pattern = f"{project.replace('-', '_')}-{version}-*.whl"
-            if not list(target.glob(pattern)):
-                say(f"downloading {name}")
-                # For Debian's Python inside the image, whatever interpreter runs this.
-                run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "pip",
-                        "download",
-                        "--quiet",
-                        "--no-deps",
-                        "--only-binary",
-                        ":all:",
-                        "--python-version",
-                        "3.11",
-                        "--implementation",
-                        "cp",
-                        "--abi",
-                        "cp311",
-                        "--abi",
-                        "abi3",
-                        "--abi",
-                        "none",
-                        "--platform",
-                        "manylinux2014_x86_64",
-                        "--platform",
-                        "manylinux_2_17_x86_64",
-                        "--platform",
-                        "any",
-                        "--dest",
-                        target,
-                        name,
-                    ],
-                    timeout=300,
-                )
-            found = list(target.glob(pattern))
-            if not found:
-                raise LabError(f"pip downloaded no wheel {pattern} to {target}")
-            group.append(found[0])
-        groups.append(group)
+        groups.append([])
+        for name in names:
+            wheel = found(name)
+            if wheel is None:
+                raise LabError(f"pip downloaded no wheel of {name} to {target}")
+            groups[-1].append(wheel)
     return groups
 
 
