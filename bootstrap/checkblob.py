@@ -38,6 +38,8 @@ def check_blobs(image: Bootstrap, folder: str) -> int:
             except FormatError as error:
                 raise FormatError(f"{path}: {error.structure}", error.offset, error.message) from error
             except RafsError as error:
+                if blob.id in str(error):
+                    raise
                 raise type(error)(f"{path}: {error}") from error
     finally:
         chunks.close()
@@ -91,9 +93,7 @@ def _check_meta(file: BinaryIO, blob: Blob, rows: list[Chunk]) -> None:
         entry = blobmeta.unpack_v2(plain, 24 * chunk.index) if wide else blobmeta.unpack_v1(plain, 16 * chunk.index)
         place = (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_offset, chunk.uncompressed_size)
         if entry[:4] != place and chunk.compressed_size:
-            raise FormatError(
-                "blob meta", blob.ci_offset, f"chunk {chunk.index}: {entry[:4]} instead of {place}"
-            )
+            raise FormatError("blob meta", blob.ci_offset, f"chunk {chunk.index}: {entry[:4]} instead of {place}")
 
 
 def _check_framing(file: BinaryIO, size: int, blob: Blob) -> bytes:

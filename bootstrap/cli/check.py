@@ -63,7 +63,7 @@ def check(
     path = bootstrap or named
     if not path:
         raise CommandError("give the bootstrap to check: nydus-image check FILE", 2)
-    with clear_errors(f"{path} is not valid"):
+    with clear_errors(f"check of {path} failed"):
         _run(path, blob_dir, verbose, output_json)
 
 

@@ -300,5 +300,5 @@ class _Shell:
             yield f"Compressed Offset: {chunk.compressed_offset}, Compressed Size: {chunk.compressed_size}"
             yield f"Decompressed Offset: {chunk.uncompressed_offset}, Decompressed Size: {chunk.uncompressed_size}"
             yield f"Chunk ID: {chunk.digest.hex()}"
-            for path in dict.fromkeys(paths):
-                yield f"File: {path}"
+            for file in dict.fromkeys(paths):
+                yield f"File: {file}"
