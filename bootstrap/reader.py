@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import replace
 
 from bootstrap.base import Attr, Blob, Bootstrap, ChunkRef, DirEntry, Extent
 from bootstrap.errors import FormatError, RafsError
 from bootstrap.layout import toc, v5, v6
-from bootstrap.layout.common import INLINE_BLOB_ID
+from bootstrap.layout.common import INLINE_BLOB_ID, BlobFeatures
 from bootstrap.reader_v5 import BootstrapV5
 from bootstrap.reader_v6 import BootstrapV6
 
@@ -66,14 +67,22 @@ def _version(data: mmap.mmap) -> int:
 
 def _open(where: str, data: mmap.mmap, inline_id: str) -> Bootstrap:
     version = _version(data)
-    if not version or _has_trailer(data):
+    inlined = not version or _has_trailer(data)
+    if inlined:
         data = _inlined(data)
         version = _version(data)
-    if version == 5:
-        return BootstrapV5(where, data, inline_id)
-    if version == 6:
-        return BootstrapV6(where, data, inline_id)
+    if version in (5, 6):
+        image = (BootstrapV5 if version == 5 else BootstrapV6)(where, data, inline_id)
+        if inlined:
+            _adopt_name(image, inline_id)
+        return image
     raise FormatError("bootstrap", 0, "neither a RAFS v5 or v6 bootstrap nor a blob with one inside")
+
+
+def _adopt_name(image: Bootstrap, name: str) -> None:
+    """Before 2.2 a layer's bootstrap held an id of its own making: its file's name is right (reference 4.10)."""
+    if len(image.blobs) == 1 and not image.blobs[0].features & BlobFeatures.CAP_TAR_TOC:
+        image.blobs[0] = replace(image.blobs[0], id=name)
 
 
 def _has_trailer(data: mmap.mmap) -> bool:

@@ -1,0 +1,261 @@
+"""Bootstraps and blobs written by upstream, read entry by entry and byte by byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bootstrap.check import check_bootstrap
+from bootstrap.checkblob import check_blobs
+from bootstrap.chunkmap import ChunkMap, decode_chunk, iter_chunks
+from bootstrap.errors import CodecError, DigestMismatch, FormatError, RafsError
+from bootstrap.reader import Bootstrap, open_bootstrap
+from tests.lab.manifest import FolderReader, check_image, load_manifest
+from tests.lab.paths import shared_dir
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here"),
+]
+FIXTURES = (shared_dir() or Path("/nonexistent")) / "fixtures"
+REFERENCE = FIXTURES / "reference"
+SERVED = [
+    "v5-bigdir-prefetch-fs", "v5-inline", "v5-lz4-blake3-1m", "v5-merged3", "v5-no-data", "v5-none-sha256-4k",
+    "v5-tar-rafs", "v5-zstd-sha256-64k-aligned", "v6-bigdir-prefetch-fs", "v6-chunk-dict", "v6-estargz-rafs",
+    "v6-inline-notoc", "v6-lz4-blake3-64k-toc", "v6-merged3", "v6-no-data", "v6-none-sha256-4k", "v6-parent",
+    "v6-repeatable", "v6-tar-rafs", "v6-zstd-blake3-1m",
+]  # fmt: skip
+NOT_YET = [
+    "v6-batch-128k", "v6-encrypt", "v6-encrypt-batch-toc", "v6-estargz-ref", "v6-merged3-encrypt-batch", "v6-tar-ref",
+    "v6-zran-merged3", "v6-zran-multimember", "v6-zran-slices",
+]  # fmt: skip
+
+
+def bootstrap_of(case: str) -> Path:
+    path = REFERENCE / case / "image.boot"
+    return path if path.exists() else REFERENCE / case / "layer"
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_image_is_what_its_manifest_says(case: str) -> None:
+    manifest = load_manifest(REFERENCE / case)
+    with open_bootstrap(bootstrap_of(case)) as image:
+        assert check_image(image, FolderReader(image, REFERENCE / case), manifest) == []
+        assert image.prefetch_inodes() == manifest["prefetch_table"]
+        assert image.version == manifest["fs_version"] and image.chunk_size == manifest["chunk_size"]
+        assert int(image.flags) == int(manifest["flags"], 16)
+        assert [(b.compressed_size, b.uncompressed_size, b.chunk_count) for b in image.blobs] == [
+            (b["compressed_size"], b["uncompressed_size"], b["chunks"]) for b in manifest["blobs"]
+        ]
+        check_bootstrap(image)
+        check_blobs(image, str(REFERENCE / case))
+
+
+@pytest.mark.parametrize("case", NOT_YET)
+def test_kinds_to_come_open_and_are_refused_clearly(case: str) -> None:
+    with open_bootstrap(bootstrap_of(case)) as image:
+        check_bootstrap(image)
+        with pytest.raises(CodecError, match="not supported yet"):
+            check_blobs(image, str(REFERENCE / case))
+
+
+@pytest.mark.parametrize("case", ["v5-bigdir-prefetch-fs", "v6-bigdir-prefetch-fs", "v6-none-sha256-4k"])
+def test_names_are_found_and_listings_resume_anywhere(case: str) -> None:
+    with open_bootstrap(bootstrap_of(case)) as image:
+        directories = [image.root] + [entry.ino for _, entry in image.walk() if entry.dtype == stat.S_IFDIR >> 12]
+        for directory in directories:
+            entries = list(image.list_dir(directory))
+            names = [entry.name for entry in entries]
+            assert names == sorted(set(names))
+            for number, entry in enumerate(entries):
+                assert image.lookup(directory, entry.name) == entry.ino
+                assert image.lookup(directory, entry.name + b"\xff\xff") == 0
+                assert entry.name[:-1] + b"\x02" in names or image.lookup(directory, entry.name[:-1] + b"\x02") == 0
+                following = entries[number + 1] if number + 1 < len(entries) else None
+                assert next(image.list_dir(directory, entry.cookie), None) == following
+            assert image.lookup(directory, b".") == directory
+        assert image.lookup(image.root, b"..") == image.root
+        for _, entry in image.walk():
+            if entry.dtype != stat.S_IFDIR >> 12:
+                assert image.lookup(entry.ino, b"x") == 0
+                break
+
+
+def test_extents_cover_any_range_without_gaps() -> None:
+    numbers = random.Random(7)
+    for case in ("v5-none-sha256-4k", "v6-none-sha256-4k", "v6-lz4-blake3-64k-toc"):
+        with open_bootstrap(bootstrap_of(case)) as image:
+            chunks = ChunkMap.open(image, None)
+            files = [entry.ino for _, entry in image.walk() if entry.dtype == stat.S_IFREG >> 12]
+            for ino in files:
+                size = image.attr(ino).size
+                for _ in range(5):
+                    offset, length = numbers.randrange(size + 2), numbers.randrange(size + 5000)
+                    position = offset
+                    for extent in image.extents(ino, offset, length):
+                        assert extent.file_offset == position and extent.size > 0
+                        chunks.find(extent.blob_index, extent.blob_offset, extent.size)
+                        position += extent.size
+                    assert position == max(offset, min(offset + length, size))
+
+
+def test_hard_links_share_their_handle() -> None:
+    for case in ("v5-none-sha256-4k", "v6-none-sha256-4k", "v5-tar-rafs", "v6-tar-rafs"):
+        groups: dict[str, set[int]] = {}
+        with open_bootstrap(bootstrap_of(case)) as image:
+            for entry in load_manifest(REFERENCE / case)["entries"]:
+                if "group" in entry:
+                    groups.setdefault(entry["group"], set()).add(image.resolve(os.fsencode(entry["path"])))
+        assert groups and all(len(handles) == 1 for handles in groups.values())
+        assert len(set.union(*groups.values())) == len(groups)
+
+
+def real_bootstraps(tmp: Path) -> Iterator[tuple[Path, int]]:
+    for archive in sorted((FIXTURES / "upstream" / "nydus-snapshotter").glob("*.tar.gz")):
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile("image/image.boot")
+            assert member is not None
+            path = tmp / archive.name
+            path.write_bytes(member.read())
+            yield path, 3517
+    for name in ("sha256-nocompress-repeatable", "blake3-lz4_block-non_repeatable"):
+        yield FIXTURES / "upstream" / "nydus" / "repeatable" / name, 54
+    yield FIXTURES / "upstream" / "nydus" / "bootstrap" / "rafs-v6-2.2.boot", 3
+
+
+def test_images_of_earlier_releases(tmp_path: Path) -> None:
+    trees = []
+    for path, count in real_bootstraps(tmp_path):
+        with open_bootstrap(path) as image:
+            assert check_bootstrap(image) == count
+            trees.append({p: image.attr(e.ino)[:3] for p, e in image.walk()})
+            for p, e in image.walk():
+                assert image.resolve(p) == e.ino
+    assert trees[0] == trees[1] and len(trees[0]) == 3516  # the same tree as v5 and as v6
+    blobs = FIXTURES / "upstream" / "nydus"
+    with open_bootstrap(blobs / "bootstrap" / "rafs-v6-2.2.boot") as image:
+        assert check_blobs(image, str(blobs / "blobs")) == 2
+    with open_bootstrap(blobs / "repeatable" / "sha256-nocompress-repeatable") as image:
+        assert check_blobs(image, str(blobs / "repeatable" / "blobs")) == 23
+    layer = next((blobs / "toc").iterdir())
+    with open_bootstrap(layer) as image:
+        assert image.blobs[0].id == layer.name  # its own id is of before 2.2
+        assert check_blobs(image, str(blobs / "toc")) == 3
+
+
+# ---- chunk maps and damage
+
+
+def test_chunk_map_is_kept_and_rebuilt_when_stale_or_damaged(tmp_path: Path) -> None:
+    path = str(tmp_path / "map")
+    with open_bootstrap(bootstrap_of("v6-zstd-blake3-1m")) as image:
+        rows = [ChunkMap.open(image, path).chunk(row) for row in range(110)]
+        inode = os.stat(path).st_ino
+        assert len(ChunkMap.open(image, path)) == 110
+        assert os.stat(path).st_ino == inode, "a good map is used as it is"
+        good = Path(path).read_bytes()
+        for bad in (good[:-1], b"", good[:500] + b"\xff" + good[501:], good[:20] + b"\x01" + good[21:], good + b"\0"):
+            Path(path).write_bytes(bad)
+            again = ChunkMap.open(image, path)
+            assert [again.chunk(row) for row in range(len(again))] == rows
+            assert Path(path).read_bytes() == good
+    with open_bootstrap(bootstrap_of("v5-lz4-blake3-1m")) as other:
+        assert [c.index for c in iter_chunks(ChunkMap.open(other, path), 0)] == list(range(110))
+    assert os.listdir(tmp_path) == ["map"]
+    with open_bootstrap(bootstrap_of("v6-zstd-blake3-1m")) as image, pytest.raises(RafsError, match="chunk map"):
+        ChunkMap.open(image, str(tmp_path / "missing" / "map"))
+
+
+@pytest.mark.parametrize("case", ["v5-lz4-blake3-1m", "v6-none-sha256-4k", "v6-zstd-blake3-1m"])
+def test_no_damaged_chunk_gets_through(case: str) -> None:
+    numbers = random.Random(3)
+    with open_bootstrap(bootstrap_of(case)) as image:
+        data = (REFERENCE / case / image.blobs[0].id).read_bytes()
+        for chunk in list(iter_chunks(ChunkMap.open(image, None), 0))[::5]:
+            stored = data[chunk.compressed_offset : chunk.compressed_offset + chunk.compressed_size]
+            plain = decode_chunk(chunk, image.blobs[0], memoryview(stored))
+            assert len(plain) == chunk.uncompressed_size
+            for _ in range(20):
+                bad = bytearray(stored)
+                bad[numbers.randrange(len(bad))] ^= 1 << numbers.randrange(8)
+                try:
+                    # A flipped bit may leave the decoded bytes as they were (unused bits of zstd): that is no damage.
+                    assert decode_chunk(chunk, image.blobs[0], bytes(bad)) == plain
+                except (CodecError, DigestMismatch) as error:
+                    assert image.blobs[0].id in str(error)
+            with pytest.raises(CodecError):
+                decode_chunk(chunk, image.blobs[0], stored[:-1])
+
+
+def exercise(image: Bootstrap) -> None:
+    """Everything a mount does, on every entry."""
+    chunks = ChunkMap.open(image, None)
+    for path, entry in image.walk():
+        attr = image.attr(entry.ino)
+        image.xattrs(entry.ino)
+        image.resolve(path)
+        if stat.S_ISREG(attr.mode):
+            image.extents(entry.ino, max(attr.size - 5000, 0), 1 << 17)
+            image.chunk_refs(entry.ino)
+        elif stat.S_ISLNK(attr.mode):
+            image.readlink(entry.ino)
+    image.prefetch_inodes()
+    chunks.close()
+
+
+@pytest.mark.parametrize("case", ["v5-tar-rafs", "v6-none-sha256-4k", "v6-merged3", "v5-merged3", "v6-inline-notoc"])
+def test_damaged_bootstraps_give_format_errors_only(case: str, tmp_path: Path) -> None:
+    good = bootstrap_of(case).read_bytes()
+    numbers = random.Random(case)
+    path = tmp_path / "image.boot"
+    seen = checked = 0
+    for turn in range(150):
+        bad = bytearray(good)
+        if turn % 5 == 0:
+            del bad[numbers.randrange(len(bad)) & ~0x7 :]
+        elif turn % 5 == 1:  # a lie in the head or in a table: whole words of extremes
+            at = numbers.randrange(0, min(len(bad), 20480), 4)
+            bad[at : at + 4] = numbers.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80"])
+        else:
+            for _ in range(numbers.choice([1, 3, 40])):
+                bad[numbers.randrange(len(bad))] ^= 1 << numbers.randrange(8)
+        path.write_bytes(bad)
+        for act in (exercise, check_bootstrap):
+            try:
+                with open_bootstrap(path) as image:
+                    act(image)
+            except RafsError as error:
+                seen += 1
+                assert str(error) and "\n" not in str(error)
+            checked += 1
+    assert 0 < seen < checked
+
+
+def test_directories_that_loop_end(tmp_path: Path) -> None:
+    good = bytearray(bootstrap_of("v6-merged3").read_bytes())
+    with open_bootstrap(bootstrap_of("v6-merged3")) as image:
+        child = image.resolve(b"/etc")
+        raw = bytes(good)
+        at = raw.index(child.to_bytes(8, "little"), 0x3000)
+    good[at : at + 8] = (128).to_bytes(8, "little")  # /etc is the root
+    path = tmp_path / "image.boot"
+    path.write_bytes(good)
+    with open_bootstrap(path) as image, pytest.raises(FormatError, match="reached twice"):
+        list(image.walk())
+
+
+def test_blob_ids_cannot_leave_their_directory(tmp_path: Path) -> None:
+    good = bootstrap_of("v6-merged3").read_bytes()
+    with open_bootstrap(bootstrap_of("v6-merged3")) as image:
+        name = image.blobs[0].id.encode()
+    for evil in (b"../../../etc/passwd", b"..", b"a\nb", b"a/b", b"\xff\xfe"):
+        path = tmp_path / "image.boot"
+        path.write_bytes(good.replace(name, evil.ljust(64, b"\0")))
+        with pytest.raises(FormatError, match="blob id"):
+            open_bootstrap(path)
