@@ -64,8 +64,15 @@ class _Check:
         self.image = image
         self.chunks = chunks
         self.tarfs = bool(image.flags & SuperFlags.TARFS)
+        self.left = image.size
         self.names_of: dict[int, int] = {}
         self.links: dict[int, tuple[int, str]] = {}
+
+    def take(self, size: int) -> None:
+        """Account for the bytes of one more inode: overlapping ones must not make a check take quadratic time."""
+        self.left -= size
+        if self.left < 0:
+            raise FormatError("inode", 0, "more inodes than fit the file: they overlap")
 
     def count_name(self, number: int, attr: Attr, path: str) -> None:
         """One more name of the file with this builder's inode number."""
@@ -184,8 +191,12 @@ class _CheckV6(_Check):
         limit = image.ext.chunk_table_offset if image.ext.chunk_table_size else image.size
         if start < image.inode_offset(image.root) or end > limit:
             raise FormatError("inode", start, f"that of {_text(path)} lies outside the inode area")
-        if self._spans.setdefault(start, (end, _text(path)))[1] != _text(path) and attr.mode & S_IFMT != S_IFREG:
-            raise FormatError("inode", start, f"{_text(path)} shares that of {self._spans[start][1]}")
+        if start in self._spans:  # one more name of it
+            if attr.mode & S_IFMT != S_IFREG:
+                raise FormatError("inode", start, f"{_text(path)} shares that of {self._spans[start][1]}")
+            return
+        self._spans[start] = (end, _text(path))
+        self.take(end - start)
         image.xattrs(ino)
         if attr.mode & S_IFMT == S_IFREG:
             self.check_file(ino, attr, _text(path))
@@ -219,7 +230,6 @@ class _CheckV5(_Check):
             raise FormatError("v5 root inode", 0, f"number {root.ino}, parent {root.parent}")
         reached = bytearray(count + 1)
         reached[v5.ROOT_INO] = 1
-        self._check_node(v5.ROOT_INO, root, b"")
         for path, first, children in self._directories():
             for index in range(first, first + children):
                 if reached[index]:
@@ -248,10 +258,12 @@ class _CheckV5(_Check):
             prefix = path + b"/" if path else b""
             names = []
             subdirectories = 0
+            own = hasher(image.digester)
             for index in range(node.child_index, node.child_index + node.child_count):
                 name = image.node_name(index)
                 child = image.node(index)
                 names.append(name)
+                own.update(child.digest)
                 if child.parent != ino:
                     raise FormatError("inode", 0, f"{_text(prefix + name)}: parent {child.parent} instead of {ino}")
                 if child.mode & S_IFMT == S_IFDIR:
@@ -259,8 +271,12 @@ class _CheckV5(_Check):
                     if child.ino != index:
                         raise FormatError("inode", 0, f"{_text(prefix + name)}: directory {child.ino} in slot {index}")
                     stack.append((prefix + name, index))
-                self._check_node(index, child, prefix + name)
+                else:
+                    self._check_node(index, child, prefix + name)
             self.check_order(names, _text(path))
+            image.xattrs(ino)
+            if node.digest != own.digest():
+                raise FormatError("inode", 0, f"{_text(path)}: its digest is wrong")
             if node.nlink != 2 + subdirectories:
                 raise FormatError(
                     "inode", 0, f"{_text(path)}: link count {node.nlink} with {subdirectories} directories inside"
@@ -268,8 +284,9 @@ class _CheckV5(_Check):
             yield path, node.child_index, node.child_count
 
     def _check_node(self, index: int, node: v5.Inode, path: bytes) -> None:
-        """Attributes, content and digest of one record."""
+        """Attributes, content and digest of one record that is no directory."""
         image = self.image
+        self.take(image.record_span(index))
         image.xattrs(index)
         kind = node.mode & S_IFMT
         if kind == S_IFREG:
@@ -278,16 +295,10 @@ class _CheckV5(_Check):
             for record in image.file_records(index):
                 own.update(record[0])
             expected = own.digest()
-        elif kind == S_IFDIR:
-            own = hasher(image.digester)
-            for child in range(node.child_index, node.child_index + node.child_count):
-                own.update(image.node(child).digest)
-            expected = own.digest()
         elif kind == S_IFLNK:
             expected = digest(image.digester, image.readlink(index))
         else:
             expected = EMPTY[image.digester]
         if node.digest != expected:
             raise FormatError("inode", 0, f"{_text(path)}: its digest is wrong")
-        if kind != S_IFDIR:
-            self.count_name(node.ino, image.attr(index), _text(path))
+        self.count_name(node.ino, image.attr(index), _text(path))

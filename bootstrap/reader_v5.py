@@ -223,6 +223,14 @@ class BootstrapV5(Bootstrap):
             raise FormatError("xattr block", start, f"{total} bytes reach behind the end of the file")
         return start + 8, total
 
+    def record_span(self, index: int) -> int:
+        """Bytes of a record with all that follows it."""
+        at = self._at(index)
+        record = self.node(index)
+        start, size = self._xattr_area(record, at)
+        chunks = record.child_count if record.mode & S_IFMT == S_IFREG else 0
+        return start + v5.align8(size) - at + chunks * _RECORD_SIZE
+
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         at, size = self._xattr_area(self.node(ino), self._at(ino))
         end = at + size
