@@ -243,7 +243,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, ssl.SSLError):
         return (cause.reason or str(cause)).lower().replace("_", " ")
     if isinstance(cause, OSError):
-        if cause.errno is not None and cause.errno > 0:  # trio puts the address into strerror; the source's name says it already
+        if cause.errno is not None and cause.errno > 0:
+            # trio puts the address into strerror; the source's name says it already
             return os.strerror(cause.errno).lower()
         return (cause.strerror or str(cause)).lower()
     return str(cause) or type(cause).__name__

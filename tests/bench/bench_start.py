@@ -37,7 +37,8 @@ class Start:
 def first_line(argv: list[str], timeout: float = 300.0) -> float:
     """Seconds from the start of the process to its first line on stdout."""
     begin = time.monotonic()
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None and child.stderr is not None
         line = child.stdout.readline()
         seconds = time.monotonic() - begin

@@ -249,7 +249,7 @@ class Containerd:
                     shutil.rmtree(f"{base}/{space}", ignore_errors=True)
         if not Path("/run/containerd/containerd.sock").exists():
             # Made for our shims; a system containerd keeps its own here.
-            for name in ("s", "fifo", "runc", ""):
+            for name in ("s", "fifo", "runc/k8s.io", "runc/default", "runc", ""):
                 try:
                     Path("/run/containerd", name).rmdir()
                 except OSError:
