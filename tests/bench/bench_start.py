@@ -52,13 +52,18 @@ def start(stack: Stack, ref: str, snapshotter: str) -> float:
     """One start through nerdctl where there is one, else through ctr-remote and ctr."""
     nerdctl = ref_bin("nerdctl")
     if nerdctl is not None:
-        return first_line(stack.containerd.nerdctl_argv(
-            nerdctl, "run", "--rm", "-q", "--net", "host", ref, *COMMAND, snapshotter=snapshotter))  # fmt: skip
+        return first_line(
+            stack.containerd.nerdctl_argv(
+                nerdctl, "run", "--rm", "-q", "--net", "host", ref, *COMMAND, snapshotter=snapshotter
+            )
+        )
     begin = time.monotonic()
     stack.rpull(ref, snapshotter=snapshotter, timeout=600)
     pulled = time.monotonic() - begin
     name = f"b{time.monotonic_ns()}"
-    return pulled + first_line(stack.containerd.ctr_argv("run", "--rm", "--net-host", "--snapshotter", snapshotter, ref, name, *COMMAND))
+    return pulled + first_line(
+        stack.containerd.ctr_argv("run", "--rm", "--net-host", "--snapshotter", snapshotter, ref, name, *COMMAND)
+    )
 
 
 def measure(stack: Stack, registry: Registry, side: str, ref: str, snapshotter: str) -> list[Start]:
@@ -71,7 +76,10 @@ def measure(stack: Stack, registry: Registry, side: str, ref: str, snapshotter: 
         seconds = start(stack, ref, snapshotter)
         traffic = registry.since(mark)
         results.append(Start(side, state, round(seconds, 3), traffic.bytes, traffic.count))
-        print(f"  {side:10} {state:7} {seconds:7.2f} s {traffic.bytes / 1e6:8.2f} MB {traffic.count:5d} requests", flush=True)
+        print(
+            f"  {side:10} {state:7} {seconds:7.2f} s {traffic.bytes / 1e6:8.2f} MB {traffic.count:5d} requests",
+            flush=True,
+        )
     return results
 
 
@@ -92,7 +100,9 @@ def main() -> None:
         sides.remove("upstream")
     results: list[Start] = []
     first_upstream = "ours" not in sides
-    with Stack(StackOptions(upstream=first_upstream, rtt_ms=options.rtt_ms, mbit=options.mbit, prefetch=options.prefetch)) as stack:
+    with Stack(
+        StackOptions(upstream=first_upstream, rtt_ms=options.rtt_ms, mbit=options.mbit, prefetch=options.prefetch)
+    ) as stack:
         registry = stack.registry
         image.push(registry.host, "lab/py", "oci")
         if "ours" in sides:
@@ -102,20 +112,32 @@ def main() -> None:
         for number in range(options.repeat):
             for side in sides:
                 stack.options.upstream = side == "upstream" or first_upstream
-                stack.new_node(daemon_config(prefetch=options.prefetch, work_dir=str(stack.work / f"cache-{side}-{number}")))
+                stack.new_node(
+                    daemon_config(prefetch=options.prefetch, work_dir=str(stack.work / f"cache-{side}-{number}"))
+                )
                 tag = "oci" if side == "oci" else side
-                results += measure(stack, registry, side, f"{stack.host}/lab/py:{tag}", "overlayfs" if side == "oci" else "nydus")
+                results += measure(
+                    stack, registry, side, f"{stack.host}/lab/py:{tag}", "overlayfs" if side == "oci" else "nydus"
+                )
                 if options.logs and side == "ours":
                     for log in stack.snapshotter.root.glob("logs/**/*.log"):
                         print(tail(log, 2000))
     medians = {
         (side, state): statistics.median(r.seconds for r in results if (r.side, r.state) == (side, state))
-        for side in sides for state in ("cold", "cached")
-    }  # fmt: skip
-    print(f"image: {image.blob_bytes / 1e6:.0f} MB compressed, {image.content / 1e6:.0f} MB, {image.files} files; medians of {options.repeat}")
+        for side in sides
+        for state in ("cold", "cached")
+    }
+    print(
+        f"image: {image.blob_bytes / 1e6:.0f} MB compressed, {image.content / 1e6:.0f} MB, "
+        f"{image.files} files; medians of {options.repeat}"
+    )
     for side in sides:
         cold, cached = medians[side, "cold"], medians[side, "cached"]
-        ratio = f"  cold/oci {cold / medians['oci', 'cold']:.3f}  cached/oci {cached / medians['oci', 'cached']:.2f}" if "oci" in sides else ""
+        ratio = (
+            f"  cold/oci {cold / medians['oci', 'cold']:.3f}  cached/oci {cached / medians['oci', 'cached']:.2f}"
+            if "oci" in sides
+            else ""
+        )
         print(f"{side:10} cold {cold:7.2f} s  cached {cached:6.2f} s{ratio}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))

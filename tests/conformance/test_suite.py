@@ -30,7 +30,8 @@ def test_containerds_suite_passes_21_of_21() -> None:
                     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
                     "TMPDIR": str(scratch),
                     "SNAPSHOT_SOCKET": str(ours.socket),
-                    "SNAPSHOT_SUITE_NAME": "overlayfs",  # other names ask for renames of lower directories: no overlayfs
+                    # other names ask for renames of lower directories: no overlayfs
+                    "SNAPSHOT_SUITE_NAME": "overlayfs",
                 },
                 cwd=work,
                 stdin=subprocess.DEVNULL,
