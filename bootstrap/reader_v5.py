@@ -70,13 +70,14 @@ class BootstrapV5(Bootstrap):
         self.blobs = self._read_blobs(inline_id)
         if self.attr(self.root).mode & S_IFMT != S_IFDIR:
             raise FormatError("v5 root inode", self._at(self.root), "is not a directory")
+        self._check_end()
 
     # ---- tables
 
     def _read_superblock(self) -> v5.Superblock:
         name = "v5 superblock"
         if not v5.SUPER_SIZE < self.size <= v5.MAX_FILE_SIZE:
-            raise FormatError(name, 0, f"file size {self.size}")
+            raise FormatError(name, 0, f"a file of {self.size} bytes cannot be a bootstrap: truncated?")
         sb = v5.Superblock(*v5.SUPERBLOCK.unpack_from(self._map, 0))
         if sb.magic != v5.SUPER_MAGIC or sb.version != v5.SUPER_VERSION or sb.sb_size != v5.SUPER_SIZE:
             raise FormatError(name, 0, f"magic {sb.magic:#x}, version {sb.version:#x}, size {sb.sb_size:#x}")
@@ -144,6 +145,19 @@ class BootstrapV5(Bootstrap):
         if len({blob.id for blob in blobs}) != len(blobs):
             raise FormatError("blob table", sb.blob_table_offset, "a blob id occurs twice")
         return blobs
+
+    def _check_end(self) -> None:
+        """Refuse a cut file at once. Nothing in the format says how long it is; but one of two inodes is its last.
+
+        Writers order records by depth (the last is at the end of the chain of last children) or by index.
+        """
+        last = self.root
+        while (children := self._children(last)) and children[1]:
+            last = children[0] + children[1] - 1
+        for index in (last, self._count):
+            end = self._at(index) + self.record_span(index)
+            if end > self.size:
+                raise FormatError("inode", self._at(index), f"ends at {end:#x}: the file of {self.size} bytes is cut")
 
     # ---- inodes
 
