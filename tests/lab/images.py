@@ -230,25 +230,30 @@ class Image:
         return f"{registry}/{repository}:{tag}"
 
 
+def push_blob(registry: str, repository: str, blob: Blob) -> None:
+    """Upload a blob unless the registry has it."""
+    if _request(registry, "HEAD", f"/v2/{repository}/blobs/{blob.digest}")[0] == 200:
+        return
+    status, headers = _request(registry, "POST", f"/v2/{repository}/blobs/uploads/")
+    if status != 202:
+        raise OSError(f"{registry}/{repository}: POST of an upload was answered {status}")
+    place = headers["location"]
+    place = place.partition(registry)[2] if place.startswith("http") else place
+    with blob.path.open("rb") as body:
+        status, _ = _request(
+            registry,
+            "PUT",
+            f"{place}{'&' if '?' in place else '?'}digest={blob.digest}",
+            body,
+            {"Content-Length": str(blob.size), "Content-Type": "application/octet-stream"},
+        )
+    if status != 201:
+        raise OSError(f"{registry}/{repository}: PUT of blob {blob.digest} was answered {status}")
+
+
 def push_image(registry: str, repository: str, tag: str, manifest: Blob, blobs: Sequence[Blob]) -> None:
     for blob in blobs:
-        if _request(registry, "HEAD", f"/v2/{repository}/blobs/{blob.digest}")[0] == 200:
-            continue
-        status, headers = _request(registry, "POST", f"/v2/{repository}/blobs/uploads/")
-        if status != 202:
-            raise OSError(f"{registry}/{repository}: POST of an upload was answered {status}")
-        place = headers["location"]
-        place = place.partition(registry)[2] if place.startswith("http") else place
-        with blob.path.open("rb") as body:
-            status, _ = _request(
-                registry,
-                "PUT",
-                f"{place}{'&' if '?' in place else '?'}digest={blob.digest}",
-                body,
-                {"Content-Length": str(blob.size), "Content-Type": "application/octet-stream"},
-            )
-        if status != 201:
-            raise OSError(f"{registry}/{repository}: PUT of blob {blob.digest} was answered {status}")
+        push_blob(registry, repository, blob)
     with manifest.path.open("rb") as body:
         headers = {"Content-Type": manifest.media_type, "Content-Length": str(manifest.size)}
         status, _ = _request(registry, "PUT", f"/v2/{repository}/manifests/{tag}", body, headers)

@@ -149,6 +149,7 @@ def test_few_descriptors_and_readers_that_overlap_evictions(tmp_path: Path) -> N
 
     async def main() -> None:
         store.nowait = False  # always through a thread: evictions happen meanwhile
+        store.disk.took(60.0)
         async with trio.open_nursery() as nursery:
             for number in range(8):
                 nursery.start_soon(reader, number)
