@@ -224,7 +224,11 @@ class ReaderView:
             if not extents:
                 raise ConvertError(f"no chunk holds byte {offset} of {size}")
             for extent in extents:
-                row = self._map.find(extent.blob_index, extent.blob_offset)
+                try:
+                    row = self._map.find(extent.blob_index, extent.blob_offset, extent.size)
+                except KeyError:
+                    blob = self._bootstrap.blobs[extent.blob_index]
+                    raise ConvertError(f"no chunk of blob {blob.id} holds byte {offset} of {size}") from None
                 chunk = self._map.chunk(row)
                 stored = os.pread(self._files[extent.blob_index], chunk.compressed_size, chunk.compressed_offset)
                 data = decode_chunk(chunk, self._bootstrap.blobs[extent.blob_index], memoryview(stored))
