@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootstrap.errors import BuildError
+from bootstrap.errors import BuildError, FormatError
 from bootstrap.inlined import extract_bootstrap
 from bootstrap.layout.common import (
     DEFAULT_CHUNK_SIZE,
@@ -113,7 +114,7 @@ def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes],
     if parent is not None:
         inputs.insert(0, (parent, None))
     for path, source in inputs:
-        with open_bootstrap(path) as image:
+        with _named(path), open_bootstrap(path) as image:
             found = _format_of(image)
             if expected is None:
                 expected, owner = found, path
@@ -150,6 +151,15 @@ def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes],
     data = write(tree, used, chunk_size=chunk_size or DEFAULT_CHUNK_SIZE, flags=flags, prefetch=patterns)
     write_file(out, data)
     return MergeResult([blob.id for blob in used], version, compressor, digester, count, len(data))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Damage is said with the file it is in: there may be a hundred."""
+    try:
+        yield
+    except FormatError as error:
+        raise BuildError(f"{path}: {error}") from error
 
 
 def _format_of(image: Bootstrap) -> _Format:

@@ -117,7 +117,7 @@ class BootstrapV6(Bootstrap):
         if not sb.inos:
             raise FormatError(name, at + 16, "no inodes")
         if self.size % (1 << sb.blkszbits):
-            raise FormatError(name, at, f"file size {self.size} is not a multiple of the block size")
+            raise FormatError(name, at, f"file size {self.size} is not a multiple of the block size: truncated?")
         if sb.meta_blkaddr << sb.blkszbits > self.size:
             raise FormatError(name, at + 40, f"inodes start in block {sb.meta_blkaddr}, behind the end of the file")
         return sb

@@ -7,7 +7,14 @@ Edges (CLI, HTTP API, FUSE) map these classes to exit codes, status codes and er
 from __future__ import annotations
 
 import errno as _errno
+import os
 from collections.abc import Sequence
+
+
+def os_reason(error: OSError) -> str:
+    """What the kernel said, as `file: reason` and without errno's number, for a line to a user."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
 
 
 class NydusError(Exception):

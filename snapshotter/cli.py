@@ -177,7 +177,10 @@ def _run(**options: Any) -> None:
         stopping = _stop_on_signals()
         program = Program(chosen)
     except (SnapshotterError, OSError) as error:
-        click.echo(f"containerd-nydus-grpc: {error}", err=True)
+        from nydusfs.errors import os_reason
+
+        said = os_reason(error) if isinstance(error, OSError) else str(error)
+        click.echo(f"containerd-nydus-grpc: {said}", err=True)
         raise SystemExit(2 if isinstance(error, SettingsError) else 1) from None
     stopping.wait()
     program.stop()

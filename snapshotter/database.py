@@ -65,6 +65,8 @@ class Database:
             self._writer = self._connect()
             self.created = self._migrate()
         except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise StartError(f"snapshot database {path}: {error}: free some space") from None
             raise StartError(
                 f"snapshot database {path}: {error}. If it is damaged, stop containerd, move it away together with the "
                 "snapshots directory beside it, remove the images in containerd and pull them again"

@@ -209,7 +209,12 @@ class Images:
                 except ApiError as error:
                     # ids are never given out twice: what is mounted there is this very image
                     if "already exists" not in error.message:
-                        raise SnapshotterError(f"image {record.image} cannot be mounted: {error}") from None
+                        hint = ""
+                        if f"bootstrap {record.bootstrap}: " in error.reason:
+                            hint = " (damaged? remove the image in containerd and pull it again)"
+                        raise SnapshotterError(
+                            f"image {record.image} cannot be mounted: {error.reason}{hint}"
+                        ) from None
                 self._serving.add(record.snapshot)
                 return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from snapshotter.errors import SnapshotterError
 DIAL_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
 MAX_REPLY = 16 << 20
+_WRAPPED = re.compile(r'(?:\w+\()+("(?:[^"\\]|\\.)*")\)+')
 
 
 class ApiError(SnapshotterError):
@@ -23,6 +25,17 @@ class ApiError(SnapshotterError):
         self.status = status
         self.message = message
         super().__init__(f"{what}: nydusd answered {status}: {message}")
+
+    @property
+    def reason(self) -> str:
+        """The innermost text of `Mount(MountFilesystem(Other("...")))`, the whole message if it has another form."""
+        found = _WRAPPED.fullmatch(self.message)
+        if found is None:
+            return self.message
+        try:
+            return str(json.loads(found[1])).removeprefix("RAFS failed to handle request, ")
+        except ValueError:
+            return self.message
 
 
 class ApiUnreachable(SnapshotterError):

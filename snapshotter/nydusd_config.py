@@ -11,6 +11,7 @@ share a cache by accident, and everything an instance keeps lies below its root.
 from __future__ import annotations
 
 import copy
+import difflib
 import ipaddress
 import json
 import logging
@@ -64,8 +65,10 @@ def load_template(path: Path) -> Template:
         if not isinstance(document, dict):
             raise SettingsError(f"{path}: expected a JSON object")
         if "device" not in document:
+            nearest = difflib.get_close_matches("device", [str(key) for key in document], 1, 0.6)
+            hint = f' (there is "{nearest[0]}")' if nearest else ""
             raise SettingsError(
-                f'{path}: key "device" is missing: a nydusd template for the snapshotter is version 1 JSON '
+                f'{path}: key "device" is missing{hint}: a nydusd template for the snapshotter is version 1 JSON '
                 '({"device": {"backend": ..., "cache": ...}, "mode": "direct", ...})'
             )
         load_config(text, str(path), template=True)

@@ -91,7 +91,7 @@ def clear_errors(doing: str) -> Iterator[None]:
     except BrokenPipeError as error:
         raise CommandError(f"{doing}: whoever reads the output went away") from error
     except OSError as error:
-        where = f" {os.fsdecode(error.filename)}" if error.filename else ""
+        where = f" {os.fsdecode(error.filename)}:" if error.filename else ""
         raise CommandError(f"{doing}:{where} {error.strerror or error}") from error
     except MemoryError as error:
         raise CommandError(f"{doing}: not enough memory") from error

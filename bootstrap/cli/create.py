@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -215,12 +216,17 @@ def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any])
             layer = stack.enter_context(open_layer(layer))
         target = stack.enter_context(_Output(given["blob"], given["blob_dir"]))
         assert target.file is not None
-        if layer is not None:
-            result = build_layer(layer, target.file, options)
-        else:
-            result = build_directory(source, target.file, options, parent=given["parent_bootstrap"])
-        blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
-        target.keep(blob_id)
+        try:
+            if layer is not None:
+                result = build_layer(layer, target.file, options)
+            else:
+                result = build_directory(source, target.file, options, parent=given["parent_bootstrap"])
+            blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
+            target.keep(blob_id)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not error.filename:
+                error.filename = target.path  # write() does not say which disk is full
+            raise
     if options.inline_meta:
         return result, ""
     path = given["bootstrap"]
@@ -240,12 +246,12 @@ class _Output:
 
     def __init__(self, blob: str | None, blob_dir: str | None) -> None:
         self._dir = blob_dir
-        self._path = blob if blob is not None else os.path.join(blob_dir or ".", f".blob.{os.getpid()}.tmp")
+        self.path = blob if blob is not None else os.path.join(blob_dir or ".", f".blob.{os.getpid()}.tmp")
         self._kept = False
         self.file: BinaryIO | None = None
 
     def __enter__(self) -> _Output:
-        self.file = open(self._path, "wb", buffering=1 << 16)  # closed in __exit__
+        self.file = open(self.path, "wb", buffering=1 << 16)  # closed in __exit__
         return self
 
     def keep(self, blob_id: str) -> None:
@@ -253,7 +259,7 @@ class _Output:
         assert self.file is not None
         self.file.close()
         if self._dir is not None and blob_id:
-            os.replace(self._path, os.path.join(self._dir, blob_id))
+            os.replace(self.path, os.path.join(self._dir, blob_id))
             self._kept = True
         elif blob_id:
             self._kept = True
@@ -262,6 +268,6 @@ class _Output:
         if self.file is not None:
             with suppress(OSError):
                 self.file.close()
-        if not self._kept and os.path.isfile(self._path):
+        if not self._kept and os.path.isfile(self.path):
             with suppress(OSError):
-                os.unlink(self._path)
+                os.unlink(self.path)

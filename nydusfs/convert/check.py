@@ -17,7 +17,7 @@ from nydusfs.convert import rules
 from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
 from nydusfs.convert.compare import Comparison, MountView, ReaderView, View, compare
 from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
-from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted
+from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
@@ -62,6 +62,8 @@ class CheckResult:
 
 def check(options: CheckOptions, progress: Progress) -> CheckResult:
     """Raises NydusError for what prevents checking; what is wrong with the image is in the result."""
+    if options.use_mount and options.source is not None:
+        require_root(" (or check without a mount: --no-mount)")
     try:
         return _check(options, progress)
     except OSError as error:

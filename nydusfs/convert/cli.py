@@ -104,11 +104,17 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and logging.getLogger().handlers:
             logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(_sentence(error).split()) or type(error).__name__
         known = _is_known(error)
         click.echo(f"nydusify: error: {text if known else f'internal: {type(error).__name__}: {text}'}", err=True)
         code = getattr(error, "exit_code", 1) if known else 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    from nydusfs.errors import os_reason
+
+    return os_reason(error) if isinstance(error, OSError) else str(error)
 
 
 def _is_known(error: Exception) -> bool:

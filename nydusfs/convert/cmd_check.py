@@ -90,6 +90,8 @@ def command(**given: Any) -> None:
     if not result.ok:
         count = len(result.violations) + (found.count if found else 0)
         what = "difference" if found else "violation"
-        click.echo(f"nydusify: {target}: {count} {what}{'s' if count != 1 else ''}", err=True)
+        unread = found and options.use_mount and any(" be read in the target" in text for text in found.differences)
+        why = f"; nydusd's reasons: {Path(given['work_dir']) / 'target' / 'nydusd.log'}" if unread else ""
+        click.echo(f"nydusify: {target}: {count} {what}{'s' if count != 1 else ''}{why}", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"verified image {target}" + (f" against {source}" if source else ""), err=True)

@@ -36,13 +36,14 @@ def command(**given: Any) -> None:
         raise click.UsageError("--target is required")
     from nydusfs.convert.check import fetch_bootstrap, pick_nydus
     from nydusfs.convert.images import load_images
-    from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted
+    from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
     from nydusfs.convert.platforms import Platform, host_platform
     from nydusfs.errors import ConvertError
     from nydusfs.registry.client import RegistryClient
     from nydusfs.registry.hosts import ClientOptions
     from nydusfs.registry.reference import DOCKER_HUB, Reference
 
+    require_root()
     target = Reference.parse(given["target"])
     program = find_nydusd(given["nydusd"])
     platform = Platform.parse(given["platform"]) if given["platform"] else host_platform()

@@ -45,6 +45,12 @@ def find_nydusd(name: str) -> str:
     return found
 
 
+def require_root(otherwise: str = "") -> None:
+    """Before anything is fetched: only root may mount. Raises ConvertError."""
+    if os.geteuid() != 0:
+        raise ConvertError(f"must run as root to mount the image{otherwise}")
+
+
 def daemon_config(client: RegistryClient, reference: Reference, cache: Path, *, prefetch: bool) -> dict[str, Any]:
     """Configuration (v1) that reads this image's blobs from its registry, with docker's credentials for it."""
     server = client.transport.server

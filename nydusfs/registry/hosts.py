@@ -104,17 +104,17 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
     mirrors: list[Endpoint] = []
     hosts = document.get("host", {})
     if not isinstance(hosts, dict):
-        raise ConfigError("host", f"{path}: must be a table")
+        raise ConfigError("host", "must be a table", str(path))
     for url, entry in hosts.items():
         if not isinstance(entry, dict):
-            raise ConfigError(f"host.{url}", f"{path}: must be a table")
+            raise ConfigError(f"host.{url}", "must be a table", str(path))
         mirrors.append(_endpoint(url, entry, path, options))
     if server is None:
         servers = _candidates(endpoint, options)
     elif isinstance(server, str):
         servers = [_endpoint(server, document, path, options)]
     else:
-        raise ConfigError("server", f"{path}: must be a string")
+        raise ConfigError("server", "must be a string", str(path))
     # an entry for the server's own address carries its settings
     own = [mirror for mirror in mirrors if mirror.url == servers[0].url]
     return Route(own[:1] or servers, [mirror for mirror in mirrors if mirror not in own and mirror.can_pull])
@@ -124,13 +124,13 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     text = url if "://" in url else f"https://{url}"
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError("host", f"{path}: {url!r} is not an http or https address")
+        raise ConfigError("host", f"{url!r} is not an http or https address", str(path))
     capabilities = entry.get("capabilities", ["pull", "resolve", "push"])
     certificates = entry.get("ca", [])
     certificates = [certificates] if isinstance(certificates, str) else certificates
     headers = entry.get("header", {})
     if not isinstance(capabilities, list) or not isinstance(certificates, list) or not isinstance(headers, dict):
-        raise ConfigError(f"host.{url}", f"{path}: capabilities, ca and header have the wrong type")
+        raise ConfigError(f"host.{url}", "capabilities, ca and header have the wrong type", str(path))
     pairs: list[tuple[str, str]] = []
     for name, value in headers.items():
         pairs += [(str(name), str(one)) for one in (value if isinstance(value, list) else [value])]

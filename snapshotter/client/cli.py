@@ -134,7 +134,7 @@ def rpull(
 
 def main() -> None:
     """Entry point; one line on stderr for every failure that has a name."""
-    from nydusfs.errors import NydusError
+    from nydusfs.errors import NydusError, os_reason
 
     try:
         status = cli.main(standalone_mode=False)
@@ -149,6 +149,6 @@ def main() -> None:
         click.echo(f"ctr-remote: {error}", err=True)
         status = error.exit_code
     except OSError as error:
-        click.echo(f"ctr-remote: {error}", err=True)
+        click.echo(f"ctr-remote: {os_reason(error)}", err=True)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)

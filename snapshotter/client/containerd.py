@@ -80,9 +80,9 @@ class Containerd:
         if code == grpc.StatusCode.NOT_FOUND:
             return Missing(f"{what}: {details}")
         if code == grpc.StatusCode.UNAVAILABLE and "dial" not in details and "snapshotter" not in details:
-            return ContainerdError(
-                f"containerd does not answer at {self.address} ({details}): is it running? See --address"
-            )
+            reason = details.rpartition("error: ")[2]  # gRPC wraps the kernel's words three times
+            hint = "run as root" if reason.startswith("Permission denied") else "is it running? See --address"
+            return ContainerdError(f"containerd does not answer at {self.address} ({reason}): {hint}")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ContainerdError(f"{what}: no answer from containerd in time")
         return ContainerdError(f"{what}: {details or code.name}")
