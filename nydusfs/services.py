@@ -17,6 +17,7 @@ import trio
 
 from bootstrap.base import Bootstrap
 from bootstrap.chunkmap import ChunkMap
+from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
 from nydusfs.cache import CacheStore
 from nydusfs.config import Config, connection_debug
@@ -85,7 +86,14 @@ def _open(bootstrap_path: str, store: CacheStore | None) -> tuple[Bootstrap, Chu
         path = None
         if store is not None:
             path = store.map_path(blake2b(os.path.realpath(bootstrap_path).encode(), digest_size=12).hexdigest())
-        return bootstrap, ChunkMap.open(bootstrap, path)
+        try:
+            return bootstrap, ChunkMap.open(bootstrap, path)
+        except RafsError as error:
+            if path is None or not isinstance(error.__cause__, OSError):
+                raise
+            # a full disk costs the map's next use, not the image: the map is small against the room for temporary files
+            log.warning("%s: going on with a temporary one for %s", error, bootstrap_path)
+            return bootstrap, ChunkMap.open(bootstrap, None)
     except BaseException:
         bootstrap.close()
         raise

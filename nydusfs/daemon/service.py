@@ -53,8 +53,10 @@ def first_mount(options: Options) -> MountRequest | None:
     if options.config is not None:
         try:
             text = Path(options.config).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NydusError(f"configuration {options.config}: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise NydusError(f"configuration {options.config} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise NydusError(f"configuration {options.config} is not UTF-8 text") from None
         # Without a bootstrap the file is a template for nobody: each mount brings its own configuration.
         config = load_config(text, options.config, template=options.bootstrap is None)
     if options.bootstrap is None:
@@ -62,6 +64,8 @@ def first_mount(options: Options) -> MountRequest | None:
     if config is None:
         if options.localfs_dir is None:
             raise NydusError("both --config and --localfs-dir are missing: one must say where the image's blobs are")
+        if not os.path.isdir(options.localfs_dir):
+            raise NydusError(f"--localfs-dir {options.localfs_dir} is not a directory: give the one with the blobs")
         config = Config(id="", backend=LocalFsBackend(dir=options.localfs_dir), cache=_local_cache(options.localfs_dir))
     return MountRequest(options.virtual_mountpoint, options.bootstrap, config, _prefetch_list(options.prefetch_files))
 
