@@ -46,6 +46,9 @@ class Services:
             self._nursery.start_soon(store.sync_forever)
         return self._stores[key]
 
+    def stores(self) -> list[CacheStore]:
+        return list(self._stores.values())
+
     async def open_image(
         self, bootstrap_path: str, config: Config, *, name: str, counters: CacheCounters | None = None
     ) -> ImageReader:
@@ -74,6 +77,8 @@ async def open_services() -> AsyncIterator[Services]:
         try:
             yield services
         finally:
+            for store in services.stores():
+                store.stop_syncing()  # a thread at it holds up the end
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
                 await services.aclose()

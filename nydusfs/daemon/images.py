@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import trio
+
 from bootstrap.base import Bootstrap
+from nydusfs.config import LocalFsBackend
 from nydusfs.daemon.mounts import MountRequest, OpenImage
+from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import Services
 
@@ -38,9 +42,29 @@ class ReaderImage:
 class ImageOpener:
     """Opens need no network; reading the bootstrap and indexing its chunks happens in a worker thread."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, mountpoint: str) -> None:
         self._services = services
+        self._mountpoint = mountpoint
 
     async def __call__(self, request: MountRequest) -> OpenImage:
+        # In a thread: a path that leads into this daemon's own mount is answered by the loop.
+        await trio.to_thread.run_sync(self._refuse_own_files, request)
         reader = await self._services.open_image(request.source, request.config, name=request.mountpoint)
         return ReaderImage(reader, request.prefetch_files)
+
+    def _refuse_own_files(self, request: MountRequest) -> None:
+        """A cache, bootstrap or blob below the own mountpoint would have the daemon wait for itself for ever: page
+        faults and file calls of the event loop are not answered by anybody else."""
+        config = request.config
+        paths = {"bootstrap": request.source}
+        if config.cache.persistent:
+            paths["device.cache.config.work_dir"] = config.cache.work_dir
+        if isinstance(config.backend, LocalFsBackend):
+            paths["device.backend.config.dir"] = config.backend.dir
+            paths["device.backend.config.blob_file"] = config.backend.blob_file
+        for what, path in paths.items():
+            if not path:
+                continue
+            resolved = os.path.realpath(path)
+            if resolved == self._mountpoint or resolved.startswith(self._mountpoint.rstrip("/") + "/"):
+                raise NydusError(f"{what} {path} lies below the daemon's own mountpoint {self._mountpoint}: move it")

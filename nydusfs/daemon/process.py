@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import logging
 import os
 import resource
+import signal
+import sys
 from pathlib import Path
 
 from nydusfs.drivers import kernel
@@ -50,7 +53,10 @@ def check_mountpoint(path: str) -> str:
 
     Raises `NydusError`/`MountError`: not there, no directory, or served by a living process.
     """
-    absolute = os.path.realpath(path)  # does not stat the last component of a dead mount in a way that fails
+    # Does not stat the last component of a dead mount in a way that fails; below a hung one it never comes back.
+    absolute = kernel.call_with_deadline(lambda: os.path.realpath(path), 5.0)
+    if not isinstance(absolute, str):
+        raise NydusError(f"mountpoint {path}: a file system there does not answer; see `grep fuse /proc/mounts`")
     if kernel.clear_dead_mount(absolute):
         log.warning("a dead daemon's mount at %s was detached", absolute)
     try:
@@ -68,6 +74,14 @@ def check_mountpoint(path: str) -> str:
 def check_privileges() -> None:
     if os.geteuid() != 0:
         raise NydusError("nydusd must run as root: mounting FUSE with allow_other needs CAP_SYS_ADMIN")
+
+
+def stacks_on_signal() -> None:
+    """SIGUSR1 writes the stack of every thread to stderr, also while the event loop hangs: for `kill -USR1 PID`."""
+    try:
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    except (OSError, ValueError, AttributeError):
+        pass  # no stderr
 
 
 _M_ARENA_MAX = -8

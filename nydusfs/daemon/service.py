@@ -148,6 +148,7 @@ class Daemon:
     def prepare(self) -> MountRequest | None:
         """All checks that need no event loop. Raises `NydusError`; nothing was changed then, except a dead mount."""
         process.tame_allocator()
+        process.stacks_on_signal()
         log.info(version_line())
         process.raise_nofile_limit(self.options.rlimit_nofile)
         process.check_privileges()
@@ -164,7 +165,7 @@ class Daemon:
         try:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:
-                    self.mounts = MountTable(self._driver, ImageOpener(services), nursery)
+                    self.mounts = MountTable(self._driver, ImageOpener(services, self._driver.mountpoint), nursery)
                     nursery.start_soon(self._watch_signals, signals)
                     try:
                         await self._serve(nursery, request)
@@ -240,6 +241,8 @@ class Daemon:
 
     async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
+            # Before anything that may wait: a first mount under way, or a log that takes no more.
+            self._arm_deadline()
             log.info("signal %s: stopping", signal.Signals(number).name)
             if self._stopping.is_set():
                 continue
@@ -251,10 +254,14 @@ class Daemon:
             return
         self._deadline_armed = True
 
-        def give_up() -> None:
+        def say() -> None:
             log.error("stop did not finish within %.0f s: leaving at once", STOP_DEADLINE)
+
+        def give_up() -> None:
+            # A log that takes no more (a full pipe nobody reads) may be what keeps the stop waiting.
+            kernel.call_with_deadline(say, 1.0)
             if self._unmount:
-                self._driver.detach()
+                kernel.call_with_deadline(self._driver.detach, 1.0)
             os._exit(1)
 
         timer = threading.Timer(STOP_DEADLINE, give_up)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
-from nydusfs.drivers import kernel
+from nydusfs.drivers import kernel, session
 from nydusfs.drivers.operations import ImageOperations
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import (
@@ -69,6 +69,7 @@ class FuseDriver:
 
     def open(self) -> None:
         """mount(2). Raises `kernel.MountError`. Requests wait in the kernel until `serve` runs."""
+        before = session.devices()
         try:
             pyfuse3.init(self.operations, self.mountpoint, set(OPTIONS))
         except RuntimeError as error:
@@ -76,6 +77,7 @@ class FuseDriver:
                 f"mounting FUSE at {self.mountpoint} failed ({error}): CAP_SYS_ADMIN and a usable /dev/fuse are needed"
             ) from None
         self._opened = True
+        session.never_block(session.devices() - before)
         self._mounted = kernel.mount_at(self.mountpoint)
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

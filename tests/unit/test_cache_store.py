@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,26 @@ def test_a_disk_that_takes_nothing_is_reported_once(
     assert "is full" in caplog.text
     assert not list((tmp_path / BLOB.id).glob("*.part"))
     store.close()
+
+
+def test_close_does_not_wait_for_a_disk_that_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not made durable stays, under the name that is good until the next boot."""
+    real, synced = os.fdatasync, []
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.1)
+        synced.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr("nydusfs.cache.store.CLOSE_SECONDS", 0.5)
+    store = CacheStore(tmp_path)
+    for number in range(200):
+        keep(store, number)
+    began = time.monotonic()
+    store.close()
+    assert time.monotonic() - began < 5, "200 files of 0.1 s each"
+    assert 0 < len(synced) < 50
+    again = CacheStore(tmp_path)
+    assert [number for number in range(200) if found(again, number) != content(number)] == []
+    again.close()

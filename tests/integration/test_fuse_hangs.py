@@ -1,0 +1,150 @@
+"""What once stopped, or could stop, the whole daemon: each of these must cost one caller an error at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
+from tests.lab.process import unmount_below
+from tests.lab.tiny import tiny_image
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+
+# A driver whose event loop comes late to a request: its process is killed between "readable" and the read of the
+# device, as happens on loaded machines. Prints how late the loop was for a sleep of 0.5 s, three times.
+LATE_LOOP = """
+import os, subprocess, sys, time
+import trio
+from nydusfs.drivers.fuse import FuseDriver
+
+real, victims = trio.lowlevel.wait_readable, []
+
+async def late(descriptor):
+    await real(descriptor)
+    if victims:
+        victim = victims.pop()
+        time.sleep(0.2)
+        victim.kill()
+        victim.wait()
+
+trio.lowlevel.wait_readable = late
+driver = FuseDriver(sys.argv[1])
+driver.open()
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.serve)
+        for _ in range(3):
+            code = "import os, sys; input(); os.stat(sys.argv[1] + '/nothing')"
+            victim = subprocess.Popen([sys.executable, "-c", code, sys.argv[1]], stdin=subprocess.PIPE)
+            await trio.sleep(0.3)
+            victims.append(victim)
+            victim.stdin.write(b"\\n")
+            victim.stdin.flush()
+            began = time.monotonic()
+            await trio.sleep(0.5)
+            while victims:
+                await trio.sleep(0.05)
+            print("alive", time.monotonic() - began, flush=True)
+        print(await trio.to_thread.run_sync(os.listdir, sys.argv[1]), flush=True)
+        await driver.stop()
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+driver.close()
+"""
+
+
+def test_request_that_vanishes_before_it_is_read_does_not_stop_the_loop(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE_LOOP, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        try:
+            said, errors = driver.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            said, errors = driver.communicate(timeout=10)
+            pytest.fail(f"the event loop hangs in read(2): {said} {errors}")
+        finally:
+            unmount_below(tmp_path)
+    assert driver.returncode == 0, errors
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines] == ["alive", "alive", "alive", "[]"], said + errors
+
+
+def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
+    """The daemon would wait for itself: for its cache's directory, its bootstrap's pages, its blobs."""
+    image = tiny_image(tmp_path, {"small": b"hello\n"})
+    with Nydusd() as daemon:
+        link = tmp_path / "link"
+        link.symlink_to(daemon.mnt)
+
+        def config(blobs: Path, work: Path) -> str:
+            device = {
+                "backend": {"type": "localfs", "config": {"dir": str(blobs)}},
+                "cache": {"type": "blobcache", "config": {"work_dir": str(work)}},
+            }
+            return json.dumps({"device": device, "mode": "direct"})
+
+        good = config(image.bootstrap.parent, daemon.dir / "cache")
+        assert daemon.mount("/good", image.bootstrap, good).status == 204
+        for source, text in (
+            (image.bootstrap, config(image.bootstrap.parent, daemon.mnt / "cache")),
+            (image.bootstrap, config(image.bootstrap.parent, link / "good" / "cache")),
+            (image.bootstrap, config(daemon.mnt / "good", daemon.dir / "cache")),
+            (daemon.mnt / "good" / "small", good),
+        ):
+            answer = daemon.mount("/bad", source, text)
+            assert answer.status == 500
+            assert "own mountpoint" in answer.message
+        listed = reader("import os, sys; print(os.listdir(sys.argv[1]))", daemon.mnt)
+        assert listed.stdout == "['good']\n"
+        code, seconds = daemon.stop()
+        assert (code, seconds < 5) == (0, True)
+
+
+def test_stacks_of_all_threads_on_sigusr1() -> None:
+    with Nydusd() as daemon:
+        os.kill(daemon.pid, signal.SIGUSR1)
+        wait_until(lambda: "most recent call first" in daemon.log_text(), 10, "stacks in the log")
+        assert "trio" in daemon.log_text()
+        assert daemon.running()
+
+
+def test_stop_ends_although_nobody_reads_the_log(tmp_path: Path) -> None:
+    """stdout is a full pipe: the line that a stop writes blocks for ever, and so did the watchdog's own."""
+    mountpoint = tmp_path / "m"
+    mountpoint.mkdir()
+    receiving, sending = os.pipe()
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "nydusfs.daemon.cli", "-M", str(mountpoint), "--rlimit-nofile", "0"],
+        stdout=sending,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: os.path.ismount(mountpoint), 20, "the mount")
+        os.set_blocking(sending, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(sending, b"x" * 65536)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(sending, b"x")
+        os.set_blocking(sending, True)
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait(20)
+        assert not os.path.ismount(mountpoint)
+    finally:
+        daemon.kill()
+        daemon.wait(10)
+        os.close(receiving)
+        os.close(sending)
+        unmount_below(tmp_path)
