@@ -285,6 +285,7 @@ def test_nydusify_check_and_mount_say_what_is_wrong(work: Path, registry: Regist
     dead = f"127.0.0.1:{free_port()}"
     there = f"{registry.host}/lab/app"
     place = ("--work-dir", work / "w", "--mount-path", work / "m")
+    options: tuple[str | Path, ...]
     for command, options in (("check", place[:2]), ("mount", place)):
         fails(run("nydusify", command, "--target", f"{dead}/a/b:c", *options), dead, "cannot be reached")
         fails(run("nydusify", command, "--target", f"{there}:none", *options), "app:none", "does not exist")
@@ -319,7 +320,15 @@ def _damaged(registry: Registry, layer: dict[str, Any], damage: str) -> contextl
 def test_nydusify_check_finds_damage_in_the_registry(work: Path, registry: Registry, damage: str) -> None:
     there = f"{registry.host}/lab/app"
     blob, *_, boot = fetch_manifest(registry.host, "lab/app", "nydus")[1]["layers"]
-    check = ("check", "--source", f"{there}:oci", "--target", f"{there}:nydus", "--work-dir", work / "w")
+    check: tuple[str | Path, ...] = (
+        "check",
+        "--source",
+        f"{there}:oci",
+        "--target",
+        f"{there}:nydus",
+        "--work-dir",
+        work / "w",
+    )
     with _damaged(registry, blob, damage):
         done = run("nydusify", *check)
         fails(done, " difference", str(work / "w" / "target" / "nydusd.log"))
