@@ -12,7 +12,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 STOP_SECONDS = 10.0
+# Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
+LOCK_SECONDS = 60.0
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_SECONDS = 60.0  # a life this long makes the next restart immediate again
 _ALPHABET = "0123456789abcdefghijklmnopqrstuv"
@@ -120,9 +123,22 @@ class Daemon:
             self._live(None)
             return True
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock, in bounded time: a crowd behind a nydusd that hangs must not wait for each other for ever.
+
+        Raises Unavailable.
+        """
+        if not self.lock.acquire(timeout=LOCK_SECONDS):
+            raise Unavailable(f"nydusd {self.id} (pid {self.pid}) is busy for more than {LOCK_SECONDS:.0f} s")
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def ensure(self) -> None:
         """Returns with the process running. Raises Unavailable saying why it does not."""
-        with self.lock:
+        with self.held():
             if self._closing.is_set():
                 raise Unavailable(f"nydusd {self.id} is being stopped")
             if not self._alive:
@@ -201,6 +217,8 @@ class Daemon:
                     return
             except SnapshotterError:
                 pass
+            if self._closing.is_set():
+                raise Unavailable(f"nydusd {self.id} is being stopped")
             if time.monotonic() > deadline:
                 raise Unavailable(f"nydusd {self.id} is not running after {START_SECONDS:.0f} s (see {output.parent})")
             time.sleep(delay)

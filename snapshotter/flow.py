@@ -12,8 +12,11 @@ from snapshotter.images import Images
 from snapshotter.labels import LAYER_DIGEST, SNAPSHOT_REF, id_mapping, is_data, is_meta
 from snapshotter.mounts import Layout, Mount
 from snapshotter.store import Kind, Snapshot, Store, disk_usage
+from snapshotter.trash import Trash
 
 log = logging.getLogger(__name__)
+
+CLEANUP_PATIENCE = 2.0  # seconds: 20,000 files or so are gone by then
 
 
 class Snapshotter:
@@ -24,6 +27,8 @@ class Snapshotter:
         self._layout = layout
         self._images = images
         self._sync_remove = sync_remove
+        self._trash = Trash(store.trash)
+        self._trash.empty(0)  # what an earlier life had no time for
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
@@ -77,15 +82,19 @@ class Snapshotter:
         return size, snapshot.inodes
 
     def cleanup(self) -> None:
-        """Deletes directories without a snapshot and unmounts the images they carried. One failure stops nothing."""
+        """Unmounts the images of removed snapshots and takes their directories away; big ones are deleted behind.
+
+        One failure stops nothing.
+        """
         for identity, path in self._store.leftovers():
             try:
                 self._images.release(identity)
-                shutil.rmtree(path)
+                self._trash.put(path)
             except FileNotFoundError:
                 pass  # two Cleanups at once
             except (SnapshotterError, OSError) as error:
                 log.warning("%s is left for the next clean-up: %s", path, error)
+        self._trash.empty(CLEANUP_PATIENCE)
 
     # ----
 

@@ -24,6 +24,8 @@ from snapshotter.store import Snapshot, Store, disk_usage
 log = logging.getLogger(__name__)
 
 RECOVERY_SECONDS = 90.0
+UMOUNT_SECONDS = 10.0  # normal: milliseconds; an image left mounted is unmounted by the next start's `_settle`
+IMAGE_SECONDS = 120.0  # wait for another call's mount of the same image; that one is bounded itself
 _BLOB_ID = re.compile(r"[0-9a-f]{64}")
 _V5_MAGIC, _V6_MAGIC = 0x52414653, 0xE0F5E1E2
 
@@ -145,10 +147,16 @@ class Images:
                 daemon.stop()
                 self._daemons.pop(record.id, None)
                 continue
-            (found if daemon.adopt() else dead).append(daemon)
+            try:
+                (found if daemon.adopt() else dead).append(daemon)
+            except OSError:  # it died between two looks at it
+                dead.append(daemon)
         log.info("found %d nydusd running, %d to be started again", len(found), len(dead))
         for daemon in found:
-            self._settle(daemon)
+            try:
+                self._settle(daemon)
+            except SnapshotterError as error:
+                log.warning("%s; its images are mounted when they are asked for", error)
         for daemon in dead:
             try:
                 daemon.ensure()
@@ -174,8 +182,8 @@ class Images:
         for path, record in wanted.items():
             if mounted is not None and path in mounted:
                 self._serving.add(record.snapshot)
-            else:
-                self._remount(record)
+            elif not self._remount(record):
+                return
 
     def close(self, *, umount: bool = False) -> None:
         """Daemons and mounts stay, unless `umount` (cleanup_on_close)."""
@@ -196,7 +204,7 @@ class Images:
         # before the lock: a credential helper may take its time
         config = self._config(record, labels)
         for attempt in (1, 2):
-            with daemon.lock:
+            with daemon.held():
                 daemon.ensure()
                 if record.snapshot in self._serving:
                     return
@@ -218,12 +226,14 @@ class Images:
                 self._serving.add(record.snapshot)
                 return
 
-    def _remount(self, record: InstanceRecord) -> None:
-        """A failing image does not take the others down."""
+    def _remount(self, record: InstanceRecord) -> bool:
+        """A failing image does not take the others down. False: nydusd does not answer, more of them are no use."""
         try:
             self._mount(record, self._labels(record))
         except (SnapshotterError, OSError) as error:
             log.warning("image %s is not mounted again: %s", record.image, error)
+            return not isinstance(error, ApiUnreachable)
+        return True
 
     def _forget(self, record: InstanceRecord) -> None:
         daemon = self._daemons[record.daemon]
@@ -235,7 +245,7 @@ class Images:
             self._remove_daemon_files(daemon.id)
         elif daemon.alive:
             try:
-                daemon.api.umount(f"/{record.snapshot}")
+                daemon.api.umount(f"/{record.snapshot}", timeout=UMOUNT_SECONDS)
             except SnapshotterError as error:
                 log.debug("%s", error)
         self._records.forget_instance(record.snapshot)
@@ -287,7 +297,9 @@ class Images:
             # mounted before this start and lost with the old process; images never mounted are ensure's business
             self._serving -= {one.snapshot for one in served}
             for instance in served:
-                self._remount(instance)
+                if not self._remount(instance):
+                    log.warning("nydusd %s does not answer: its other images are mounted when asked for", record.id)
+                    return
 
         daemon = Daemon(self._settings.daemon, self._records, record, arguments, on_start)
         self._daemons[record.id] = daemon
@@ -323,8 +335,12 @@ class Images:
         """One caller per image: the others find it mounted."""
         with self._lock:
             lock = self._image_locks.setdefault(snapshot, threading.Lock())
-        with lock:
+        if not lock.acquire(timeout=IMAGE_SECONDS):
+            raise Unavailable(f"image of snapshot {snapshot} is being mounted for more than {IMAGE_SECONDS:.0f} s")
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def find_bootstrap(upper: Path, image: str) -> Path:

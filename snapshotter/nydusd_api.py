@@ -76,8 +76,8 @@ class NydusdApi:
         body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
         self._call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
 
-    def umount(self, mountpoint: str) -> None:
-        self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}")
+    def umount(self, mountpoint: str, timeout: float = REQUEST_SECONDS) -> None:
+        self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}", timeout=timeout)
 
     def _call(self, method: str, url: str, body: object = None, timeout: float = REQUEST_SECONDS) -> Any:
         what = f"{method} {url.partition('?')[0]} on {self.path}"

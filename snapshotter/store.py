@@ -69,6 +69,7 @@ class Store:
     def __init__(self, root: Path, database: Database) -> None:
         self.directory = root / "snapshots"
         self.directory.mkdir(mode=0o700, exist_ok=True)
+        self.trash = self.directory.with_name("trash")  # same file system, unless somebody mounted over one of them
         self._database = database
         self._settle_ids()
 

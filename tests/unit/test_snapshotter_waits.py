@@ -1,0 +1,156 @@
+"""Nobody waits without a bound: for a nydusd that hangs, for others who wait for it, for trees being deleted."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from snapshotter import daemons, images
+from snapshotter.daemons import Daemon, DaemonSettings
+from snapshotter.database import NAME, Database
+from snapshotter.errors import SnapshotterError, Unavailable
+from snapshotter.images import Images, ImageSettings
+from snapshotter.nydusd_api import ApiUnreachable, NydusdApi
+from snapshotter.nydusd_config import load_template
+from snapshotter.records import DaemonRecord, InstanceRecord, Records
+from snapshotter.store import Store
+from snapshotter.trash import Trash
+
+
+def daemon(tmp_path: Path) -> Daemon:
+    settings = DaemonSettings("/bin/false", tmp_path, tmp_path / "log")
+    record = DaemonRecord("d", True, 0, 0, tmp_path / "api.sock", tmp_path / "mnt")
+    return Daemon(settings, Records(Database(tmp_path / NAME)), record, list, lambda: None)
+
+
+def tree(path: Path) -> Path:
+    (path / "fs" / "deep").mkdir(parents=True)
+    (path / "fs" / "deep" / "file").write_text("x")
+    return path
+
+
+def test_small_trees_are_gone_when_the_call_returns_and_big_ones_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_ = Trash(tmp_path / "trash")
+    bin_.put(tree(tmp_path / "7"))
+    bin_.empty(10)
+    assert list((tmp_path / "trash").iterdir()) == []
+    may_delete, real = threading.Event(), shutil.rmtree
+
+    def slow(path: str) -> None:
+        assert may_delete.wait(10)
+        real(path)
+
+    monkeypatch.setattr("snapshotter.trash.shutil.rmtree", slow)
+    bin_.put(tree(tmp_path / "8"))
+    began = time.monotonic()
+    bin_.empty(0.2)
+    assert time.monotonic() - began < 5
+    assert not (tmp_path / "8").exists()
+    bin_.put(tree(tmp_path / "9"))  # beside the one under way
+    bin_.empty(0)
+    may_delete.set()
+    bin_.empty(10)
+    assert list((tmp_path / "trash").iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        bin_.put(tmp_path / "9")
+
+
+def test_what_a_killed_program_left_in_the_trash_goes_with_the_next(tmp_path: Path) -> None:
+    Trash(tmp_path / "trash").put(tree(tmp_path / "7"))  # killed here
+    Trash(tmp_path / "trash").empty(10)
+    assert list((tmp_path / "trash").iterdir()) == []
+
+
+def test_a_nydusd_busy_for_others_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemons, "LOCK_SECONDS", 0.2)
+    one = daemon(tmp_path)
+    release = threading.Event()
+
+    def hold() -> None:
+        with one.lock:
+            release.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        with pytest.raises(Unavailable, match="is busy"):
+            one.ensure()
+    finally:
+        release.set()
+        thread.join(10)
+
+
+def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart all its images are mounted again, under its lock."""
+    monkeypatch.setattr("snapshotter.nydusd_api.DIAL_SECONDS", 1.0)
+    template = tmp_path / "template.json"
+    template.write_text('{"device":{"backend":{"type":"registry","config":{}},"cache":{"type":"blobcache"}}}')
+    database = Database(tmp_path / NAME)
+    settings = ImageSettings(
+        DaemonSettings("/bin/false", tmp_path, tmp_path / "log"), True, load_template(template), tmp_path / "cache"
+    )
+    all_images = Images(settings, Store(tmp_path, database), Records(database))
+    one = all_images._shared_daemon()
+    one._alive = True
+    asked: list[str] = []
+
+    def silent(mountpoint: str, bootstrap: Path, config: str) -> None:
+        asked.append(mountpoint)
+        raise ApiUnreachable("POST /api/v1/mount: timed out")
+
+    monkeypatch.setattr(one.api, "mount", silent)
+    for number in range(1, 30):
+        all_images._instances[number] = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
+    one._on_start()
+    assert len(asked) == 1
+
+
+def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "IMAGE_SECONDS", 0.2)
+    template = tmp_path / "template.json"
+    template.write_text('{"device":{"backend":{"type":"registry","config":{}},"cache":{"type":"blobcache"}}}')
+    database = Database(tmp_path / NAME)
+    settings = ImageSettings(
+        DaemonSettings("/bin/false", tmp_path, tmp_path / "log"), True, load_template(template), tmp_path / "cache"
+    )
+    all_images = Images(settings, Store(tmp_path, database), Records(database))
+    release, inside = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with all_images._one(5):
+            inside.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        with pytest.raises(Unavailable, match="being mounted"), all_images._one(5):
+            pass
+        with all_images._one(6):
+            pass
+    finally:
+        release.set()
+        thread.join(10)
+
+
+def test_a_socket_that_accepts_and_never_answers(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        began = time.monotonic()
+        with pytest.raises(SnapshotterError):
+            NydusdApi(path).umount("/1", timeout=0.3)
+        assert time.monotonic() - began < 5
