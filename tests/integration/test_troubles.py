@@ -222,7 +222,7 @@ def test_snapshotter_goes_on_with_unknown_keys_and_a_full_log_disk(work: Path) -
     config = work / "c.json"
     config.write_text(json.dumps({**daemon_config(), "fs_prefech": {}}))
     with full_disk(work / "full") as disk:
-        argv = [program("containerd-nydus-grpc"), "--config-path", config, "--root", work / "r"]
+        argv: list[str | Path] = [program("containerd-nydus-grpc"), "--config-path", config, "--root", work / "r"]
         argv += ["--address", work / "g.sock", "--log-dir", disk / "logs", "--daemon-mode", "dedicated"]
         child = Child("snapshotter", argv, work / "out")
         try:
