@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import blake2b
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -25,6 +26,7 @@ from nydusfs.counters import CacheCounters
 from nydusfs.fetch import FetchScheduler
 from nydusfs.image_reader import ImageReader
 from nydusfs.sources import SourceHub, open_source
+from nydusfs.sources.registry import RegistrySource
 
 log = logging.getLogger("nydusfs")
 
@@ -37,6 +39,8 @@ class Services:
         self.scheduler = FetchScheduler(nursery)
         self._nursery = nursery
         self._stores: dict[str, CacheStore] = {}
+        self._auth: dict[str, str] = {}
+        self._registries: WeakKeyDictionary[RegistrySource, str] = WeakKeyDictionary()
 
     def store(self, work_dir: str) -> CacheStore:
         """One store per directory, whatever it is called. Raises `CacheError`."""
@@ -45,6 +49,16 @@ class Services:
             store = self._stores[key] = CacheStore(work_dir)
             self._nursery.start_soon(store.sync_forever)
         return self._stores[key]
+
+    def set_registry_auth(self, config_id: str, auth: str) -> None:
+        """Credentials that replace those of the configurations with this id ("": of all that have none of their own),
+        for mounted images and later ones. `auth`: base64 of user:password, "" to go back to the configuration's."""
+        self._auth[config_id] = auth
+        for source, identity in list(self._registries.items()):
+            source.use_auth(self._registry_auth(identity))
+
+    def _registry_auth(self, config_id: str) -> str:
+        return self._auth.get(config_id) or self._auth.get("", "")
 
     def stores(self) -> list[CacheStore]:
         return list(self._stores.values())
@@ -57,6 +71,9 @@ class Services:
         Raises `ConfigError`, `CacheError`, and `bootstrap.errors.RafsError` for an unusable bootstrap.
         """
         source = open_source(config.backend, self.hub)
+        if isinstance(source, RegistrySource):
+            source.use_auth(self._registry_auth(config.id))
+            self._registries[source] = config.id
         if line := connection_debug(config):
             log.info("%s", line)
         store = self.store(config.cache.work_dir) if config.cache.persistent else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -79,6 +80,19 @@ def parse_body(body: bytes, **fields: type) -> dict[str, Any]:
         if not isinstance(value[name], kind):
             raise refuse(f"invalid type for field `{name}`, expected a {'string' if kind is str else kind.__name__}")
     return value
+
+
+def _check_auth(text: str) -> None:
+    """Upstream takes any text and learns of a bad one from the registry; ours says so at once, takes it all the same,
+    and refuses only what could break out of a header."""
+    if not all("!" <= character <= "~" for character in text):
+        raise ApiError("ResponsePayloadType")
+    try:
+        usable = not text or b":" in base64.b64decode(text, validate=True)
+    except ValueError:
+        usable = False
+    if not usable:
+        log.warning("registry_auth is not base64 of user:password: registries will refuse it")
 
 
 class Api:
@@ -289,6 +303,7 @@ class Api:
         values = parse_body(request.body)
         if not all(key in RUNTIME_KEYS and isinstance(value, str) for key, value in values.items()):
             raise ApiError("ResponsePayloadType")
+        _check_auth(values.get("registry_auth", ""))
         self._daemon.set_runtime_config(request.query.get("id", ""), values)
         return Response()
 

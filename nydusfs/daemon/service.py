@@ -24,7 +24,7 @@ from nydusfs.daemon.version import version_line
 from nydusfs.drivers import kernel
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
-from nydusfs.services import open_services
+from nydusfs.services import Services, open_services
 
 log = logging.getLogger("nydusfs.daemon")
 
@@ -109,6 +109,7 @@ class Daemon:
         self.events = events
         self._machine = StateMachine()
         self._driver: FuseDriver
+        self._services: Services
         self._stopping = trio.Event()
         self._unmount = True
         self._failed = False
@@ -139,6 +140,9 @@ class Daemon:
 
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self._runtime.setdefault(config_id, {}).update(values)
+        if (auth := values.get("registry_auth")) is not None:
+            self._services.set_registry_auth(config_id, auth)
+            log.info("new registry credentials for %s", f"configuration {config_id}" if config_id else "all images")
 
     def runtime_config(self, config_id: str) -> dict[str, str]:
         return self._runtime.get(config_id, {})
@@ -165,6 +169,7 @@ class Daemon:
         try:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:
+                    self._services = services
                     self.mounts = MountTable(self._driver, ImageOpener(services, self._driver.mountpoint), nursery)
                     nursery.start_soon(self._watch_signals, signals)
                     try:

@@ -40,12 +40,20 @@ class Authenticator:
         self._basic = f"Basic {auth}" if auth else ""
         self._connect_timeout = connect_timeout
         self._timeout = timeout
-        self._through = through
+        self.through = through
         self._lock = trio.Lock()
         self._value = f"Bearer {registry_token}" if registry_token else ""
         self._renew_at = self._expires_at = float("inf")
         self._challenge: Challenge | None = None
         self._post_first = True
+
+    def take_over(self, other: Authenticator) -> None:
+        """Go on with the token of another one for the same repository; the next is fetched with our credentials."""
+        if self._value:
+            return  # others have it in use already
+        self._value = self._basic if other._value.startswith("Basic ") else other._value
+        self._renew_at, self._expires_at = other._renew_at, other._expires_at
+        self._challenge, self._post_first = other._challenge, other._post_first
 
     async def header(self) -> str:
         """The value to send now, renewed when it is about to expire. A failed renewal leaves it to the 401 path."""
@@ -90,8 +98,8 @@ class Authenticator:
             realm = parse_url(challenge.get("realm"))
         except HttpError as error:
             raise AuthError(f"token realm {challenge.get('realm')[:80]!r}: {error}") from None
-        if self._through is not None:
-            realm = Url(self._through, realm.target)
+        if self.through is not None:
+            realm = Url(self.through, realm.target)
         fields = [(name, challenge.get(name)) for name in ("service", "scope") if challenge.get(name)]
         response = await self._ask(realm, fields)
         if response.status in (401, 403):

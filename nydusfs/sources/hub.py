@@ -53,6 +53,10 @@ class SourceHub:
             )
         return self._authenticators[key]
 
+    def forget(self, authenticator: Authenticator) -> None:
+        """Its credentials were replaced: whoever still uses it does, nobody new gets it."""
+        self._authenticators = {key: one for key, one in self._authenticators.items() if one is not authenticator}
+
     def mirror_health(self, mirror: MirrorConfig) -> Health:
         key = (mirror.host, tuple(sorted(mirror.headers.items())), mirror.failure_limit, mirror.health_check_interval)
         if key not in self._health:

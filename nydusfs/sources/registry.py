@@ -85,6 +85,8 @@ class RegistrySource:
         self.counters = BackendCounters("registry")
         self.name = f"registry {backend.host}/{backend.repo}"
         self._backend = backend
+        self._hub = hub
+        self._auth = backend.auth
         self._connection: ConnectionConfig = connection
         self._client = hub.client(connection)
         self._log = logging.getLogger("nydusfs.sources")
@@ -105,6 +107,27 @@ class RegistrySource:
             self._routes.append(self._mirror_route(mirror, base, own, hub))
         if connection.proxy.url:
             self._routes.append(self._proxy_route(shared, hub))
+
+    def use_auth(self, auth: str) -> None:
+        """Other credentials (base64 of user:password, "" for the configured ones) from the next token on.
+
+        A token that is still good is used up first, as upstream does; requests under way are not disturbed.
+        """
+        auth = auth or self._backend.auth
+        if auth == self._auth:
+            return
+        self._auth = auth
+        replaced: dict[int, Authenticator] = {}
+        for route in (self._last, *self._routes):
+            old = route.authenticator
+            if id(old) not in replaced:
+                fresh = self._hub.authenticator(
+                    self._connection, self._origin, self._backend.repo, auth, self._backend.registry_token, old.through
+                )
+                fresh.take_over(old)
+                self._hub.forget(old)
+                replaced[id(old)] = fresh
+            route.authenticator = replaced[id(old)]
 
     def _mirror_route(self, mirror: MirrorConfig, base: Url, authenticator: Authenticator, hub: SourceHub) -> _Route:
         return _Route(

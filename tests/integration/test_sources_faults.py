@@ -27,6 +27,7 @@ from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import Services, open_services
 from nydusfs.sources import auth, registry
+from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.faulty import FaultyServer, dead_port, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -299,6 +300,60 @@ def test_tokens_are_renewed_before_they_expire(
         assert sent[-1] == "Bearer token-3"
 
     run(image, config_text(tmp_path, origin.netloc, auth=AUTH), scenario)
+
+
+@pytest.mark.parametrize("kind", ["bearer", "basic"])
+@pytest.mark.parametrize("config_id", ["mine", ""], ids=["one", "all"])
+def test_credentials_changed_while_running(
+    image: TinyImage, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, config_id: str
+) -> None:
+    """The registry's password changes: a token still good is used up, then new credentials count, nothing fails."""
+    origin = server(stack, image, auth=kind, token_life=300)
+    document = json.loads(config_text(tmp_path, origin.netloc, auth=AUTH))
+    fresh = base64.b64encode(b"user:changed").decode()
+
+    async def scenario(reader: ImageReader, services: Services) -> None:
+        assert await read_file(reader, "small") == FILES["small"]
+        services.set_registry_auth("another", base64.b64encode(b"some:one").decode())
+        services.set_registry_auth(config_id, fresh)
+        origin.login = "user:changed"
+        asked = len(origin.tokens)
+        assert await read_file(reader, "lib/m010.py") == FILES["lib/m010.py"]
+        assert len(origin.tokens) == asked, "the token was still good"
+        real = time.monotonic
+        monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: real() + 285, time=time.time))
+        origin.valid_tokens.clear()
+        assert await read_file(reader, "data.bin") == FILES["data.bin"]
+        used = [request.headers["authorization"] for request in origin.tokens[asked:]]
+        assert set(used) == ({f"Basic {fresh}"} if kind == "bearer" else set())
+        later = await services.open_image(str(image.bootstrap), reader.config, name="later")
+        assert await read_file(later, "data.bin") == FILES["data.bin"]
+        later.close()
+
+    document["device"]["id"] = "mine"
+    run(image, json.dumps(document), scenario)
+
+
+def test_credentials_changed_through_the_api(image: TinyImage, stack: ExitStack, tmp_path: Path) -> None:
+    """A mount whose password is wrong by now is healed by one call."""
+    if reason := can_mount_fuse():
+        pytest.skip(reason)
+    origin = server(stack, image, auth="bearer", login="user:changed")
+    document = json.loads(config_text(tmp_path / "cache", origin.netloc, auth=AUTH))
+    document["device"]["id"] = "mine"
+    code = "import sys; sys.stdout.write(open(sys.argv[1]).read())"
+    with Nydusd() as daemon:
+        assert daemon.mount("/x", image.bootstrap, json.dumps(document)).status == 204
+        assert reader(code, daemon.mnt / "x" / "small").returncode != 0
+        for bad in ("a b", "QQ==\r\nX: y", "\u00fc"):
+            assert daemon.call("PUT", "config?id=mine", {"registry_auth": bad}).status == 500
+        fresh = base64.b64encode(b"user:changed").decode()
+        assert daemon.call("PUT", "config?id=other", {"registry_auth": fresh}).status == 204
+        assert reader(code, daemon.mnt / "x" / "small").returncode != 0
+        assert daemon.call("PUT", "config?id=mine", {"registry_auth": fresh}).status == 204
+        assert reader(code, daemon.mnt / "x" / "small").stdout.encode() == FILES["small"]
+        assert fresh not in json.dumps(daemon.get("config?id=mine").body)
+        assert fresh not in daemon.log_text()
 
 
 def test_wrong_credentials_are_named(image: TinyImage, stack: ExitStack, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Request:
 
 @dataclass
 class FaultyServer:
-    """`blobs` by id. `auth`: None, "basic" or "bearer" (user:secret). `redirect`: base URL to send blob GETs to."""
+    """`blobs` by id. `auth`: None, "basic" or "bearer", for `login`. `redirect`: base URL to send blob GETs to."""
 
     blobs: dict[str, bytes]
     mode: str = "ok"
@@ -46,6 +46,7 @@ class FaultyServer:
     latency: float = 0.0
     rate: float = 0.0  # bytes per second of a body
     token_life: int = 300
+    login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
     choose: Callable[[Request], str] | None = None  # a mode per request
     requests: list[Request] = field(default_factory=list)
@@ -157,7 +158,7 @@ class FaultyServer:
     def _authorized(self, request: Request) -> bool:
         value = request.headers.get("authorization", "")
         if self.auth == "basic":
-            return value == "Basic " + base64.b64encode(b"user:secret").decode()
+            return value == "Basic " + base64.b64encode(self.login.encode()).decode()
         return value.removeprefix("Bearer ") in self.valid_tokens
 
     def _token(self, out: socket.socket, request: Request, query: dict[str, list[str]]) -> bool:
@@ -166,7 +167,7 @@ class FaultyServer:
             token = f"token-{len(self.tokens)}"
         if request.method == "POST":
             return _send(out, 405, b"GET, please")
-        if request.headers.get("authorization") != "Basic " + base64.b64encode(b"user:secret").decode():
+        if request.headers.get("authorization") != "Basic " + base64.b64encode(self.login.encode()).decode():
             return _send(out, 401, b"who?")
         assert query["scope"] == ["repository:a/b:pull"]
         self.valid_tokens.add(token)
