@@ -33,8 +33,9 @@ log = logging.getLogger("nydusfs.fetch")
 DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
 PREFETCH_REQUESTS = 8
 MERGE = 1 << 20  # compressed bytes of one merged request
-# Prefetch stays away this long after a demand read: a starting program reads in bursts with small pauses.
-QUIET = 0.1
+# Seconds prefetch stays away after a demand read: a starting program reads in bursts with pauses, in which it computes
+# or another container is set up, and on a slow link each prefetched byte delays the next burst.
+QUIET = 0.5
 INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
 DECODE_THREADS = 4
 RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
@@ -268,13 +269,7 @@ class FetchScheduler:
 def _joinable(group: list[_Flight], segment: Segment, merge: int) -> bool:
     """Whether `segment` goes on where the group ends, in one request of at most `merge` bytes."""
     first, last = group[0].job.segment, group[-1].job.segment
-    return (
-        last.blob.id == segment.blob.id
-        and not last.gappy
-        and not segment.gappy
-        and 0 <= segment.compressed_start - last.compressed_end <= INLINE
-        and segment.compressed_end - first.compressed_start <= merge
-    )
+    return segment.adjoins(last) and segment.compressed_end - first.compressed_start <= merge
 
 
 def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> bool:

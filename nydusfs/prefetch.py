@@ -139,12 +139,7 @@ class Prefetcher:
                 continue
             if group:
                 first, last = group[0].segment, group[-1].segment
-                fits = (
-                    segment.blob.index == last.blob.index
-                    and segment.number == last.number + 1
-                    and segment.compressed_end - first.compressed_start <= self._merge
-                )
-                if not fits:
+                if not segment.adjoins(last) or segment.compressed_end - first.compressed_start > self._merge:
                     yield group
                     group = []
             group.append(self._reader.job(segment))

@@ -30,6 +30,7 @@ SEGMENT_SIZE = 256 << 10
 
 # Compressed gap that is read through rather than left out by a second request.
 MAX_GAP = 128 * 1024
+JOIN_GAP = 48 * 1024  # the same between two segments
 # No request is longer than this and one chunk, whatever a bootstrap claims.
 MAX_RUN = 32 << 20
 KEY_SIZE = 12
@@ -57,6 +58,16 @@ class Segment:
     @property
     def name(self) -> str:
         return f"{self.number}-{self.key.hex()}"
+
+    def adjoins(self, last: Segment) -> bool:
+        """Whether one request for both reads little that is neither's. Numbers do not tell: a chunk of 1 MiB is the
+        only one of its segment and those after it have none."""
+        return (
+            last.blob.id == self.blob.id
+            and not last.gappy
+            and not self.gappy
+            and 0 <= self.compressed_start - last.compressed_end <= JOIN_GAP
+        )
 
 
 def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
