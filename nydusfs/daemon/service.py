@@ -29,7 +29,7 @@ from nydusfs.services import Services, open_services
 log = logging.getLogger("nydusfs.daemon")
 
 # A stop must end the process even if a thread hangs in a call that cannot be cancelled (a name lookup, a dead NFS).
-STOP_DEADLINE = 8.0
+STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
