@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.conftest import require_programs
 from tests.lab.paths import REPO
-from tests.lab.process import mounts_below, processes_mentioning, run
+from tests.lab.process import can_connect, mounts_below, processes_mentioning, run
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -87,6 +87,10 @@ def test_keep_and_stop() -> None:
         command = next(line for line in done.stdout.splitlines() if " run --rm -t" in line).replace(" -t ", " ")
         shown = run(["sh", "-c", re.sub(r"play bash$", "play cat /app/serve.py", command.strip())], timeout=60)
         assert "sqlite3" in shown.stdout
+        config = next(Path(work).rglob("nydusd.json")).read_text()
+        mirror = json.loads(config)["device"]["backend"]["config"]["mirrors"][0]["host"].removeprefix("http://")
     finally:
         run([QUICKSTART, "--stop", work], timeout=60, env=environment())
     check_nothing_left(work)
+    host, _, port = mirror.partition(":")
+    assert not can_connect((host, int(port))), "the mirror lives on"

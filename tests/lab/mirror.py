@@ -156,6 +156,9 @@ class Mirror:
             "--fault",
             self.fault,
             "--verbose",
+            # Its path also names the work directory on the command line, by which leftovers are found.
+            "--stats",
+            str(self.work / f"mirror-{self.port}.stats"),
             *(["--cache"] if self.keep else []),
         ]
         self._child = Child("mirror", argv, self.log, cwd=Path(__file__).resolve().parents[2])
