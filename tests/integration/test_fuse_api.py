@@ -17,21 +17,15 @@ import pytest
 
 from bootstrap.build import build_layer
 from bootstrap.options import BuildOptions
+from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.mounted import load_manifest
-from tests.lab.paths import ref_bin, shared_dir
+from tests.lab.paths import ref_bin
 
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
-needs_fixtures = pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
-
-
-def fixture(name: str) -> Path:
-    shared = shared_dir()
-    assert shared is not None
-    return shared / "fixtures" / "reference" / name
 
 
 def ours(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,9 +40,8 @@ def daemon() -> Iterator[Nydusd]:
         yield running
 
 
-@needs_fixtures
 def test_metrics_follow_one_read(daemon: Nydusd) -> None:
-    case = fixture("v6-zstd-blake3-1m")
+    case = image_case("v6-zstd-blake3-1m")
     config = localfs_config(case, config_id="/7", work_dir=daemon.dir / "c7", iostats_files=True, access_pattern=True,
                             latest_read_files=True)  # fmt: skip
     assert daemon.mount("/7", case / "image.boot", config).status == 204
@@ -79,9 +72,8 @@ def test_metrics_follow_one_read(daemon: Nydusd) -> None:
     assert daemon.get("metrics?id=/7").status == 404
 
 
-@needs_fixtures
 def test_prefetch_by_mount_request(daemon: Nydusd) -> None:
-    case = fixture("v6-zstd-blake3-1m")
+    case = image_case("v6-zstd-blake3-1m")
     config = localfs_config(case, work_dir=daemon.dir / "cp", fs_prefetch={"enable": True, "threads_count": 2})
     assert daemon.mount("/p", case / "image.boot", config, prefetch_files=["relative"]).status == 500
     assert daemon.mount("/p", case / "image.boot", config, prefetch_files=["/"]).status == 204
@@ -89,11 +81,10 @@ def test_prefetch_by_mount_request(daemon: Nydusd) -> None:
     assert daemon.umount("/p").status == 204
 
 
-@needs_fixtures
 @pytest.mark.interop
 @pytest.mark.skipif(ref_bin("nydusctl") is None, reason="interop: no reference nydusctl here")
 def test_upstreams_nydusctl_drives_our_daemon(daemon: Nydusd, tmp_path: Path) -> None:
-    case = fixture("v6-merged3")
+    case = image_case("v6-merged3")
     config = tmp_path / "c.json"
     config.write_text(localfs_config(case, config_id="x", work_dir=daemon.dir / "cx"))
 
@@ -120,9 +111,8 @@ def test_upstreams_nydusctl_drives_our_daemon(daemon: Nydusd, tmp_path: Path) ->
     assert daemon.get("daemon").body["backend_collection"] == {}
 
 
-@needs_fixtures
 def test_our_nydusctl(daemon: Nydusd, tmp_path: Path) -> None:
-    case = fixture("v6-merged3")
+    case = image_case("v6-merged3")
     sock = str(daemon.sock)
     config = tmp_path / "c.json"
     config.write_text(localfs_config(case, config_id="x", work_dir=daemon.dir / "cx"))
@@ -146,11 +136,8 @@ def test_our_nydusctl(daemon: Nydusd, tmp_path: Path) -> None:
     assert "no nydusd answers" in nobody.stderr
 
 
-@needs_fixtures
 def test_the_line_people_grep_and_no_secret_anywhere(daemon: Nydusd) -> None:
     secret, token = "bWU6c2VjcmV0LXdvcmQ=", "tok-3n-s3cret"
-    shared = shared_dir()
-    assert shared is not None
     config = {
         "device": {
             "backend": {
@@ -167,7 +154,7 @@ def test_the_line_people_grep_and_no_secret_anywhere(daemon: Nydusd) -> None:
         },
         "mode": "direct",
     }  # fmt: skip
-    case = fixture("v6-no-data")
+    case = image_case("v6-no-data")
     assert daemon.mount("/s", case / "image.boot", json.dumps(config)).status == 204
     line = next(line for line in daemon.log_text().splitlines() if "mirrors" in line)
     assert re.fullmatch(

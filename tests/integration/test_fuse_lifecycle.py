@@ -17,25 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.mounted import check_mount
-from tests.lab.paths import shared_dir
 from tests.lab.process import mounts_below, unmount_below, work_dir
 
 pytestmark = [
     pytest.mark.root,
     pytest.mark.interop,
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
-    pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here"),
 ]
 
 BIG_READ = "import sys; d = open(sys.argv[1], 'rb').read(); print(len(d))"
-
-
-def fixture(name: str) -> Path:
-    shared = shared_dir()
-    assert shared is not None
-    return shared / "fixtures" / "reference" / name
 
 
 @contextmanager
@@ -92,7 +85,7 @@ MERGED = "v6-merged3"
 
 
 def test_nested_mountpoint_comes_goes_and_comes_back_at_once() -> None:
-    case, other = fixture(MERGED), fixture("v5-merged3")
+    case, other = image_case(MERGED), image_case("v5-merged3")
     with Nydusd() as daemon:
         where = daemon.mnt / "a" / "b" / "c"
         for round_number in range(3):
@@ -113,7 +106,7 @@ def test_nested_mountpoint_comes_goes_and_comes_back_at_once() -> None:
 
 def test_three_hundred_mounts_and_umounts_of_different_images() -> None:
     """More than upstream's 255 indexes; each image is told from its predecessor at the same place at once."""
-    case, other = fixture(MERGED), fixture("v6-zstd-blake3-1m")
+    case, other = image_case(MERGED), image_case("v6-zstd-blake3-1m")
     first, second = first_file(case), first_file(other)
     with Nydusd() as daemon:
         configs = {case: localfs_config(case), other: localfs_config(other)}
@@ -138,7 +131,7 @@ def test_three_hundred_mounts_and_umounts_of_different_images() -> None:
 
 
 def test_a_thousand_images_at_once() -> None:
-    case = fixture("v6-no-data")
+    case = image_case("v6-no-data")
     with Nydusd() as daemon:
         config = localfs_config(case)
         for number in range(1000):
@@ -149,7 +142,7 @@ def test_a_thousand_images_at_once() -> None:
 
 
 def test_open_files_of_an_unmounted_image_never_show_the_next_one() -> None:
-    case, other = fixture(MERGED), fixture("v6-zstd-blake3-1m")
+    case, other = image_case(MERGED), image_case("v6-zstd-blake3-1m")
     with Nydusd() as daemon:
         assert daemon.mount("/x", other / "image.boot", localfs_config(other)).status == 204
         path = daemon.mnt / "x" / first_file(other)[1:]
@@ -173,7 +166,7 @@ def test_open_files_of_an_unmounted_image_never_show_the_next_one() -> None:
 
 def test_root_image_replaced_through_the_api_leaves_nothing_of_the_old_one() -> None:
     """Names that were absent in the old root must be found in the new one: the kernel remembers absences for good."""
-    case, other = fixture(MERGED), fixture("v6-zstd-blake3-1m")
+    case, other = image_case(MERGED), image_case("v6-zstd-blake3-1m")
     with Nydusd() as daemon:
         assert daemon.mount("/", other / "image.boot", localfs_config(other)).status == 204
         top = {entry.name for entry in os.scandir(daemon.mnt)}
@@ -190,7 +183,7 @@ def test_root_image_replaced_through_the_api_leaves_nothing_of_the_old_one() -> 
 
 
 def test_failed_mounts_leave_nothing_and_name_the_cause(tmp_path: Path) -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     cut = tmp_path / "cut.boot"
     cut.write_bytes((case / "image.boot").read_bytes()[:5000])
     with Nydusd() as daemon:
@@ -212,7 +205,7 @@ def test_failed_mounts_leave_nothing_and_name_the_cause(tmp_path: Path) -> None:
 
 
 def test_umount_ends_blocked_readers_with_an_error_and_spares_the_others(tmp_path: Path) -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     with silent_registry() as port, Nydusd() as daemon:
         config = silent_config(port, tmp_path / "cache")
         began = time.monotonic()
@@ -234,7 +227,7 @@ def test_umount_ends_blocked_readers_with_an_error_and_spares_the_others(tmp_pat
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "exit", "SIGKILL"])
 def test_the_end_of_the_daemon_ends_blocked_readers(tmp_path: Path, how: str) -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     with silent_registry() as port, Nydusd() as daemon:
         assert daemon.mount("/dead", case / "image.boot", silent_config(port, tmp_path / "cache")).status == 204
         readers = [start_reader(daemon.mnt / "dead" / first_file(case)[1:]) for _ in range(3)]
@@ -263,7 +256,7 @@ def test_the_end_of_the_daemon_ends_blocked_readers(tmp_path: Path, how: str) ->
 
 
 def test_a_new_daemon_serves_where_a_killed_one_left_its_mount() -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     with Nydusd() as daemon:
         for _ in range(2):
             assert daemon.mount("/x", case / "image.boot", localfs_config(case)).status == 204
@@ -284,7 +277,7 @@ def test_umount_from_outside_ends_the_daemon_also_when_idle() -> None:
 
 
 def test_a_second_daemon_is_refused_and_the_first_goes_on() -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     with Nydusd() as daemon:
         assert daemon.mount("/x", case / "image.boot", localfs_config(case)).status == 204
         other = work_dir()
@@ -310,7 +303,7 @@ def run_nydusd(*arguments: str, **options: object) -> subprocess.CompletedProces
 
 
 def test_every_refusal_to_start_is_one_line_and_status_one(tmp_path: Path) -> None:
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     mnt = tmp_path / "m"
     mnt.mkdir()
     plain = tmp_path / "file"
@@ -361,7 +354,7 @@ def test_missing_fuse_device_and_missing_root_are_said(tmp_path: Path) -> None:
 
 
 def test_sigterm_under_load_is_quick_and_clean() -> None:
-    case = fixture("v6-zstd-blake3-1m")
+    case = image_case("v6-zstd-blake3-1m")
     with Nydusd() as daemon:
         for number in range(4):
             assert daemon.mount(f"/{number}", case / "image.boot", localfs_config(case)).status == 204
@@ -388,7 +381,7 @@ def test_sigterm_under_load_is_quick_and_clean() -> None:
 
 def test_a_container_root_on_top_keeps_set_uid_programs_and_devices_working(tmp_path: Path) -> None:
     """Our mount is nosuid and nodev; overlayfs above it judges by its own flags."""
-    case = fixture("v6-zstd-blake3-1m")
+    case = image_case("v6-zstd-blake3-1m")
     entries = json.loads((case / "manifest.json").read_text())["entries"]
     device = next(e for e in entries if e["type"] == "char" and e["rdev"] == [1, 3])
     with Nydusd() as daemon:
@@ -427,7 +420,7 @@ print(len(names), *collections.Counter(outcome))
 
 def test_four_hundred_blocked_readers_of_one_image_do_not_slow_another(tmp_path: Path) -> None:
     """Upstream's daemon stands still with as many blocked reads as it has threads (4)."""
-    case, other = fixture("v6-bigdir-prefetch-fs"), fixture(MERGED)
+    case, other = image_case("v6-bigdir-prefetch-fs"), image_case(MERGED)
     with silent_registry() as port, Nydusd() as daemon:
         assert daemon.mount("/dead", case / "image.boot", silent_config(port, tmp_path / "cache")).status == 204
         crowd = subprocess.Popen(
@@ -447,7 +440,7 @@ def test_four_hundred_blocked_readers_of_one_image_do_not_slow_another(tmp_path:
 
 def test_everything_on_the_command_line(tmp_path: Path) -> None:
     """A version 2 TOML configuration, a place inside the tree, a prefetch list, a rotated log file, a cache kept."""
-    case = fixture(MERGED)
+    case = image_case(MERGED)
     config = tmp_path / "c.toml"
     config.write_text(
         f'version = 2\nid = "boot"\n[backend]\ntype = "localfs"\n[backend.localfs]\ndir = "{case}"\n'

@@ -18,9 +18,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.mounted import check_mount, load_manifest
-from tests.lab.paths import ref_bin, shared_dir
+from tests.lab.paths import ref_bin
 from tests.lab.process import mounts_below, remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
@@ -30,16 +31,13 @@ pytestmark = [
     pytest.mark.interop,
     pytest.mark.timeout(180),
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
-    pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here"),
 ]
 
 IMAGE = "127.0.0.1:1/lab/merged:v6"
 
 
 def case() -> Path:
-    shared = shared_dir()
-    assert shared is not None
-    return shared / "fixtures" / "reference" / "v6-merged3"
+    return image_case("v6-merged3")
 
 
 def template() -> dict[str, object]:
