@@ -47,12 +47,12 @@ def template() -> dict[str, object]:
 
 @pytest.fixture(params=["ours", "upstream", "ours-dedicated"])
 def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+    real = ref_bin("nydusd")
+    if request.param == "upstream" and real is None:
+        pytest.skip("interop: upstream's nydusd is not here")
     work = work_dir()
     arguments: tuple[str, ...] = ("--log-level", "debug")
     if request.param == "upstream":
-        real = ref_bin("nydusd")
-        if real is None:
-            pytest.skip("interop: upstream's nydusd is not here")
         wrapper = work / "nydusd"
         # upstream dies where RLIMIT_NOFILE cannot be raised
         wrapper.write_text(f'#!/bin/sh\nshift\nexec {real} fuse --rlimit-nofile 0 "$@"\n')
