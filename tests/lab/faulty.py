@@ -116,9 +116,11 @@ class FaultyServer:
         if not line:
             return None
         try:
-            method, target, _ = line.decode("latin-1").split()
+            method, target, version = line.decode("latin-1").split()
         except ValueError as error:
             raise OSError("no HTTP, perhaps TLS") from error
+        if not version.startswith("HTTP/"):  # the random bytes of a TLS hello may well split into three words
+            raise OSError("no HTTP, perhaps TLS")
         headers: dict[str, str] = {}
         while header := file.readline(65536).rstrip(b"\r\n"):  # type: ignore[attr-defined]
             name, _, value = header.decode("latin-1").partition(":")
