@@ -5,13 +5,13 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
+from bootstrap.errors import FormatError
+
 MAGIC = 0xB10BB10B
 HEADER_SIZE = 4096
 HEADER = Struct("<IIIIQQQQQI4032xI")
 ENTRY_V1 = Struct("<QQ")
 ENTRY_V2 = Struct("<QQQ")
-BATCH_CONTEXT = Struct("<II32x")
-ZRAN_CONTEXT = Struct("<QQQIIIBB2x")
 
 V2_COMPRESSED = 0x1
 V2_ZRAN = 0x2
@@ -54,6 +54,26 @@ class EntryV2(NamedTuple):
     uncompressed_size: int
     flags: int
     data: int
+
+
+def pack_position(number: int, offset: int) -> int:
+    """`data` of an entry that lies in batch or slice `number`, at `offset` of its decompressed bytes."""
+    return number << 32 | offset
+
+
+def unpack_position(data: int) -> tuple[int, int]:
+    """Batch or slice number, and offset in its decompressed bytes."""
+    return data >> 32, data & 0xFFFF_FFFF
+
+
+def unpack_header(data: bytes | memoryview, offset: int) -> Header:
+    """The header in these 4096 bytes; `offset` is their place in the file, for the error only."""
+    if len(data) != HEADER_SIZE:
+        raise FormatError("blob meta header", offset, f"{len(data)} bytes instead of {HEADER_SIZE}")
+    header = Header._make(HEADER.unpack(data))
+    if header.magic != MAGIC or header.magic2 != MAGIC:
+        raise FormatError("blob meta header", offset, f"magics {header.magic:#x}, {header.magic2:#x}")
+    return header
 
 
 def pack_v1(compressed_offset: int, compressed_size: int, uncompressed_offset: int, uncompressed_size: int) -> bytes:

@@ -43,6 +43,20 @@ class Digester(IntEnum):
         return self.name.lower()
 
 
+class Cipher(IntEnum):
+    """Encryption of a blob, as numbered in blob tables (0.3). Images use NONE and AES_128_XTS."""
+
+    NONE = 0
+    AES_128_XTS = 1
+    AES_256_XTS = 2
+    AES_256_GCM = 3
+
+    @property
+    def label(self) -> str:
+        """The name upstream gives it: none, aes-128-xts ..."""
+        return self.name.lower().replace("_", "-")
+
+
 class SuperFlags(IntFlag):
     """`s_flags` of both superblocks (0.4)."""
 
