@@ -23,10 +23,10 @@ def test_contexts_have_the_bytes_of_the_reference() -> None:
 
 
 def test_entries_of_the_reference() -> None:
-    stored = bytes.fromhex("0000000000202204" "0000000000b02d01")
+    stored = bytes.fromhex("00000000002022040000000000b02d01")
     assert blobmeta.unpack_v1(stored) == (0, 0x12DC, 0, 0x4223)
     assert blobmeta.pack_v1(0, 0x12DC, 0, 0x4223) == stored
-    stored = bytes.fromhex("010000001e010003" "a9030000007a0000" "0010000000000000")
+    stored = bytes.fromhex("010000001e010003a9030000007a00000010000000000000")
     entry = blobmeta.unpack_v2(stored)
     assert entry == (0x3A9, 122, 0x1000, 287, blobmeta.V2_COMPRESSED | blobmeta.V2_ZRAN, 0x1000)
     assert blobmeta.unpack_position(entry.data) == (0, 0x1000)
