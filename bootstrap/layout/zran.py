@@ -11,6 +11,7 @@ from typing import NamedTuple
 CONTEXT = Struct("<QQQIIIBB2x")
 MAX_OUT_LEN = 16 << 20
 MAX_DICT_SIZE = 32768
+MAX_CTX_BITS = 7
 
 # How the writer cuts slices (7.3), bytes.
 MIN_COMP_SIZE = 512 << 10
