@@ -16,13 +16,13 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.images import Descriptor, parse_layers, parse_object
 from nydusfs.convert.layers import ConvertedLayer, LayerSettings, write_tail
 from nydusfs.convert.manifests import compact, indented
 from nydusfs.errors import ConvertError, NotFoundError, NydusError
 from nydusfs.registry import mediatypes as mt
-from nydusfs.registry.client import RegistryClient
-from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.registry.reference import SHA256_DIGEST
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,8 @@ ANNOTATION_SETTINGS = "containerd.io/snapshot/nydus-py-settings"
 class BuildCache:
     """Records of a cache image: source layer digest -> Nydus layer, newest first."""
 
-    def __init__(self, client: RegistryClient, reference: Reference, version: str, max_records: int) -> None:
-        self.client = client
-        self.reference = reference
+    def __init__(self, endpoint: Endpoint, version: str, max_records: int) -> None:
+        self.endpoint = endpoint
         self._version = version
         self._max = max(1, min(max_records, MAX_RECORDS))
         self._records: dict[str, Descriptor] = {}
@@ -50,20 +49,20 @@ class BuildCache:
         """Reads the cache image; one that is absent, unreadable or of another version is empty (a warning says so).
         Raises RegistryError when the registry itself fails."""
         try:
-            found = self.client.manifest(self.reference.repository, self.reference.selector)
+            found = self.endpoint.manifest()
         except NotFoundError:
-            log.info("build cache %s does not exist yet", self.reference)
+            log.info("build cache %s does not exist yet", self.endpoint.name)
             return
         try:
-            manifest = parse_object(found.body, f"build cache {self.reference}")
-            layers = parse_layers(manifest, self.reference)
+            manifest = parse_object(found.body, f"build cache {self.endpoint.name}")
+            layers = parse_layers(manifest, self.endpoint.name)
         except ConvertError as error:
             log.warning("build cache is ignored: %s", error)
             return
         annotations = manifest.get("annotations")
         version = annotations.get(mt.ANNOTATION_CACHE_VERSION) if isinstance(annotations, dict) else None
         if version not in ("", None, self._version):
-            log.warning("build cache %s has version %s, not %s: ignored", self.reference, version, self._version)
+            log.warning("build cache %s has version %s, not %s: ignored", self.endpoint.name, version, self._version)
             return
         for layer in layers:
             source = layer.annotations.get(mt.ANNOTATION_SOURCE_DIGEST, "")
@@ -80,7 +79,7 @@ class BuildCache:
         from bootstrap.errors import RafsError
         from bootstrap.reader import open_bootstrap
 
-        blob = self.client.open_blob_ranges(self.reference.repository, record.digest, record.size)
+        blob = self.endpoint.open_blob_ranges(record.digest, record.size)
         try:
             bootstrap, meta = write_tail(cast(BinaryIO, blob), record.size, folder)
             with contextlib.closing(open_bootstrap(str(bootstrap))) as opened:
@@ -109,18 +108,16 @@ class BuildCache:
         record = Descriptor(mt.NYDUS_BLOB, layer.digest, layer.size, annotations)
         self._records = {layer.source_digest: record, **self._records}
 
-    def push(self, layers: list[ConvertedLayer], target: Reference) -> None:
+    def push(self, layers: list[ConvertedLayer], target: Endpoint) -> None:
         """Stores blobs that are not there and the new manifest; nothing to do when every layer came from here."""
         kept = dict(list(self._records.items())[: self._max])
         if list(kept) == self._loaded and all(layer.origin == "build cache" for layer in layers):
             return
-        repository = self.reference.repository
-        mount_from = target.repository if target.host == self.reference.host else ""
         for layer in layers:
             if layer.source_digest in kept and layer.blob is not None:
-                self.client.push_file(repository, layer.digest, layer.blob, mount_from=mount_from)
+                self.endpoint.push_file(layer.digest, layer.blob, origin=target)
         digest = f"sha256:{hashlib.sha256(_EMPTY_CONFIG).hexdigest()}"
-        self.client.push_blob(repository, digest, len(_EMPTY_CONFIG), lambda: _memory(_EMPTY_CONFIG))
+        self.endpoint.push_bytes(digest, _EMPTY_CONFIG)
         document = {
             "schemaVersion": 2,
             "mediaType": mt.OCI_MANIFEST,
@@ -128,7 +125,7 @@ class BuildCache:
             "layers": [record.to_json() for record in kept.values()],
             "annotations": {mt.ANNOTATION_CACHE_VERSION: ""},
         }
-        self.client.push_manifest(repository, self.reference.selector, mt.OCI_MANIFEST, indented(document))
+        self.endpoint.push_image(mt.OCI_MANIFEST, indented(document))
 
 
 class LocalCache:
@@ -199,9 +196,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _memory(data: bytes) -> BinaryIO:
-    import io
-
-    return io.BytesIO(data)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from nydusfs.convert import rules
 from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
 from nydusfs.convert.compare import Comparison, MountView, ReaderView, View, compare
+from nydusfs.convert.endpoints import Connections, Location
 from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
 from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
 from nydusfs.convert.platforms import Platform
@@ -23,9 +24,6 @@ from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
 from nydusfs.errors import ConvertError
 from nydusfs.registry import mediatypes as mt
-from nydusfs.registry.client import RegistryClient
-from nydusfs.registry.hosts import ClientOptions
-from nydusfs.registry.reference import Reference
 
 if TYPE_CHECKING:
     from bootstrap.base import Bootstrap
@@ -39,10 +37,8 @@ _PIECE = 1 << 20
 class CheckOptions:
     """`source` None: only rules. `use_mount` False: read through our reader, without nydusd, FUSE and root."""
 
-    target: Reference
-    source: Reference | None = None
-    target_client: ClientOptions = field(default_factory=ClientOptions)
-    source_client: ClientOptions = field(default_factory=ClientOptions)
+    target: Location
+    source: Location | None = None
     platform: Platform | None = None
     multi_platform: bool = False
     work_dir: Path = Path("output")
@@ -73,17 +69,17 @@ def check(options: CheckOptions, progress: Progress) -> CheckResult:
 
 def _check(options: CheckOptions, progress: Progress) -> CheckResult:
     with ExitStack() as stack:
-        client = stack.enter_context(RegistryClient(options.target.host, options.target_client))
+        connections = stack.enter_context(Connections())
+        endpoint = stack.enter_context(options.target.open(connections))
         platforms = [options.platform] if options.platform else None
         progress.say(f"parsing image {options.target}")
-        found = load_images(client, options.target, platforms)
+        found = load_images(endpoint, platforms)
         target, plain = pick_nydus(found)
         source = None
-        source_client = client
         if options.source is not None:
             progress.say(f"parsing image {options.source}")
-            source_client = stack.enter_context(RegistryClient(options.source.host, options.source_client))
-            source = pick_plain(load_images(source_client, options.source, platforms))
+            source_place = stack.enter_context(options.source.open(connections))
+            source = pick_plain(load_images(source_place, platforms))
         result = CheckResult()
         folder = _fresh(options.work_dir)
         _dump(folder / "target", "nydus", target)
@@ -100,20 +96,20 @@ def _check(options: CheckOptions, progress: Progress) -> CheckResult:
             result.violations += rules.check_config(source, target)
         if not target.is_nydus:
             return result
-        result.violations += _check_blobs(client, target)
+        result.violations += _check_blobs(target)
         if result.violations:
             return result
 
         progress.say(f"checking bootstrap {options.target}")
-        boot, violations = fetch_bootstrap(client, target, folder / "target" / "nydus_bootstrap")
+        boot, violations = fetch_bootstrap(target, folder / "target" / "nydus_bootstrap")
         result.violations += violations
         result.violations += _check_bootstrap(boot, target)
         if source is None or result.violations:
             return result
 
         progress.say(f"reading source {source.name} ({size_text(source.size)})")
-        tree = source_tree(source_client, source, progress)
-        with _view(options, client, target, boot, folder / "target", progress) as view:
+        tree = source_tree(source, progress)
+        with _view(options, target, boot, folder / "target", progress) as view:
             progress.say("comparing filesystem")
             result.comparison = compare(tree, view)
         progress.say(f"compared {result.comparison.entries} entries, {size_text(result.comparison.content)} of content")
@@ -128,7 +124,7 @@ def pick_nydus(found: ImageSet) -> tuple[Image, Image | None]:
         # a single image is judged by the rules, which say what is missing
         if found.index is None:
             return found.images[0], None
-        raise ConvertError(f"{found.reference} holds no Nydus image (converted with --merge-platform?)")
+        raise ConvertError(f"{found.name} holds no Nydus image (converted with --merge-platform?)")
     same = [image for image in plain if image.platform.matches(nydus[0].platform)]
     return nydus[0], same[0] if same else None
 
@@ -136,11 +132,11 @@ def pick_nydus(found: ImageSet) -> tuple[Image, Image | None]:
 def pick_plain(found: ImageSet) -> Image:
     plain = [image for image in found.images if not image.is_nydus and not image.artifact_type]
     if not plain:
-        raise ConvertError(f"{found.reference} is a Nydus image: give its plain source as --source")
+        raise ConvertError(f"{found.name} is a Nydus image: give its plain source as --source")
     return plain[0]
 
 
-def fetch_bootstrap(client: RegistryClient, image: Image, folder: Path) -> tuple[Path, list[str]]:
+def fetch_bootstrap(image: Image, folder: Path) -> tuple[Path, list[str]]:
     """Unpacks the bootstrap layer below `folder`: path of the bootstrap, and violations of its diff id."""
     from bootstrap.errors import RafsError
     from bootstrap.tar import open_layer
@@ -150,7 +146,7 @@ def fetch_bootstrap(client: RegistryClient, image: Image, folder: Path) -> tuple
     digest = hashlib.sha256()
     try:
         with (
-            client.open_blob(image.reference.repository, layer.digest, layer.size) as stored,
+            image.endpoint.open_blob(layer.digest, layer.size) as stored,
             open_layer(cast(BinaryIO, stored)) as plain,
         ):
             hashing = _Hashing(plain, digest)
@@ -165,7 +161,7 @@ def fetch_bootstrap(client: RegistryClient, image: Image, folder: Path) -> tuple
     return boot, []
 
 
-def source_tree(client: RegistryClient, source: Image, progress: Progress) -> Node:
+def source_tree(source: Image, progress: Progress) -> Node:
     """The merged tree of a plain image. Raises ConvertError, RegistryError."""
     from bootstrap.errors import RafsError
     from bootstrap.tar import open_layer
@@ -175,7 +171,7 @@ def source_tree(client: RegistryClient, source: Image, progress: Progress) -> No
         what = f"layer {layer.digest} of {source.name}"
         progress.start(layer.digest, f"layer {layer.hex[:12]}", layer.size)
         try:
-            stored = client.open_blob(source.reference.repository, layer.digest, layer.size)
+            stored = source.endpoint.open_blob(layer.digest, layer.size)
             with stored, open_layer(cast(BinaryIO, stored)) as plain:
                 upper = read_layer(plain, what)
                 while plain.read(_PIECE):
@@ -187,10 +183,10 @@ def source_tree(client: RegistryClient, source: Image, progress: Progress) -> No
     return root
 
 
-def _check_blobs(client: RegistryClient, target: Image) -> Iterator[str]:
+def _check_blobs(target: Image) -> Iterator[str]:
     for layer in {layer.digest: layer for layer in target.layers}.values():
-        if not client.has_blob(target.reference.repository, layer.digest):
-            yield f"manifest: layer {layer.digest} is not in the registry"
+        if not target.endpoint.has_blob(layer.digest):
+            yield f"manifest: layer {layer.digest} does not exist in {target.endpoint.name}"
 
 
 def _check_bootstrap(path: Path, target: Image) -> list[str]:
@@ -207,15 +203,13 @@ def _check_bootstrap(path: Path, target: Image) -> list[str]:
 
 
 @contextmanager
-def _view(
-    options: CheckOptions, client: RegistryClient, target: Image, boot: Path, folder: Path, progress: Progress
-) -> Iterator[View]:
+def _view(options: CheckOptions, target: Image, boot: Path, folder: Path, progress: Progress) -> Iterator[View]:
     if options.use_mount:
         program = find_nydusd(options.nydusd)
         progress.say(f"mounting image {options.target}")
         cache = folder / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        config = daemon_config(client, options.target, cache, prefetch=False)
+        config = daemon_config(target.endpoint, cache, prefetch=False)
         try:
             with mounted(program, boot, config, folder / "mnt", folder):
                 yield MountView(folder / "mnt")
@@ -228,16 +222,14 @@ def _view(
     blobs.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.closing(open_bootstrap(str(boot))) as bootstrap:
-            files = _download(client, target, bootstrap, blobs, progress)
+            files = _download(target, bootstrap, blobs, progress)
             with contextlib.closing(ReaderView(bootstrap, files)) as view:
                 yield view
     finally:
         shutil.rmtree(blobs, ignore_errors=True)
 
 
-def _download(
-    client: RegistryClient, target: Image, bootstrap: Bootstrap, folder: Path, progress: Progress
-) -> dict[str, Path]:
+def _download(target: Image, bootstrap: Bootstrap, folder: Path, progress: Progress) -> dict[str, Path]:
     layers: dict[str, Descriptor] = {layer.hex: layer for layer in target.layers}
     files: dict[str, Path] = {}
     for blob in bootstrap.blobs:
@@ -245,7 +237,7 @@ def _download(
         if layer is None:
             raise ConvertError(f"blob {blob.id} is not a layer of {target.name}: check it through a mount")
         path = files[blob.id] = folder / blob.id
-        with client.open_blob(target.reference.repository, layer.digest, layer.size) as stored, path.open("wb") as out:
+        with target.endpoint.open_blob(layer.digest, layer.size) as stored, path.open("wb") as out:
             shutil.copyfileobj(stored, out, _PIECE)
     return files
 

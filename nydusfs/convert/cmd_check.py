@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import flag, refuse_unsupported
+from nydusfs.convert.options import client_options, flag, refuse_unsupported
 
 _LATER: dict[str, Any] = {
     "source_backend_type": None,
@@ -54,23 +54,17 @@ def command(**given: Any) -> None:
     if not given["target"]:
         raise click.UsageError("--target is required")
     from nydusfs.convert.check import CheckOptions, check
+    from nydusfs.convert.endpoints import parse_location
     from nydusfs.convert.platforms import Platform, host_platform
     from nydusfs.convert.progress import make_progress
-    from nydusfs.registry.hosts import ClientOptions
-    from nydusfs.registry.reference import DOCKER_HUB, Reference
 
-    target = Reference.parse(given["target"])
-    source = Reference.parse(given["source"]) if given["source"] else None
-
-    def client(reference: Reference | None, insecure: bool) -> ClientOptions:
-        plain = given["plain_http"] and reference is not None and reference.host != DOCKER_HUB
-        return ClientOptions(insecure=insecure, plain_http=plain, hosts_dir=given["hosts_dir"])
-
+    target = parse_location(given["target"], client_options(given, given["target_insecure"]))
+    source = None
+    if given["source"]:
+        source = parse_location(given["source"], client_options(given, given["source_insecure"]))
     options = CheckOptions(
         target,
         source,
-        client(target, given["target_insecure"]),
-        client(source, given["source_insecure"]),
         Platform.parse(given["platform"]) if given["platform"] else host_platform(),
         given["multi_platform"],
         Path(given["work_dir"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import Duration, Number, flag, refuse_unsupported
+from nydusfs.convert.options import Duration, Number, client_options, flag, refuse_unsupported
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +131,9 @@ def command(**given: Any) -> None:
 
 def _options(given: dict[str, Any]) -> Any:
     from nydusfs.convert.convert import ConvertOptions
+    from nydusfs.convert.endpoints import Location, RegistryLocation, parse_location
     from nydusfs.convert.layers import LayerSettings
     from nydusfs.errors import ConvertError
-    from nydusfs.registry.hosts import ClientOptions
-    from nydusfs.registry.reference import DOCKER_HUB, Reference
 
     if not given["source"]:
         raise click.UsageError("--source is required")
@@ -150,30 +149,27 @@ def _options(given: dict[str, Any]) -> Any:
     if not 0x1000 <= size <= 0x1000000 or size & (size - 1):
         raise click.UsageError(f"--chunk-size {size:#x} is not a power of two from 0x1000 to 0x1000000")
 
-    source = Reference.parse(given["source"])
-    if given["target"]:
-        target = Reference.parse(given["target"])
-        if target.digest:
-            raise ConvertError(f"target {target}: a digest cannot be pushed to; give a tag")
-    elif source.tag:
-        target = source.with_tag(source.tag + given["target_suffix"])
-    else:
-        raise ConvertError(f"--target-suffix needs a source with a tag, not {source}")
+    def place(text: str, insecure: bool, *, create: bool = False, reference: str = "") -> Location:
+        return parse_location(text, client_options(given, insecure), reference=reference, create=create)
 
-    def client(reference: Reference, insecure: bool) -> ClientOptions:
-        plain = given["plain_http"] and reference.host != DOCKER_HUB
-        return ClientOptions(insecure=insecure, plain_http=plain, hosts_dir=given["hosts_dir"])
-
+    source = place(given["source"], given["source_insecure"])
+    target_name = given["target"]
+    if not target_name:
+        if not isinstance(source, RegistryLocation) or not source.reference.tag:
+            raise ConvertError(f"--target-suffix needs a source with a tag, not {source}")
+        target_name = str(source.reference.with_tag(source.reference.tag + given["target_suffix"]))
+    target = place(target_name, given["target_insecure"], create=True)
     cache = None
     if given["build_cache"]:
-        cache = Reference.parse(given["build_cache"])
+        cache = place(given["build_cache"], given["build_cache_insecure"], create=True)
     elif given["build_cache_tag"]:
-        cache = target.with_tag(given["build_cache_tag"])
+        if not isinstance(target, RegistryLocation):
+            raise ConvertError(f"--build-cache-tag needs a target in a registry, not {target}; give --build-cache")
+        reference = target.reference.with_tag(given["build_cache_tag"])
+        cache = place(str(reference), given["build_cache_insecure"])
     return ConvertOptions(
         source=source,
         target=target,
-        source_client=client(source, given["source_insecure"]),
-        target_client=client(target, given["target_insecure"]),
         platforms=_platforms(given),
         explicit_platforms=bool(given["platform"]),
         settings=LayerSettings(
@@ -188,7 +184,6 @@ def _options(given: dict[str, Any]) -> Any:
         referrer=given["with_referrer"],
         work_dir=Path(given["work_dir"]),
         build_cache=cache,
-        build_cache_client=client(cache or target, given["build_cache_insecure"]),
         build_cache_version=given["build_cache_version"],
         build_cache_records=given["build_cache_max_records"],
         cache_dir=Path(given["cache_dir"]) if given["cache_dir"] else None,

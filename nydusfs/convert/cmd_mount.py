@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import flag, refuse_unsupported
+from nydusfs.convert.options import client_options, flag, refuse_unsupported
 
 _LATER: dict[str, Any] = {"backend_type": None, "backend_config": None, "backend_config_file": None}
 _LATER_HELP = "Not supported yet."
@@ -35,34 +35,30 @@ def command(**given: Any) -> None:
     if not given["target"]:
         raise click.UsageError("--target is required")
     from nydusfs.convert.check import fetch_bootstrap, pick_nydus
+    from nydusfs.convert.endpoints import Connections, parse_location
     from nydusfs.convert.images import load_images
     from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
     from nydusfs.convert.platforms import Platform, host_platform
     from nydusfs.errors import ConvertError
-    from nydusfs.registry.client import RegistryClient
-    from nydusfs.registry.hosts import ClientOptions
-    from nydusfs.registry.reference import DOCKER_HUB, Reference
 
     require_root()
-    target = Reference.parse(given["target"])
+    target = parse_location(given["target"], client_options(given, given["target_insecure"]))
     program = find_nydusd(given["nydusd"])
     platform = Platform.parse(given["platform"]) if given["platform"] else host_platform()
-    plain = given["plain_http"] and target.host != DOCKER_HUB
-    options = ClientOptions(insecure=given["target_insecure"], plain_http=plain, hosts_dir=given["hosts_dir"])
     work, mountpoint = Path(given["work_dir"]), Path(given["mount_path"]).absolute()
     existed = work.exists()
     work.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="nydusify-", dir=work)).resolve()
     try:
-        with RegistryClient(target.host, options) as client:
-            image, _ = pick_nydus(load_images(client, target, [platform]))
+        with Connections() as connections, target.open(connections) as endpoint:
+            image, _ = pick_nydus(load_images(endpoint, [platform]))
             if not image.is_nydus:
                 raise ConvertError(f"{target} is not a Nydus image")
-            boot, wrong = fetch_bootstrap(client, image, folder)
+            boot, wrong = fetch_bootstrap(image, folder)
             if wrong:
                 raise ConvertError(f"{target}: {wrong[0]}")
             (folder / "cache").mkdir()
-            config = daemon_config(client, target, folder / "cache", prefetch=given["prefetch"])
+            config = daemon_config(endpoint, folder / "cache", prefetch=given["prefetch"])
         created = not mountpoint.exists()
         try:
             with mounted(program, boot, config, mountpoint, folder) as daemon:

@@ -1,4 +1,4 @@
-"""`nydusify convert`: an image of one registry becomes a Nydus image in another (or the same).
+"""`nydusify convert`: an image of one place (registry, layout, archive) becomes a Nydus image in another or the same.
 
 Order: resolve the source, look layers up in the caches, build the missing ones in processes while finished ones are
 being pushed, merge per platform, push bootstrap layers, configs, manifests and last the tag.
@@ -7,7 +7,6 @@ being pushed, merge per platform, push bootstrap layers, configs, manifests and 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from nydusfs.convert import manifests
 from nydusfs.convert.bootstrap_layer import write_bootstrap_layer
 from nydusfs.convert.cache import BuildCache, LocalCache
+from nydusfs.convert.endpoints import Connections, Endpoint, Location, copy_blob
 from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
 from nydusfs.convert.layers import ConvertedLayer, LayerJob, LayerSettings
 from nydusfs.convert.platforms import Platform
@@ -31,9 +31,6 @@ from nydusfs.convert.progress import Progress, elapsed_text, size_text
 from nydusfs.convert.threads import DaemonPool
 from nydusfs.errors import AuthError, ConvertError, NotFoundError, RegistryError
 from nydusfs.registry import mediatypes as mt
-from nydusfs.registry.client import RegistryClient
-from nydusfs.registry.hosts import ClientOptions
-from nydusfs.registry.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +41,8 @@ _PUSH_THREADS = 3
 class ConvertOptions:
     """`platforms` None: all; `explicit_platforms`: the user named them. Durations in seconds."""
 
-    source: Reference
-    target: Reference
-    source_client: ClientOptions = field(default_factory=ClientOptions)
-    target_client: ClientOptions = field(default_factory=ClientOptions)
+    source: Location
+    target: Location
     platforms: tuple[Platform, ...] | None = None
     explicit_platforms: bool = False
     settings: LayerSettings = field(default_factory=LayerSettings)
@@ -56,8 +51,7 @@ class ConvertOptions:
     oci: bool = False
     referrer: bool = False
     work_dir: Path = Path("tmp")
-    build_cache: Reference | None = None
-    build_cache_client: ClientOptions = field(default_factory=ClientOptions)
+    build_cache: Location | None = None
     build_cache_version: str = "v1"
     build_cache_records: int = 200
     cache_dir: Path | None = None
@@ -104,11 +98,16 @@ def convert(options: ConvertOptions, progress: Progress) -> ConvertResult:
     """Raises NydusError (RegistryError, AuthError, ConvertError) with the reason; the tag is written last, so a failed
     conversion leaves no half image behind it."""
     with ExitStack() as stack:
-        source = stack.enter_context(RegistryClient(options.source.host, options.source_client))
-        same = (options.target.host, options.target_client) == (options.source.host, options.source_client)
-        target = source if same else stack.enter_context(RegistryClient(options.target.host, options.target_client))
         folder = stack.enter_context(_work_folder(options.work_dir))
-        return _Conversion(options, progress, source, target, folder).run()
+        connections = stack.enter_context(Connections())
+        options = replace(options, source=options.source.prepare(folder / "source"))
+        source = stack.enter_context(options.source.open(connections))
+        target = stack.enter_context(options.target.open(connections, create=True))
+        cache = None
+        if options.build_cache is not None:
+            place = stack.enter_context(options.build_cache.open(connections, create=True))
+            cache = BuildCache(place, options.build_cache_version, options.build_cache_records)
+        return _Conversion(options, progress, source, target, cache, folder).run()
 
 
 class _Conversion:
@@ -116,8 +115,9 @@ class _Conversion:
         self,
         options: ConvertOptions,
         progress: Progress,
-        source: RegistryClient,
-        target: RegistryClient,
+        source: Endpoint,
+        target: Endpoint,
+        cache: BuildCache | None,
         folder: Path,
     ) -> None:
         self.options = options
@@ -128,13 +128,13 @@ class _Conversion:
         self.result = ConvertResult()
         self.pushed: dict[str, Future[None]] = {}
         self.local = LocalCache(options.cache_dir) if options.cache_dir else None
-        self.cache: BuildCache | None = None
+        self.cache = cache
 
     def run(self) -> ConvertResult:
         options, progress, result = self.options, self.progress, self.result
         begun = time.monotonic()
         progress.say(f"pulling image {options.source}")
-        found = load_images(self.source, options.source, options.platforms)
+        found = load_images(self.source, options.platforms)
         images = self._sources(found)
         self._load_cache()
         result.pull_elapsed = time.monotonic() - begun
@@ -189,14 +189,12 @@ class _Conversion:
         return images
 
     def _load_cache(self) -> None:
-        reference = self.options.build_cache
-        if reference is None:
+        if self.cache is None:
             return
-        client = RegistryClient(reference.host, self.options.build_cache_client)
-        self.cache = BuildCache(client, reference, self.options.build_cache_version, self.options.build_cache_records)
-        self.progress.say(f"pulling cache {reference}")
+        name = self.cache.endpoint.name
+        self.progress.say(f"pulling cache {name}")
         self.cache.load()
-        self.progress.say(f"pulled cache {reference}: {len(self.cache)} record(s)")
+        self.progress.say(f"pulled cache {name}: {len(self.cache)} record(s)")
 
     # -- layers
 
@@ -217,17 +215,7 @@ class _Conversion:
                 result.cached += 1
                 self._push_layer(cached, pushers)
                 continue
-            jobs.append(
-                LayerJob(
-                    number,
-                    options.source.host,
-                    options.source_client,
-                    options.source.repository,
-                    layer,
-                    options.settings,
-                    folder,
-                )
-            )
+            jobs.append(LayerJob(number, options.source, layer, options.settings, folder))
         for job in jobs:
             self.progress.start(job.source.digest, f"layer {job.source.hex[:12]}", job.source.size)
         workers = options.workers or cpu_count()
@@ -247,32 +235,15 @@ class _Conversion:
             self.pushed[layer.digest] = pushers.submit(self._retried, lambda: self._send_layer(layer))
 
     def _send_layer(self, layer: ConvertedLayer) -> None:
-        repository = self.options.target.repository
         if layer.blob is not None:
             key = f"push {layer.digest}"
             self.progress.start(key, f"push  {layer.hex[:12]}", layer.size)
-            self.target.push_file(
-                repository, layer.digest, layer.blob, progress=lambda count: self.progress.advance(key, count)
-            )
+            self.target.push_file(layer.digest, layer.blob, progress=lambda count: self.progress.advance(key, count))
             self.progress.finish(key)
             return
         cache = self.cache
         assert cache is not None, "only the build cache gives layers without a file"
-        self._copy(cache.client, cache.reference, layer.digest, layer.size)
-
-    def _copy(self, client: RegistryClient, origin: Reference, digest: str, size: int) -> None:
-        """A blob of some repository into the target's: mounted where the registry can, else streamed through."""
-        repository = self.options.target.repository
-        if origin.host == self.options.target.host and origin.repository == repository:
-            return
-        mount_from = origin.repository if origin.host == self.options.target.host else ""
-        self.target.push_blob(
-            repository,
-            digest,
-            size,
-            lambda: io.BufferedReader(client.open_blob(origin.repository, digest, size), 1 << 20),
-            mount_from=mount_from,
-        )
+        copy_blob(cache.endpoint, self.target, layer.digest, layer.size)
 
     # -- images
 
@@ -323,9 +294,7 @@ class _Conversion:
 
     def _submit(self, pushers: DaemonPool, digest: str, path: Path) -> None:
         if digest not in self.pushed:
-            self.pushed[digest] = pushers.submit(
-                self._retried, lambda: self.target.push_file(self.options.target.repository, digest, path)
-            )
+            self.pushed[digest] = pushers.submit(self._retried, lambda: self.target.push_file(digest, path))
 
     def _push_images(self, found: ImageSet, nydus: list[_Nydus]) -> None:
         options, result = self.options, self.result
@@ -338,32 +307,29 @@ class _Conversion:
             platform = one.source.platform_json or _platform_of(one.source)
             entries.append(manifests.index_entry(one.media_type, one.body, platform, artifact_type=artifact))
         if len(entries) == 1:
-            result.digest = self._push_manifest(options.target.selector, nydus[0].media_type, nydus[0].body)
+            result.digest = self._push_manifest(self.target.push_image, nydus[0].media_type, nydus[0].body)
             return
         for one in nydus:
-            self._push_manifest(_digest(one.body), one.media_type, one.body)
+            self._push_manifest(self.target.push_manifest, one.media_type, one.body)
         docker = found.index_media_type == mt.DOCKER_LIST or (not found.index and nydus[0].source.is_docker)
         media_type = mt.DOCKER_LIST if docker and not options.oci else mt.OCI_INDEX
         body = manifests.index(entries, media_type, merged=options.merge_platform)
-        result.digest = self._push_manifest(options.target.selector, media_type, body)
+        result.digest = self._push_manifest(self.target.push_image, media_type, body)
 
     def _push_oci_half(self, image: Image) -> dict[str, Any]:
         """The plain image of a merged index: its layers copied, an empty one below them."""
-        repository = self.options.target.repository
         config, media_type, body = manifests.oci_half(image, oci=self.options.oci)
         for layer in {layer.digest: layer for layer in image.layers}.values():
-            self._retried(partial(self._copy, self.source, self.options.source, layer.digest, layer.size))
+            self._retried(partial(copy_blob, self.source, self.target, layer.digest, layer.size))
         for data in (manifests.EMPTY_LAYER, config):
-            opener = partial(io.BytesIO, data)
-            self._retried(partial(self.target.push_blob, repository, _digest(data), len(data), opener))
-        self._push_manifest(_digest(body), media_type, body)
+            self._retried(partial(self.target.push_bytes, _digest(data), data))
+        self._push_manifest(self.target.push_manifest, media_type, body)
         annotations = {mt.ANNOTATION_SOURCE_DIGEST: image.digest}
         platform = image.platform_json or _platform_of(image)
         return manifests.index_entry(media_type, body, platform, annotations=annotations)
 
-    def _push_manifest(self, selector: str, media_type: str, body: bytes) -> str:
-        repository = self.options.target.repository
-        self._retried(lambda: self.target.push_manifest(repository, selector, media_type, body))
+    def _push_manifest(self, push: Callable[[str, bytes], str], media_type: str, body: bytes) -> str:
+        self._retried(lambda: push(media_type, body))
         return _digest(body)
 
     def _push_cache(self, layers: dict[str, ConvertedLayer]) -> None:
@@ -373,11 +339,9 @@ class _Conversion:
         for layer in reversed(layers.values()):
             self.cache.add(layer, self.options.settings)
         try:
-            self.cache.push(list(layers.values()), self.options.target)
+            self.cache.push(list(layers.values()), self.target)
         except RegistryError as error:
-            log.warning("build cache %s cannot be written: %s", self.cache.reference, error)
-        finally:
-            self.cache.client.close()
+            log.warning("build cache %s cannot be written: %s", self.cache.endpoint.name, error)
 
     def _retried(self, push: Callable[[], object]) -> None:
         """The client retries single requests; this repeats a whole push, with a fresh upload session."""

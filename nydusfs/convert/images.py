@@ -1,4 +1,4 @@
-"""Images in a registry: index, manifest and config as read, checked for shape before anything uses them."""
+"""Images: index, manifest and config as read, checked for shape before anything uses them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.platforms import Platform
 from nydusfs.errors import ConvertError
 from nydusfs.registry import mediatypes as mt
-from nydusfs.registry.client import Manifest, RegistryClient
-from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.registry.client import Manifest
+from nydusfs.registry.reference import SHA256_DIGEST
 
 MAX_CONFIG = 8 << 20
 MAX_LAYERS = 1000
@@ -40,9 +41,10 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One manifest with its config. `platform_json` is the index descriptor's `platform`, None without an index."""
+    """One manifest with its config, and where its blobs are. `platform_json` is the index descriptor's `platform`, None
+    without an index."""
 
-    reference: Reference
+    endpoint: Endpoint = field(repr=False, compare=False)
     digest: str
     media_type: str
     manifest: dict[str, Any]
@@ -78,32 +80,33 @@ class Image:
 
     @property
     def name(self) -> str:
-        return f"{self.reference} ({self.platform})" if self.platform_json else str(self.reference)
+        return f"{self.endpoint.name} ({self.platform})" if self.platform_json else self.endpoint.name
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """What a reference names: one image, or an index with the images that were asked for."""
+    """What a location names: one image, or an index with the images that were asked for."""
 
-    reference: Reference
+    name: str
     images: list[Image]
     index: dict[str, Any] | None = None
     index_media_type: str = ""
 
 
-def load_images(client: RegistryClient, reference: Reference, platforms: Sequence[Platform] | None) -> ImageSet:
+def load_images(endpoint: Endpoint, platforms: Sequence[Platform] | None) -> ImageSet:
     """Images of these platforms (None: all), Nydus ones included. Raises RegistryError, ConvertError."""
-    found = client.manifest(reference.repository, reference.selector)
+    name = endpoint.name
+    found = endpoint.manifest()
     if found.media_type not in mt.INDEXES:
-        return ImageSet(reference, [load_image(client, reference, found)])
-    index = parse_object(found.body, f"index of {reference}")
+        return ImageSet(name, [load_image(endpoint, found)])
+    index = parse_object(found.body, f"index of {name}")
     entries = index.get("manifests")
     if not isinstance(entries, list) or len(entries) > MAX_INDEX:
-        raise ConvertError(f"{reference}: its index has no usable list of manifests")
+        raise ConvertError(f"{name}: its index has no usable list of manifests")
     images: list[Image] = []
     seen: list[str] = []
     for entry in entries:
-        descriptor = parse_descriptor(entry, f"index of {reference}")
+        descriptor = parse_descriptor(entry, f"index of {name}")
         platform_json = entry.get("platform")
         platform_json = platform_json if isinstance(platform_json, dict) else {}
         platform = Platform.of(platform_json)
@@ -113,43 +116,41 @@ def load_images(client: RegistryClient, reference: Reference, platforms: Sequenc
         seen.append(str(platform))
         if platforms is not None and not any(wanted.matches(platform) for wanted in platforms):
             continue
-        body = client.manifest(reference.repository, descriptor.digest)
+        body = endpoint.manifest(descriptor.digest)
         artifact = str(entry.get("artifactType") or "")
         if mt.OS_FEATURE_NYDUS in (platform_json.get("os.features") or []):
             artifact = mt.NYDUS_MANIFEST_ARTIFACT
-        images.append(load_image(client, reference, body, platform_json, artifact))
+        images.append(load_image(endpoint, body, platform_json, artifact))
     if not images:
         wanted_text = ", ".join(str(one) for one in platforms or [])
         raise ConvertError(
-            f"{reference} has no image for {wanted_text or 'any platform'}; it has: "
+            f"{name} has no image for {wanted_text or 'any platform'}; it has: "
             f"{', '.join(sorted(set(seen))) or 'none'} (choose with --platform)"
         )
-    return ImageSet(reference, images, index, found.media_type)
+    return ImageSet(name, images, index, found.media_type)
 
 
 def load_image(
-    client: RegistryClient,
-    reference: Reference,
+    endpoint: Endpoint,
     found: Manifest,
     platform_json: dict[str, Any] | None = None,
     artifact_type: str = "",
 ) -> Image:
     """Manifest and config of one image. Raises RegistryError, ConvertError."""
+    name = endpoint.name
     if found.media_type not in mt.MANIFESTS:
-        raise ConvertError(f"{reference}: manifest type {found.media_type or 'unknown'!r} is not supported")
-    document = parse_object(found.body, f"manifest of {reference}")
-    config_descriptor = parse_descriptor(document.get("config"), f"config of {reference}")
-    layers = parse_layers(document, reference)
-    body = client.blob(reference.repository, config_descriptor.digest, MAX_CONFIG)
-    config = parse_object(body, f"config of {reference}")
+        raise ConvertError(f"{name}: manifest type {found.media_type or 'unknown'!r} is not supported")
+    document = parse_object(found.body, f"manifest of {name}")
+    config_descriptor = parse_descriptor(document.get("config"), f"config of {name}")
+    layers = parse_layers(document, name)
+    body = endpoint.blob(config_descriptor.digest, MAX_CONFIG)
+    config = parse_object(body, f"config of {name}")
     rootfs = config.get("rootfs")
     diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(diff_ids, list) or not all(isinstance(one, str) for one in diff_ids):
-        raise ConvertError(
-            f"{reference}: config {config_descriptor.digest} is not that of a container image (no rootfs)"
-        )
+        raise ConvertError(f"{name}: config {config_descriptor.digest} is not that of a container image (no rootfs)")
     return Image(
-        reference,
+        endpoint,
         found.digest,
         found.media_type,
         document,
@@ -163,11 +164,11 @@ def load_image(
     )
 
 
-def parse_layers(manifest: dict[str, Any], reference: Reference) -> list[Descriptor]:
+def parse_layers(manifest: dict[str, Any], name: str) -> list[Descriptor]:
     layers = manifest.get("layers")
     if not isinstance(layers, list) or len(layers) > MAX_LAYERS:
-        raise ConvertError(f"{reference}: its manifest has no usable list of layers")
-    return [parse_descriptor(layer, f"layer {number} of {reference}") for number, layer in enumerate(layers)]
+        raise ConvertError(f"{name}: its manifest has no usable list of layers")
+    return [parse_descriptor(layer, f"layer {number} of {name}") for number, layer in enumerate(layers)]
 
 
 def parse_descriptor(value: object, what: str) -> Descriptor:

@@ -1,4 +1,4 @@
-"""One layer: registry -> decompression -> builder -> blob file, as a stream. Runs in worker processes.
+"""One layer: source -> decompression -> builder -> blob file, as a stream. Runs in worker processes.
 
 Everything that crosses the process border is plain data. No secret does: a worker reads docker's configuration itself.
 """
@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from nydusfs.convert.endpoints import Connections, Endpoint, Location
 from nydusfs.convert.images import Descriptor
 from nydusfs.errors import ConvertError, NydusError
-from nydusfs.registry.client import RegistryClient
-from nydusfs.registry.hosts import ClientOptions
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,7 @@ class LayerSettings:
 @dataclass(frozen=True, slots=True)
 class LayerJob:
     number: int
-    host: str
-    options: ClientOptions
-    repository: str
+    location: Location
     source: Descriptor
     settings: LayerSettings
     folder: Path
@@ -97,10 +94,9 @@ def convert_layer(job: LayerJob, report: Callable[[int], None] | None = None) ->
     )
     job.folder.mkdir(parents=True, exist_ok=True)
     blob_path = job.folder / "blob"
-    what = f"layer {job.source.digest} of {job.host}/{job.repository}"
+    what = f"layer {job.source.digest} of {job.location}"
     try:
-        client = _client(job.host, job.options)
-        stream = cast(BinaryIO, client.open_blob(job.repository, job.source.digest, job.source.size))
+        stream = cast(BinaryIO, _endpoint(job.location).open_blob(job.source.digest, job.source.size))
         counted = cast(BinaryIO, Counted(stream, report) if report else stream)
         with counted, blob_path.open("wb") as out:
             with open_layer(counted) as tar:
@@ -129,9 +125,14 @@ def convert_layer(job: LayerJob, report: Callable[[int], None] | None = None) ->
 
 
 @functools.cache
-def _client(host: str, options: ClientOptions) -> RegistryClient:
-    """One per process and registry: connections and tokens are used again for the next layer."""
-    return RegistryClient(host, options)
+def _endpoint(location: Location) -> Endpoint:
+    """One per process and image: connections and tokens are used again for the next layer."""
+    return location.open(_connections())
+
+
+@functools.cache
+def _connections() -> Connections:
+    return Connections()
 
 
 def tail_of_blob(blob: Path, folder: Path) -> tuple[Path, Path | None]:

@@ -76,7 +76,7 @@ def nydus_manifest(
         mt.ANNOTATION_BUILDER_VERSION: builder_version,
         mt.ANNOTATION_FS_VERSION: str(fs_version),
         mt.ANNOTATION_SOURCE_DIGEST: source.digest,
-        mt.ANNOTATION_SOURCE_REFERENCE: str(source.reference),
+        mt.ANNOTATION_SOURCE_REFERENCE: source.endpoint.image,
     }
     document: dict[str, Any] = {
         "schemaVersion": 2,

@@ -19,10 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nydusfs.convert.endpoints import Endpoint, RegistryEndpoint
 from nydusfs.errors import ConvertError
-from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import docker_credentials
-from nydusfs.registry.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +50,11 @@ def require_root(otherwise: str = "") -> None:
         raise ConvertError(f"must run as root to mount the image{otherwise}")
 
 
-def daemon_config(client: RegistryClient, reference: Reference, cache: Path, *, prefetch: bool) -> dict[str, Any]:
+def daemon_config(endpoint: Endpoint, cache: Path, *, prefetch: bool) -> dict[str, Any]:
     """Configuration (v1) that reads this image's blobs from its registry, with docker's credentials for it."""
-    server = client.transport.server
+    if not isinstance(endpoint, RegistryEndpoint):
+        raise ConvertError(f"{endpoint.name} cannot be mounted: it is not in a registry")
+    server, reference = endpoint.client.transport.server, endpoint.reference
     backend: dict[str, Any] = {
         "scheme": server.url.partition("://")[0],
         "host": server.host,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nydusfs.errors import ConvertError
+
+if TYPE_CHECKING:
+    from nydusfs.registry.hosts import ClientOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,3 +66,12 @@ def refuse_unsupported(given: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     used = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults.get(name)]
     if used:
         raise ConvertError(f"not supported yet: {', '.join(used)}")
+
+
+def client_options(given: Mapping[str, Any], insecure: bool) -> ClientOptions:
+    """How to reach a registry, from the flags --plain-http and --hosts-dir and the command's --*-insecure."""
+    from nydusfs.registry.hosts import ClientOptions
+
+    return ClientOptions(
+        insecure=insecure, plain_http=bool(given.get("plain_http")), hosts_dir=given.get("hosts_dir") or ""
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nydusfs.errors import ConfigError
-from nydusfs.registry.reference import is_loopback
+from nydusfs.registry.reference import DOCKER_HUB_ENDPOINT, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def route(endpoint: str, options: ClientOptions) -> Route:
 def _candidates(endpoint: str, options: ClientOptions, authorities: tuple[str, ...] = ()) -> list[Endpoint]:
     https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities)
     http = Endpoint(f"http://{endpoint}")
-    if options.plain_http:
+    if options.plain_http and endpoint != DOCKER_HUB_ENDPOINT:  # a flag for private registries
         return [http]
     if is_loopback(endpoint):
         return [https, http] if authorities else [http, https]

@@ -18,17 +18,18 @@ from nydusfs.convert import manifests, rules
 from nydusfs.convert.bootstrap_layer import chunk_table, unpack_bootstrap_layer, write_bootstrap_layer
 from nydusfs.convert.cli import cli
 from nydusfs.convert.compare import compare
+from nydusfs.convert.endpoints import Connections, Endpoint, LayoutLocation
 from nydusfs.convert.facts import Facts
-from nydusfs.convert.images import Descriptor, Image, parse_descriptor, parse_layers
+from nydusfs.convert.images import Descriptor, Image, load_images, parse_descriptor
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
 from nydusfs.errors import ConvertError
 from nydusfs.registry import mediatypes as mt
-from nydusfs.registry.reference import Reference
 from tests.lab.images import entry
 from tests.lab.paths import shared_dir
 
-REFERENCE = Reference.parse("localhost:5000/app:oci")
+NOWHERE = Endpoint()
+NOWHERE.name = NOWHERE.image = "localhost:5000/app:oci"
 
 interop = pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
 
@@ -45,23 +46,9 @@ def _blob(layout: Path, digest: str) -> bytes:
 
 def _images(name: str) -> list[Image]:
     """Every image of a fixture layout."""
-    layout = _oci(name)
-    found: list[Image] = []
-    entries = json.loads((layout / "index.json").read_bytes())["manifests"]
-    while entries:
-        one = entries.pop(0)
-        body = _blob(layout, one["digest"])
-        document: dict[str, Any] = json.loads(body)
-        if "manifests" in document:
-            entries += document["manifests"]
-            continue
-        config = parse_descriptor(document["config"], "config")
-        config_body = _blob(layout, config.digest)
-        found.append(Image(
-            REFERENCE, one["digest"], one["mediaType"], document, body, json.loads(config_body), config_body, config,
-            parse_layers(document, REFERENCE), one.get("platform"), one.get("artifactType", ""),
-        ))  # fmt: skip
-    return found
+    with Connections() as connections:
+        location = LayoutLocation(_oci(name), reference="localhost:5000/app:oci")
+        return load_images(location.open(connections), None).images
 
 
 @interop
@@ -146,7 +133,7 @@ def test_bootstrap_layer_equals_upstream(name: str, tmp_path: Path) -> None:
 def test_docker_sources_stay_docker_unless_asked() -> None:
     config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "1" * 64]}}
     layer = Descriptor(mt.DOCKER_LAYER_GZIP, "sha256:" + "2" * 64, 5)
-    source = Image(REFERENCE, "sha256:" + "3" * 64, mt.DOCKER_MANIFEST, {}, b"{}", config, b"{}",
+    source = Image(NOWHERE, "sha256:" + "3" * 64, mt.DOCKER_MANIFEST, {}, b"{}", config, b"{}",
                    Descriptor(mt.DOCKER_CONFIG, "sha256:" + "4" * 64, 2), [layer])  # fmt: skip
     for oci, manifest, config_type, boot in [
         (False, mt.DOCKER_MANIFEST, mt.DOCKER_CONFIG, mt.DOCKER_LAYER_GZIP),
@@ -169,7 +156,7 @@ def test_rules_name_what_is_wrong() -> None:
     ]
     config = {"rootfs": {"diff_ids": ["x", "y", "z"]}}
     image = Image(
-        REFERENCE, _name(3), mt.OCI_MANIFEST, {}, b"", config, b"", Descriptor("", _name(4), 2), layers
+        NOWHERE, _name(3), mt.OCI_MANIFEST, {}, b"", config, b"", Descriptor("", _name(4), 2), layers
     )  # fmt: skip
     text = "\n".join(rules.check_manifest(image))
     assert "layer 0" in text and "media type" in text and "lacks the annotation" in text and "diff id y" in text
