@@ -82,5 +82,13 @@ class NotFoundError(RegistryError):
     """The registry answers, but has no such image, manifest or blob."""
 
 
+class ObjectStoreError(NydusError):
+    """An object store refused, failed or could not be reached. `status` is the HTTP status, 0: no answer at all."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        self.status = status
+        super().__init__(message)
+
+
 class ConvertError(NydusError):
     """An image cannot be converted, checked or mounted."""

@@ -5,14 +5,17 @@ from nydusfs.config.model import (
     CacheConfig,
     Config,
     ConnectionConfig,
+    DiskBlob,
+    HttpProxyBackend,
+    LocalDiskBackend,
     LocalFsBackend,
     MirrorConfig,
-    OtherBackend,
+    ObjectBackend,
     PrefetchConfig,
     ProxyConfig,
     RegistryBackend,
 )
-from nydusfs.config.parse import load_config
+from nydusfs.config.parse import load_backend, load_config
 from nydusfs.config.show import connection_debug, public_config
 
 __all__ = [
@@ -20,13 +23,17 @@ __all__ = [
     "CacheConfig",
     "Config",
     "ConnectionConfig",
+    "DiskBlob",
+    "HttpProxyBackend",
+    "LocalDiskBackend",
     "LocalFsBackend",
     "MirrorConfig",
-    "OtherBackend",
+    "ObjectBackend",
     "PrefetchConfig",
     "ProxyConfig",
     "RegistryBackend",
     "connection_debug",
+    "load_backend",
     "load_config",
     "public_config",
 ]

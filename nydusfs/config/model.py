@@ -77,15 +77,55 @@ class LocalFsBackend:
 
 
 @dataclass(frozen=True, slots=True)
-class OtherBackend:
-    """A backend type that is understood as configuration but that no source serves yet."""
+class DiskBlob:
+    """Where a blob lies on a disk without partition table; bytes."""
 
-    type: str
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDiskBackend:
+    """A disk or its image whose GPT partitions are the blobs, or that holds them at the places `blobs` says."""
+
+    device_path: str = ""
+    disable_gpt: bool = False
+    blobs: Mapping[str, DiskBlob] = field(default_factory=dict)  # ours, with disable_gpt; empty: all of it is one blob
+    type: str = "localdisk"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpProxyBackend:
+    """`addr` is a URL, below whose `path` the blobs lie by id, or a unix socket that serves one blob at "/"."""
+
+    addr: str = ""
+    path: str = ""
+    connection: ConnectionConfig = field(default_factory=ConnectionConfig)
+    type: str = "http-proxy"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectBackend:
+    """A bucket of an S3 or OSS service; an object's key is `object_prefix` and the blob's id.
+
+    Without keys and `credentials_file` requests are not signed, unless the environment has keys.
+    """
+
+    type: str = "s3"  # "s3" or "oss"
+    endpoint: str = ""  # host[:port]
+    bucket_name: str = ""
+    region: str = ""  # s3 only
+    access_key_id: str = field(default="", repr=False)
+    access_key_secret: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)  # ours: of temporary credentials
+    credentials_file: str = ""  # ours: AWS's ini format, read again when it changes
+    object_prefix: str = ""
+    part_size: int = 64 * MIB  # of uploads; nydusify's key, its default is 500 MiB
+    upload_threads: int = 5
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
 
 
-BackendConfig: TypeAlias = RegistryBackend | LocalFsBackend | OtherBackend
+BackendConfig: TypeAlias = RegistryBackend | LocalFsBackend | LocalDiskBackend | HttpProxyBackend | ObjectBackend
 
 
 @dataclass(frozen=True, slots=True)

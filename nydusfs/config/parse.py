@@ -6,26 +6,12 @@ keys never stop anything (here they are named once, upstream is silent).
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import tomllib
 from typing import Any
-from urllib.parse import urlsplit
 
-from nydusfs.config.model import (
-    MIB,
-    BackendConfig,
-    CacheConfig,
-    Config,
-    ConnectionConfig,
-    LocalFsBackend,
-    MirrorConfig,
-    OtherBackend,
-    PrefetchConfig,
-    ProxyConfig,
-    RegistryBackend,
-)
+from nydusfs.config.backends import KINDS, parse_backend
+from nydusfs.config.model import MIB, BackendConfig, CacheConfig, Config, PrefetchConfig
 from nydusfs.config.section import Section
 from nydusfs.errors import ConfigError
 
@@ -33,7 +19,6 @@ MAX_TEXT = MIB
 MAX_BATCH = 0x1000_0000
 MAX_THREADS = 1024
 _CACHE_TYPES = ("", "blobcache", "filecache", "fscache", "dummycache")
-_OTHER_TYPES = ("oss", "s3", "localdisk", "http-proxy")
 
 
 def load_config(text: str, where: str, *, template: bool = False) -> Config:
@@ -55,6 +40,17 @@ def load_config(text: str, where: str, *, template: bool = False) -> Config:
         config = _version1(root, template)
     root.warn_unknown()
     return config
+
+
+def load_backend(kind: str, text: str, where: str) -> BackendConfig:
+    """A backend's table alone, as JSON: `--backend-type` and `--backend-config` of the tools. Raises `ConfigError`."""
+    if len(text) > MAX_TEXT:
+        raise ConfigError("", f"is larger than {MAX_TEXT} bytes", where)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("", f"is not valid JSON: {error}", where) from None
+    return parse_backend(Section({"type": kind}, "", where), kind, Section(document, "", where), False)
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -85,7 +81,8 @@ def _version1(root: Section, template: bool) -> Config:
         raise backend_section.error("config", "is missing")
     if kind == "http-proxy":
         raise backend_section.error("type", "'http-proxy' needs a version 2 configuration")
-    backend = _backend(backend_section, kind, options or Section({}, "device.backend.config", root.where), template)
+    table = options or Section({}, "device.backend.config", root.where)
+    backend = parse_backend(backend_section, kind, table, template)
     backend_section.warn_unknown()
 
     cache = CacheConfig()
@@ -136,8 +133,8 @@ def _version2(root: Section, template: bool) -> Config:
         raise root.error("backend", "is missing")
     kind = backend_section.text("type")
     inner = backend_section.section(kind) if kind else None
-    backend = _backend(backend_section, kind, inner or Section({}, f"backend.{kind}", root.where), template)
-    backend_section.known("registry", "localfs", *_OTHER_TYPES)
+    backend = parse_backend(backend_section, kind, inner or Section({}, f"backend.{kind}", root.where), template)
+    backend_section.known(*KINDS)
     backend_section.warn_unknown()
 
     cache = CacheConfig()
@@ -251,124 +248,3 @@ def _cache_options(section: Section) -> str:
     section.known("disable_indexed_map", "enable_encryption", "enable_convergent_encryption", "encryption_key")
     section.warn_unknown()
     return work_dir
-
-
-def _backend(parent: Section, kind: str, options: Section, template: bool) -> BackendConfig:
-    backend: BackendConfig
-    if kind == "registry":
-        backend = RegistryBackend(
-            host=options.text("host"),
-            repo=options.text("repo"),
-            auth=options.text("auth"),
-            registry_token=options.text("registry_token"),
-            blob_url_scheme=options.text("blob_url_scheme"),
-            blob_redirected_host=options.text("blob_redirected_host"),
-            connection=_connection(options),
-        )
-        if not template:
-            for key in ("host", "repo"):
-                if not getattr(backend, key):
-                    raise options.error(key, "is missing: a registry needs its host and repository")
-        if backend.auth:
-            _check_auth(options, backend.auth)
-    elif kind == "localfs":
-        backend = LocalFsBackend(options.text("blob_file"), options.text("dir"), options.texts("alt_dirs"))
-        options.known("readahead", "readahead_sec")
-        if not backend.blob_file and not backend.dir and not template:
-            raise options.error("dir", "is missing: localfs needs blob_file or dir")
-    elif kind in _OTHER_TYPES:
-        backend = OtherBackend(kind, options.values(), _connection(options))
-        options.known(*options.values())
-    else:
-        kinds = ", ".join(("registry", "localfs", *_OTHER_TYPES))
-        raise parent.error("type", f"{kind!r} is not a backend type, expected one of {kinds}")
-    options.warn_unknown()
-    return backend
-
-
-def _check_auth(options: Section, auth: str) -> None:
-    try:
-        decoded = base64.b64decode(auth, validate=True)
-    except (binascii.Error, ValueError):
-        raise options.error("auth", "is not base64 of user:password") from None
-    if b":" not in decoded:
-        raise options.error("auth", "has no colon between user and password")
-
-
-def _connection(options: Section) -> ConnectionConfig:
-    scheme = options.text("scheme", "https")
-    if scheme not in ("", "http", "https"):
-        raise options.error("scheme", f"{scheme!r} is not a scheme, expected 'http' or 'https'")
-    proxy = _proxy(options.section("proxy"))
-    mirrors = tuple(mirror for mirror in map(_mirror, options.sections("mirrors")) if mirror is not None)
-    if proxy.url and mirrors:
-        raise options.error("proxy", "connection: proxy and mirrors cannot be configured at the same time.")
-    return ConnectionConfig(
-        scheme=scheme or "https",
-        skip_verify=options.flag("skip_verify"),
-        ca_cert_files=options.texts("ca_cert_files"),
-        timeout=options.number("timeout", 5),
-        connect_timeout=options.number("connect_timeout", 5),
-        retry_limit=options.number("retry_limit", 0, high=255),
-        proxy=proxy,
-        mirrors=mirrors,
-    )
-
-
-def _proxy(section: Section | None) -> ProxyConfig:
-    if section is None:
-        return ProxyConfig()
-    proxy = ProxyConfig(
-        url=section.text("url"),
-        ping_url=section.text("ping_url"),
-        fallback=section.flag("fallback", True),
-        check_interval=section.number("check_interval", 5),
-        check_pause_elapsed=section.number("check_pause_elapsed", 300),
-        use_http=section.flag("use_http"),
-    )
-    section.known("dragonfly_scheduler_endpoint")
-    if proxy.url:
-        _check_url(section, "url", proxy.url)
-    section.warn_unknown()
-    return proxy
-
-
-def _mirror(section: Section) -> MirrorConfig | None:
-    """None for an element without a host: upstream drops those too."""
-    health = ("ping_url", "health_check_interval", "failure_limit", "health_check_pause_elapsed")
-    mirror = MirrorConfig(
-        host=section.text("host").rstrip("/"),
-        headers=section.text_map("headers"),
-        auth_through=section.flag("auth_through"),
-        ping_url=section.text("ping_url"),
-        health_check_interval=section.number("health_check_interval", 5),
-        failure_limit=section.number("failure_limit", 5, high=255),
-        health_check_pause_elapsed=section.number("health_check_pause_elapsed", 300),
-        health_keys_given=any(key in section for key in health),
-    )
-    section.warn_unknown()
-    if not mirror.host:
-        return None
-    _check_url(section, "host", mirror.host)
-    if mirror.ping_url:
-        _check_url(section, "ping_url", mirror.ping_url)
-    for name, value in mirror.headers.items():
-        if not _is_token(name):
-            raise section.error("headers", f"{name!r} is not a legal header name")
-        if any(char in value for char in "\r\n\0"):
-            raise section.error(f"headers.{name}", "holds a line break")
-    return mirror
-
-
-def _is_token(name: str) -> bool:
-    return bool(name) and all(char.isascii() and (char.isalnum() or char in "!#$%&'*+-.^_`|~") for char in name)
-
-
-def _check_url(section: Section, key: str, url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise section.error(key, f"{url!r} is not a URL such as http://127.0.0.1:65001")

@@ -12,7 +12,7 @@ from nydusfs.errors import ConfigError
 log = logging.getLogger("nydusfs.config")
 
 _TYPE_NAMES = {dict: "table", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
-_SECRETS = {"auth", "registry_token", "access_key_id", "access_key_secret", "encryption_key"}
+_SECRETS = {"auth", "registry_token", "access_key_id", "access_key_secret", "session_token", "encryption_key"}
 
 
 class Section:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nydusfs.config.model import Config, ConnectionConfig, LocalFsBackend, MirrorConfig, RegistryBackend
+from nydusfs.config.model import (
+    Config,
+    ConnectionConfig,
+    HttpProxyBackend,
+    LocalDiskBackend,
+    LocalFsBackend,
+    MirrorConfig,
+    RegistryBackend,
+)
 
 
 def _text(value: str) -> str:
@@ -35,7 +43,7 @@ def _mirror(mirror: MirrorConfig) -> str:
 
 def connection_debug(config: Config) -> str:
     """The `backend config: ConnectionConfig { ... }` line of upstream 2.1.0; "" for a backend without connections."""
-    if isinstance(config.backend, LocalFsBackend):
+    if isinstance(config.backend, LocalFsBackend | LocalDiskBackend):
         return ""
     connection: ConnectionConfig = config.backend.connection
     proxy = connection.proxy
@@ -58,6 +66,11 @@ def public_config(config: Config) -> dict[str, Any]:
             "blob_file": config.backend.blob_file,
             "dir": config.backend.dir,
             "alt_dirs": list(config.backend.alt_dirs),
+        }
+    elif isinstance(config.backend, LocalDiskBackend):
+        backend["localdisk"] = {
+            "device_path": config.backend.device_path,
+            "disable_gpt": config.backend.disable_gpt,
         }
     else:
         connection = config.backend.connection
@@ -83,8 +96,17 @@ def public_config(config: Config) -> dict[str, Any]:
         }
         if isinstance(config.backend, RegistryBackend):
             backend["registry"] = {"host": config.backend.host, "repo": config.backend.repo, **common}
+        elif isinstance(config.backend, HttpProxyBackend):
+            backend["http-proxy"] = {"addr": config.backend.addr, "path": config.backend.path, **common}
         else:
-            backend[config.backend.type] = common
+            store = config.backend
+            backend[store.type] = {
+                "endpoint": store.endpoint,
+                "bucket_name": store.bucket_name,
+                "object_prefix": store.object_prefix,
+                **({"region": store.region} if store.type == "s3" else {}),
+                **common,
+            }
     prefetch = config.prefetch
     return {
         "version": 2,

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from nydusfs.config import LocalFsBackend, OtherBackend, RegistryBackend, connection_debug, load_config, public_config
+from nydusfs.config import (
+    HttpProxyBackend,
+    LocalDiskBackend,
+    LocalFsBackend,
+    ObjectBackend,
+    RegistryBackend,
+    connection_debug,
+    load_config,
+    public_config,
+)
 from nydusfs.errors import ConfigError
 
 SCENARIO: dict[str, Any] = {
@@ -121,8 +130,21 @@ def test_version_2_in_both_syntaxes() -> None:
 def test_other_backends() -> None:
     local = load(changed(device__backend={"type": "localfs", "config": {"dir": "/blobs", "alt_dirs": ["/more"]}}))
     assert local.backend == LocalFsBackend("", "/blobs", ("/more",))
-    oss = load(changed(device__backend={"type": "oss", "config": {"endpoint": "e", "bucket_name": "b"}}))
-    assert isinstance(oss.backend, OtherBackend)
+    options = {
+        "endpoint": "oss-cn.example", "bucket_name": "b", "access_key_id": "KEYID", "access_key_secret": "SECRET",
+        "object_prefix": "p/",
+    }  # fmt: skip
+    oss = load(changed(device__backend={"type": "oss", "config": options}))
+    assert isinstance(oss.backend, ObjectBackend)
+    assert (oss.backend.type, oss.backend.endpoint) == ("oss", "oss-cn.example")
+    assert oss.backend.access_key_secret == "SECRET"
+    disk = load(changed(device__backend={"type": "localdisk", "config": {"device_path": "/dev/vdb"}}))
+    assert disk.backend == LocalDiskBackend("/dev/vdb")
+    text = '{"version": 2, "backend": {"type": "http-proxy", "http-proxy": {"addr": "http://h:1", "path": "/x/"}}}'
+    proxy = load_config(text, "config.json")
+    assert proxy.backend == HttpProxyBackend("http://h:1", "/x/")
+    shown = "".join(json.dumps(public_config(one)) + repr(one) + connection_debug(one) for one in (oss, disk, proxy))
+    assert "KEYID" not in shown and "SECRET" not in shown
 
 
 def test_unknown_keys_are_named_once_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
