@@ -96,8 +96,9 @@ class CacheStore:
         self.boot = boot or boot_id()
         self.path, self._lock_fd = _claim(Path(work_dir))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_open = max(8, min(256, soft // 8))
+        self._max_open = max(8, min(8192, soft // 8))
         self._open: OrderedDict[tuple[str, bytes], _OpenFile] = OrderedDict()
+        self._files = threading.Lock()  # over `_open`
         self._blobs: dict[str, BlobCache] = {}
         self._pending: list[tuple[BlobCache, str, bytes]] = []
         self._pending_lock = threading.Lock()
@@ -211,7 +212,11 @@ class CacheStore:
     # Descriptors
 
     def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> _OpenFile | None:
-        slot = (blob.blob_id, key)
+        """An open segment file, to be given back by `release`; None when there is none. From any thread."""
+        with self._files:
+            return self._acquire(blob, (blob.blob_id, key), names)
+
+    def _acquire(self, blob: BlobCache, slot: tuple[str, bytes], names: tuple[str, ...]) -> _OpenFile | None:
         file = self._open.get(slot)
         if file is None:
             fd = -1
@@ -235,14 +240,16 @@ class CacheStore:
         return file
 
     def release(self, file: _OpenFile) -> None:
-        file.users -= 1
-        if file.evicted and not file.users:
-            os.close(file.fd)
+        with self._files:
+            file.users -= 1
+            if file.evicted and not file.users:
+                os.close(file.fd)
 
     def drop_open(self, blob_id: str, key: bytes) -> None:
-        file = self._open.pop((blob_id, key), None)
-        if file is not None:
-            self._retire(file)
+        with self._files:
+            file = self._open.pop((blob_id, key), None)
+            if file is not None:
+                self._retire(file)
 
     def _shrink(self, limit: int) -> None:
         while len(self._open) > limit:
@@ -308,6 +315,20 @@ class BlobCache:
 
     def forget(self, key: bytes) -> None:
         self._ready.pop(key, None)
+
+    def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
+        """Like `read`, from any thread but the event loop's: waits for the disk."""
+        key, name = segment.key, segment.name
+        file = self.store.acquire(self, key, (name, f"{name}.{self.store.boot}", name))
+        if file is None:
+            return None
+        data = bytearray(size)
+        try:
+            return data if os.preadv(file.fd, [data], offset) == size else None
+        except OSError:
+            return None  # `read` says why
+        finally:
+            self.store.release(file)
 
     async def read(self, segment: Segment, offset: int, size: int) -> bytearray | None:
         """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent."""

@@ -141,6 +141,6 @@ def set_up(level: str, log_file: str | None, rotation_mb: int) -> ErrorRing:
     root.handlers[:] = [handler, ring]
     set_level(level)
     # Libraries' own chatter is of no use to an operator below their warnings.
-    for library in ("pyfuse3", "h11", "httpx", "httpcore", "trio"):
+    for library in ("h11", "httpx", "httpcore", "trio"):
         logging.getLogger(library).setLevel(logging.WARNING)
     return ring

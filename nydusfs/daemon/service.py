@@ -132,7 +132,7 @@ class Daemon:
         self._unmount = False
         # Reads now in flight are answered before the caller is; those blocked for longer end with EIO at the stop.
         with trio.move_on_after(2):
-            await self._driver.operations.wait_idle()
+            await self._driver.loop.wait_idle()
         return self._stopping.set
 
     def inflight(self) -> list[InFlightInfo]:
@@ -160,7 +160,7 @@ class Daemon:
         request = first_mount(self.options)
         if self.options.apisock is not None:
             http.check_socket_path(self.options.apisock)
-        self._driver = FuseDriver(process.check_mountpoint(self.options.mountpoint))
+        self._driver = FuseDriver(process.check_mountpoint(self.options.mountpoint), self.options.threads)
         return request
 
     async def run(self, request: MountRequest | None) -> int:

@@ -1,4 +1,4 @@
-"""The FUSE driver: one pyfuse3 mount that serves many images as subtrees."""
+"""The FUSE driver: one kernel mount that serves many images as subtrees."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import logging
 import os
 from typing import NamedTuple
 
-import pyfuse3
 import trio
 
-from nydusfs.drivers import kernel, session
-from nydusfs.drivers.operations import ImageOperations
+from nydusfs.drivers import connection, kernel
+from nydusfs.drivers.operations import ImageOperations, RequestLoop
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import (
     MAX_INDEX,
@@ -27,16 +26,9 @@ from nydusfs.errors import NydusError
 
 log = logging.getLogger("nydusfs.fuse")
 
-# nosuid and nodev are right although images hold both: execution and device opens through overlayfs are judged by the
-# flags of the overlay's own mount, and nothing else may use the lower tree.
-OPTIONS = frozenset({"fsname=rafs", "ro", "nosuid", "nodev", "noatime", "default_permissions", "allow_other"})
 READ_AHEAD_KIB = 1024
-# Requests of the kernel's read-ahead open at once over all images (default 12); see `kernel.set_queue_depth`.
-BACKGROUND = 1024
-# Each waiting read holds one pyfuse3 task. The bound only stops runaways: with too few, blocked reads of one image
-# would keep the others' metadata requests from being taken.
-MAX_TASKS = 16384
 STOP_GRACE = 2.0  # seconds for blocked reads to be answered with EIO
+DEFAULT_THREADS = 4
 
 
 class TooManyImagesError(NydusError):
@@ -51,72 +43,67 @@ class InFlightInfo(NamedTuple):
 
 
 class FuseDriver:
-    """Life of the mount: `open` -> `serve` (runs until unmounted or stopped) -> `close`.
+    """Life of the mount: `open` (or `adopt`) -> `serve` (runs until unmounted or stopped) -> `close`."""
 
-    pyfuse3 keeps its session in module globals: one driver per process.
-    """
-
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, threads: int = DEFAULT_THREADS) -> None:
         self.mountpoint = mountpoint
         self.operations = ImageOperations()
+        self.connection = connection.Connection(-1)
+        self.loop = RequestLoop(self.connection, self.operations, threads)
         self._next_index = 0
         self._generation = 0
         self._mounted: kernel.MountEntry | None = None
-        self._opened = False
+        self._adopted = False
+        self._serving = False
         self._notifying = trio.Lock()
 
     # -- the kernel mount
 
     def open(self) -> None:
         """mount(2). Raises `kernel.MountError`. Requests wait in the kernel until `serve` runs."""
-        before = session.devices()
+        self.connection.fd = connection.mount(self.mountpoint)
         try:
-            pyfuse3.init(self.operations, self.mountpoint, set(OPTIONS))
-        except RuntimeError as error:
-            raise kernel.MountError(
-                f"mounting FUSE at {self.mountpoint} failed ({error}): CAP_SYS_ADMIN and a usable /dev/fuse are needed"
-            ) from None
-        self._opened = True
-        session.never_block(session.devices() - before)
+            self.connection.handshake()
+        except connection.DisconnectedError:
+            raise kernel.MountError(f"the mount at {self.mountpoint} was gone at once: it was unmounted") from None
         self._mounted = kernel.mount_at(self.mountpoint)
+        self._tune()
+
+    def adopt(self, fd: int) -> None:
+        """Go on with the connection of an earlier process, whose images are to be mounted first (`restore`)."""
+        os.set_blocking(fd, True)
+        self.connection.fd = fd
+        self._mounted = kernel.mount_at(self.mountpoint)
+        self._adopted = True
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Answer requests until the file system is unmounted or `stop` was called. Started when INIT is answered."""
-        async with trio.open_nursery() as nursery:
-
-            async def announce() -> None:
-                await self.operations.ready.wait()
-                await trio.lowlevel.checkpoint()
-                self._tune()
-                task_status.started()
-
-            nursery.start_soon(announce)
-            try:
-                await pyfuse3.main(min_tasks=4, max_tasks=MAX_TASKS)
-            finally:
-                nursery.cancel_scope.cancel()
+        """Answer requests until the file system is unmounted or `stop` was called."""
+        if self._adopted:
+            # Before the first answer: what the last process read and did not answer is ours now.
+            self.connection.resend()
+        self._serving = True
+        await self.loop.run(task_status)
 
     def _tune(self) -> None:
-        # libfuse's INIT answer overwrites the read-ahead, so this must come behind it.
         if self._mounted is None:
             return
+        # The kernel takes the smaller of INIT's answer and this setting, whose default is 128 KiB.
         before = kernel.set_read_ahead(self._mounted, READ_AHEAD_KIB)
-        deeper = kernel.set_queue_depth(self._mounted, BACKGROUND)
-        if before is None or not deeper:
-            log.warning(
-                "FUSE tuning refused by the kernel (read-ahead %s, queue depth %s): reads work, slower",
-                "refused" if before is None else "set",
-                "set" if deeper else "refused",
-            )
+        if before is None:
+            log.warning("FUSE read-ahead refused by the kernel: reads work, slower")
         log.debug("FUSE mount %d:%d tuned", self._mounted.major, self._mounted.minor)
 
-    async def stop(self, *, unmount: bool = True) -> None:
-        """End the session: waiting reads get EIO, the mount is detached (`unmount`) or left behind as a dead one."""
-        operations = self.operations
-        operations.closing = True
-        cancelled = operations.cancel_reads()
+    async def stop(self, *, unmount: bool = True, successor: bool = False) -> None:
+        """End the session. Waiting reads get EIO, unless there is a successor to answer them; `unmount` detaches."""
+        loop = self.loop
+        if successor:
+            self._serving = False
+            loop.hand_over()
+            return
+        loop.closing = True
+        cancelled = loop.cancel_reads()
         with trio.move_on_after(STOP_GRACE):
-            await operations.wait_idle()
+            await loop.wait_idle()
             if cancelled:
                 # After a failed read-ahead the kernel asks once more for the page: that must be answered as well.
                 await trio.sleep(0.05)
@@ -124,8 +111,8 @@ class FuseDriver:
                 pass
         if unmount:
             self.detach()
-        if self._opened:
-            pyfuse3.terminate()
+        self._serving = False
+        loop.finish()
 
     def detach(self) -> None:
         """Lazy umount, if the mount is still ours; safe to call twice and from any thread."""
@@ -140,10 +127,9 @@ class FuseDriver:
             self._mounted = None
 
     def close(self) -> None:
-        """Close /dev/fuse. Whoever still holds files of the mount gets ENOTCONN from here on."""
-        if self._opened:
-            self._opened = False
-            pyfuse3.close(unmount=False)
+        """Close /dev/fuse. Whoever still holds files of the mount gets ENOTCONN once this process ended, unless
+        another one has the connection."""
+        self.connection.close()
 
     # -- images
 
@@ -163,7 +149,7 @@ class FuseDriver:
 
     async def mount(
         self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats, *, serve_xattrs: bool
-    ) -> None:
+    ) -> ImageVolume:
         """Show an image at `mountpoint` of the tree. Raises `MountExistsError`, `TooManyImagesError`, ValueError."""
         parts = split_mountpoint(mountpoint)
         operations = self.operations
@@ -173,10 +159,30 @@ class FuseDriver:
         operations.images[image.index] = image
         change = operations.tree.attach(parts, image)
         await self._forget(change, names_before)
+        return image
+
+    def restore(
+        self, mountpoint: str, index: int, generation: int, metadata: Metadata, data: ImageData, stats: FsStats,
+        *, serve_xattrs: bool,
+    ) -> ImageVolume:  # fmt: skip
+        """Put an image back where an earlier process showed it: the kernel knows its node numbers."""
+        image = ImageVolume(index, generation, metadata, data, stats, serve_xattrs)
+        self.operations.tree.attach(split_mountpoint(mountpoint), image)
+        self.operations.images[index] = image
+        return image
+
+    @property
+    def numbering(self) -> tuple[int, int]:
+        """The last index given to an image and its generation; a successor goes on from here."""
+        return self._next_index, self._generation
+
+    @numbering.setter
+    def numbering(self, value: tuple[int, int]) -> None:
+        self._next_index, self._generation = value
 
     async def replace(
         self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats, *, serve_xattrs: bool
-    ) -> None:
+    ) -> ImageVolume:
         """Put another image (or the same with other settings) in the place of a mounted one, without a gap."""
         parts = split_mountpoint(mountpoint)
         names_before = self._root_names() if not parts else []
@@ -185,6 +191,7 @@ class FuseDriver:
         self.operations.images[image.index] = image
         change = self.operations.tree.attach(parts, image)
         await self._retire(old, change, names_before)
+        return image
 
     async def umount(self, mountpoint: str) -> None:
         """Remove an image. Its waiting reads end with EIO, open files get ESTALE. Raises `MountMissingError`."""
@@ -197,13 +204,13 @@ class FuseDriver:
         operations = self.operations
         with trio.CancelScope(shield=True):
             operations.images.pop(image.index, None)
-            operations.cancel_reads(image)
+            self.loop.cancel_reads(image)
             await self._forget(change, names)
-            await operations.wait_idle(image)
+            await self.loop.wait_idle(image)
 
     def _root_names(self) -> list[bytes]:
-        volume, ino = self.operations._route(ROOT_ID)
-        return [name for name, _, _ in volume.list_dir(ino, 0)]
+        volume, ino = self.operations.route(ROOT_ID)
+        return [name for name, _, _, _ in volume.list_dir(ino, 0)]
 
     async def _forget(self, change: TreeChange, names_before: list[bytes]) -> None:
         """Make the kernel drop what it knows about a changed name.
@@ -211,7 +218,7 @@ class FuseDriver:
         Dropping one name drops the whole cached subtree below it, so umount costs one message and not one per inode.
         When the root itself changes, every name of the old and the new root goes, remembered absences included.
         """
-        if not self._opened or not self.operations.ready.is_set():
+        if not self._serving:
             return  # nobody can have asked for anything yet
         if change.parent:
             entries = [(change.parent, change.name)]
@@ -221,25 +228,25 @@ class FuseDriver:
         def tell() -> None:
             for parent, name in entries:
                 try:
-                    pyfuse3.invalidate_entry(parent, name)
+                    self.connection.forget_entry(parent, name)
                 except OSError as error:
                     if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                         log.warning("the kernel kept %s cached: %s", os.fsdecode(name), error)
             try:
-                pyfuse3.invalidate_inode(change.parent or ROOT_ID, attr_only=True)
+                self.connection.forget_attributes(change.parent or ROOT_ID)
             except OSError:
                 pass  # not known to the kernel
 
         # The call waits for a lookup in the same directory to be answered, so it must not run in this thread.
         with trio.CancelScope(shield=True):
             async with self._notifying:
-                if self._opened and not self.operations.closing:
+                if self._serving and not self.loop.closing:
                     await trio.to_thread.run_sync(tell)
 
     def inflight(self) -> list[InFlightInfo]:
         return [
             InFlightInfo(read.node, read.opcode, read.unique, read.started)
-            for read in self.operations.inflight.values()
+            for read in list(self.loop.inflight.values())
         ]
 
 

@@ -1,4 +1,4 @@
-"""What the kernel must be asked around a FUSE mount: mount table, lazy umount, read-ahead, queue depth.
+"""What the kernel must be asked around a FUSE mount: mount table, lazy umount, read-ahead.
 
 Nothing here touches a path below a mount that this process serves: such a call could wait for its own answer.
 """
@@ -9,7 +9,6 @@ import ctypes
 import errno
 import os
 import stat
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from nydusfs.errors import NydusError
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 DEV_FUSE = "/dev/fuse"
-FUSE_CONTROL = "/sys/fs/fuse/connections"
 
 
 class MountError(NydusError):
@@ -145,8 +143,8 @@ def check_fuse_device(path: str = DEV_FUSE) -> None:
 def set_read_ahead(entry: MountEntry, kib: int) -> int | None:
     """Raise the read-ahead of a mount; the old value in KiB, None when the kernel does not let us.
 
-    libfuse negotiates 128 KiB. With 1024 the kernel asks for whole chunks of 1 MiB at once (sequential cold reads
-    were 2 to 3 times faster); the setting holds only when made after INIT was answered.
+    With 1024 instead of the default 128 the kernel asks for whole chunks of 1 MiB at once (sequential cold reads were
+    2 to 3 times faster). Holds only when made after INIT was answered.
     """
     path = Path(f"/sys/class/bdi/{entry.major}:{entry.minor}/read_ahead_kb")
     try:
@@ -156,34 +154,3 @@ def set_read_ahead(entry: MountEntry, kib: int) -> int | None:
         return before
     except (OSError, ValueError):
         return None
-
-
-def set_queue_depth(entry: MountEntry, background: int) -> bool:
-    """Let more than the default 12 background requests (read-ahead) be open at once on this connection.
-
-    One connection serves many images: with 12, as many stuck read-aheads of one image with an unreachable registry
-    would stop the read-ahead of every other image. The control file system need not be mounted: it is then mounted
-    for a moment in a directory of our own.
-    """
-    name = str(entry.minor)
-    try:
-        if os.path.isdir(os.path.join(FUSE_CONTROL, name)):
-            return _write_queue_depth(os.path.join(FUSE_CONTROL, name), background)
-        scratch = tempfile.mkdtemp(prefix="nydusd-fusectl-")
-        try:
-            if _libc().mount(b"fusectl", os.fsencode(scratch), b"fusectl", 0, None) != 0:
-                return False
-            try:
-                return _write_queue_depth(os.path.join(scratch, name), background)
-            finally:
-                umount_detach(scratch)
-        finally:
-            os.rmdir(scratch)
-    except OSError:
-        return False
-
-
-def _write_queue_depth(control: str, background: int) -> bool:
-    for name, value in (("max_background", background), ("congestion_threshold", background * 3 // 4)):
-        Path(control, name).write_text(str(value))
-    return True

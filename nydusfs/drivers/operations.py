@@ -1,33 +1,60 @@
 """FUSE requests against volumes: routing by node number, errno at the edge, counters.
 
-All metadata requests are answered at once from mapped memory, without a task switch; only `read` waits. The kernel is
-told to keep names, attributes (2^32 s) and pages for good, so each is asked once. No state per inode or open file:
-the file handle is the node number, FORGET and RELEASE have nothing to do. Requests that write are not served: the
-mount is read-only, so the kernel answers them itself with EROFS.
+Requests are taken by a few plain threads, each of which answers at once from mapped memory and from cached data: no
+task switch, no lock, one system call in and one out. Only a `read` whose data is not here goes to the event loop.
+OPEN and OPENDIR are answered with ENOSYS once, which tells the kernel never to ask again and to keep pages and
+directory lists; names and attributes are kept for good (2^32 s). No state per inode or open file: FORGET and RELEASE
+have nothing to do. Requests that write do not come: the mount is read-only, so the kernel refuses them itself.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
+import stat
+import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from bootstrap.errors import RafsError
+from nydusfs.drivers.connection import Connection, DisconnectedError
+from nydusfs.drivers.fuse_abi import (
+    ATTR_OUT,
+    BODY,
+    DIRENT,
+    ENTRY_OUT,
+    GETXATTR_IN,
+    GETXATTR_OUT,
+    IN_HEADER,
+    INTERRUPT_IN,
+    READ_IN,
+    STATFS_OUT,
+    WRITES,
+    Opcode,
+)
 from nydusfs.drivers.stats import Fop
-from nydusfs.drivers.volume import INDEX_SHIFT, INO_MASK, ROOT_ID, ImageVolume, PseudoTree, Volume
+from nydusfs.drivers.volume import INDEX_SHIFT, INO_MASK, ROOT_ID, AttrLike, ImageVolume, PseudoTree, Volume
 from nydusfs.errors import NydusError, ReadError
 
 log = logging.getLogger("nydusfs.fuse")
 
-OPCODE_READ = 15  # FUSE_READ, as /metrics/inflight shows it
-_R = TypeVar("_R")
+OPCODE_READ = int(Opcode.READ)  # as /metrics/inflight shows it
+_MASK = (1 << 64) - 1
+_NO_ENTRY = bytes(ENTRY_OUT.size)
+_PAD = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
+_QUIET = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+Answer = Sequence[bytes | bytearray | memoryview]
+
+
+class FuseError(Exception):
+    """An answer that is an errno."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.errno = code
 
 
 class InFlight(NamedTuple):
@@ -41,7 +68,7 @@ class InFlight(NamedTuple):
 
 def errno_of(error: Exception) -> int:
     """The errno for anything a volume may raise; unexpected errors are logged, they must not end the session."""
-    if isinstance(error, ReadError):
+    if isinstance(error, (FuseError, ReadError)):
         return error.errno
     if isinstance(error, KeyError):  # a directory of the tree that is gone
         return errno.ESTALE
@@ -53,185 +80,297 @@ def errno_of(error: Exception) -> int:
     return errno.EIO
 
 
-class ImageOperations(pyfuse3.Operations):
-    """`pyfuse3.Operations` over a `PseudoTree` and the images in it, by index."""
+def pack_attr(node: int, attr: AttrLike) -> tuple[int, ...]:
+    """The fields of `fuse_attr`. One stored time serves as all three, as upstream's does."""
+    seconds = attr.mtime & _MASK  # before 1970: two's complement
+    nsec = attr.mtime_nsec
+    return (
+        node, attr.size, attr.blocks, seconds, seconds, seconds, nsec, nsec, nsec,
+        attr.mode, attr.nlink, attr.uid, attr.gid, attr.rdev, 4096, 0,
+    )  # fmt: skip
 
-    supports_dot_lookup = False
-    enable_writeback_cache = False
-    enable_acl = False
+
+class ImageOperations:
+    """The pseudo tree and the images in it, by index; what each request answers."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.tree = PseudoTree()
         self.images: dict[int, ImageVolume] = {}
-        self.inflight: dict[int, InFlight] = {}
-        self.closing = False
-        self.ready = trio.Event()  # the kernel's INIT was answered
-        self._unique = itertools.count(1)
-        self._ended = trio.lowlevel.ParkingLot()
+        self._handlers: dict[int, tuple[Fop | None, Callable[[Volume, int, int, bytes], Answer]]] = {
+            Opcode.LOOKUP: (Fop.LOOKUP, self._lookup),
+            Opcode.GETATTR: (Fop.GETATTR, self._getattr),
+            Opcode.READLINK: (Fop.READLINK, self._readlink),
+            Opcode.READDIR: (Fop.READDIR, self._readdir),
+            Opcode.READDIRPLUS: (Fop.READDIRPLUS, self._readdirplus),
+            Opcode.GETXATTR: (Fop.GETXATTR, self._getxattr),
+            Opcode.LISTXATTR: (Fop.LISTXATTR, self._listxattr),
+            Opcode.STATFS: (Fop.STATFS, self._statfs),
+        }
 
-    def init(self) -> None:
-        self.ready.set()
-
-    # -- routing
-
-    def _route(self, node: int) -> tuple[Volume, int]:
+    def route(self, node: int) -> tuple[Volume, int]:
+        """The volume a node number belongs to, and its inode there. Raises `FuseError` ESTALE."""
         index = node >> INDEX_SHIFT
         if index:
             image = self.images.get(index)
             if image is None:
-                raise FUSEError(errno.ESTALE)
+                raise FuseError(errno.ESTALE)
             return image, node & INO_MASK
         if node == ROOT_ID and (image := self.tree.root_image) is not None:
             return image, image.root_ino
         return self.tree, node
 
-    def _entry(self, node: int) -> EntryAttributes:
-        volume, ino = self._route(node)
-        return self._attributes(volume, ino, node)
-
-    @staticmethod
-    def _attributes(volume: Volume, ino: int, node: int) -> EntryAttributes:
-        attr = volume.attr(ino)
-        entry = EntryAttributes()
-        entry.st_ino = node
-        entry.generation = volume.generation
-        entry.entry_timeout = entry.attr_timeout = volume.entry_timeout
-        entry.st_mode = attr.mode
-        entry.st_nlink = attr.nlink
-        entry.st_uid = attr.uid
-        entry.st_gid = attr.gid
-        entry.st_rdev = attr.rdev
-        entry.st_size = attr.size
-        entry.st_blksize = 4096
-        entry.st_blocks = attr.blocks
-        # One stored time serves as all three, as upstream's does.
-        nanoseconds = attr.mtime * 1_000_000_000 + attr.mtime_nsec
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = nanoseconds
-        return entry
-
-    def _answer(self, fop: Fop, node: int, action: Callable[[Volume, int], _R]) -> _R:
-        """Run one metadata request, count it under its volume, turn every error into an errno."""
+    def answer(self, opcode: int, node: int, request: bytes) -> Answer:
+        """What to answer a request that is neither `read` nor about the connection itself. Raises `FuseError`."""
+        found = self._handlers.get(opcode)
+        if found is None:
+            raise FuseError(errno.EROFS if opcode in WRITES else errno.ENOSYS)
+        fop, handler = found
         began = time.perf_counter_ns()
-        volume, ino = self._route(node)
+        volume, ino = self.route(node)
         failed = True
         try:
-            result = action(volume, ino)
+            result = handler(volume, ino, node, request)
             failed = False
             return result
-        except FUSEError:
+        except FuseError:
             raise
         except Exception as error:
-            raise FUSEError(errno_of(error)) from None
+            raise FuseError(errno_of(error)) from None
         finally:
-            volume.stats.count(fop, ino, time.perf_counter_ns() - began, failed)
+            if fop is not None:
+                volume.stats.count(fop, ino, time.perf_counter_ns() - began, failed)
 
-    # -- metadata
+    # -- one method per request
 
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        def action(volume: Volume, ino: int) -> EntryAttributes:
-            child = volume.lookup(ino, name)
-            if child:
-                return self._entry(child)
-            # Inode 0 with a timeout is "absent, and you may remember that"; ENOENT would not be remembered.
-            absent = EntryAttributes()
-            absent.st_ino = 0
-            absent.entry_timeout = volume.negative_timeout
-            absent.attr_timeout = 0
-            return absent
+    def _entry(self, node: int) -> bytes:
+        volume, ino = self.route(node)
+        timeout = volume.entry_timeout
+        seconds = int(timeout)
+        return ENTRY_OUT.pack(
+            node, volume.generation, seconds, seconds, 0, 0, *pack_attr(node, volume.attr(ino))
+        )
 
-        return self._answer(Fop.LOOKUP, parent_inode, action)
+    def _lookup(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        child = volume.lookup(ino, request[BODY:-1])
+        if child:
+            return (self._entry(child),)
+        # Node 0 with a timeout is "absent, and you may remember that"; ENOENT would not be remembered.
+        return (ENTRY_OUT.pack(0, 0, int(volume.negative_timeout), 0, 0, 0, *(0,) * 16),)
 
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._answer(Fop.GETATTR, inode, lambda volume, ino: self._attributes(volume, ino, inode))
+    def _getattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        return (ATTR_OUT.pack(int(volume.entry_timeout), 0, 0, *pack_attr(node, volume.attr(ino))),)
 
-    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return self._answer(Fop.READLINK, inode, lambda volume, ino: volume.readlink(ino))
+    def _readlink(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        return (volume.readlink(ino),)
 
-    async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self._answer(Fop.OPENDIR, inode, lambda volume, ino: inode)
+    # Positions on the wire: 1 behind ".", 2 behind "..", then the volume's cookie + 2. The kernel looks at the type and
+    # number of the dot entries only, and a volume does not know a directory's parent.
 
-    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        reply = pyfuse3.readdir_reply
+    def _readdir(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        _, start, size, *_ = READ_IN.unpack_from(request, BODY)
+        parts: list[bytes] = []
+        left = size
+        pack = DIRENT.pack
+        if start < 2:
+            for position, name in enumerate((b".", b"..")[start:], start + 1):
+                parts += (pack(node, position, len(name), stat.S_IFDIR >> 12), name, _PAD[len(name)])
+                left -= DIRENT.size + 8
+        for name, child, cookie, dtype in volume.list_dir(ino, max(0, start - 2)):
+            length = len(name)
+            left -= DIRENT.size + (length + 7 & ~7)
+            if left < 0:
+                break
+            parts += (pack(child, cookie + 2, length, dtype), name, _PAD[length & 7])
+        return (b"".join(parts),)
 
-        def action(volume: Volume, ino: int) -> None:
-            # Positions on the wire: 1 behind ".", 2 behind "..", then the volume's cookie + 2. The kernel looks at the
-            # type and number of the dot entries only, and a volume does not know a directory's parent.
-            if start_id < 2:
-                own = self._attributes(volume, ino, fh)
-                if start_id < 1 and not reply(token, b".", own, 1):
-                    return
-                if not reply(token, b"..", own, 2):
-                    return
-            for name, child, cookie in volume.list_dir(ino, max(0, start_id - 2)):
-                if not reply(token, name, self._entry(child), cookie + 2):
-                    return
+    def _readdirplus(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        _, start, size, *_ = READ_IN.unpack_from(request, BODY)
+        parts: list[bytes] = []
+        left = size
+        pack = DIRENT.pack
+        overhead = ENTRY_OUT.size + DIRENT.size
+        if start < 2:
+            for position, name in enumerate((b".", b"..")[start:], start + 1):
+                parts += (_NO_ENTRY, pack(node, position, len(name), stat.S_IFDIR >> 12), name, _PAD[len(name)])
+                left -= overhead + 8
+        for name, child, cookie, dtype in volume.list_dir(ino, max(0, start - 2)):
+            length = len(name)
+            left -= overhead + (length + 7 & ~7)
+            if left < 0:
+                break
+            parts += (self._entry(child), pack(child, cookie + 2, length, dtype), name, _PAD[length & 7])
+        return (b"".join(parts),)
 
-        self._answer(Fop.READDIRPLUS, fh, action)
+    def _getxattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        size, _ = GETXATTR_IN.unpack_from(request, BODY)
+        value = volume.xattrs(ino).get(request[BODY + GETXATTR_IN.size : -1])
+        if value is None:
+            raise FuseError(errno.ENODATA)
+        return self._sized(size, value)
 
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        def action(volume: Volume, ino: int) -> bytes:
-            value = volume.xattrs(ino).get(name)
-            if value is None:
-                raise FUSEError(errno.ENODATA)
-            return value
+    def _listxattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        size, _ = GETXATTR_IN.unpack_from(request, BODY)
+        return self._sized(size, b"".join(name + b"\0" for name in volume.xattrs(ino)))
 
-        return self._answer(Fop.GETXATTR, inode, action)
+    @staticmethod
+    def _sized(size: int, value: bytes) -> Answer:
+        if size == 0:
+            return (GETXATTR_OUT.pack(len(value), 0),)
+        if len(value) > size:
+            raise FuseError(errno.ERANGE)
+        return (value,)
 
-    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return self._answer(Fop.LISTXATTR, inode, lambda volume, ino: list(volume.xattrs(ino)))
+    def _statfs(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
+        files = sum(image.metadata.inode_count for image in list(self.images.values()))
+        return (STATFS_OUT.pack(0, 0, 0, files, 0, 512, 255, 512, 0),)
 
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        answer = StatvfsData()
-        answer.f_bsize = answer.f_frsize = 512
-        answer.f_namemax = 255
-        answer.f_blocks = answer.f_bfree = answer.f_bavail = 0
-        answer.f_files = sum(image.metadata.inode_count for image in self.images.values())
-        answer.f_ffree = answer.f_favail = 0
-        return answer
 
-    def forget(self, inode_list: Any) -> None:  # type: ignore[override]
-        """Nothing is remembered per inode. A plain function: pyfuse3 awaits the result only if there is one."""
+class RequestLoop:
+    """The threads that take requests, and the reads that wait on the event loop.
 
-    # -- data
+    `start` from the trio thread. A thread ends when the connection does; one that waits for a request when the process
+    ends leaves nothing behind, as a request it has not read yet is the kernel's still.
+    """
 
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._answer(Fop.OPEN, inode, lambda volume, ino: FileInfo(fh=inode, keep_cache=True))
+    def __init__(self, connection: Connection, operations: ImageOperations, threads: int) -> None:
+        self.connection = connection
+        self.operations = operations
+        self.closing = False  # reads get EIO
+        self.draining = False  # each thread serves the request it may be waiting for and ends
+        self.inflight: dict[int, InFlight] = {}
+        self._threads = threads
+        self._ended = trio.lowlevel.ParkingLot()
+        self._over = trio.Event()
+        self._failure: BaseException | None = None
 
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        volume, ino = self._route(fh)
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until the file system is unmounted or this is cancelled."""
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for number in range(self._threads):
+                # daemon: a thread in read(2) on the device must not keep the process from ending
+                threading.Thread(target=self._thread, name=f"fuse-{number}", daemon=True).start()
+            task_status.started()
+            await self._over.wait()
+            nursery.cancel_scope.cancel()
+        if self._failure is not None:
+            raise OSError(errno.EIO, f"FUSE thread failed: {self._failure}")
+
+    def _thread(self) -> None:
+        failure: BaseException | None = None
+        try:
+            while not self.draining:
+                self._one(self.connection.receive())
+        except DisconnectedError:
+            pass
+        except BaseException as error:
+            log.exception("a FUSE thread failed")
+            failure = error
+        if self.draining and failure is None:
+            return
+        try:
+            self._token.run_sync_soon(self._end, failure)
+        except trio.RunFinishedError:
+            pass
+
+    def _end(self, failure: BaseException | None) -> None:
+        self._failure = self._failure or failure
+        self._over.set()
+
+    def _one(self, request: bytes) -> None:
+        _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
+        connection = self.connection
+        try:
+            if opcode == OPCODE_READ:
+                self._read(unique, node, request)
+            elif opcode in _QUIET:
+                pass
+            elif opcode == Opcode.INTERRUPT:
+                (which,) = INTERRUPT_IN.unpack_from(request, BODY)
+                self._soon(self._interrupt, which)
+            elif opcode == Opcode.DESTROY:
+                connection.send(unique)
+            else:
+                connection.send(unique, *self.operations.answer(opcode, node, request))
+        except FuseError as error:
+            connection.send_error(unique, error.errno)
+        except Exception as error:  # one bad request must not end a thread that all images share
+            log.exception("FUSE request %d failed", opcode)
+            connection.send_error(unique, errno_of(error))
+
+    def _soon(self, call: Callable[..., object], *args: object) -> None:
+        try:
+            self._token.run_sync_soon(call, *args)
+        except trio.RunFinishedError:
+            pass  # the process is about to end; a successor has the request delivered again
+
+    def _read(self, unique: int, node: int, request: bytes) -> None:
+        volume, ino = self.operations.route(node)
         if self.closing:
-            raise FUSEError(errno.EIO)
+            raise FuseError(errno.EIO)
+        _, offset, size, *_ = READ_IN.unpack_from(request, BODY)
         began = time.perf_counter_ns()
-        unique = next(self._unique)
-        failed = True
+        try:
+            parts = volume.read_now(ino, offset, size)
+        except Exception as error:
+            volume.stats.count(Fop.READ, ino, time.perf_counter_ns() - began, True)
+            raise FuseError(errno_of(error)) from None
+        if parts is None:
+            self._soon(self._begin, unique, node, volume, ino, offset, size, began)
+            return
+        self.connection.send(unique, *parts)
+        took = time.perf_counter_ns() - began
+        volume.stats.count_read(ino, size, sum(map(len, parts)), took)
+        volume.stats.count(Fop.READ, ino, took, False)
+
+    # -- on the event loop
+
+    def _begin(self, unique: int, node: int, volume: Volume, ino: int, offset: int, size: int, began: int) -> None:
+        if self._over.is_set():
+            return
         scope = trio.CancelScope()
-        self.inflight[unique] = InFlight(fh, OPCODE_READ, unique, time.time(), volume, scope)
+        self.inflight[unique] = InFlight(node, OPCODE_READ, unique, time.time(), volume, scope)
+        self._nursery.start_soon(self._wait, scope, unique, volume, ino, offset, size, began)
+
+    async def _wait(
+        self, scope: trio.CancelScope, unique: int, volume: Volume, ino: int, offset: int, size: int, began: int
+    ) -> None:
+        failed = True
+        code = errno.EIO  # cancelled: the image is being unmounted or the daemon stops
         try:
             with scope:
-                data = await volume.read(ino, off, size)
+                if self.closing:
+                    return
+                data = await volume.read(ino, offset, size)
                 failed = False
+                self.connection.send(unique, data)
                 volume.stats.count_read(ino, size, len(data), time.perf_counter_ns() - began)
-                return data
-        except FUSEError:
-            raise
         except Exception as error:
-            raise FUSEError(errno_of(error)) from None
+            code = errno_of(error)
         finally:
-            del self.inflight[unique]
+            if failed and not self.draining:  # else a successor has it delivered again
+                if unique not in self.inflight:
+                    code = errno.EINTR
+                self.connection.send_error(unique, code)
+            self.inflight.pop(unique, None)
             self._ended.unpark_all()
             volume.stats.count(Fop.READ, ino, time.perf_counter_ns() - began, failed)
-        raise FUSEError(errno.EIO)  # cancelled: the image is being unmounted or the daemon stops
 
-    async def flush(self, fh: int) -> None:
-        # ENOSYS once tells the kernel never to ask again: one round trip less per close().
-        raise FUSEError(errno.ENOSYS)
+    def _interrupt(self, unique: int) -> None:
+        """The process that reads was killed or got a signal: it waits for our answer to end."""
+        read = self.inflight.pop(unique, None)
+        if read is not None:
+            read.scope.cancel()
 
-    async def release(self, fh: int) -> None:
-        return
+    def finish(self) -> None:
+        """Let `run` return, although users of a detached mount may go on asking until the process ends."""
+        self._over.set()
 
-    async def releasedir(self, fh: int) -> None:
-        return
+    def hand_over(self) -> None:
+        """Stop without an answer to what waits: a successor has it delivered again."""
+        self.draining = True
+        self._over.set()
 
     def cancel_reads(self, volume: Volume | None = None) -> int:
         """End the reads now waiting (of one volume, or all) with EIO; how many there were."""

@@ -7,7 +7,7 @@ fresh index, so a number that outlives its image can only meet "no such image" (
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from nydusfs.drivers.stats import FsStats
@@ -51,6 +51,8 @@ class DirEntryLike(Protocol):
     def ino(self) -> int: ...
     @property
     def cookie(self) -> int: ...
+    @property
+    def dtype(self) -> int: ...
 
 
 class Metadata(Protocol):
@@ -71,6 +73,8 @@ class ImageData(Protocol):
     """Where file content comes from (`nydusfs.image_reader.ImageReader`)."""
 
     async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
+        """From any thread: the bytes if all of them are here, else None."""
 
 
 class MountExistsError(NydusError):
@@ -82,7 +86,7 @@ class MountMissingError(NydusError):
 
 
 class Volume(Protocol):
-    """`child` numbers in answers are complete node numbers; 0 means there is none."""
+    """`child` numbers in answers are complete node numbers; 0 means there is none. All but `read` from any thread."""
 
     stats: FsStats
     entry_timeout: float
@@ -91,10 +95,11 @@ class Volume(Protocol):
 
     def attr(self, ino: int) -> AttrLike: ...
     def lookup(self, parent: int, name: bytes) -> int: ...
-    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]: ...
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]: ...
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
     async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None: ...
 
 
 class ImageVolume:
@@ -137,9 +142,9 @@ class ImageVolume:
         ino = self.metadata.lookup(parent, name)
         return self.base | ino if ino else 0
 
-    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]:
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
         for entry in self.metadata.list_dir(ino, cookie):
-            yield entry.name, self.base | entry.ino, entry.cookie
+            yield entry.name, self.base | entry.ino, entry.cookie, entry.dtype
 
     def readlink(self, ino: int) -> bytes:
         return self.metadata.readlink(ino)
@@ -149,6 +154,9 @@ class ImageVolume:
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         return await self.data.read(ino, offset, size)
+
+    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
+        return self.data.read_now(ino, offset, size)
 
 
 class _DirAttr(NamedTuple):
@@ -282,11 +290,11 @@ class PseudoTree:
         child = self._node(parent).children.get(name)
         return self._child_number(child) if child is not None else 0
 
-    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int]]:
+    def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
         # Node numbers only grow and a dict keeps insertion order, so the number itself is a stable cookie.
         for child in list(self._node(ino).children.values()):
             if child.number > cookie:
-                yield child.name, self._child_number(child), child.number
+                yield child.name, self._child_number(child), child.number, stat.S_IFDIR >> 12
 
     def readlink(self, ino: int) -> bytes:
         raise KeyError(ino)
@@ -295,4 +303,7 @@ class PseudoTree:
         return {}
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
+        raise KeyError(ino)
+
+    def read_now(self, ino: int, offset: int, size: int) -> None:
         raise KeyError(ino)

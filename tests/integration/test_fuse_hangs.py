@@ -17,68 +17,6 @@ from tests.lab.tiny import tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
-# A driver whose event loop comes late to a request: its process is killed between "readable" and the read of the
-# device, as happens on loaded machines. Prints how late the loop was for a sleep of 0.5 s, three times.
-LATE_LOOP = """
-import os, subprocess, sys, time
-import trio
-from nydusfs.drivers.fuse import FuseDriver
-
-real, victims = trio.lowlevel.wait_readable, []
-
-async def late(descriptor):
-    await real(descriptor)
-    if victims:
-        victim = victims.pop()
-        time.sleep(0.2)
-        victim.kill()
-        victim.wait()
-
-trio.lowlevel.wait_readable = late
-driver = FuseDriver(sys.argv[1])
-driver.open()
-
-async def main():
-    async with trio.open_nursery() as nursery:
-        await nursery.start(driver.serve)
-        for _ in range(3):
-            code = "import os, sys; input(); os.stat(sys.argv[1] + '/nothing')"
-            victim = subprocess.Popen([sys.executable, "-c", code, sys.argv[1]], stdin=subprocess.PIPE)
-            await trio.sleep(0.3)
-            victims.append(victim)
-            victim.stdin.write(b"\\n")
-            victim.stdin.flush()
-            began = time.monotonic()
-            await trio.sleep(0.5)
-            while victims:
-                await trio.sleep(0.05)
-            print("alive", time.monotonic() - began, flush=True)
-        print(await trio.to_thread.run_sync(os.listdir, sys.argv[1]), flush=True)
-        await driver.stop()
-        nursery.cancel_scope.cancel()
-
-trio.run(main)
-driver.close()
-"""
-
-
-def test_request_that_vanishes_before_it_is_read_does_not_stop_the_loop(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", LATE_LOOP, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as driver:
-        try:
-            said, errors = driver.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            driver.kill()
-            said, errors = driver.communicate(timeout=10)
-            pytest.fail(f"the event loop hangs in read(2): {said} {errors}")
-        finally:
-            unmount_below(tmp_path)
-    assert driver.returncode == 0, errors
-    lines = said.splitlines()
-    assert [line.split()[0] for line in lines] == ["alive", "alive", "alive", "[]"], said + errors
-
-
 def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
     """The daemon would wait for itself: for its cache's directory, its bootstrap's pages, its blobs."""
     image = tiny_image(tmp_path, {"small": b"hello\n"})

@@ -5,20 +5,30 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import socket
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import trio
-import trio.testing
-from pyfuse3 import FUSEError
 
 from nydusfs.daemon import process
 from nydusfs.daemon.logs import ErrorRing, RotatingFile, UpstreamFormatter
 from nydusfs.drivers import kernel
+from nydusfs.drivers.connection import Connection
 from nydusfs.drivers.fuse import FuseDriver
-from nydusfs.drivers.operations import ImageOperations
+from nydusfs.drivers.fuse_abi import (
+    DIRENT,
+    ENTRY_OUT,
+    GETXATTR_IN,
+    IN_HEADER,
+    INTERRUPT_IN,
+    OUT_HEADER,
+    READ_IN,
+    Opcode,
+)
+from nydusfs.drivers.operations import FuseError, ImageOperations, RequestLoop
 from nydusfs.drivers.stats import Fop, FsStats
 from nydusfs.drivers.volume import (
     INDEX_SHIFT,
@@ -47,6 +57,7 @@ class Entry(NamedTuple):
     name: bytes
     ino: int
     cookie: int
+    dtype: int = 8
 
 
 class TinyImage:
@@ -79,6 +90,20 @@ class TinyImage:
             await trio.sleep_forever()
         return self.letter * size
 
+    def read_now(self, ino: int, offset: int, size: int) -> None:
+        return None
+
+
+class Crowd(TinyImage):
+    """A directory of 500 names of many lengths."""
+
+    def __init__(self) -> None:
+        super().__init__(b"c")
+
+    def list_dir(self, ino: int, cookie: int = 0) -> Iterator[Entry]:
+        for number in range(cookie, 500):
+            yield Entry(b"n" * (number % 60 + 1) + b"%d" % number, 1000 + number, number + 1)
+
 
 def volume(index: int, letter: bytes = b"a") -> ImageVolume:
     image = TinyImage(letter)
@@ -101,10 +126,10 @@ def test_tree_of_mountpoints() -> None:
     tree.attach(split_mountpoint("/a/x"), two)
     a = tree.lookup(1, b"a")
     assert a < 1 << INDEX_SHIFT
-    assert [name for name, _, _ in tree.list_dir(a, 0)] == [b"b", b"x"]
+    assert [name for name, *_ in tree.list_dir(a, 0)] == [b"b", b"x"]
     assert tree.lookup(a, b"x") == two.root_node
-    (_, _, cookie), *_ = tree.list_dir(a, 0)
-    assert [name for name, _, _ in tree.list_dir(a, cookie)] == [b"x"]
+    (_, _, cookie, _), *_ = tree.list_dir(a, 0)
+    assert [name for name, *_ in tree.list_dir(a, cookie)] == [b"x"]
     image, change = tree.detach([b"a", b"x"])
     assert image is two
     assert change == (a, b"x")
@@ -122,63 +147,121 @@ def test_mountpoints_that_are_none(path: str) -> None:
         split_mountpoint(path)
 
 
-@pytest.mark.trio
-async def test_operations_route_by_number_and_stale_numbers_meet_nobody() -> None:
+def ask(opcode: Opcode, node: int, body: bytes = b"") -> bytes:
+    """A request as the kernel sends it."""
+    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, 1, node, 0, 0, 0, 0, 0) + body
+
+
+def test_operations_route_by_number_and_stale_numbers_meet_nobody() -> None:
     operations = ImageOperations()
     one = volume(3)
     operations.images[3] = one
     operations.tree.attach([b"x"], one)
-    context = object()
-    root = await operations.lookup(1, b"x", context)  # type: ignore[arg-type]
-    assert root.st_ino == 3 << INDEX_SHIFT | 7
-    assert root.entry_timeout == 2**32
-    file = await operations.lookup(root.st_ino, b"f", context)  # type: ignore[arg-type]
-    assert (file.st_mode, file.st_uid, file.st_gid, file.st_size, file.st_blocks) == (0o100644, 1, 2, 3, 8)
-    assert file.st_mtime_ns == -500_000_000, "half a second before the epoch"
-    absent = await operations.lookup(root.st_ino, b"nope", context)  # type: ignore[arg-type]
-    assert absent.st_ino == 0
-    assert absent.entry_timeout == 2**32
-    info = await operations.open(file.st_ino, 0, context)  # type: ignore[arg-type]
-    assert info.keep_cache
-    assert await operations.read(info.fh, 0, 4) == b"aaaa"
-    assert one.stats.public()["data_read"] == 4
-    assert one.stats.hits[Fop.READ] == 1
-    with pytest.raises(FUSEError) as caught:
-        await operations.readlink(file.st_ino, context)  # type: ignore[arg-type]
-    assert caught.value.errno == errno.EINVAL
+
+    def entry(parent: int, name: bytes) -> tuple[int, ...]:
+        (answer,) = operations.answer(Opcode.LOOKUP, parent, ask(Opcode.LOOKUP, parent, name + b"\0"))
+        return ENTRY_OUT.unpack(answer)
+
+    root, _, timeout, *_ = entry(1, b"x")
+    assert (root, timeout) == (3 << INDEX_SHIFT | 7, 2**32)
+    node, _, _, _, _, _, ino, size, blocks, _, mtime, _, _, nsec, _, mode, _, uid, gid, *_ = entry(root, b"f")
+    assert (node, mode, uid, gid, size, blocks) == (ino, 0o100644, 1, 2, 3, 8)
+    assert (mtime, nsec) == (2**64 - 1, 500_000_000), "half a second before the epoch"
+    absent, _, timeout, *_ = entry(root, b"nope")
+    assert (absent, timeout) == (0, 2**32)
+    for opcode, code in ((Opcode.OPEN, errno.ENOSYS), (Opcode.READLINK, errno.EINVAL), (16, errno.EROFS)):
+        with pytest.raises(FuseError) as caught:
+            operations.answer(opcode, node, ask(opcode, node, bytes(16)))  # type: ignore[arg-type]
+        assert caught.value.errno == code
     assert one.stats.errors[Fop.READLINK] == 1
+    (names,) = operations.answer(Opcode.LISTXATTR, node, ask(Opcode.LISTXATTR, node, GETXATTR_IN.pack(100, 0)))
+    assert names == b"user.a\0"
     del operations.images[3]
     operations.images[4] = volume(4, b"b")
-    for call in (operations.getattr(file.st_ino, context), operations.read(info.fh, 0, 4)):  # type: ignore[arg-type]
-        with pytest.raises(FUSEError) as caught:
-            await call
-        assert caught.value.errno == errno.ESTALE
+    with pytest.raises(FuseError) as caught:
+        operations.answer(Opcode.GETATTR, node, ask(Opcode.GETATTR, node, bytes(16)))
+    assert caught.value.errno == errno.ESTALE
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_directories_are_cut_at_the_size_asked_for(plus: bool) -> None:
+    operations = ImageOperations()
+    image = Crowd()
+    operations.images[1] = ImageVolume(1, 0, image, image, FsStats("/x"), True)
+    opcode = Opcode.READDIRPLUS if plus else Opcode.READDIR
+    found, position = [], 0
+    while True:
+        body = READ_IN.pack(0, position, 4096, 0, 0, 0, 0)
+        (data,) = operations.answer(opcode, 1 << INDEX_SHIFT | 7, ask(opcode, 1 << INDEX_SHIFT | 7, body))
+        assert len(data) <= 4096
+        if not data:
+            break
+        at = 0
+        while at < len(data):
+            if plus:
+                entry = ENTRY_OUT.unpack_from(data, at)
+                at += ENTRY_OUT.size
+            ino, position, length, dtype = DIRENT.unpack_from(data, at)
+            at += DIRENT.size
+            name = bytes(data[at : at + length])
+            at += (length + 7) & ~7
+            if name not in (b".", b".."):
+                assert dtype == 8
+                assert not plus or entry[0] == ino
+            found.append(name)
+    assert found == [b".", b"..", *(b"n" * (n % 60 + 1) + b"%d" % n for n in range(500))]
+
+
+class Socket:
+    """A connection whose device is a datagram socket pair: requests in, answers out, as the kernel frames them."""
+
+    def __init__(self) -> None:
+        self.kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kernel.settimeout(5)
+        self.connection = Connection(ours.detach())
+
+    def send(self, opcode: Opcode, unique: int, node: int, body: bytes = b"") -> None:
+        head = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, node, 0, 0, 0, 0, 0)
+        self.kernel.send(head + body)
+
+    def answer(self) -> tuple[int, int, bytes]:
+        data = self.kernel.recv(1 << 20)
+        size, error, unique = OUT_HEADER.unpack_from(data)
+        assert size == len(data)
+        return unique, -error, data[OUT_HEADER.size :]
 
 
 @pytest.mark.trio
-async def test_cancelled_reads_answer_eio_and_the_waiter_sees_them_end() -> None:
+async def test_reads_wait_apart_and_end_with_eio_or_eintr() -> None:
+    device = Socket()
     operations = ImageOperations()
     stuck, fine = volume(1, b"!"), volume(2)
     operations.images |= {1: stuck, 2: fine}
-    outcome: list[int] = []
-
-    async def read() -> None:
-        try:
-            await operations.read(stuck.base | 8, 0, 4)
-        except FUSEError as error:
-            outcome.append(error.errno)
-
-    with trio.fail_after(5):
+    loop = RequestLoop(device.connection, operations, 2)
+    read = READ_IN.pack(0, 0, 4, 0, 0, 0, 0)
+    with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            nursery.start_soon(read)
-            await trio.testing.wait_all_tasks_blocked()
-            assert len(operations.inflight) == 2
-            assert operations.cancel_reads(fine) == 0
-            assert operations.cancel_reads(stuck) == 2
-            await operations.wait_idle(stuck)
-    assert outcome == [errno.EIO, errno.EIO]
-    assert stuck.stats.errors[Fop.READ] == 2
+            await nursery.start(loop.run)
+            for unique in (1, 2, 3):
+                device.send(Opcode.READ, unique, stuck.base | 8, read)
+            device.send(Opcode.READ, 4, fine.base | 8, read)
+            assert await trio.to_thread.run_sync(device.answer) == (4, 0, b"aaaa")
+            while len(loop.inflight) < 3:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            device.send(Opcode.INTERRUPT, 5, 0, INTERRUPT_IN.pack(2))
+            assert await trio.to_thread.run_sync(device.answer) == (2, errno.EINTR, b"")
+            assert loop.cancel_reads(fine) == 0
+            assert loop.cancel_reads(stuck) == 2
+            await loop.wait_idle(stuck)
+            answers = {await trio.to_thread.run_sync(device.answer) for _ in range(2)}
+            assert answers == {(1, errno.EIO, b""), (3, errno.EIO, b"")}
+            loop.closing = True
+            device.send(Opcode.READ, 6, fine.base | 8, read)
+            assert await trio.to_thread.run_sync(device.answer) == (6, errno.EIO, b"")
+            nursery.cancel_scope.cancel()
+    assert stuck.stats.errors[Fop.READ] == 3
+    assert fine.stats.public()["data_read"] == 4
+    device.kernel.close()
 
 
 @pytest.mark.trio
