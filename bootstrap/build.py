@@ -1,28 +1,42 @@
 """Builds one layer: a tar or a directory becomes a data blob and a bootstrap. Reference: RAFS format 5 and 6.1.
 
-Streaming: what is in memory is the tree (about 1 kB per path), the chunk index and a few chunks in work.
+The stages, and where each lives:
+
+| stage | does | module |
+| --- | --- | --- |
+| source | the entries and bytes of a layer, front to back | `tar`, `directory` |
+| tree | entries become nodes; one layer over another | `tartree`, `directory`, `overlay` |
+| chunk | content is cut, digested and compressed, in threads | `modes`, `packing` |
+| dedup | chunks that are stored already are found again | `dedup`, `chunkdict` |
+| pack | the rest is put into the blob and described there | `modes`, `blobfile` |
+| metadata | the tree becomes a bootstrap | `metadata`, `write_v5`, `write_v6` |
+
+A new format is a new module in `modes` and a line in `kinds`. Streaming: what is in memory is the tree (about 600
+bytes a path), a record of 80 bytes for each chunk, and a few chunks in work.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO
 
 from bootstrap import tar
-from bootstrap.blobwriter import BlobWriter
-from bootstrap.directory import dump_order, read_chunks, scan
+from bootstrap.blobfile import BlobFile
+from bootstrap.chunktable import BlobInfo, ChunkTable
+from bootstrap.dedup import ChunkIndex
+from bootstrap.directory import dump_order, read_file, scan
 from bootstrap.errors import BuildError
+from bootstrap.kinds import KINDS, Kind
 from bootstrap.layout import v5, v6
-from bootstrap.layout.common import SuperFlags, super_flags
 from bootstrap.load import blob_info, load_tree
+from bootstrap.metadata import write_bootstrap
+from bootstrap.modes import Context, Mode
 from bootstrap.options import BuildOptions, BuildResult
 from bootstrap.overlay import apply_layer, drop_whiteouts
 from bootstrap.reader import open_bootstrap
 from bootstrap.tartree import LayerTree
-from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Chunk, Node, clean_patterns, number
-from bootstrap.write_v5 import write_v5
-from bootstrap.write_v6 import write_v6
+from bootstrap.tree import IMPLIED_NSEC, Node, clean_patterns, number
 
 __all__ = ["BuildOptions", "BuildResult", "build_directory", "build_layer"]
 
@@ -30,37 +44,36 @@ Progress = Callable[[int], None]
 
 
 def build_layer(
-    source: BinaryIO, out: BinaryIO, options: BuildOptions, progress: Progress | None = None
+    source: BinaryIO,
+    out: BinaryIO,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    *,
+    kind: Kind = KINDS["tar-rafs"],
 ) -> BuildResult:
     """Turn an *uncompressed* layer tar into a layer blob, written to `out` front to back; neither need be seekable.
 
-    With `inline_meta` the bootstrap goes to the end of the blob, else only into the result; without any data nothing
-    is written then. `progress` gets the uncompressed bytes of each piece done. Whiteouts stay ordinary files: a merge
-    applies them. Raises BuildError naming the entry; what was written to `out` so far is then useless.
+    `source` is what the mode's `open` made of the layer file. With `inline_meta` the bootstrap goes to the end of the
+    blob, else only into the result; without any data nothing is written then. `progress` gets the uncompressed bytes of
+    each piece done. Whiteouts stay ordinary files: a merge applies them. Raises BuildError naming the entry; what was
+    written to `out` so far is then useless.
     """
-    clock = _Clock()
+    build = _Build(out, options, kind, progress)
     layer = LayerTree(_xattr_limit(options))
     stream = tar.TarStream(source)
-    chunk_size = options.chunk_size
-    with BlobWriter(out, options, progress=progress) as writer:
+    with build.mode as mode:
+        add_entry, add_file, regular = layer.add, mode.add_file, tar.REGULAR
         while (entry := stream.next()) is not None:
-            node = layer.add(entry)
-            if node is None or entry.type != tar.REGULAR:
-                continue
-            left = entry.size
-            sink = node.chunks
-            assert sink is not None
-            while left:
-                piece = stream.read(chunk_size)
-                writer.add(sink, piece)
-                left -= len(piece)
-        writer.flush()
-        clock.stage("dump_blob")
+            node = add_entry(entry)
+            if node is not None and entry.type == regular and entry.size:
+                add_file(node, stream)
+        mode.flush()
+        build.stage("dump_blob")
         if options.inline_meta and layer.has_implied:  # this bootstrap is for a merge
             for node in number(layer.root):
                 if node.implied:
                     node.mtime_nsec = IMPLIED_NSEC
-        return _finish(layer.root, writer, options, clock)
+        return build.finish(layer.root)
 
 
 def build_directory(
@@ -70,6 +83,7 @@ def build_directory(
     progress: Progress | None = None,
     *,
     parent: str | None = None,
+    kind: Kind = KINDS["dir-rafs"],
 ) -> BuildResult:
     """Like `build_layer`, from a directory (`dir-rafs`).
 
@@ -77,109 +91,91 @@ def build_directory(
     first in the blob table (5.13). Without one, whiteouts are left out. Raises BuildError for files that cannot be
     read or change while they are, and for a parent of another version or chunk size.
     """
-    clock = _Clock()
+    build = _Build(out, options, kind, progress)
     root = scan(source, xattr_limit=_xattr_limit(options))
-    below: list[BlobInfo] = []
-    known: dict[tuple[bytes, int], Chunk] = {}
     if parent is None:
         drop_whiteouts(root, options.whiteout_spec)
     else:
-        lower, below = _load_parent(parent, options)
-        for node in number(lower):
-            for chunk in node.chunks or ():
-                known.setdefault((chunk.digest, chunk.uncompressed_size), chunk)
-        root = apply_layer(lower, root, options.whiteout_spec)
-    clock.stage("load_from_directory")
+        root = apply_layer(build.load_parent(parent), root, options.whiteout_spec)
+    build.stage("load_from_directory")
     order = [node for node in number(root) if node.source is not None]
     patterns = clean_patterns(options.prefetch)[0] if options.prefetch_policy != "none" else []
-    with BlobWriter(out, options, known, progress) as writer:
+    with build.mode as mode:
         ahead, rest = dump_order(order, patterns)
         for node in ahead:
-            read_chunks(node, options.chunk_size, writer.add)
+            read_file(node, mode.add_file)
         if options.prefetch_policy == "blob":
-            writer.flush()
-            writer.info.readahead_size = writer.info.compressed_size
+            mode.flush()
+            mode.info.readahead_size = mode.info.compressed_size
         for node in rest:
-            read_chunks(node, options.chunk_size, writer.add)
-        writer.flush()
-        clock.stage("dump_blob")
-        return _finish(root, writer, options, clock, below)
+            read_file(node, mode.add_file)
+        mode.flush()
+        build.stage("dump_blob")
+        return build.finish(root)
 
 
-def _load_parent(path: str, options: BuildOptions) -> tuple[Node, list[BlobInfo]]:
-    with open_bootstrap(path) as image:
-        if (image.version, image.chunk_size) != (options.fs_version, options.chunk_size):
-            raise BuildError(
-                f"parent {path} has version {image.version} and chunk size {image.chunk_size:#x}, "
-                f"this build {options.fs_version} and {options.chunk_size:#x}"
-            )
-        blobs = [blob_info(blob) for blob in image.blobs]
-        return load_tree(image, blobs), blobs
+class _Build:
+    """What the stages of one build share, from its options to its result."""
 
-
-def _finish(
-    root: Node, writer: BlobWriter, options: BuildOptions, clock: _Clock, below: Sequence[BlobInfo] = ()
-) -> BuildResult:
-    if options.repeatable:
-        _forget_owners(root)
-    writer.finish_data()
-    blobs = [*below, *writer.blobs()]
-    if not options.inline_meta:
-        writer.finish_separate()
-    bootstrap, count = write_bootstrap(root, blobs, options)
-    if options.inline_meta:
-        writer.finish_inline(bootstrap)
-    clock.stage("dump_bootstrap")
-    digest = writer.sha256.hexdigest()
-    blob_id = writer.id_hash() if options.inline_meta else writer.info.id
-    return BuildResult(
-        blob_id=blob_id,
-        blob_size=writer.size,
-        blob_sha256=digest,
-        bootstrap=bootstrap,
-        chunk_count=writer.info.chunk_count,
-        uncompressed_size=writer.info.uncompressed_size,
-        inode_count=count,
-        timings=clock.times,
-        blobs=[*(blob.id for blob in below), *([blob_id] if writer.info.chunk_count else [])],
-    )
-
-
-def write_bootstrap(root: Node, blobs: list[BlobInfo], options: BuildOptions) -> tuple[bytes, int]:
-    """The bootstrap of a finished tree in the version, flags and prefetch policy of `options`; and its inode count."""
-    flags = super_flags(options.compressor, options.digester)
-    if not options.repeatable:
-        flags |= SuperFlags.EXPLICIT_UIDGID
-    prefetch = clean_patterns(options.prefetch)[0] if options.prefetch_policy == "fs" else []
-    if options.fs_version == 6:
-        flags |= SuperFlags.ENCRYPT_NONE
-        data = write_v6(root, blobs, chunk_size=options.chunk_size, flags=flags, prefetch=prefetch)
-        return data, v6.SUPERBLOCK.unpack_from(data, v6.SUPER_OFFSET)[6]
-    data = write_v5(root, blobs, chunk_size=options.chunk_size, flags=flags, prefetch=prefetch)
-    return data, v5.SUPERBLOCK.unpack_from(data)[9]
-
-
-def _forget_owners(root: Node) -> None:
-    for node in number(root):
-        node.uid = node.gid = 0
-
-
-def _xattr_limit(options: BuildOptions) -> int:
-    return v6.MAX_XATTR_VALUE if options.fs_version == 6 else v5.MAX_XATTR_VALUE
-
-
-class _Clock:
-    """Seconds by stage, under upstream's names."""
-
-    def __init__(self) -> None:
+    def __init__(self, out: BinaryIO, options: BuildOptions, kind: Kind, progress: Progress | None) -> None:
+        self.options = options
+        self.table = ChunkTable()
+        self.index = ChunkIndex(self.table)
+        self.file = BlobFile(out, framed=options.inline_meta or options.blob_toc)
+        self.below: list[BlobInfo] = []
+        self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
         self.times: dict[str, float] = {}
 
     def stage(self, name: str) -> None:
+        """Note the seconds since the last stage under upstream's name for them."""
         now = time.perf_counter()
         self.times[name] = round(now - self._last, 6)
         self.times["total_build"] = round(now - self._started, 6)
         self._last = now
+
+    def load_parent(self, path: str) -> Node:
+        """The tree of a parent image; its chunks are known from now on, its blobs come first."""
+        options, table = self.options, self.table
+        with open_bootstrap(path) as image:
+            if (image.version, image.chunk_size) != (options.fs_version, options.chunk_size):
+                raise BuildError(
+                    f"parent {path} has version {image.version} and chunk size {image.chunk_size:#x}, "
+                    f"this build {options.fs_version} and {options.chunk_size:#x}"
+                )
+            self.below = [blob_info(blob) for blob in image.blobs]
+            first = len(table)
+            for blob in self.below:
+                self.index.list_blob(table.place_of(blob))
+            tree = load_tree(image, table, self.below)
+        self.index.learn(range(first, len(table)))
+        return tree
+
+    def finish(self, root: Node) -> BuildResult:
+        mode, options = self.mode, self.options
+        mode.finish_data()
+        bootstrap, count = write_bootstrap(root, self.table, self.index.blobs, options, mode.super_flags)
+        if options.inline_meta:
+            mode.finish_inline(bootstrap)
+        self.stage("dump_bootstrap")
+        info = mode.info
+        blob_id = self.file.id_hash() if options.inline_meta else info.id
+        ids = [blob_id if blob is info else blob.id for blob in self.index.blobs]
+        return BuildResult(
+            blob_id=blob_id,
+            blob_size=self.file.size,
+            blob_sha256=self.file.sha256.hexdigest(),
+            bootstrap=bootstrap,
+            chunk_count=info.chunk_count,
+            uncompressed_size=info.uncompressed_size,
+            inode_count=count,
+            timings=self.times,
+            blobs=ids,
+        )
+
+
+def _xattr_limit(options: BuildOptions) -> int:
+    return v6.MAX_XATTR_VALUE if options.fs_version == 6 else v5.MAX_XATTR_VALUE
 
 
 def open_source(path: str) -> BinaryIO:

@@ -7,10 +7,11 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
+from typing import BinaryIO, NoReturn
 
 from bootstrap.errors import BuildError
 from bootstrap.layout.v6 import encode_rdev
-from bootstrap.tree import Chunk, LinkGroup, Node, check_xattr, path_of, storable_xattr
+from bootstrap.tree import LinkGroup, Node, check_xattr, path_of, storable_xattr
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,31 @@ def _rank(node: Node, position: dict[PurePosixPath, int]) -> int | None:
     return None
 
 
-def read_chunks(node: Node, chunk_size: int, take: Callable[[list[Chunk], bytes], None]) -> None:
-    """Hand the content of a file to `take`, piece by piece; other names of it share the result.
+class _File:
+    """The content of one file of a directory, for a mode."""
+
+    position = -1
+
+    def __init__(self, file: BinaryIO, node: Node) -> None:
+        self._file = file
+        self._node = node
+        self.done = 0
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes; BuildError if the file has become shorter."""
+        data = _exactly(self._file, size)
+        self.done += len(data)
+        if len(data) < size:
+            self.changed(self.done)
+        return data
+
+    def changed(self, now: int) -> NoReturn:
+        node = self._node
+        raise BuildError(f"{path_of(node)} changed while it was read ({node.size} bytes before, {now} now)")
+
+
+def read_file(node: Node, take: Callable[[Node, _File], None]) -> None:
+    """Hand the content of a file to `take`; other names of it share the result.
 
     Raises BuildError if the file cannot be read or does not have the size it had before.
     """
@@ -130,26 +154,18 @@ def read_chunks(node: Node, chunk_size: int, take: Callable[[list[Chunk], bytes]
         if first.chunks or first.size == 0:
             node.chunks = first.chunks
             return
-    sink = node.chunks = []
-    done = 0
+    node.chunks = []
     try:
         with open(node.source, "rb", buffering=0) as file:
-            while True:
-                data = _exactly(file, chunk_size)
-                done += len(data)
-                if done > node.size:
-                    break
-                if data:
-                    take(sink, data)
-                if len(data) < chunk_size:
-                    break
+            content = _File(file, node)
+            take(node, content)
+            if content.done == node.size and (more := file.read(1 << 20)):
+                content.changed(node.size + len(more))
     except OSError as error:
         raise BuildError(f"cannot read {path_of(node)}: {error.strerror}") from error
-    if done != node.size:
-        raise BuildError(f"{path_of(node)} changed while it was read ({node.size} bytes before, {done} now)")
 
 
-def _exactly(file, size: int) -> bytes:  # type: ignore[no-untyped-def]
+def _exactly(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
     if len(data) == size or not data:
         return bytes(data)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.errors import BuildError
 from bootstrap.layout import v5, v6
 from bootstrap.layout.common import BlobFeatures
 from bootstrap.reader import Blob, Bootstrap, BootstrapV5, BootstrapV6
-from bootstrap.tree import IMPLIED_NSEC, BlobInfo, Chunk, LinkGroup, Node, has_default_attributes
+from bootstrap.tree import IMPLIED_NSEC, LinkGroup, Node, has_default_attributes
 
 _S_IFMT, _S_IFDIR, _S_IFREG, _S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000
 
@@ -39,29 +40,32 @@ def blob_info(blob: Blob) -> BlobInfo:
     )
 
 
-def load_tree(image: Bootstrap, blobs: list[BlobInfo]) -> Node:
-    """All paths of `image`; chunks refer to `blobs`, which stand for the image's blob table in its order.
+def load_tree(image: Bootstrap, table: ChunkTable, blobs: list[BlobInfo]) -> Node:
+    """All paths of `image`; its chunks become rows of `table`, of `blobs`, which stand for the image's blob table.
 
     Raises FormatError for bytes that break the format, BuildError for kinds of images that cannot be taken apart.
     """
     if any(blob.features & (BlobFeatures.TARFS | BlobFeatures.EXTERNAL) for blob in blobs):
         raise BuildError(f"{image.path}: tarfs and external blobs cannot be merged")
     if isinstance(image, BootstrapV5):
-        return _LoaderV5(image, blobs).load()
+        return _LoaderV5(image, table, blobs).load()
     assert isinstance(image, BootstrapV6)
-    return _LoaderV6(image, blobs).load()
+    return _LoaderV6(image, table, blobs).load()
 
 
 class _Loader:
-    def __init__(self, image: Bootstrap, blobs: list[BlobInfo]) -> None:
-        self._blobs = blobs
+    def __init__(self, image: Bootstrap, table: ChunkTable, blobs: list[BlobInfo]) -> None:
+        self._table = table
+        self._places = [table.place_of(blob) for blob in blobs]
         self._where = image.path
         self._budget = image.size // v6.DIRENT.size  # no sane file has more names; overlapping directories may
         self._groups: dict[int, LinkGroup] = {}
 
-    def _chunk(self, record: tuple[bytes, int, int, int, int, int, int, int, int, int]) -> Chunk:
+    def _chunk(self, record: tuple[bytes, int, int, int, int, int, int, int, int, int]) -> int:
         digest, blob, flags, compressed, plain, compressed_at, plain_at, _, index, crc = record
-        return Chunk(digest, self._blobs[blob], flags, compressed, plain, compressed_at, plain_at, index, crc)
+        return self._table.add(
+            digest, self._places[blob], flags, compressed, plain, compressed_at, plain_at, index, crc
+        )
 
     def _group(self, number: int) -> LinkGroup:
         group = self._groups.get(number)
@@ -91,14 +95,14 @@ class _Loader:
 
 
 class _LoaderV6(_Loader):
-    def __init__(self, image: BootstrapV6, blobs: list[BlobInfo]) -> None:
-        super().__init__(image, blobs)
+    def __init__(self, image: BootstrapV6, table: ChunkTable, blobs: list[BlobInfo]) -> None:
+        super().__init__(image, table, blobs)
         self._image = image
         self._records = {}
         for record in image.chunk_records():
             if record[1] < len(blobs):
                 self._records[record[1], record[8], record[6]] = record
-        self._chunks: dict[tuple[int, int, int], Chunk] = {}
+        self._chunks: dict[tuple[int, int, int], int] = {}
         self._seen: set[int] = set()
 
     def load(self) -> Node:
@@ -135,7 +139,7 @@ class _LoaderV6(_Loader):
             node.group = self._group(image.inode_number(ino))
         return node
 
-    def _file(self, ino: int) -> list[Chunk]:
+    def _file(self, ino: int) -> list[int]:
         found = []
         chunks = self._chunks
         for ref in self._image.chunk_refs(ino):
@@ -150,10 +154,10 @@ class _LoaderV6(_Loader):
 
 
 class _LoaderV5(_Loader):
-    def __init__(self, image: BootstrapV5, blobs: list[BlobInfo]) -> None:
-        super().__init__(image, blobs)
+    def __init__(self, image: BootstrapV5, table: ChunkTable, blobs: list[BlobInfo]) -> None:
+        super().__init__(image, table, blobs)
         self._image = image
-        self._chunks: dict[tuple[int, int, int], Chunk] = {}
+        self._chunks: dict[tuple[int, int, int], int] = {}
 
     def load(self) -> Node:
         return self._grow(self._node(b"/", self._image.root), self._image.root, self._children)
@@ -188,12 +192,12 @@ class _LoaderV5(_Loader):
             node.group = self._group(record.ino)
         return node
 
-    def _file(self, index: int) -> list[Chunk]:
+    def _file(self, index: int) -> list[int]:
         found = []
         chunks = self._chunks
         for record in self._image.file_records(index):
-            if record[1] >= len(self._blobs):
-                raise BuildError(f"{self._image.path}: a chunk refers to blob {record[1]} of {len(self._blobs)}")
+            if record[1] >= len(self._places):
+                raise BuildError(f"{self._image.path}: a chunk refers to blob {record[1]} of {len(self._places)}")
             key = (record[1], record[8], record[6])
             chunk = chunks.get(key)
             if chunk is None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.inlined import extract_bootstrap
 from bootstrap.layout.common import (
@@ -22,7 +23,7 @@ from bootstrap.layout.common import (
 from bootstrap.load import blob_info, load_tree
 from bootstrap.overlay import apply_layer, drop_whiteouts
 from bootstrap.reader import Bootstrap, open_bootstrap
-from bootstrap.tree import BlobInfo, Node, clean_patterns, no_collector, number
+from bootstrap.tree import Node, clean_patterns, no_collector, number
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -103,6 +104,7 @@ def merge_layers(
 
 def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes], parent: Path | None) -> MergeResult:
     pool: dict[str, BlobInfo] = {}
+    chunks = ChunkTable()
     tree: Node | None = None
     expected: _Format | None = None
     owner: Path | None = None
@@ -123,7 +125,7 @@ def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes],
             blobs = _blobs_of(image, path, source, pool)
             if blobs and not chunk_size:
                 chunk_size = blobs[0].chunk_size
-            upper = load_tree(image, blobs)
+            upper = load_tree(image, chunks, blobs)
             version, compressor, digester = image.version, image.compressor, image.digester
             flags = super_flags(compressor, digester) | image.flags & SuperFlags.EXPLICIT_UIDGID
             encrypted = encrypted or bool(image.flags & SuperFlags.ENCRYPT_XTS)
@@ -137,18 +139,18 @@ def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes],
         flags |= SuperFlags.ENCRYPT_XTS if encrypted else SuperFlags.ENCRYPT_NONE
         flags |= SuperFlags.HAS_XATTR  # upstream's v6 merges say so whether or not it is true
     order = number(tree)
-    table: dict[int, BlobInfo] = {}
+    table: dict[int, None] = {}
     for node in order:
         if node.implied:
             node.mtime_nsec = 0
-        for chunk in node.chunks or ():
-            table.setdefault(id(chunk.blob), chunk.blob)
-    used = list(table.values())
+        for row in node.chunks or ():
+            table.setdefault(chunks.address(row)[0])
+    used = [chunks.blobs[place] for place in table]
     count = len(order)
     del order
     write = write_v6 if version == 6 else write_v5
     patterns = clean_patterns(list(prefetch))[0]
-    data = write(tree, used, chunk_size=chunk_size or DEFAULT_CHUNK_SIZE, flags=flags, prefetch=patterns)
+    data = write(tree, chunks, used, chunk_size=chunk_size or DEFAULT_CHUNK_SIZE, flags=flags, prefetch=patterns)
     write_file(out, data)
     return MergeResult([blob.id for blob in used], version, compressor, digester, count, len(data))
 

@@ -8,7 +8,6 @@ from bootstrap.errors import BuildError
 from bootstrap.layout.common import (
     DEFAULT_CHUNK_SIZE,
     MAX_BLOB_ID,
-    BlobFeatures,
     Compressor,
     Digester,
     is_chunk_size,
@@ -21,8 +20,9 @@ class BuildOptions:
     """Settings of one build; names and defaults are those of `nydus-image create` (RAFS format 5.12).
 
     `prefetch` holds absolute paths; `prefetch_policy` is none, fs or blob; `whiteout_spec` is oci, overlayfs or none
-    and only matters for directories and merges. `repeatable` leaves owners out. `threads` is the number of threads
-    that digest and compress; 1 works in the calling thread. Raises BuildError for values that do not fit together.
+    and only matters for directories and builds on a parent. `repeatable` leaves owners out. `threads` is the number of
+    threads that digest and compress; 1 works in the calling thread. `batch_size`: chunks below half of it are
+    compressed together (v6), 0 for none. Raises BuildError for values that do not fit together.
     """
 
     fs_version: int = 6
@@ -38,6 +38,7 @@ class BuildOptions:
     blob_id: str | None = None
     repeatable: bool = False
     threads: int = 2
+    batch_size: int = 0
 
     def __post_init__(self) -> None:
         if self.fs_version not in (5, 6):
@@ -54,24 +55,20 @@ class BuildOptions:
             raise BuildError("the feature blob-toc needs RAFS version 6")
         if self.blob_id is not None and not 0 < len(self.blob_id.encode()) <= MAX_BLOB_ID:
             raise BuildError(f"blob id of {len(self.blob_id.encode())} bytes; 1 to {MAX_BLOB_ID} are possible")
+        if self.batch_size:
+            if self.fs_version != 6:
+                raise BuildError("batches (--batch-size) need RAFS version 6")
+            if not is_chunk_size(self.batch_size) or self.batch_size > self.chunk_size:
+                raise BuildError(
+                    f"batch size {self.batch_size:#x} is not a power of two from 0x1000 to the chunk size "
+                    f"{self.chunk_size:#x}"
+                )
         clean_patterns(self.prefetch)
 
     @property
     def aligned(self) -> bool:
         """Whether chunks start at multiples of 4096 in the uncompressed blob: always in v6."""
         return self.fs_version == 6 or self.aligned_chunk
-
-    @property
-    def features(self) -> BlobFeatures:
-        """Features of the blob that is written (0.5)."""
-        found = BlobFeatures.CAP_TAR_TOC
-        if self.fs_version == 6:
-            found |= BlobFeatures.ALIGNED
-        if self.inline_meta:
-            found |= BlobFeatures.INLINED_FS_META | BlobFeatures.HAS_TAR_HEADER
-        if self.blob_toc:
-            found |= BlobFeatures.HAS_TAR_HEADER | BlobFeatures.HAS_TOC | BlobFeatures.INLINED_CHUNK_DIGEST
-        return found
 
 
 @dataclass(frozen=True)

@@ -176,17 +176,9 @@ class TarStream:
         take = min(size, self._left)
         if not take:
             return b""
-        if take == self._left:  # one call fetches the padding too
-            data = self._exactly(take + self._padding)
-            if len(data) < take:
-                self._truncated()
-            padded, self._padding = self._padding, 0
-            if padded:
-                data = data[:take]
-        else:
-            data = self._exactly(take)
-            if len(data) < take:
-                self._truncated()
+        data = self._exactly(take)
+        if len(data) < take:
+            self._truncated()
         self._left -= take
         return data
 
@@ -214,7 +206,10 @@ class TarStream:
         long_link: bytes | None = None
         zeros = 0
         while True:
-            header = self._exactly(BLOCK)
+            padding, self._padding = self._padding, 0  # fetched with the header that follows, in one call
+            header = self._exactly(padding + BLOCK)
+            if padding:
+                header = header[padding:]
             if len(header) < BLOCK:
                 if self.position < BLOCK:
                     raise BuildError("not a tar: empty or shorter than one header")

@@ -1,4 +1,4 @@
-"""The tree a build works on: nodes, chunks and blobs as they are before they become a bootstrap.
+"""The tree a build works on: nodes as they are before they become a bootstrap. Their chunks are rows of a `ChunkTable`.
 
 Reference: RAFS format 5.1. One object per path; a layer of 5,000 files costs about 5 MB here, so a merge of 30 such
 layers fits in 150 MB. Serving never builds such a tree (see `reader`).
@@ -10,78 +10,12 @@ import gc
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from bootstrap.errors import BuildError
-from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME, BlobFeatures, Compressor, Digester
+from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME
 
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 XATTR_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
-
-
-@dataclass(slots=True, eq=False)
-class BlobInfo:
-    """One data blob as the blob tables describe it (1.4, 2.4, 2.5). `index` is set when a bootstrap is written."""
-
-    id: str
-    chunk_size: int
-    compressor: Compressor
-    digester: Digester
-    features: BlobFeatures
-    index: int = 0
-    chunk_count: int = 0
-    compressed_size: int = 0
-    uncompressed_size: int = 0
-    toc_size: int = 0
-    toc_digest: bytes = bytes(32)
-    ci_compressor: int = 0
-    ci_offset: int = 0
-    ci_compressed_size: int = 0
-    ci_uncompressed_size: int = 0
-    meta_digest: bytes = bytes(32)
-    meta_size: int = 0
-    cipher: int = 0
-    cipher_iv: bytes = bytes(8)
-    readahead_offset: int = 0
-    readahead_size: int = 0
-
-
-class Chunk:
-    """A stored chunk, shared by all files that hold the same content."""
-
-    __slots__ = (
-        "blob",
-        "compressed_offset",
-        "compressed_size",
-        "crc32",
-        "digest",
-        "flags",
-        "index",
-        "uncompressed_offset",
-        "uncompressed_size",
-    )
-
-    def __init__(
-        self,
-        digest: bytes,
-        blob: BlobInfo,
-        flags: int,
-        compressed_size: int,
-        uncompressed_size: int,
-        compressed_offset: int,
-        uncompressed_offset: int,
-        index: int,
-        crc32: int,
-    ) -> None:
-        self.digest = digest
-        self.blob = blob
-        self.flags = flags
-        self.compressed_size = compressed_size
-        self.uncompressed_size = uncompressed_size
-        self.compressed_offset = compressed_offset
-        self.uncompressed_offset = uncompressed_offset
-        self.index = index
-        self.crc32 = crc32
 
 
 class LinkGroup:
@@ -137,7 +71,8 @@ class Node:
         self.xattrs: dict[bytes, bytes] | None = None
         self.target = b""
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
-        self.chunks: list[Chunk] | None = None
+        self.chunks: list[int] | None = None
+        """Rows of the build's ChunkTable, in file order; None where it is no regular file."""
         self.group: LinkGroup | None = None
         self.linked = False
         """A tar builder saw a hard link to it: v5 marks every such name."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.digest import EMPTY
 from bootstrap.errors import BuildError
 from bootstrap.layout import v5
-from bootstrap.layout.common import CHUNK_RECORD, MAX_BLOBS, Digester, SuperFlags, digester_of
-from bootstrap.tree import BlobInfo, Node, first_name, number, path_of, prefetch_targets, walk
+from bootstrap.layout.common import MAX_BLOBS, Digester, SuperFlags, digester_of
+from bootstrap.tree import Node, first_name, number, path_of, prefetch_targets, walk
 
 _U32 = 0xFFFFFFFF
 _U64 = (1 << 64) - 1
@@ -20,6 +21,7 @@ _U64 = (1 << 64) - 1
 
 def write_v5(
     root: Node,
+    table: ChunkTable,
     blobs: Sequence[BlobInfo],
     *,
     chunk_size: int,
@@ -41,14 +43,14 @@ def write_v5(
     at = extended_at + v5.EXT_BLOB.size * len(blobs)
 
     digester = digester_of(flags)
-    digests = _digests(order, digester)
+    digests = _digests(order, table, digester)
     children_at = _child_indexes(order)
     offsets = bytearray(4 * len(order))
     records: list[bytes] = []
     has_xattr = False
     for node in walk(root):
         v5.INODE_OFFSET.pack_into(offsets, 4 * (node.index - 1), at >> 3)
-        record = _record(node, digests[node.index - 1], children_at[node.index - 1], chunk_size)
+        record = _record(node, digests[node.index - 1], children_at[node.index - 1], table, chunk_size)
         records.append(record)
         at += len(record)
         has_xattr = has_xattr or bool(node.xattrs)
@@ -104,7 +106,7 @@ def _child_indexes(order: list[Node]) -> list[int]:
     return found
 
 
-def _digests(order: list[Node], digester: Digester) -> list[bytes]:
+def _digests(order: list[Node], table: ChunkTable, digester: Digester) -> list[bytes]:
     """Inode digests by node index - 1; children have higher indexes, so from the end all of a directory's are there."""
     empty = EMPTY[digester]
     make = hashlib.sha256 if digester == Digester.SHA256 else blake3
@@ -113,7 +115,7 @@ def _digests(order: list[Node], digester: Digester) -> list[bytes]:
         if node.children:
             data = b"".join([found[child.index - 1] for child in node.children.values()])
         elif node.chunks:
-            data = b"".join([chunk.digest for chunk in node.chunks])
+            data = b"".join(map(table.digest, node.chunks))
         elif node.target:
             data = node.target
         else:
@@ -122,7 +124,7 @@ def _digests(order: list[Node], digester: Digester) -> list[bytes]:
     return found
 
 
-def _record(node: Node, digest: bytes, child_index: int, chunk_size: int) -> bytes:
+def _record(node: Node, digest: bytes, child_index: int, table: ChunkTable, chunk_size: int) -> bytes:
     kind = node.mode & 0o170000
     flags = v5.INODE_HARDLINK if node.linked else 0
     name = node.name
@@ -148,28 +150,12 @@ def _record(node: Node, digest: bytes, child_index: int, chunk_size: int) -> byt
     if node.xattrs:
         flags |= v5.INODE_XATTR
         pairs = b"".join(
-            v5.XATTR_PAIR.pack(len(key) + 1 + len(value)) + key + b"\0" + value
-            for key, value in node.xattrs.items()
+            v5.XATTR_PAIR.pack(len(key) + 1 + len(value)) + key + b"\0" + value for key, value in node.xattrs.items()
         )
         xattr_bytes = len(pairs)
         tail.append(v5.XATTR_TOTAL.pack(xattr_bytes) + pairs.ljust(v5.align8(xattr_bytes), b"\0"))
     if chunks:
-        pack = CHUNK_RECORD.pack
-        tail += [
-            pack(
-                chunk.digest,
-                chunk.blob.index,
-                chunk.flags,
-                chunk.compressed_size,
-                chunk.uncompressed_size,
-                chunk.compressed_offset,
-                chunk.uncompressed_offset,
-                number_in_file * chunk_size,
-                chunk.index,
-                chunk.crc32,
-            )
-            for number_in_file, chunk in enumerate(chunks)
-        ]
+        tail += [table.record(row, chunk_size * number) for number, row in enumerate(chunks)]
     parent = node.parent
     assert parent is not None
     fixed = v5.INODE.pack(

@@ -9,10 +9,11 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.errors import BuildError
 from bootstrap.layout import v6
-from bootstrap.layout.common import CHUNK_RECORD, MAX_BLOBS, BlobFeatures, SuperFlags, round_up
-from bootstrap.tree import BlobInfo, Chunk, Node, first_name, number, path_of, prefetch_targets
+from bootstrap.layout.common import MAX_BLOBS, BlobFeatures, SuperFlags, round_up
+from bootstrap.tree import Node, first_name, number, path_of, prefetch_targets
 
 B = v6.BLOCK_SIZE
 INODE_SIZE = v6.INODE_EXTENDED.size
@@ -33,6 +34,7 @@ _FILE_TYPES = {
 
 def write_v6(
     root: Node,
+    table: ChunkTable,
     blobs: Sequence[BlobInfo],
     *,
     chunk_size: int,
@@ -52,22 +54,22 @@ def write_v6(
     if len(order) > v6.MAX_INO:
         raise BuildError(f"{len(order)} files are more than an image can hold")
     targets = prefetch_targets(root, prefetch) if blobs else []
-    table = round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * len(blobs), B)
+    table_at = round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * len(blobs), B)
     table_size = v6.BLOB_ENTRY.size * len(blobs)
-    meta = round_up(table + table_size + 4 * len(targets), B) if blobs else 0
+    meta = round_up(table_at + table_size + 4 * len(targets), B) if blobs else 0
     end = _place(root, chunk_size)
     image = bytearray(round_up(meta + end, B))
-    has_xattr = _Inodes(image, meta, chunk_size).write(order)
+    has_xattr = _Inodes(image, meta, table, chunk_size).write(order)
     if targets:
         v6_nids = b"".join(v6.NID.pack(node.offset // _SLOT) for node in targets)
-        image[table + table_size : table + table_size + len(v6_nids)] = v6_nids
-    records = _chunk_table(order, chunk_size)
+        image[table_at + table_size : table_at + table_size + len(v6_nids)] = v6_nids
+    records = _chunk_table(order, table, chunk_size)
     chunk_table = len(image)
     image += records
     image += bytes(-len(image) % B)
     image += bytes(max(0, v6.MIN_FILE_SIZE - len(image)))
 
-    blocks = _write_blobs(image, blobs, table)
+    blocks = _write_blobs(image, blobs, table_at)
     if has_xattr:
         flags |= SuperFlags.HAS_XATTR
     if all(blob.features & BlobFeatures.INLINED_CHUNK_DIGEST for blob in blobs):
@@ -82,12 +84,12 @@ def write_v6(
         v6.EXT_SUPER_OFFSET,
         *v6.ExtSuperblock(
             flags=int(flags),
-            blob_table_offset=table,
+            blob_table_offset=table_at,
             blob_table_size=table_size,
             chunk_size=chunk_size,
             chunk_table_offset=chunk_table,
             chunk_table_size=len(records),
-            prefetch_table_offset=table + table_size if targets else 0,
+            prefetch_table_offset=table_at + table_size if targets else 0,
             prefetch_table_size=4 * len(targets),
         ),
     )
@@ -254,10 +256,12 @@ def _dir_size(directory: Node) -> int:
 class _Inodes:
     """Writes inodes, attributes, dirents, link targets and chunk addresses into the image."""
 
-    def __init__(self, image: bytearray, meta: int, chunk_size: int) -> None:
+    def __init__(self, image: bytearray, meta: int, table: ChunkTable, chunk_size: int) -> None:
         self._image = image
         self._meta = meta
         self._chunk_size = chunk_size
+        self._address = table.address
+        self._device = [blob.index + 1 for blob in table.blobs]
 
     def write(self, order: list[Node]) -> bool:
         """All nodes in G-order, so that of the names of one file the last one's attributes stay. True: some xattr."""
@@ -317,19 +321,16 @@ class _Inodes:
         return at
 
     def _file(self, node: Node) -> None:
-        chunks = node.chunks or []
+        places = list(map(self._address, node.chunks or ()))
         size = node.size
-        union = v6.CHUNK_FORMAT_INDEXES | _chunk_bits(chunks, size, self._chunk_size)
+        union = v6.CHUNK_FORMAT_INDEXES | _chunk_bits(places, size, self._chunk_size)
         at = self._inode(node, v6.LAYOUT_CHUNK_BASED, size, union)
-        if not chunks:
+        if not places:
             return
         at = (at + 7) & ~7  # inodes start on 32-byte slots, so this is the inode's own alignment
-        image, pack_into = self._image, v6.CHUNK_ADDRESS.pack_into
-        for chunk in chunks:
-            index = chunk.index
-            pack_into(
-                image, at, index & 0xFFFF, chunk.blob.index + 1 | index >> 16 << 8, chunk.uncompressed_offset // B
-            )
+        image, pack_into, device = self._image, v6.CHUNK_ADDRESS.pack_into, self._device
+        for blob, offset, index in places:
+            pack_into(image, at, index & 0xFFFF, device[blob] | index >> 16 << 8, offset // B)
             at += 8
 
     def _tail(self, node: Node, size: int) -> None:
@@ -372,13 +373,13 @@ class _Inodes:
         return b"".join(blocks)
 
 
-def _chunk_bits(chunks: list[Chunk], size: int, chunk_size: int) -> int:
+def _chunk_bits(places: list[tuple[int, int, int]], size: int, chunk_size: int) -> int:
     """log2 of the extent size over B: larger than a chunk if the whole file is one run in its blob (1.10)."""
     extent = chunk_size
-    if size > chunk_size and chunks:
-        blob, at = chunks[0].blob, chunks[0].uncompressed_offset
-        for chunk in chunks:
-            if chunk.blob is not blob or chunk.uncompressed_offset != at:
+    if size > chunk_size and places:
+        first, at, _ = places[0]
+        for blob, offset, _ in places:
+            if blob != first or offset != at:
                 break
             at += chunk_size
         else:
@@ -386,37 +387,26 @@ def _chunk_bits(chunks: list[Chunk], size: int, chunk_size: int) -> int:
     return min(extent.bit_length() - B.bit_length(), v6.CHUNK_FORMAT_BITS)
 
 
-def _chunk_table(order: list[Node], chunk_size: int) -> bytes:
+def _chunk_table(order: list[Node], table: ChunkTable, chunk_size: int) -> bytes:
     """One record per stored chunk, by digest; its file offset is that of the last reference (1.12)."""
-    last: dict[int, tuple[Chunk, int]] = {}
+    last: dict[int, int] = {}
     for node in order:
         if node.chunks:
             offset = 0
-            for chunk in node.chunks:
-                last[id(chunk)] = (chunk, offset)
+            for row in node.chunks:
+                last[row] = offset
                 offset += chunk_size
-    # Sources may hold equal records as different objects (layers that share a blob): one record for each place.
-    rows = {
-        (chunk.digest, chunk.blob.index, chunk.index): (chunk, offset) for chunk, offset in last.values()
-    }
-    pack = CHUNK_RECORD.pack
-    return b"".join(
-        [
-            pack(
-                digest,
-                blob,
-                chunk.flags,
-                chunk.compressed_size,
-                chunk.uncompressed_size,
-                chunk.compressed_offset,
-                chunk.uncompressed_offset,
-                offset,
-                index,
-                chunk.crc32,
-            )
-            for (digest, blob, index), (chunk, offset) in sorted(rows.items(), key=lambda row: row[0])
-        ]
-    )
+    # Sources may hold equal records as different rows (layers that share a blob): one record for each place.
+    records = {}
+    for row, offset in last.items():
+        record = table.record(row, offset)
+        records[record[:36] + record[72:76]] = record  # digest, blob, index
+    return b"".join([record for _, record in sorted(records.items(), key=_record_order)])
+
+
+def _record_order(item: tuple[bytes, bytes]) -> tuple[bytes, int, int]:
+    key = item[0]
+    return key[:32], int.from_bytes(key[32:36], "little"), int.from_bytes(key[36:40], "little")
 
 
 def _write_blobs(image: bytearray, blobs: Sequence[BlobInfo], table: int) -> int:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.layout import v6
 from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor, Digester, SuperFlags
 from bootstrap.reader import open_bootstrap
-from bootstrap.tree import BlobInfo, Chunk, Node
+from bootstrap.tree import Node
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -22,10 +23,12 @@ COUNT = 100_000
 FLAGS = SuperFlags.COMPRESS_ZSTD | SuperFlags.HASH_BLAKE3 | SuperFlags.EXPLICIT_UIDGID
 
 
-def big_tree() -> tuple[Node, list[BlobInfo]]:
+def big_tree() -> tuple[Node, ChunkTable, list[BlobInfo]]:
     blob = BlobInfo("b" * 64, 0x100000, Compressor.ZSTD, Digester.BLAKE3, BlobFeatures(0x4000_0001))
     blob.chunk_count, blob.uncompressed_size, blob.compressed_size = COUNT, COUNT * 4096, COUNT * 100
     blob.ci_offset, blob.ci_uncompressed_size = COUNT * 100, COUNT * 16
+    table = ChunkTable()
+    home = table.place_of(blob)
     root, directory = Node(b"/", stat.S_IFDIR | 0o755), Node(b"big", stat.S_IFDIR | 0o755)
     assert root.children is not None and directory.children is not None
     root.children[b"big"] = directory
@@ -34,21 +37,20 @@ def big_tree() -> tuple[Node, list[BlobInfo]]:
         node = Node(b"file-%06d" % number, stat.S_IFREG | 0o644)
         node.size, node.parent = 3000, directory
         place = number * 4096
-        node.chunks = [
-            Chunk(number.to_bytes(32, "big"), blob, ChunkFlags.COMPRESSED, 100, 3000, number * 100, place, number, 0)
-        ]
+        digest = number.to_bytes(32, "big")
+        node.chunks = [table.add(digest, home, ChunkFlags.COMPRESSED, 100, 3000, number * 100, place, number, 0)]
         directory.children[node.name] = node
-    return root, [blob]
+    return root, table, [blob]
 
 
 @pytest.fixture(scope="module", params=[5, 6])
 def big_image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, blobs = big_tree()
+    root, table, blobs = big_tree()
     path = tmp_path_factory.mktemp("big") / "image.boot"
     if request.param == 6:
-        data = write_v6(root, blobs, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
+        data = write_v6(root, table, blobs, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
     else:
-        data = write_v5(root, blobs, chunk_size=0x100000, flags=FLAGS, prefetch=[])
+        data = write_v5(root, table, blobs, chunk_size=0x100000, flags=FLAGS, prefetch=[])
     path.write_bytes(data)
     return path
 
@@ -115,7 +117,8 @@ def test_compact_inodes(tmp_path: Path) -> None:
     for node in (device, link):
         node.parent = root
         root.children[node.name] = node
-    data = bytearray(write_v6(root, [], chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[]))
+    flags = FLAGS | SuperFlags.ENCRYPT_NONE
+    data = bytearray(write_v6(root, ChunkTable(), [], chunk_size=0x100000, flags=flags, prefetch=[]))
     path = tmp_path / "image.boot"
     path.write_bytes(data)
     with open_bootstrap(path) as image:

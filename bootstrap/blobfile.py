@@ -1,0 +1,122 @@
+"""The pack stage's file: a data blob front to back, its sections, their tar trailers and the table of contents.
+
+Reference: RAFS format 4.7 - 4.10. What the sections hold is the mode's business (`bootstrap.modes`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, cast
+
+from bootstrap.chunktable import BlobInfo
+from bootstrap.codec import compress
+from bootstrap.layout import blobmeta, toc
+from bootstrap.layout.common import Compressor
+
+Seal = Callable[[bytes], bytes]
+
+
+class BlobFile:
+    """Appends to `out`, hashing as it goes. `framed`: a tar header follows each section (inline metadata or ToC)."""
+
+    def __init__(self, out: BinaryIO, *, framed: bool) -> None:
+        self._out = out.write
+        self._framed = framed
+        self.sha256: Any = hashlib.sha256()
+        """Of every byte written so far."""
+        self.size = 0
+        """Bytes written so far."""
+        self._hash_for_id: Any = self.sha256
+        self._toc: list[toc.TocEntry] = []
+
+    def write(self, data: bytes | bytearray) -> None:
+        self._out(data)
+        self.sha256.update(data)
+        if self._hash_for_id is not self.sha256:
+            self._hash_for_id.update(data)
+        self.size += len(data)
+
+    def id_hash(self) -> str:
+        """SHA-256 in hex of everything written but the digest array (4.10)."""
+        return cast(str, self._hash_for_id.hexdigest())
+
+    def _frame(self, name: str, size: int) -> None:
+        if self._framed:
+            self.write(toc.pack_tar_header(name, size))
+
+    def _entry(self, name: str, kind: Compressor, digest: bytes, at: int, stored: int, plain: int) -> None:
+        self._toc.append(toc.TocEntry(name, kind, digest, at, stored, plain))
+
+    def end_data(self, uncompressed_size: int) -> None:
+        """Close the section of chunk data: everything written so far."""
+        size = self.size
+        self._frame(toc.IMAGE_BLOB, size)
+        self._entry(toc.IMAGE_BLOB, Compressor.NONE, self.sha256.digest(), 0, size, uncompressed_size)
+
+    def add_meta(
+        self, info: BlobInfo, entries: bytes, contexts: bytes, context_count: int, kind: Compressor, seal: Seal | None
+    ) -> None:
+        """The blob meta (4.7): chunk entries and batch or zran contexts, compressed with `kind`, then the header.
+
+        Fills in the ci_ fields of `info`. `seal` encrypts region and header each.
+        """
+        plain = entries + contexts
+        stored = compress(kind, plain)
+        if stored is None:
+            stored, kind = plain, Compressor.NONE
+        if seal is not None:
+            stored = seal(stored)
+        at = self.size
+        info.ci_compressor, info.ci_offset = kind, at
+        info.ci_compressed_size, info.ci_uncompressed_size = len(stored), len(plain)
+        header = blobmeta.HEADER.pack(
+            *blobmeta.Header(
+                blobmeta.MAGIC,
+                int(info.features),
+                kind,
+                info.chunk_count,
+                at,
+                len(stored),
+                len(plain),
+                ci_zran_offset=len(entries) if context_count else 0,
+                ci_zran_size=len(contexts),
+                ci_zran_count=context_count,
+            )
+        )
+        self.write(stored)
+        self.write(header if seal is None else seal(header))
+        size = len(header)
+        self._frame(toc.BLOB_META, len(stored) + size)
+        self._entry(toc.BLOB_META, kind, hashlib.sha256(plain).digest(), at, len(stored), len(plain))
+        digest = hashlib.sha256(header).digest()
+        self._entry(toc.BLOB_META_HEADER, Compressor.NONE, digest, at + len(stored), size, size)
+
+    def add_digests(self, digests: bytes | bytearray) -> None:
+        """The array of chunk digests; the blob's id does not depend on these bytes (4.10)."""
+        self._hash_for_id = self.sha256.copy()
+        at, size = self.size, len(digests)
+        self._out(digests)
+        self.sha256.update(digests)
+        self.size += size
+        self._frame(toc.BLOB_DIGEST, size)
+        self._entry(toc.BLOB_DIGEST, Compressor.NONE, hashlib.sha256(digests).digest(), at, size, size)
+
+    def add_bootstrap(self, bootstrap: bytes, *, packed: bool) -> None:
+        """The inlined bootstrap, zstd if `packed` (and smaller)."""
+        stored = compress(Compressor.ZSTD, bootstrap) if packed else None
+        kind = Compressor.NONE if stored is None else Compressor.ZSTD
+        if stored is None:
+            stored = bootstrap
+        at = self.size
+        self.write(stored)
+        self._frame(toc.IMAGE_BOOT, len(stored))
+        self._entry(toc.IMAGE_BOOT, kind, hashlib.sha256(bootstrap).digest(), at, len(stored), len(bootstrap))
+
+    def add_toc(self) -> bytes:
+        """The table of contents, with its tar header; returns what was written."""
+        entries: Sequence[toc.TocEntry] = self._toc
+        table = b"".join(map(toc.pack_toc_entry, entries))
+        table += toc.pack_tar_header(toc.BLOB_TOC, len(table))
+        self.write(table)
+        return table
