@@ -9,7 +9,7 @@ from crc32c import crc32c
 from bootstrap.codec import compress
 from bootstrap.digest import digest
 from bootstrap.errors import BuildError
-from bootstrap.layout import blobmeta
+from bootstrap.layout import batch, blobmeta
 from bootstrap.layout.common import BlobFeatures, ChunkFlags
 from bootstrap.modes import Content, Context, Mode
 from bootstrap.packing import Packer
@@ -192,7 +192,7 @@ class PackedMode(Mode):
                 *_batch_entry(at, plain_at, len(data), blobmeta.V2_COMPRESSED, self.context_count, inner),
             )
             inner += len(data)
-        self.contexts += blobmeta.BATCH_CONTEXT.pack(len(stored), size)
+        self.contexts += batch.pack_context(batch.BatchContext(len(stored), size))
         self.context_count += 1
         self._out.append(stored)
         info.compressed_size = at + len(stored)
@@ -204,5 +204,6 @@ class _Member(NamedTuple):
     data: bytes
 
 
-def _batch_entry(at: int, plain_at: int, size: int, flags: int, batch: int, inner: int) -> tuple[int, int, int]:
-    return plain_at >> 12 | (size - 1) << 32 | (flags | blobmeta.V2_BATCH) << 56, at, batch << 32 | inner
+def _batch_entry(at: int, plain_at: int, size: int, flags: int, number: int, inner: int) -> tuple[int, int, int]:
+    u = plain_at >> 12 | (size - 1) << 32 | (flags | blobmeta.V2_BATCH) << 56
+    return u, at, blobmeta.pack_position(number, inner)
