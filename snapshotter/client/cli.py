@@ -95,11 +95,11 @@ def rpull(
       ctr-remote -n k8s.io image rpull --user robot --hosts-dir /etc/containerd/certs.d reg.example.com/team/app:nydus
       ctr-remote images rpull --snapshotter overlayfs 127.0.0.1:5000/app:plain
     """
+    from nydusfs.containerd.client import Containerd
     from nydusfs.registry.client import RegistryClient
     from nydusfs.registry.credentials import Credentials
     from nydusfs.registry.hosts import ClientOptions
     from nydusfs.registry.reference import Reference
-    from snapshotter.client.containerd import Containerd
     from snapshotter.client.plan import Platform
     from snapshotter.client.progress import make_progress
     from snapshotter.client.pull import Puller

@@ -6,7 +6,6 @@ Sources of the rules: OCI image specification (chain ids), containerd's unpacker
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform as host_platform
 from collections.abc import Mapping, Sequence
@@ -137,17 +136,6 @@ def _is_nydus(found: Descriptor) -> bool:
     return found.artifact_type == NYDUS_MANIFEST_ARTIFACT or (
         isinstance(features, list) and OS_FEATURE_NYDUS in features
     )
-
-
-def chain_ids(diff_ids: Sequence[str]) -> list[str]:
-    """Snapshot names of the layers, lowest first: each hashes the one below and its own diff id."""
-    chain: list[str] = []
-    for diff_id in diff_ids:
-        if chain:
-            chain.append("sha256:" + hashlib.sha256(f"{chain[-1]} {diff_id}".encode()).hexdigest())
-        else:
-            chain.append(diff_id)
-    return chain
 
 
 def snapshot_labels(

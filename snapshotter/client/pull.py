@@ -9,16 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from nydusfs.containerd.chain import chain_ids
+from nydusfs.containerd.client import Containerd, read_pieces
+from nydusfs.containerd.connection import AlreadyExists, ContainerdError
 from nydusfs.registry.client import Manifest, RegistryClient
 from nydusfs.registry.mediatypes import NYDUS_BLOB
 from nydusfs.registry.reference import Reference
-from snapshotter.client.containerd import AlreadyExists, Containerd, ContainerdError, read_pieces
 from snapshotter.client.plan import (
     LABEL_REF,
     LABEL_UNCOMPRESSED,
     Descriptor,
     Platform,
-    chain_ids,
     choose_manifest,
     index_gc_labels,
     is_index,

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nydusfs.containerd.chain import chain_ids
 from snapshotter.client.plan import (
     LABEL_IMAGE_LAYERS,
     LABEL_LIMIT,
     Descriptor,
     ImageError,
     Platform,
-    chain_ids,
     choose_manifest,
     parse_diff_ids,
     parse_manifest,

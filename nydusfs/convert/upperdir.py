@@ -1,0 +1,235 @@
+"""What a container changed, as a layer: an overlayfs upper directory, or a folder mounted into it, becomes a tar.
+
+The directories belong to a container, which may be hostile: they are walked by descriptors that never follow a link.
+Kernel's overlayfs documentation is the source of what upper directories hold: whiteouts (character device 0:0), opaque
+directories, redirected directories and files that are only metadata. The last two refer to lower layers by name, so
+they are read through a mount that puts all together (`merged`), made when the first one turns up.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from nydusfs.convert.facts import shown
+from nydusfs.convert.tarwrite import END, entry_header, padding
+from nydusfs.errors import ConvertError
+
+log = logging.getLogger(__name__)
+
+_WHITEOUT = b".wh."
+_OPAQUE = b".wh..wh..opq"
+TRUSTED, USER = b"trusted.overlay.", b"user.overlay."  # overlayfs' attributes; the second with the option userxattr
+_PIECE = 1 << 20
+_KINDS = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
+
+
+class ChangedError(ConvertError):
+    """A file changed while it was read: worth another try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Paths without a leading slash. `left_out`: neither they nor what is below them is taken. `replaced`: the layer
+    removes what lower layers have there, since another layer brings it anew."""
+
+    left_out: Sequence[bytes] = field(default_factory=tuple)
+    replaced: Sequence[bytes] = field(default_factory=tuple)
+
+    def takes(self, path: bytes) -> bool:
+        return not any(path == one or path.startswith(one + b"/") for one in (*self.left_out, *self.replaced))
+
+
+def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: bytes = TRUSTED) -> Iterator[bytes]:
+    """Pieces of the layer tar for an upper directory. `upper` is a descriptor; `merged` gives that of the directory
+    where upper and lower layers are seen as one; `marks` begin the names of overlayfs' attributes. Raises ConvertError
+    that names the path."""
+    writer = _Writer(marks)
+    stack = [b""]
+    while stack:
+        path = stack.pop()
+        with opened_directory(upper, path) as directory:
+            if path and _mark(directory, b"", marks + b"opaque") == b"y":
+                yield writer.whiteout(path, _OPAQUE.removeprefix(_WHITEOUT))
+            for name in sorted(os.listdir(directory)):
+                raw = os.fsencode(name)
+                below = path + b"/" + raw if path else raw
+                if not choice.takes(below):
+                    continue
+                found = os.lstat(raw, dir_fd=directory)
+                if stat.S_ISCHR(found.st_mode) and found.st_rdev == 0:
+                    yield writer.whiteout(path, raw)
+                    continue
+                if stat.S_ISDIR(found.st_mode) and _mark(directory, raw, marks + b"redirect") is not None:
+                    # its old name has a whiteout of its own; here all of it is new
+                    yield from _tree(merged(), below, writer, choice, opaque=True)
+                    continue
+                if stat.S_ISREG(found.st_mode) and _mark(directory, raw, marks + b"metacopy") is not None:
+                    with opened_directory(merged(), path) as whole:
+                        yield from writer.entry(whole, raw, below, os.lstat(raw, dir_fd=whole))
+                    continue
+                yield from writer.entry(directory, raw, below, found)
+                if stat.S_ISDIR(found.st_mode):
+                    stack.append(below)
+    for path in choice.replaced:
+        head, _, name = path.rpartition(b"/")
+        yield writer.whiteout(head, name)
+    yield END
+
+
+def folder_layer(top: int, path: bytes, choice: Choice) -> Iterator[bytes]:
+    """Pieces of the layer tar for all there is below `path` of the directory `top`, or for the one file it names.
+    Mounts below are taken with it. Raises ConvertError that names the path."""
+    yield from _tree(top, path, _Writer(), choice)
+    yield END
+
+
+def _tree(top: int, path: bytes, writer: _Writer, choice: Choice, *, opaque: bool = False) -> Iterator[bytes]:
+    head, _, name = path.rpartition(b"/")
+    with opened_directory(top, head) as parent:
+        try:
+            found = os.lstat(name, dir_fd=parent)
+        except FileNotFoundError:
+            raise ConvertError(f"the container has no /{shown(path)}") from None
+        yield from writer.entry(parent, name, path, found)
+    if not stat.S_ISDIR(found.st_mode):
+        return
+    if opaque:
+        yield writer.whiteout(path, _OPAQUE.removeprefix(_WHITEOUT))
+    stack = [path]
+    while stack:
+        at = stack.pop()
+        with opened_directory(top, at) as directory:
+            for text in sorted(os.listdir(directory)):
+                raw = os.fsencode(text)
+                below = at + b"/" + raw
+                if not choice.takes(below):
+                    continue
+                found = os.lstat(raw, dir_fd=directory)
+                yield from writer.entry(directory, raw, below, found)
+                if stat.S_ISDIR(found.st_mode):
+                    stack.append(below)
+
+
+class _Writer:
+    """Entries of one layer; remembers the first name of each file with several. `marks`: attributes to leave out."""
+
+    def __init__(self, marks: bytes = TRUSTED) -> None:
+        self._marks = marks
+        self._links: dict[tuple[int, int], bytes] = {}
+
+    def whiteout(self, directory: bytes, name: bytes) -> bytes:
+        path = b"/".join(part for part in (directory, _WHITEOUT + name) if part)
+        return entry_header(path, tarfile.REGTYPE, 0o600)
+
+    def entry(self, directory: int, name: bytes, path: bytes, found: os.stat_result) -> Iterator[bytes]:
+        if name.startswith(_WHITEOUT):
+            raise ConvertError(
+                f"/{shown(path)}: layers reserve names that begin with .wh. for deletions; "
+                f"leave it out with --with-path '!/{shown(path)}'"
+            )
+        kind = stat.S_IFMT(found.st_mode)
+        if kind == stat.S_IFSOCK:
+            log.info("/%s is a socket: layers have no place for it, it is left out", shown(path))
+            return
+        common = {"uid": found.st_uid, "gid": found.st_gid, "mtime": found.st_mtime_ns // 10**9}
+        mode = stat.S_IMODE(found.st_mode)
+        if kind != stat.S_IFDIR and found.st_nlink > 1:
+            first = self._links.setdefault((found.st_dev, found.st_ino), path)
+            if first != path:
+                yield entry_header(path, tarfile.LNKTYPE, mode, link=first, **common)
+                return
+        xattrs = self._xattrs(directory, name, path)
+        if kind == stat.S_IFREG:
+            yield entry_header(path, tarfile.REGTYPE, mode, size=found.st_size, xattrs=xattrs, **common)
+            yield from _content(directory, name, path, found.st_size)
+        elif kind == stat.S_IFDIR:
+            yield entry_header(path + b"/", tarfile.DIRTYPE, mode, xattrs=xattrs, **common)
+        elif kind == stat.S_IFLNK:
+            target = os.readlink(name, dir_fd=directory)
+            yield entry_header(path, tarfile.SYMTYPE, mode, link=target, xattrs=xattrs, **common)
+        else:
+            device = os.major(found.st_rdev), os.minor(found.st_rdev)
+            yield entry_header(path, _KINDS[kind], mode, device=device, xattrs=xattrs, **common)
+
+    def _xattrs(self, directory: int, name: bytes, path: bytes) -> dict[bytes, bytes]:
+        place = b"/proc/self/fd/%d/%s" % (directory, name)
+        found: dict[bytes, bytes] = {}
+        try:
+            for text in os.listxattr(place, follow_symlinks=False):
+                key = os.fsencode(text)
+                if not key.startswith(self._marks):
+                    found[key] = os.getxattr(place, key, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise ConvertError(f"/{shown(path)}: its attributes cannot be read: {error.strerror}") from error
+        return found
+
+
+@contextmanager
+def opened_directory(top: int, path: bytes) -> Iterator[int]:
+    """A descriptor of the directory `path` below `top`; no component may be a link. Raises ConvertError."""
+    descriptor = descend(top, path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def descend(top: int, path: bytes) -> int:
+    """A new descriptor of the directory `path` below the directory `top`. Raises ConvertError."""
+    at = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+    done: list[bytes] = []
+    try:
+        for part in path.split(b"/") if path else ():
+            done.append(part)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            os.close(at)
+            at = below
+    except OSError as error:
+        os.close(at)
+        where = shown(b"/" + b"/".join(done))
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise ConvertError(f"{where} of the container is no directory (links are not followed)") from None
+        raise ConvertError(f"{where} of the container: {error.strerror}") from error
+    return at
+
+
+def _content(directory: int, name: bytes, path: bytes, size: int) -> Iterator[bytes]:
+    try:
+        # O_NONBLOCK: should it have become a fifo, open must not wait for a writer
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        raise ConvertError(f"/{shown(path)} of the container cannot be read: {error.strerror}") from error
+    try:
+        left = size
+        while left:
+            piece = os.read(descriptor, min(_PIECE, left))
+            if not piece:
+                break
+            left -= len(piece)
+            yield piece
+        if left or os.read(descriptor, 1):
+            raise ChangedError(f"/{shown(path)} of the container changed while it was read")
+    except OSError as error:
+        raise ConvertError(f"/{shown(path)} of the container cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    yield padding(size)
+
+
+def _mark(directory: int, name: bytes, attribute: bytes) -> bytes | None:
+    """One of overlayfs' marks on an entry (with name "" on the directory itself); None without it."""
+    place = b"/proc/self/fd/%d/%s" % (directory, name or b".")
+    try:
+        return os.getxattr(place, attribute, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+        return None
