@@ -173,6 +173,11 @@ class Containerd(Connection):
         request = images_pb2.GetImageRequest(name=name)
         return self.call(f"looking for image {name}", self._images.Get, request).image.target
 
+    def image_names(self, digest: str) -> list[str]:
+        """Names of all images with this target."""
+        request = images_pb2.ListImagesRequest(filters=[f"target.digest=={digest}"])
+        return [image.name for image in self.call("listing images", self._images.List, request).images]
+
     def record_image(self, name: str, target: Described) -> None:
         """Creates the image record, or points an existing one to `target`."""
         image = images_pb2.Image(name=name, target=_descriptor(target))

@@ -88,6 +88,11 @@ class Connection:
             except ContainerdError:
                 pass  # it expires; the caller's own outcome is what counts
 
+    def hold(self, kind: str, name: str) -> None:
+        """Adds something to the lease, such as `snapshots/overlayfs` and a key."""
+        request = leases_pb2.AddResourceRequest(id=self._lease, resource=leases_pb2.Resource(id=name, type=kind))
+        self.call(f"holding {kind} {name}", self._leases.AddResource, request)
+
 
 def stub(factory: Any, channel: grpc.Channel) -> Any:
     """The generated classes carry no types."""

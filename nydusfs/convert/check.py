@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -14,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from nydusfs.convert import rules
-from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
 from nydusfs.convert.compare import Comparison, MountView, ReaderView, View, compare
 from nydusfs.convert.endpoints import Connections, Location
-from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
+from nydusfs.convert.images import Descriptor, Image, load_images
 from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
+from nydusfs.convert.nydusimage import fetch_bootstrap, pick_nydus, pick_plain
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
 from nydusfs.errors import ConvertError
-from nydusfs.registry import mediatypes as mt
 
 if TYPE_CHECKING:
     from bootstrap.base import Bootstrap
@@ -114,51 +112,6 @@ def _check(options: CheckOptions, progress: Progress) -> CheckResult:
             result.comparison = compare(tree, view)
         progress.say(f"compared {result.comparison.entries} entries, {size_text(result.comparison.content)} of content")
         return result
-
-
-def pick_nydus(found: ImageSet) -> tuple[Image, Image | None]:
-    """The Nydus image, and the plain one beside it in a merged index. Raises ConvertError."""
-    nydus = [image for image in found.images if image.is_nydus or image.artifact_type == mt.NYDUS_MANIFEST_ARTIFACT]
-    plain = [image for image in found.images if image not in nydus]
-    if not nydus:
-        # a single image is judged by the rules, which say what is missing
-        if found.index is None:
-            return found.images[0], None
-        raise ConvertError(f"{found.name} holds no Nydus image (converted with --merge-platform?)")
-    same = [image for image in plain if image.platform.matches(nydus[0].platform)]
-    return nydus[0], same[0] if same else None
-
-
-def pick_plain(found: ImageSet) -> Image:
-    plain = [image for image in found.images if not image.is_nydus and not image.artifact_type]
-    if not plain:
-        raise ConvertError(f"{found.name} is a Nydus image: give its plain source as --source")
-    return plain[0]
-
-
-def fetch_bootstrap(image: Image, folder: Path) -> tuple[Path, list[str]]:
-    """Unpacks the bootstrap layer below `folder`: path of the bootstrap, and violations of its diff id."""
-    from bootstrap.errors import RafsError
-    from bootstrap.tar import open_layer
-
-    layer = image.layers[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    try:
-        with (
-            image.endpoint.open_blob(layer.digest, layer.size) as stored,
-            open_layer(cast(BinaryIO, stored)) as plain,
-        ):
-            hashing = _Hashing(plain, digest)
-            boot = unpack_bootstrap_layer(cast(BinaryIO, hashing), folder, image.name)
-            while hashing.read(_PIECE):
-                pass
-    except RafsError as error:
-        raise ConvertError(f"{image.name}: bootstrap layer {layer.digest}: {error}") from error
-    found = f"sha256:{digest.hexdigest()}"
-    if image.diff_ids[-1:] != [found]:
-        return boot, [f"config: the bootstrap layer's diff id is {found}, the config says {image.diff_ids[-1]}"]
-    return boot, []
 
 
 def source_tree(source: Image, progress: Progress) -> Node:
@@ -259,14 +212,3 @@ def _fresh(root: Path) -> Path:
             f"working directory {root} cannot be used: {error.strerror} (choose with --work-dir)"
         ) from error
     return root.resolve()
-
-
-class _Hashing:
-    def __init__(self, stream: BinaryIO, digest: Any) -> None:
-        self._stream = stream
-        self._digest = digest
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._digest.update(data)
-        return data

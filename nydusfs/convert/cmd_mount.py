@@ -34,10 +34,10 @@ def command(**given: Any) -> None:
     refuse_unsupported({name: given[name] for name in _LATER}, _LATER)
     if not given["target"]:
         raise click.UsageError("--target is required")
-    from nydusfs.convert.check import fetch_bootstrap, pick_nydus
     from nydusfs.convert.endpoints import Connections, parse_location
     from nydusfs.convert.images import load_images
     from nydusfs.convert.nydusd import daemon_config, find_nydusd, mounted, require_root
+    from nydusfs.convert.nydusimage import fetch_bootstrap, pick_nydus
     from nydusfs.convert.platforms import Platform, host_platform
     from nydusfs.errors import ConvertError
 

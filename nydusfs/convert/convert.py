@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from nydusfs.convert.platforms import Platform
 from nydusfs.convert.pool import convert_layers, cpu_count
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
 from nydusfs.convert.threads import DaemonPool
+from nydusfs.convert.workdir import work_folder
 from nydusfs.errors import AuthError, ConvertError, NotFoundError, RegistryError
 from nydusfs.registry import mediatypes as mt
 
@@ -98,7 +97,7 @@ def convert(options: ConvertOptions, progress: Progress) -> ConvertResult:
     """Raises NydusError (RegistryError, AuthError, ConvertError) with the reason; the tag is written last, so a failed
     conversion leaves no half image behind it."""
     with ExitStack() as stack:
-        folder = stack.enter_context(_work_folder(options.work_dir))
+        folder = stack.enter_context(work_folder(options.work_dir))
         connections = stack.enter_context(Connections())
         options = replace(options, source=options.source.prepare(folder / "source"))
         source = stack.enter_context(options.source.open(connections))
@@ -365,27 +364,3 @@ def _digest(body: bytes) -> str:
 def _platform_of(image: Image) -> dict[str, Any]:
     names = ("architecture", "os", "os.version", "os.features", "variant")
     return {name: image.config[name] for name in names if image.config.get(name)}
-
-
-@contextmanager
-def _work_folder(root: Path) -> Iterator[Path]:
-    """A fresh folder below the working directory, which is itself removed again only if it was not there before."""
-    existed = root.exists()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="nydusify-", dir=root))
-    except OSError as error:
-        raise ConvertError(
-            f"working directory {root} cannot be used: {error.strerror} (choose with --work-dir)"
-        ) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise ConvertError(f"working directory {folder}: {error.strerror or error} (choose with --work-dir)") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            try:
-                root.rmdir()
-            except OSError:
-                pass

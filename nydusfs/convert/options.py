@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,7 +21,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 _SHARED_NAMES = ("backend-type", "backend-config", "backend-config-file")
 
 
-def flag(*names: str, env: str | None = "", **attributes: Any) -> Callable[[F], F]:
+def flag(*names: str, env: str | list[str] | None = "", **attributes: Any) -> Callable[[F], F]:
     """A click option with upstream's environment variable: the flag's name in capitals ("": derive it; None: none)."""
     first = names[0].lstrip("-")
     if env == "":
@@ -43,6 +43,20 @@ class Number(click.ParamType[int]):
             return int(value, 0)
         except ValueError:
             self.fail(f"{value!r} is not a number (decimal or 0x hexadecimal)", param, ctx)
+
+
+class CommaList(click.ParamType[list[str]]):
+    """Items with commas between them; with `multiple` a flag may also be repeated. See `flattened`."""
+
+    name = "list"
+    envvar_list_splitter = "\0"  # one value in an environment variable: it is split here
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        return value if isinstance(value, list) else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def flattened(values: Iterable[list[str]]) -> list[str]:
+    return [item for value in values for item in value]
 
 
 class Duration(click.ParamType[float]):

@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from nydusfs.convert.facts import shown
 from nydusfs.convert.tarwrite import END, entry_header, padding
@@ -78,8 +79,8 @@ def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: by
                 if stat.S_ISDIR(found.st_mode):
                     stack.append(below)
     for path in choice.replaced:
-        head, _, name = path.rpartition(b"/")
-        yield writer.whiteout(head, name)
+        head, _, last = path.rpartition(b"/")
+        yield writer.whiteout(head, last)
     yield END
 
 
@@ -138,25 +139,25 @@ class _Writer:
         if kind == stat.S_IFSOCK:
             log.info("/%s is a socket: layers have no place for it, it is left out", shown(path))
             return
-        common = {"uid": found.st_uid, "gid": found.st_gid, "mtime": found.st_mtime_ns // 10**9}
+        head = partial(entry_header, uid=found.st_uid, gid=found.st_gid, mtime=found.st_mtime_ns // 10**9)
         mode = stat.S_IMODE(found.st_mode)
         if kind != stat.S_IFDIR and found.st_nlink > 1:
             first = self._links.setdefault((found.st_dev, found.st_ino), path)
             if first != path:
-                yield entry_header(path, tarfile.LNKTYPE, mode, link=first, **common)
+                yield head(path, tarfile.LNKTYPE, mode, link=first)
                 return
         xattrs = self._xattrs(directory, name, path)
         if kind == stat.S_IFREG:
-            yield entry_header(path, tarfile.REGTYPE, mode, size=found.st_size, xattrs=xattrs, **common)
+            yield head(path, tarfile.REGTYPE, mode, size=found.st_size, xattrs=xattrs)
             yield from _content(directory, name, path, found.st_size)
         elif kind == stat.S_IFDIR:
-            yield entry_header(path + b"/", tarfile.DIRTYPE, mode, xattrs=xattrs, **common)
+            yield head(path + b"/", tarfile.DIRTYPE, mode, xattrs=xattrs)
         elif kind == stat.S_IFLNK:
             target = os.readlink(name, dir_fd=directory)
-            yield entry_header(path, tarfile.SYMTYPE, mode, link=target, xattrs=xattrs, **common)
+            yield head(path, tarfile.SYMTYPE, mode, link=target, xattrs=xattrs)
         else:
             device = os.major(found.st_rdev), os.minor(found.st_rdev)
-            yield entry_header(path, _KINDS[kind], mode, device=device, xattrs=xattrs, **common)
+            yield head(path, _KINDS[kind], mode, device=device, xattrs=xattrs)
 
     def _xattrs(self, directory: int, name: bytes, path: bytes) -> dict[bytes, bytes]:
         place = b"/proc/self/fd/%d/%s" % (directory, name)

@@ -136,6 +136,17 @@ class RegistryClient:
                 self.transport.raise_for(response, f"blob {digest} of {self.host}/{repository}")
             return response.status_code != 404
 
+    def blob_size(self, repository: str, digest: str) -> int:
+        """Bytes of a blob. Raises NotFoundError if there is none."""
+        what = f"blob {digest} of {self.host}/{repository}"
+        with self.transport.request("HEAD", f"/v2/{repository}/blobs/{digest}", scope=_pull(repository)) as response:
+            if response.status_code != 200:
+                self.transport.raise_for(response, what)
+            length = response.headers.get("content-length", "")
+            if not length.isdigit():
+                raise RegistryError(f"{what}: the registry does not say its size")
+            return int(length)
+
     def push_blob(
         self,
         repository: str,
@@ -272,7 +283,7 @@ class RegistryClient:
         if selector.startswith("sha256:") and digest != selector:
             raise RegistryError(f"{image}: the registry's manifest has digest {digest}")
         media_type = response.headers.get("content-type", "").partition(";")[0].strip()
-        return Manifest(digest, _media_type(media_type, bytes(body)), bytes(body))
+        return Manifest(digest, media_type_of(media_type, bytes(body)), bytes(body))
 
     def _image(self, repository: str, selector: str) -> str:
         return f"image {self.host}/{repository}{'@' if ':' in selector else ':'}{selector}"
@@ -301,7 +312,7 @@ def _reader(opener: Callable[[], BinaryIO], progress: Callable[[int], None] | No
     return pieces
 
 
-def _media_type(header: str, body: bytes) -> str:
+def media_type_of(header: str, body: bytes) -> str:
     """The body's own `mediaType` wins: some registries send text/plain or application/json."""
     known = (OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST)
     try:

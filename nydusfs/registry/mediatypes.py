@@ -33,6 +33,8 @@ ANNOTATION_CACHE_VERSION = _PREFIX + "nydus-cache-version"
 ANNOTATION_EMPTY_LAYER = _PREFIX + "nydus-empty-layer"
 ANNOTATION_REF = _PREFIX + "nydus-ref"
 ANNOTATION_ENCRYPTED = _PREFIX + "nydus-encrypted-blob"
+ANNOTATION_COMMIT_BLOBS = _PREFIX + "nydus-commit-blobs"  # digests of the layers that commits added, with commas
+ANNOTATION_PREFETCH_BLOB = _PREFIX + "nydus-separated-blob-with-prefetch-files"  # hex of the layer `optimize` added
 ANNOTATION_UNCOMPRESSED = "containerd.io/uncompressed"
 # os.features entry of Nydus descriptors in merged indexes before v2.3.5
 OS_FEATURE_NYDUS = "nydus.remoteimage.v1"

@@ -95,6 +95,12 @@ class OciArchive(Endpoint):
             raise ConvertError(f"{what} has {found} bytes, its descriptor says {size}")
         return self._index.open(member, what, verify)
 
+    def blob_size(self, digest: str) -> int:
+        member = _member(digest)
+        if member not in self._index:
+            raise missing(f"blob {digest}", self.name)
+        return self._index.size(member)
+
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         member = _member(digest)
         return member in self._index and (size is None or self._index.size(member) == size)
@@ -126,6 +132,9 @@ class ArchiveTarget(Endpoint):
 
     def open_blob_ranges(self, digest: str, size: int) -> Any:
         return self._layout.open_blob_ranges(digest, size)
+
+    def blob_size(self, digest: str) -> int:
+        return self._layout.blob_size(digest)
 
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         return self._layout.has_blob(digest, size)

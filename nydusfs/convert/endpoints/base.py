@@ -69,6 +69,10 @@ class Endpoint:
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         raise NotImplementedError
 
+    def blob_size(self, digest: str) -> int:
+        """Bytes of a blob that exists, else NotFoundError."""
+        raise NotImplementedError
+
     def blob(self, digest: str, limit: int) -> bytes:
         """A small blob in memory, verified; ConvertError if it is larger than `limit` bytes."""
         with self.open_blob(digest) as stream:

@@ -68,6 +68,12 @@ class DockerArchive(Endpoint):
             raise ConvertError(f"{what} has {found} bytes, not {size}")
         return self._index.open(member, what, verify)
 
+    def blob_size(self, digest: str) -> int:
+        member = self._members.get(digest)
+        if member is None:
+            raise missing(f"blob {digest}", self.name)
+        return self._index.size(member)
+
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         return digest in self._members
 

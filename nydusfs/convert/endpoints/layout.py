@@ -108,6 +108,12 @@ class LayoutEndpoint(Endpoint):
         except FileNotFoundError:
             raise missing(f"blob {digest}", self.name) from None
 
+    def blob_size(self, digest: str) -> int:
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            raise missing(f"blob {digest}", self.name) from None
+
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         try:
             found = self._path(digest).stat()

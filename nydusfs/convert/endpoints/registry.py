@@ -63,6 +63,9 @@ class RegistryEndpoint(Endpoint):
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         return self.client.has_blob(self.repository, digest)
 
+    def blob_size(self, digest: str) -> int:
+        return self.client.blob_size(self.repository, digest)
+
     def push_blob(
         self,
         digest: str,

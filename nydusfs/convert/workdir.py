@@ -1,0 +1,35 @@
+"""The working directory of one run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nydusfs.errors import ConvertError
+
+
+@contextmanager
+def work_folder(root: Path) -> Iterator[Path]:
+    """A fresh folder below the working directory, which is itself removed again only if it was not there before."""
+    existed = root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="nydusify-", dir=root))
+    except OSError as error:
+        raise ConvertError(
+            f"working directory {root} cannot be used: {error.strerror} (choose with --work-dir)"
+        ) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise ConvertError(f"working directory {folder}: {error.strerror or error} (choose with --work-dir)") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not existed:
+            try:
+                root.rmdir()
+            except OSError:
+                pass
