@@ -65,17 +65,23 @@ class ReadError(NydusError):
 class RegistryError(NydusError):
     """A registry refused, failed or could not be reached.
 
-    `status` is the HTTP status (0: no answer at all), `url` the address asked, without query.
+    `status` is the HTTP status (0: no answer at all), `url` the address asked, without query, `retry_after` the pause
+    in seconds that the registry asked for.
     """
 
-    def __init__(self, message: str, *, status: int = 0, url: str = "") -> None:
+    def __init__(self, message: str, *, status: int = 0, url: str = "", retry_after: float = 0.0) -> None:
         self.status = status
         self.url = url
+        self.retry_after = retry_after
         super().__init__(message)
 
 
 class AuthError(RegistryError):
     """The registry does not accept the credentials, or wants some where there are none."""
+
+
+class WrongBytesError(RegistryError):
+    """A blob arrived whole, but its bytes or their number are not those of its digest. Another try may get others."""
 
 
 class NotFoundError(RegistryError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from nydusfs.errors import RegistryError
+from nydusfs.errors import RegistryError, WrongBytesError
 from nydusfs.registry.hosts import Endpoint
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TAIL = 64 * 1024
+# a connection that carried this much before it broke does not count as one more failure in a row
+_PROGRESS = 1 << 20
 
 
 class BlobStream(io.RawIOBase):
@@ -43,6 +45,7 @@ class BlobStream(io.RawIOBase):
         self._open = ExitStack()
         self._endpoints = transport.pull_endpoints()
         self._failures = 0
+        self._broke_at = 0
         self._done = False
 
     def readable(self) -> bool:
@@ -77,7 +80,7 @@ class BlobStream(io.RawIOBase):
             self._position += len(piece)
             self._hash.update(piece)
             if self._size is not None and self._position > self._size:
-                raise RegistryError(f"{self._name} is longer than its {self._size} bytes")
+                raise self._wrong(f"{self._name} is longer than its {self._size} bytes")
             return piece
 
     def _connect(self) -> Iterator[bytes]:
@@ -106,7 +109,8 @@ class BlobStream(io.RawIOBase):
         return _skip(pieces, self._position)
 
     def _broken(self, reason: str) -> None:
-        self._failures += 1
+        self._failures = 1 if self._position - self._broke_at >= _PROGRESS else self._failures + 1
+        self._broke_at = self._position
         self._pieces = None
         self._open.close()
         if self._failures > self._transport.options.retries:
@@ -117,11 +121,15 @@ class BlobStream(io.RawIOBase):
     def _finish(self) -> None:
         self._open.close()
         if self._size is not None and self._position != self._size:
-            raise RegistryError(f"{self._name} has {self._position} bytes, its descriptor says {self._size}")
+            raise self._wrong(f"{self._name} has {self._position} bytes, its descriptor says {self._size}")
         found = f"sha256:{self._hash.hexdigest()}"
         if self._digest.startswith("sha256:") and found != self._digest:
-            raise RegistryError(f"{self._name}: the bytes received have digest {found}")
+            raise self._wrong(f"{self._name}: the bytes received have digest {found}")
         self._done = True
+
+    def _wrong(self, what: str) -> WrongBytesError:
+        self._transport.distrust(self._endpoints[0])
+        return WrongBytesError(what)
 
 
 def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:

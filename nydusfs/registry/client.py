@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
-from urllib.parse import urlencode, urljoin
+from typing import Any, BinaryIO, Self
 
 import httpx
 
@@ -20,7 +19,9 @@ from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
 from nydusfs.registry.mediatypes import ACCEPT_MANIFESTS, DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from nydusfs.registry.reference import Reference
-from nydusfs.registry.transport import Body, Transport
+from nydusfs.registry.referrers import add_to_tag, referrers, subject_of
+from nydusfs.registry.transport import Transport
+from nydusfs.registry.uploads import BlobUpload, has_blob, pull_scope, push_scope, start_upload
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class RegistryClient:
                 with self.transport.request(
                     "GET",
                     f"/v2/{repository}/manifests/{selector}",
-                    scope=_pull(repository),
+                    scope=pull_scope(repository),
                     endpoint=endpoint,
                     headers={"Accept": ACCEPT_MANIFESTS},
                 ) as response:
@@ -85,7 +86,7 @@ class RegistryClient:
         with self.transport.request(
             "HEAD",
             f"/v2/{repository}/manifests/{selector}",
-            scope=_pull(repository),
+            scope=pull_scope(repository),
             headers={"Accept": ACCEPT_MANIFESTS},
         ) as response:
             if response.status_code == 404:
@@ -96,18 +97,31 @@ class RegistryClient:
             return digest
 
     def push_manifest(self, repository: str, selector: str, media_type: str, body: bytes) -> str:
-        """Stores a manifest under a tag or digest and returns its digest."""
+        """Stores a manifest under a tag or digest and returns its digest. One with a `subject` can afterwards be found
+        by `referrers`, whether or not the registry knows of subjects."""
+        knows_subjects = self.put_manifest(repository, selector, media_type, body)
+        subject = subject_of(body)
+        if subject and not knows_subjects:
+            add_to_tag(self, repository, subject, media_type, body)
+        return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+    def put_manifest(self, repository: str, selector: str, media_type: str, body: bytes) -> bool:
+        """The request alone; whether the registry understood the manifest's `subject`."""
         with self.transport.request(
             "PUT",
             f"/v2/{repository}/manifests/{selector}",
-            scope=_push(repository),
+            scope=push_scope(repository),
             headers={"Content-Type": media_type},
             body=lambda: iter((body,)),
             size=len(body),
         ) as response:
             if response.status_code not in (200, 201, 202):
                 self.transport.raise_for(response, f"pushing {self._image(repository, selector)}")
-        return f"sha256:{hashlib.sha256(body).hexdigest()}"
+            return "oci-subject" in response.headers
+
+    def referrers(self, repository: str, digest: str) -> list[dict[str, Any]]:
+        """Descriptors of the manifests whose subject is `digest`."""
+        return referrers(self, repository, digest)
 
     # -- blobs
 
@@ -129,17 +143,14 @@ class RegistryClient:
             return bytes(data)
 
     def has_blob(self, repository: str, digest: str, *, pushing: bool = False) -> bool:
-        with self.transport.request(
-            "HEAD", f"/v2/{repository}/blobs/{digest}", scope=(_push if pushing else _pull)(repository)
-        ) as response:
-            if response.status_code not in (200, 204, 404):
-                self.transport.raise_for(response, f"blob {digest} of {self.host}/{repository}")
-            return response.status_code != 404
+        return has_blob(self.transport, repository, digest, pushing=pushing)
 
     def blob_size(self, repository: str, digest: str) -> int:
         """Bytes of a blob. Raises NotFoundError if there is none."""
         what = f"blob {digest} of {self.host}/{repository}"
-        with self.transport.request("HEAD", f"/v2/{repository}/blobs/{digest}", scope=_pull(repository)) as response:
+        with self.transport.request(
+            "HEAD", f"/v2/{repository}/blobs/{digest}", scope=pull_scope(repository)
+        ) as response:
             if response.status_code != 200:
                 self.transport.raise_for(response, what)
             length = response.headers.get("content-length", "")
@@ -160,36 +171,21 @@ class RegistryClient:
     ) -> bool:
         """Uploads unless the blob is there; False if nothing was sent.
 
-        `opener` gives the bytes from the start, once per try. `mount_from` names another repository of this registry
-        that may hold the blob. With `chunk_size` the bytes go in several requests of that size (for proxies that limit
-        bodies).
-        `progress` is called with numbers of bytes handed to the connection.
+        `opener` gives the bytes from the start, once per try; a broken upload is taken up again. `mount_from` names
+        another repository of this registry that may hold the blob. With `chunk_size` the bytes go in several requests
+        of that size (for proxies that limit bodies). `progress` is called with numbers of bytes handed to the
+        connection.
         """
-        if self.has_blob(repository, digest, pushing=True):
-            return False
-        location = self._start_upload(repository, digest, mount_from)
-        if location is None:
-            return False
-        if chunk_size and size > chunk_size:
-            location = self._upload_chunks(repository, location, size, opener, chunk_size, progress)
-            body: Body = lambda: iter(())  # noqa: E731 - the type is what matters here
-            size = 0
-        else:
-            body = _reader(opener, progress)
-        separator = "&" if "?" in location else "?"
-        # no retry: the upload session is spent after a failed PUT; the caller's retry starts a new one
-        with self.transport.request(
-            "PUT",
-            f"{location}{separator}{urlencode({'digest': digest})}",
-            scope=_push(repository),
-            headers={"Content-Type": "application/octet-stream"},
-            body=body,
-            size=size,
-            retry=False,
-        ) as response:
-            if response.status_code not in (200, 201, 204):
-                self.transport.raise_for(response, f"pushing blob {digest} to {self.host}/{repository}")
-        return True
+        return BlobUpload(
+            self.transport,
+            repository,
+            digest,
+            size,
+            opener,
+            mount_from=mount_from,
+            chunk_size=chunk_size,
+            progress=progress,
+        ).run()
 
     def push_file(
         self,
@@ -208,67 +204,13 @@ class RegistryClient:
         """Makes a blob of another repository of this registry known here; False if the registry would not."""
         if self.has_blob(repository, digest, pushing=True):
             return True
-        location = self._start_upload(repository, digest, source_repository)
+        location = start_upload(self.transport, repository, digest, source_repository)
         if location is not None:
-            with self.transport.request("DELETE", location, scope=_push(repository), retry=False):
+            with self.transport.request("DELETE", location, scope=push_scope(repository), retry=False):
                 pass
         return location is None
 
-    def _start_upload(self, repository: str, digest: str, mount_from: str) -> str | None:
-        """The upload address; None if a mount made it needless."""
-        path, scope = f"/v2/{repository}/blobs/uploads/", _push(repository)
-        if mount_from and mount_from != repository:
-            path += "?" + urlencode({"mount": digest, "from": mount_from})
-            scope += f" {_pull(mount_from)}"
-        with self.transport.request("POST", path, scope=scope, size=0) as response:
-            if response.status_code == 201:
-                return None
-            if response.status_code != 202:
-                self.transport.raise_for(response, f"pushing to {self.host}/{repository}")
-            return self._location(response, repository)
-
-    def _upload_chunks(
-        self,
-        repository: str,
-        location: str,
-        size: int,
-        opener: Callable[[], BinaryIO],
-        chunk_size: int,
-        progress: Callable[[int], None] | None,
-    ) -> str:
-        with opener() as source:
-            offset = 0
-            while offset < size:
-                data = source.read(min(chunk_size, size - offset))
-                if not data:
-                    raise RegistryError(f"pushing to {self.host}/{repository}: data ends at byte {offset} of {size}")
-                with self.transport.request(
-                    "PATCH",
-                    location,
-                    scope=_push(repository),
-                    headers={
-                        "Content-Type": "application/octet-stream",
-                        "Content-Range": f"{offset}-{offset + len(data) - 1}",
-                    },
-                    body=lambda data=data: iter((data,)),  # type: ignore[misc]
-                    size=len(data),
-                    retry=False,
-                ) as response:
-                    if response.status_code not in (202, 204):
-                        self.transport.raise_for(response, f"pushing to {self.host}/{repository}")
-                    location = self._location(response, repository)
-                offset += len(data)
-                if progress:
-                    progress(len(data))
-        return location
-
     # -- helpers
-
-    def _location(self, response: httpx.Response, repository: str) -> str:
-        location: str | None = response.headers.get("location")
-        if not location:
-            raise RegistryError(f"pushing to {self.host}/{repository}: the registry names no upload location")
-        return urljoin(str(response.request.url), location)
 
     def _read_manifest(self, response: httpx.Response, repository: str, selector: str) -> Manifest:
         image = self._image(repository, selector)
@@ -291,25 +233,6 @@ class RegistryClient:
 
 def client_for(reference: Reference, options: ClientOptions | None = None) -> RegistryClient:
     return RegistryClient(reference.host, options)
-
-
-def _pull(repository: str) -> str:
-    return f"repository:{repository}:pull"
-
-
-def _push(repository: str) -> str:
-    return f"repository:{repository}:pull,push"
-
-
-def _reader(opener: Callable[[], BinaryIO], progress: Callable[[int], None] | None) -> Body:
-    def pieces() -> Iterator[bytes]:
-        with opener() as source:
-            while piece := source.read(_PIECE):
-                yield piece
-                if progress:
-                    progress(len(piece))
-
-    return pieces
 
 
 def media_type_of(header: str, body: bytes) -> str:

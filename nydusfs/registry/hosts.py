@@ -22,18 +22,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One base address (`https://host:port`, maybe with a path) and how to talk to it."""
+    """One base address (`https://host:port`, maybe with a path) and how to talk to it. `client`: certificate and key
+    files ("": key in the same file) to show; `override_path`: the path stands for `/v2`."""
 
     url: str
     verify: bool = True
     ca_files: tuple[str, ...] = ()
+    client: tuple[tuple[str, str], ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    override_path: bool = False
     can_pull: bool = True
     can_push: bool = True
 
     @property
     def host(self) -> str:
         return urlsplit(self.url).netloc
+
+    def address(self, path: str) -> str:
+        """`path` starts with /v2/."""
+        return self.url + (path.removeprefix("/v2") if self.override_path else path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +74,28 @@ def route(endpoint: str, options: ClientOptions) -> Route:
     folder = _folder(endpoint, options.hosts_dir)
     if folder is not None and (folder / "hosts.toml").exists():
         return _from_hosts_toml(endpoint, folder / "hosts.toml", options)
-    authorities = tuple(str(path) for path in sorted(folder.glob("*.crt"))) if folder is not None else ()
-    return Route(_candidates(endpoint, options, authorities))
+    return Route(_candidates(endpoint, options, *(_docker_files(folder) if folder is not None else ((), ()))))
 
 
-def _candidates(endpoint: str, options: ClientOptions, authorities: tuple[str, ...] = ()) -> list[Endpoint]:
-    https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities)
+def _docker_files(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Docker's form of the folder: `*.crt` are authorities, `NAME.cert` with `NAME.key` is what the client shows."""
+    authorities = tuple(str(path) for path in sorted(folder.glob("*.crt")))
+    pairs = tuple((str(path), str(path.with_suffix(".key"))) for path in sorted(folder.glob("*.cert")))
+    return authorities, pairs
+
+
+def _candidates(
+    endpoint: str,
+    options: ClientOptions,
+    authorities: tuple[str, ...] = (),
+    client: tuple[tuple[str, str], ...] = (),
+) -> list[Endpoint]:
+    https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities, client=client)
     http = Endpoint(f"http://{endpoint}")
     if options.plain_http and endpoint != DOCKER_HUB_ENDPOINT:  # a flag for private registries
         return [http]
     if is_loopback(endpoint):
-        return [https, http] if authorities else [http, https]
+        return [https, http] if authorities or client else [http, https]
     return [https, http] if options.insecure else [https]
 
 
@@ -116,7 +134,8 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
     else:
         raise ConfigError("server", "must be a string", str(path))
     # an entry for the server's own address carries its settings
-    own = [mirror for mirror in mirrors if mirror.url == servers[0].url]
+    addresses = {one.url for one in servers}
+    own = [mirror for mirror in mirrors if mirror.url.removesuffix("/v2") in addresses]
     return Route(own[:1] or servers, [mirror for mirror in mirrors if mirror not in own and mirror.can_pull])
 
 
@@ -131,14 +150,29 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     headers = entry.get("header", {})
     if not isinstance(capabilities, list) or not isinstance(certificates, list) or not isinstance(headers, dict):
         raise ConfigError(f"host.{url}", "capabilities, ca and header have the wrong type", str(path))
+    override = entry.get("override_path") is True
     pairs: list[tuple[str, str]] = []
     for name, value in headers.items():
         pairs += [(str(name), str(one)) for one in (value if isinstance(value, list) else [value])]
     return Endpoint(
-        text.rstrip("/").removesuffix("/v2"),
+        text.rstrip("/") if override else text.rstrip("/").removesuffix("/v2"),
         verify=not (entry.get("skip_verify") is True or options.insecure),
         ca_files=tuple(str(path.parent / str(name)) for name in certificates),
+        client=_client_pairs(entry.get("client"), url, path),
+        override_path=override,
         headers=tuple(pairs),
         can_pull="pull" in capabilities,
         can_push="push" in capabilities,
     )
+
+
+def _client_pairs(value: object, url: str, path: Path) -> tuple[tuple[str, str], ...]:
+    """`client` of hosts.toml: a file, a list of files, or a list of [certificate, key]."""
+    found: list[tuple[str, str]] = []
+    for one in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        names = [one] if isinstance(one, str) else one
+        if not isinstance(names, list) or not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"host.{url}.client", "want a file, or pairs of certificate and key files", str(path))
+        files = [str(path.parent / name) if name else "" for name in names]
+        found.append((files[0], files[1] if len(files) == 2 else ""))
+    return tuple(found)

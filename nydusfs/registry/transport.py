@@ -14,7 +14,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -36,6 +37,16 @@ _ERROR_BODY = 64 * 1024
 Body = Callable[[], Iterator[bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: Body | None
+    size: int | None
+    timeout: float | None
+
+
 class Transport:
     """Thread-safe. `host` is what image references say (docker.io included)."""
 
@@ -53,6 +64,7 @@ class Transport:
         self._clients_lock = threading.Lock()
         self._clients: dict[tuple[object, ...], httpx.Client] = {}
         self._authenticators: dict[str, Authenticator] = {}
+        self._distrusted: set[str] = set()
         self._credentials = credentials or (lambda: docker_credentials(host))
 
     def close(self) -> None:
@@ -77,7 +89,7 @@ class Transport:
 
     def pull_endpoints(self) -> list[Endpoint]:
         """Mirrors of hosts.toml in order, then the registry itself."""
-        return [*self._route.mirrors, self.server]
+        return [*(one for one in self._route.mirrors if one.url not in self._distrusted), self.server]
 
     @contextlib.contextmanager
     def request(
@@ -91,16 +103,18 @@ class Transport:
         body: Body | None = None,
         size: int | None = None,
         retry: bool = True,
+        timeout: float | None = None,
     ) -> Iterator[httpx.Response]:
         """Sends and yields an answer whose body is still to be read, whatever its status (401 has been dealt with).
 
         `path` starts with "/v2/", or is an absolute address (an upload location). `body` is called anew for each try
-        and must give `size` bytes in all. Raises RegistryError when no answer comes after all tries, AuthError when the
-        credentials are not accepted.
+        and must give `size` bytes in all. `timeout` (seconds) replaces the usual one for the answer. Raises
+        RegistryError when no answer comes after all tries, AuthError when the credentials are not accepted.
         """
         target = endpoint or self.server
-        url = path if path.startswith(("http://", "https://")) else target.url + path
-        response = self._attempts(method, url, target, scope, headers or {}, body, size, retry)
+        url = path if path.startswith(("http://", "https://")) else target.address(path)
+        request = _Request(method, url, headers or {}, body, size, timeout)
+        response = self._attempts(request, target, scope, retry)
         try:
             yield response
         except httpx.HTTPError as error:
@@ -118,54 +132,64 @@ class Transport:
         if status == 403:
             authenticator = self._authenticator(self.server)
             raise AuthError(authenticator.refusal(f"{what}: registry answers 403{said}"), status=status, url=url)
-        raise RegistryError(f"{what}: registry {self.host} answers {status}{said}", status=status, url=url)
+        raise RegistryError(
+            f"{what}: registry {self.host} answers {status}{said}",
+            status=status,
+            url=url,
+            retry_after=retry_after(response),
+        )
 
-    def _attempts(
-        self,
-        method: str,
-        url: str,
-        target: Endpoint,
-        scope: str,
-        headers: dict[str, str],
-        body: Body | None,
-        size: int | None,
-        retry: bool,
-    ) -> httpx.Response:
+    def location(self, response: httpx.Response, otherwise: str = "") -> str:
+        """Where an upload goes on. Registries behind a TLS proxy often name themselves with http://: the scheme we came
+        with stays. Raises RegistryError for another host without TLS."""
+        location = response.headers.get("location") or otherwise
+        if not location:
+            raise RegistryError(f"registry {self.host} names no upload location")
+        here = response.request.url
+        there = here.join(location)
+        if here.scheme == "https" and there.scheme != "https":
+            if there.host == here.host:
+                there = there.copy_with(scheme="https", port=here.port)
+            elif not self.options.insecure:
+                raise RegistryError(
+                    f"registry {self.host} sends uploads from HTTPS to {_shown(str(there))}: refused", url=str(here)
+                )
+        return str(there)
+
+    def distrust(self, endpoint: Endpoint) -> None:
+        """A mirror that gave wrong bytes is asked no more; the registry itself stays."""
+        if endpoint in self._route.mirrors:
+            log.warning("mirror %s gave wrong bytes: not used any more", endpoint.url)
+            self._distrusted.add(endpoint.url)
+
+    def _attempts(self, request: _Request, target: Endpoint, scope: str, retry: bool) -> httpx.Response:
         tries = self.options.retries + 1 if retry else 1
         for number in range(1, tries + 1):
             pause = self.options.retry_delay * 2 ** (number - 1) * random.uniform(0.75, 1.25)
             try:
-                response = self._once(method, url, target, scope, headers, body, size)
+                response = self._once(request, target, scope)
             except httpx.HTTPError as error:
                 if number == tries or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
                     raise RegistryError(
-                        f"registry {self.host} cannot be reached at {target.url}: {_reason(error)}", url=_shown(url)
+                        f"registry {self.host} cannot be reached at {target.url}: {_reason(error)}",
+                        url=_shown(request.url),
                     ) from error
-                log.debug("%s %s: %s; next try in %.1f s", method, _shown(url), _reason(error), pause)
+                reason = _reason(error)
             else:
                 if response.status_code not in RETRY_STATUS or number == tries:
                     return response
-                with contextlib.suppress(ValueError):
-                    pause = max(pause, min(float(response.headers.get("retry-after", "")), MAX_RETRY_AFTER))
+                pause = max(pause, retry_after(response))
+                reason = f"status {response.status_code}"
                 response.close()
-                log.debug("%s %s: status %d; next try in %.1f s", method, _shown(url), response.status_code, pause)
+            log.debug("%s %s: %s; next try in %.1f s", request.method, _shown(request.url), reason, pause)
             time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _once(
-        self,
-        method: str,
-        url: str,
-        target: Endpoint,
-        scope: str,
-        headers: dict[str, str],
-        body: Body | None,
-        size: int | None,
-    ) -> httpx.Response:
+    def _once(self, request: _Request, target: Endpoint, scope: str) -> httpx.Response:
         authenticator = self._authenticator(target)
         used = authenticator.header(scope)
         for _ in range(2):
-            response = self._redirected(method, url, target, headers, used, body, size)
+            response = self._redirected(request, target, used)
             if response.status_code != 401 or not _same_origin(response.request.url, target):
                 return response  # whoever a redirect led to may not ask for credentials
             read_error(response)
@@ -174,44 +198,45 @@ class Transport:
                 break
             used = header
         raise AuthError(
-            authenticator.refusal(f"registry {self.host} answers 401 for {_shown(url)}"), status=401, url=_shown(url)
+            authenticator.refusal(f"registry {self.host} answers 401 for {_shown(request.url)}"),
+            status=401,
+            url=_shown(request.url),
         )
 
-    def _redirected(
-        self,
-        method: str,
-        url: str,
-        target: Endpoint,
-        headers: dict[str, str],
-        authorization: str | None,
-        body: Body | None,
-        size: int | None,
-    ) -> httpx.Response:
-        address = httpx.URL(url)
+    def _redirected(self, request: _Request, target: Endpoint, authorization: str | None) -> httpx.Response:
+        address = httpx.URL(request.url)
         for _ in range(MAX_REDIRECTS + 1):
-            sent = {"Accept-Encoding": "identity", **headers}
+            sent = {"Accept-Encoding": "identity", **request.headers}
             same = _same_origin(address, target)
             if same:
                 sent.update(target.headers)
                 if authorization:
                     sent["Authorization"] = authorization
-            if size is not None:
-                sent["Content-Length"] = str(size)
-            endpoint = target if same else replace(target, url=str(address), headers=())
-            client = self._client(endpoint)
-            request = client.build_request(method, address, headers=sent, content=body() if body else None)
-            response = client.send(request, stream=True, follow_redirects=False)
+            if request.size is not None:
+                sent["Content-Length"] = str(request.size)
+            client = self._client(target if same else replace(target, url=str(address), headers=(), client=()))
+            content = request.body() if request.body else None
+            timeout = self._timeout(request.timeout)
+            built = client.build_request(request.method, address, headers=sent, content=content, timeout=timeout)
+            response = client.send(built, stream=True, follow_redirects=False)
             location = response.headers.get("location")
-            if not response.is_redirect or location is None or method not in ("GET", "HEAD"):
+            # what is sent may be sent again only where the answer says so: 301 to 303 would turn it into a GET
+            followed = request.method in ("GET", "HEAD") or response.status_code in (307, 308)
+            if not response.is_redirect or location is None or not followed:
                 return response
             response.close()
             following = address.join(location)
             if address.scheme == "https" and following.scheme != "https" and not self.options.insecure:
                 raise RegistryError(
-                    f"registry {self.host} redirects from HTTPS to {_shown(str(following))}: refused", url=_shown(url)
+                    f"registry {self.host} redirects from HTTPS to {_shown(str(following))}: refused",
+                    url=_shown(request.url),
                 )
             address = following
-        raise RegistryError(f"registry {self.host} redirects for ever", url=_shown(url))
+        raise RegistryError(f"registry {self.host} redirects for ever", url=_shown(request.url))
+
+    def _timeout(self, answer: float | None = None) -> httpx.Timeout:
+        usual = self.options.read_timeout
+        return httpx.Timeout(usual, connect=self.options.connect_timeout, read=max(usual, answer or 0.0))
 
     def _authenticator(self, target: Endpoint) -> Authenticator:
         with self._lock:
@@ -230,7 +255,7 @@ class Transport:
             return found
 
     def _token_request(self, request: httpx.Request, target: Endpoint) -> httpx.Response:
-        client = self._client(replace(target, url=str(request.url), headers=()))
+        client = self._client(replace(target, url=str(request.url), headers=(), client=()))
         for number in range(1, self.options.retries + 2):
             try:
                 # built anew by the client: its timeouts belong to the request
@@ -251,14 +276,13 @@ class Transport:
         """Shared by all addresses with the same TLS rules; loopback addresses never go through a proxy."""
         loopback = is_loopback(endpoint.host)
         secure = endpoint.url.startswith("https://")
-        key = (secure, endpoint.verify, endpoint.ca_files, loopback)
+        key = (secure, endpoint.verify, endpoint.ca_files, endpoint.client, loopback)
         with self._clients_lock:
             client = self._clients.get(key)
             if client is None:
-                timeout = httpx.Timeout(self.options.read_timeout, connect=self.options.connect_timeout)
                 limits = httpx.Limits(max_connections=32, max_keepalive_connections=16)
                 verify: Any = _tls(endpoint) if secure else False
-                client = httpx.Client(verify=verify, timeout=timeout, limits=limits, trust_env=not loopback)
+                client = httpx.Client(verify=verify, timeout=self._timeout(), limits=limits, trust_env=not loopback)
                 client.headers["User-Agent"] = "nydus-py"
                 self._clients[key] = client
             return client
@@ -268,7 +292,7 @@ class Transport:
         failures: list[str] = []
         for candidate in self._route.server:
             try:
-                response = self._client(candidate).get(candidate.url + "/v2/", follow_redirects=False)
+                response = self._client(candidate).get(candidate.address("/v2/"), follow_redirects=False)
             except httpx.HTTPError as error:
                 failures.append(f"{candidate.url}: {_reason(error)}")
                 continue
@@ -297,6 +321,19 @@ def read_error(response: httpx.Response) -> str:
     return "; ".join(text for text in texts if text)[:500]
 
 
+def retry_after(response: httpx.Response) -> float:
+    """Seconds that a Retry-After header (a number or a date) asks for, at most MAX_RETRY_AFTER; 0.0 without one."""
+    text = response.headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(0.0, min(seconds, MAX_RETRY_AFTER)) if seconds == seconds else 0.0
+
+
 def _same_origin(address: httpx.URL, endpoint: Endpoint) -> bool:
     own = httpx.URL(endpoint.url)
     return (address.scheme, address.host, address.port) == (own.scheme, own.host, own.port)
@@ -309,6 +346,14 @@ def _tls(endpoint: Endpoint) -> ssl.SSLContext:
             context.load_verify_locations(cafile=path)
         except (OSError, ssl.SSLError) as error:
             raise RegistryError(f"certificate file {path} cannot be used: {error}", url=endpoint.url) from error
+    for certificate, key in endpoint.client:
+        try:
+            context.load_cert_chain(certificate, key or None, lambda: b"")
+        except (OSError, ssl.SSLError) as error:
+            raise RegistryError(
+                f"client certificate {certificate} with key {key or certificate} cannot be used: {error}",
+                url=endpoint.url,
+            ) from error
     if not endpoint.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from tests.lab.process import Child, LabError, free_port
+from tests.lab.process import Child, LabError, can_connect, free_port
 
 # "GET /v2/lab/py/blobs/sha256:… HTTP/1.1" 206 1048576
 _ACCESS = re.compile(rb'"(?P<method>[A-Z]+) (?P<path>\S+) HTTP/[0-9.]+" (?P<status>\d{3}) (?P<bytes>\d+|-)')
@@ -51,13 +51,18 @@ def find_program() -> str | None:
 class Registry:
     """docker-registry (Debian's package of that name) with its storage in `work`.
 
-    `token_realm` switches bearer authentication on: (realm URL, service, issuer, certificate bundle file).
+    `token_realm` switches bearer authentication on: (realm URL, service, issuer, certificate bundle file). `tls`:
+    (certificate, key, authority that clients' certificates must come from or None).
     """
 
     def __init__(
-        self, work: Path, port: int | None = None, token_realm: tuple[str, str, str, Path] | None = None
+        self,
+        work: Path,
+        port: int | None = None,
+        token_realm: tuple[str, str, str, Path] | None = None,
+        tls: tuple[Path, Path, Path | None] | None = None,
     ) -> None:
-        self.work, self.port, self.token_realm = work, port or free_port(), token_realm
+        self.work, self.port, self.token_realm, self.tls = work, port or free_port(), token_realm, tls
         self.log = work / "registry.log"
         self._child: Child | None = None
 
@@ -67,7 +72,7 @@ class Registry:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}"
+        return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Registry:
         program = find_program()
@@ -79,7 +84,7 @@ class Registry:
             "version: 0.1",
             "log: {level: warn, accesslog: {disabled: false}}",
             f"storage: {{filesystem: {{rootdirectory: {self.work}/data}}, delete: {{enabled: true}}}}",
-            f'http: {{addr: "{self.host}", secret: x}}',
+            f'http: {{addr: "{self.host}", secret: x{self._tls()}}}',
         ]
         if self.token_realm is not None:
             realm, service, issuer, bundle = self.token_realm
@@ -96,7 +101,16 @@ class Registry:
         self._child.wait_ready(self._answers)
         return self
 
+    def _tls(self) -> str:
+        if self.tls is None:
+            return ""
+        certificate, key, clients = self.tls
+        asked = f", clientcas: [{clients}]" if clients else ""
+        return f", tls: {{certificate: {certificate}, key: {key}{asked}}}"
+
     def _answers(self) -> bool:
+        if self.tls is not None:
+            return can_connect(("127.0.0.1", self.port))
         try:
             with urllib.request.urlopen(f"{self.url}/v2/", timeout=2) as answer:
                 return bool(answer.status == 200)

@@ -1,0 +1,241 @@
+"""Uploads that break, TLS with certificates of both sides, and subjects: what a push meets on its way."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nydusfs.errors import RegistryError, WrongBytesError
+from nydusfs.registry.client import RegistryClient
+from nydusfs.registry.hosts import ClientOptions
+from nydusfs.registry.mediatypes import OCI_INDEX, OCI_MANIFEST
+from tests.lab.authority import Authority
+from tests.lab.httpd import Handler, body_of, reply, serve
+from tests.lab.registry import Registry, find_program
+
+needs_registry = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
+
+QUICK = ClientOptions(retries=3, retry_delay=0.01, connect_timeout=5, read_timeout=10)
+DATA = bytes(range(256)) * 20_000
+DIGEST = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
+
+
+class Uploads:
+    """A registry's upload side that keeps what it got. `breaks`: sizes at which a request's body is cut off."""
+
+    def __init__(self, breaks: list[int], *, remembers: bool = True) -> None:
+        self.breaks, self.remembers = breaks, remembers
+        self.sessions: list[bytearray] = []
+        self.blob = b""
+
+    def __call__(self, handler: Handler) -> None:
+        path = handler.path.partition("?")[0]
+        if handler.command == "HEAD":
+            return reply(handler, 200 if self.blob else 404)
+        if handler.command == "POST":
+            self.sessions.append(bytearray())
+            return reply(handler, 202, Location=f"/v2/r/blobs/uploads/{len(self.sessions) - 1}?state=a")
+        if "/uploads/" not in path:
+            return reply(handler, 200)
+        session = self.sessions[int(path.rpartition("/")[2])]
+        if handler.command == "GET":
+            if not self.remembers:
+                return reply(handler, 404, b'{"errors": [{"code": "BLOB_UPLOAD_UNKNOWN", "message": "gone"}]}')
+            return reply(handler, 204, Range=f"0-{max(0, len(session) - 1)}", Location=handler.path)
+        if handler.command == "PATCH" and int(handler.headers["Content-Range"].partition("-")[0]) != len(session):
+            return reply(handler, 416)
+        if self.breaks and int(handler.headers["Content-Length"]):
+            session += body_of(handler, self.breaks.pop(0))
+            handler.close_connection = True
+            return None
+        session += body_of(handler)
+        if handler.command == "PATCH":
+            return reply(handler, 202, Location=handler.path)
+        good = f"sha256:{hashlib.sha256(session).hexdigest()}" == DIGEST
+        self.blob = bytes(session) if good else b""
+        return reply(handler, 201 if good else 400)
+
+
+@pytest.mark.parametrize(("remembers", "chunk"), [(True, 0), (False, 0), (True, 1_000_000), (False, 1_000_000)])
+def test_a_broken_upload_is_resumed_or_begun_again(remembers: bool, chunk: int) -> None:
+    uploads = Uploads([700_000, 300_000], remembers=remembers)
+    counted: list[int] = []
+    with serve(uploads) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+        client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA), chunk_size=chunk, progress=counted.append)
+        sent = [(method, headers.get("Content-Range")) for method, _, headers in server.seen if method == "PATCH"]
+    assert uploads.blob == DATA
+    assert sum(counted) == len(DATA), "progress counts each byte once"
+    assert len(uploads.sessions) == (1 if remembers else 3)
+    if remembers:
+        assert ("PATCH", f"1000000-{2_000_000 - 1 if chunk else len(DATA) - 1}") in sent
+
+
+def test_a_push_gives_up_in_the_end_and_says_why() -> None:
+    with (
+        serve(Uploads([10] * 99)) as server,
+        RegistryClient(server.host, QUICK, lambda: None) as client,
+        pytest.raises(RegistryError, match="cannot be reached"),
+    ):
+        client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+    for data in (DATA[:-1], DATA + b"x"):
+        uploads = Uploads([])
+        with serve(uploads) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+            with pytest.raises(RegistryError, match=r"data ends at byte|more data than"):
+                client.push_blob("r", DIGEST, len(DATA), lambda data=data: io.BytesIO(data))  # type: ignore[misc]
+            assert not uploads.blob and len(uploads.sessions) == 1, "not tried again: it would not help"
+
+
+def test_a_busy_registry_is_given_the_time_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("nydusfs.registry.uploads.time.sleep", pauses.append)
+    answers = [{"Retry_After": "7"}, {"Retry_After": formatdate(4_000_000_000, usegmt=True)}, {"Retry_After": "soon"}]
+    uploads = Uploads([])
+
+    def answer(handler: Handler) -> None:
+        if handler.command == "PUT" and answers:
+            body_of(handler)
+            return reply(handler, 429, **answers.pop(0))
+        return uploads(handler)
+
+    with serve(answer) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+        client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+    assert uploads.blob == DATA
+    assert pauses[:2] == [7.0, 30.0] and pauses[2] < 1, "seconds, a date (bounded), nonsense"
+
+
+def test_redirected_uploads_and_plain_locations_of_a_tls_registry(tmp_path: Path) -> None:
+    """A registry behind a TLS proxy names itself with http://; the upload stays on https. Elsewhere http is refused."""
+    authority = Authority(tmp_path / "ca")
+    certs = tmp_path / "certs"
+    uploads = Uploads([])
+    location = "http://{host}/v2/r/blobs/uploads/0?state=a"
+
+    def answer(handler: Handler) -> None:
+        if handler.command == "POST":
+            uploads.sessions.append(bytearray())
+            return reply(handler, 202, Location=location.format(host=handler.headers["Host"]))
+        if handler.command == "PUT" and "moved" not in handler.path:
+            body_of(handler)
+            return reply(handler, 307, Location=handler.path + "&moved=1")
+        return uploads(handler)
+
+    with serve(answer, authority.server_context()) as server:
+        (certs / server.host).mkdir(parents=True)
+        shutil.copy(authority.certificate, certs / server.host / "ca.crt")
+        options = ClientOptions(retries=1, retry_delay=0.01, hosts_dir=str(certs))
+        with RegistryClient(server.host, options, lambda: None) as client:
+            client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+            assert uploads.blob == DATA
+            uploads.blob, location = b"", "http://192.0.2.1/v2/r/blobs/uploads/0"
+            with pytest.raises(RegistryError, match="from HTTPS to http://192"):
+                client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+
+
+@needs_registry
+def test_certificates_of_both_sides(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    server, client = authority.issue("server"), authority.issue("client")
+    with Registry(tmp_path / "registry", tls=(*server, authority.certificate)) as registry:
+        docker, toml = tmp_path / "docker" / registry.host, tmp_path / "toml" / registry.host
+        docker.mkdir(parents=True)
+        toml.mkdir(parents=True)
+        shutil.copy(authority.certificate, docker / "ca.crt")
+        with RegistryClient(
+            registry.host, ClientOptions(retries=0, hosts_dir=str(tmp_path / "docker")), lambda: None
+        ) as one, pytest.raises(RegistryError, match=registry.host):  # fmt: skip
+            one.has_blob("r", DIGEST)  # the registry wants a certificate
+        for file in client:
+            shutil.copy(file, docker / file.name)
+        (toml / "hosts.toml").write_text(
+            f'[host."https://{registry.host}/v2"]\noverride_path = true\nca = "{authority.certificate}"\n'
+            f'client = [["{client[0]}", "{client[1]}"]]\n'
+        )
+        for name in ("docker", "toml"):
+            options = ClientOptions(retries=0, hosts_dir=str(tmp_path / name))
+            with RegistryClient(registry.host, options, lambda: None) as one:
+                one.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+                assert one.blob("r", DIGEST, len(DATA)) == DATA
+        options = ClientOptions(retries=0, hosts_dir=str(tmp_path))
+        with RegistryClient(registry.host, options, lambda: None) as one, pytest.raises(RegistryError, match="VERIFY"):
+            one.has_blob("r", DIGEST)
+        (docker / "client.key").write_text("no key")
+        options = ClientOptions(retries=0, hosts_dir=str(tmp_path / "docker"))
+        with RegistryClient(registry.host, options, lambda: None) as one, pytest.raises(RegistryError, match=r"\.cert"):
+            one.has_blob("r", DIGEST)
+
+
+def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> None:
+    def answer(handler: Handler) -> None:
+        reply(handler, 200, DATA if "/blobs/" in handler.path else b"")
+
+    def liar(handler: Handler) -> None:
+        reply(handler, 200, DATA[:-1] + b"?")
+
+    with serve(answer) as server, serve(liar) as mirror:
+        folder = tmp_path / server.host
+        folder.mkdir()
+        (folder / "hosts.toml").write_text(f'server = "http://{server.host}"\n[host."http://{mirror.host}"]\n')
+        options = ClientOptions(retries=1, retry_delay=0.01, hosts_dir=str(tmp_path))
+        with RegistryClient(server.host, options, lambda: None) as client:
+            with pytest.raises(WrongBytesError, match=DIGEST):
+                client.blob("r", DIGEST, len(DATA))
+            assert client.blob("r", DIGEST, len(DATA)) == DATA
+
+
+def _manifest(config: str, subject: str = "") -> bytes:
+    document: dict[str, Any] = {
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": 2},
+    }  # fmt: skip
+    if subject:
+        document["subject"] = {"mediaType": OCI_MANIFEST, "digest": subject, "size": 2}
+        document["annotations"] = {"made": "by a test"}
+    return json.dumps(document).encode()
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with Registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@needs_registry
+def test_referrers_of_a_registry_without_the_api(registry: Registry) -> None:
+    with RegistryClient(registry.host, QUICK, lambda: None) as client:
+        config = f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+        client.push_blob("lab/r", config, 2, lambda: io.BytesIO(b"{}"))
+        subject = client.push_manifest("lab/r", "plain", OCI_MANIFEST, _manifest(config))
+        assert client.referrers("lab/r", subject) == []
+        body = _manifest(config, subject)
+        for _ in range(2):  # the second push adds nothing
+            digest = client.push_manifest("lab/r", "nydus", OCI_MANIFEST, body)
+        client.push_manifest("lab/r", "other", OCI_MANIFEST, body + b"\n")
+        found = client.referrers("lab/r", subject)
+        assert found[0]["digest"] == digest and len(found) == 2
+        assert found[0]["artifactType"] == "application/vnd.oci.image.config.v1+json"
+        assert found[0]["annotations"] == {"made": "by a test"}
+        tagged = client.manifest("lab/r", subject.replace(":", "-"))
+        assert (tagged.media_type, json.loads(tagged.body)["manifests"]) == (OCI_INDEX, found)
+
+
+def test_referrers_of_a_registry_with_the_api() -> None:
+    entry = {"mediaType": OCI_MANIFEST, "digest": DIGEST, "size": 2}
+
+    def answer(handler: Handler) -> None:
+        if "/referrers/" in handler.path:
+            return reply(handler, 200, json.dumps({"manifests": [entry]}).encode())
+        body_of(handler)
+        return reply(handler, 201 if handler.command == "PUT" else 200, OCI_Subject="yes")
+
+    with serve(answer) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+        assert client.referrers("r", DIGEST) == [entry]
+        client.push_manifest("r", "x", OCI_MANIFEST, _manifest(DIGEST, DIGEST))
+        assert [path for method, path, _ in server.seen if method == "PUT"] == ["/v2/r/manifests/x"], "no tag beside it"
