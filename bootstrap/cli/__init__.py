@@ -15,6 +15,7 @@ _COMMANDS = {
     "merge": "Merge layer bootstraps into the bootstrap of an image",
     "check": "Validate a bootstrap, with -D its data too",
     "inspect": "Look into a bootstrap, interactively or with one request",
+    "stat": "Count files, sizes and chunks of images, and what they share",
 }
 
 

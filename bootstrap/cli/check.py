@@ -20,14 +20,13 @@ _FEATURE_NAMES = (
     ("CAP_TAR_TOC", "cap_toc"),
     ("INLINED_CHUNK_DIGEST", "chunk-digest"),
     ("CHUNK_INFO_V2", "chunk-v2"),
-    ("EXTERNAL", "external"),
     ("INLINED_FS_META", "fs-meta"),
-    ("IS_CHUNKDICT_GENERATED", "is-chunkdict-generated"),
     ("SEPARATE", "separate"),
     ("HAS_TAR_HEADER", "tar-header"),
     ("HAS_TOC", "toc"),
     ("ZRAN", "zran"),
     ("ENCRYPTED", "encrypted"),
+    ("IS_CHUNKDICT_GENERATED", "is-chunkdict-generated"),
 )
 
 
@@ -60,9 +59,9 @@ def check(
     Ends with exit code 1 and one line at the first flaw.
     """
     set_up_logging(log_level, log_file)
-    path = bootstrap or named
+    path = named or bootstrap
     if not path:
-        raise CommandError("give the bootstrap to check: nydus-image check FILE", 2)
+        raise CommandError("missing parameter `bootstrap` or `BOOTSTRAP`")
     with clear_errors(f"check of {path} failed"):
         _run(path, blob_dir, verbose, output_json)
 
@@ -79,7 +78,9 @@ def _run(path: str, blob_dir: str | None, verbose: bool, output_json: str | None
 
             check_blobs(image, blob_dir)
         if verbose:
-            for line in _listing(image):
+            from bootstrap.cli.listing import listing
+
+            for line in listing(image):
                 click.echo(line)
         click.echo("RAFS filesystem metadata is valid, referenced data blobs: ")
         for blob in image.blobs:
@@ -110,24 +111,3 @@ def _describe(blob: Blob) -> str:
         f"{blob.uncompressed_size}, chunk size: {blob.chunk_size}, chunk count: {blob.chunk_count}, "
         f"features: {features}"
     )
-
-
-def _listing(image: Bootstrap) -> list[str]:
-    """One line per path, files followed by their chunks."""
-    kinds = {4: "dir", 8: "file", 10: "symlink", 2: "char", 6: "block", 1: "fifo", 12: "socket"}
-    lines = []
-    for path, entry in image.walk():
-        attr = image.attr(entry.ino)
-        link = f" link {image.readlink(entry.ino)!r}" if entry.dtype == 10 else ""
-        lines.append(
-            f"inode: {kinds[entry.dtype]} {'/' + path.decode('utf-8', 'backslashreplace')!r}: ino {entry.ino} "
-            f"mode {attr.mode:#o} uid {attr.uid} gid {attr.gid} nlink {attr.nlink} size {attr.size} "
-            f"has_xattr {str(bool(image.xattrs(entry.ino))).lower()}{link} mtime {attr.mtime}.{attr.mtime_nsec:09d}"
-        )
-        if entry.dtype == 8:
-            for number, ref in enumerate(image.chunk_refs(entry.ino)):
-                lines.append(
-                    f"\t chunk: index {ref.chunk_index}, blob_index {ref.blob_index}, "
-                    f"file_offset {number * image.chunk_size}, uncompressed {ref.uncompressed_offset}"
-                )
-    return lines

@@ -6,8 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from enum import IntFlag
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +14,6 @@ from bootstrap.cli.building import CommandError, clear_errors, log_options, set_
 
 if TYPE_CHECKING:
     from bootstrap.base import DirEntry
-    from bootstrap.chunkmap import Chunk, ChunkMap
     from bootstrap.reader import Bootstrap
 
 _HELP = """
@@ -29,7 +27,10 @@ _HELP = """
     icheck INODE:       Show the paths of an inode
     exit:               Leave (as does the end of input)
 """
-_LETTERS = {4: "d", 8: "-", 10: "l", 2: "c", 6: "b", 1: "p", 12: "s"}
+
+
+class Refused(Exception):
+    """A command that cannot be carried out: said in the shell, an error in a request."""
 
 
 @click.command("inspect", context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,7 +38,7 @@ _LETTERS = {4: "d", 8: "-", 10: "l", 2: "c", 6: "b", 1: "p", 12: "s"}
 @click.option("-B", "--bootstrap", "named", metavar="FILE", help="The bootstrap, for callers that name it so.")
 @click.option("-D", "--blob-dir", metavar="DIR", help="Accepted for compatibility; no data is read.")
 @click.option("-C", "--config", metavar="FILE", help="Accepted for compatibility; no data is read.")
-@click.option("-R", "--request", metavar="CMD", help="Answer one request in JSON: stats, blobs or prefetch.")
+@click.option("-R", "--request", metavar="CMD", help="Answer one request: stats, blobs and prefetch in JSON.")
 @log_options
 def inspect(
     bootstrap: str | None,
@@ -51,59 +52,43 @@ def inspect(
     """Look into BOOTSTRAP, the metadata of an image (or a layer blob with it inside).
 
     \b
-        nydus-image inspect image.boot                  a small shell: ls, cd, stat, chunk, icheck ...
-        nydus-image inspect -R blobs image.boot         the blob table as JSON
+    A small shell; "help" lists its commands
+        nydus-image inspect image.boot
+    One answer in JSON
+        nydus-image inspect -R blobs image.boot
+    Which files use the chunk at offset 4096 of a blob?
+        nydus-image inspect -R "chunk 4096" image.boot
+
+    Requests without a JSON document (ls, stat, chunk, icheck) print what the shell would, then null.
     """
     set_up_logging(log_level, log_file)
-    path = bootstrap or named
+    path = named or bootstrap
     if not path:
-        raise CommandError("give the bootstrap to look into: nydus-image inspect FILE", 2)
+        raise CommandError("missing parameter `bootstrap` or `BOOTSTRAP`")
     from bootstrap.reader import open_bootstrap
 
     with clear_errors(f"cannot inspect {path}"), open_bootstrap(path) as image:
         if request is not None:
-            click.echo(json.dumps(answer(image, request), separators=(",", ":")))
+            _answer(image, request)
         else:
             _Shell(image).run()
 
 
-def answer(image: Bootstrap, request: str) -> Any:
-    """The JSON document for `-R`; None for a request there is no document for."""
-    if request == "stats":
-        return {"inodes_count": image.inode_count}
-    if request == "blobs":
-        return [
-            {
-                "blob_id": blob.id,
-                "compressed_size": blob.compressed_size,
-                "decompressed_size": blob.uncompressed_size,
-                "readahead_offset": blob.readahead_offset,
-                "readahead_size": blob.readahead_size,
-            }
-            for blob in image.blobs
-        ]
-    if request == "prefetch":
-        paths = _paths_of(image, set(image.prefetch_inodes()))
-        return [{"inode": ino, "path": paths.get(ino, [])} for ino in image.prefetch_inodes()]
-    return None
+def _answer(image: Bootstrap, request: str) -> None:
+    from bootstrap.cli.views import Absent, requested
 
-
-def _flags(flags: IntFlag) -> str:
-    return " | ".join(str(flag.name) for flag in flags) or "none"
-
-
-def _show(path: bytes) -> str:
-    return "/" + path.decode("utf-8", "backslashreplace")
-
-
-def _paths_of(image: Bootstrap, wanted: set[int]) -> dict[int, list[str]]:
-    """All paths of some inodes; directories end with a slash."""
-    found: dict[int, list[str]] = {image.root: ["/"]} if image.root in wanted else {}
-    if wanted - found.keys():
-        for path, entry in image.walk():
-            if entry.ino in wanted:
-                found.setdefault(entry.ino, []).append(_show(path) + ("/" if entry.dtype == 4 else ""))
-    return found
+    document = requested(image, request.strip())
+    if document is None:
+        words = request.split()
+        if words and words[0] not in ("exit", "q", "quit"):
+            try:
+                for line in _Shell(image).do(words[0], words[1:]):
+                    click.echo(line)
+            except Absent as error:
+                click.echo(str(error), err=True)
+            except Refused as error:
+                raise CommandError(f"unsupported inspect request `{request}`: {error}") from error
+    click.echo(json.dumps(document, separators=(",", ":")), nl=False)
 
 
 class _Shell:
@@ -112,9 +97,9 @@ class _Shell:
     def __init__(self, image: Bootstrap) -> None:
         self._image = image
         self._here = b""
-        self._chunks: ChunkMap | None = None
 
     def run(self) -> None:
+        from bootstrap.cli.views import Absent
         from bootstrap.errors import RafsError
 
         interactive = sys.stdin.isatty()
@@ -134,36 +119,44 @@ class _Shell:
             if words[0] in ("exit", "quit", "q"):
                 return
             try:
-                for out in self._do(words[0], words[1:]):
+                for out in self.do(words[0], words[1:]):
                     click.echo(out)
+            except (Absent, Refused) as error:
+                click.echo(str(error))
             except RafsError as error:
                 click.echo(f"the image is damaged: {error}")
 
-    def _do(self, command: str, arguments: list[str]) -> Iterator[str]:
+    def do(self, command: str, arguments: list[str]) -> Iterator[str]:
+        """Lines of the answer; Refused for a wrong command, Absent (perhaps from the iterator) for a name not here."""
+        from bootstrap.cli import views
+
+        image = self._image
         argument = arguments[0] if arguments else ""
         if command == "stats":
-            return self._stats()
+            return views.superblock(image)
         if command == "ls":
             return self._ls(argument)
         if command == "blobs":
-            return self._blobs()
+            return views.blob_table(image)
         if command == "prefetch":
-            return self._prefetch()
+            return views.prefetch_table(image)
         if command == "help":
             return iter([_HELP])
-        if not argument and command in ("cd", "stat", "chunk", "icheck"):
-            return iter([f"{command} needs an argument"])
+        if command not in ("cd", "stat", "chunk", "icheck"):
+            raise Refused(f"Unsupported command: {command}\n{_HELP}")
+        if not argument:
+            raise Refused(f"{command} needs an argument")
         if command == "cd":
             return self._cd(argument)
         if command == "stat":
             return self._stat(argument)
-        if command in ("chunk", "icheck"):
-            try:
-                number = int(argument, 0)
-            except ValueError:
-                return iter([f"{argument!r} is not a number"])
-            return self._chunk(number) if command == "chunk" else self._icheck(number)
-        return iter([f"Unsupported command: {command}", _HELP])
+        try:
+            number = int(argument, 0)
+        except ValueError:
+            raise Refused(f"{argument!r} is not a number") from None
+        if number < 0:
+            raise Refused(f"{argument!r} is below 0")
+        return views.chunk_users(image, number) if command == "chunk" else self._icheck(number)
 
     def _target(self, argument: str) -> bytes:
         """Path from the root, "." and ".." resolved."""
@@ -177,128 +170,51 @@ class _Shell:
                 parts.append(part)
         return b"/".join(parts)
 
-    def _entries(self, path: bytes) -> Iterator[DirEntry] | None:
+    def _entries(self, path: bytes, argument: str) -> Iterator[DirEntry]:
+        from bootstrap.cli.views import Absent
+
         ino = self._image.resolve(path)
-        if not ino or self._image.attr(ino).mode >> 12 != 4:
-            return None
+        if not ino:
+            raise Absent(f"{argument}: no such directory")
+        if self._image.attr(ino).mode >> 12 != 4:
+            raise Absent(f"{argument} is not a directory")
         return self._image.list_dir(ino)
 
-    def _stats(self) -> Iterator[str]:
-        image = self._image
-        yield f"Version:                {image.version}"
-        yield f"Inodes Count:           {image.inode_count}"
-        yield f"Chunk Size:             {image.chunk_size // 1024}KB"
-        yield f"Root Inode:             {image.root}"
-        yield f"Flags:                  {_flags(image.flags)}"
-        yield f"Blobs:                  {len(image.blobs)}"
-        yield f"Prefetch table entries: {len(image.prefetch_inodes())}"
-
     def _ls(self, argument: str) -> Iterator[str]:
-        entries = self._entries(self._target(argument))
-        if entries is None:
-            yield f"{argument}: no such directory"
-            return
-        for entry in entries:
-            yield f'{_LETTERS[entry.dtype]}    {entry.ino:<8} "{_show(entry.name)[1:]}"'
+        from bootstrap.cli.listing import quoted
+        from bootstrap.cli.views import LETTERS
+
+        for entry in self._entries(self._target(argument), argument):
+            yield f"{LETTERS[entry.dtype]}    {entry.ino:<8} {quoted(entry.name)}"
 
     def _cd(self, argument: str) -> Iterator[str]:
         path = self._target(argument)
-        if self._entries(path) is None:
-            yield f"{argument}: no such directory"
-        else:
-            self._here = path
-
-    def _blobs(self) -> Iterator[str]:
-        for blob in self._image.blobs:
-            yield f"Blob Index:             {blob.index}"
-            yield f"Blob ID:                {blob.id}"
-            yield f"Blob Size:              {blob.compressed_size}"
-            yield f"Compressed Data Size:   {blob.data_size}"
-            yield f"Uncompressed Data Size: {blob.uncompressed_size}"
-            yield f"Features:               {_flags(blob.features)}"
-            yield f"Compressor:             {blob.compressor.label}"
-            yield f"Digester:               {blob.digester.label}"
-            yield f"Chunk Size:             {blob.chunk_size:#x}"
-            yield f"Chunk Count:            {blob.chunk_count}"
-            yield f"Meta Offset:            {blob.ci_offset}"
-            yield f"Meta Compressed Size:   {blob.ci_compressed_size}"
-            yield f"Meta Uncompressed Size: {blob.ci_uncompressed_size}"
-            yield f"ToC Size:               {blob.toc_size}"
-            yield f"ToC Digest:             {blob.toc_digest.hex()}\n"
-
-    def _prefetch(self) -> Iterator[str]:
-        inodes = self._image.prefetch_inodes()
-        paths = _paths_of(self._image, set(inodes))
-        yield f"Total Prefetching Files: {len(inodes)}"
-        for ino in inodes:
-            for path in paths.get(ino, ["(no path)"]):
-                yield f'Inode Number: {ino:>9} | Path: "{path}"'
+        self._entries(path, argument)
+        self._here = path
+        return iter(())
 
     def _stat(self, argument: str) -> Iterator[str]:
-        ino = self._image.resolve(self._target(argument))
-        if not ino:
-            yield f"{argument}: no such entry"
-            return
-        yield from self._describe(ino, argument)
+        from bootstrap.cli import views
 
-    def _describe(self, ino: int, name: str) -> Iterator[str]:
-        image, attr = self._image, self._image.attr(ino)
-        yield f"Inode Number:       {ino}"
-        yield f'Name:               "{name}"'
-        yield f"Size:               {attr.size}"
-        yield f"Mode:               {attr.mode:#X}"
-        yield f"Permissions:        {attr.mode:o}"
-        yield f"Nlink:              {attr.nlink}"
-        yield f"UID:                {attr.uid}"
-        yield f"GID:                {attr.gid}"
-        yield f"Mtime:              {attr.mtime}"
-        yield f"MtimeNsec:          {attr.mtime_nsec}"
-        yield f"Blocks:             {attr.blocks}"
-        for key, value in sorted(image.xattrs(ino).items()):
-            yield f"Xattr:              {key!r} = {value!r}"
-        kind = attr.mode >> 12
-        if kind in (2, 6):
-            yield f"Device:             {attr.rdev:#x}"
-        if kind == 10:
-            yield f"Target:             {_show(image.readlink(ino))[1:]}"
-        if kind == 8:
-            for number, ref in enumerate(image.chunk_refs(ino)):
-                yield (
-                    f"    chunk {ref.chunk_index} of blob {ref.blob_index} at file offset "
-                    f"{number * image.chunk_size}, decompressed offset {ref.uncompressed_offset}"
-                )
+        image, path = self._image, self._target(argument)
+        ino = image.resolve(path)
+        if not ino:
+            raise views.Absent(f"{argument}: no such entry")
+        folder, _, name = path.rpartition(b"/")
+        yield from views.inode(image, ino, image.resolve(folder), name or b"/")
+        if image.attr(ino).mode >> 12 == 8:
+            from bootstrap.grouped import FileChunks
+
+            yield from views.file_chunks(image, FileChunks(image).of(ino))
 
     def _icheck(self, ino: int) -> Iterator[str]:
-        paths = _paths_of(self._image, {ino}).get(ino)
-        if not paths:
-            yield f"inode {ino} has no path"
-            return
-        yield from paths
-        yield from self._describe(ino, paths[0].rstrip("/").rpartition("/")[2])
-
-    def _chunk(self, offset: int) -> Iterator[str]:
-        from bootstrap.chunkmap import ChunkMap, iter_chunks
+        from bootstrap.cli import views
 
         image = self._image
-        if self._chunks is None:
-            self._chunks = ChunkMap.open(image, None)
-        found: dict[tuple[int, int], tuple[Chunk, list[str]]] = {}
-        for blob in image.blobs:
-            for chunk in iter_chunks(self._chunks, blob.index):
-                if chunk.compressed_offset <= offset < chunk.compressed_offset + max(chunk.compressed_size, 1):
-                    found[blob.index, chunk.index] = (chunk, [])
+        found = views.paths_of(image, {ino}).get(ino)
         if not found:
-            yield f"no chunk at offset {offset}"
-            return
-        for path, entry in image.walk():
-            if entry.dtype == 8:
-                for ref in image.chunk_refs(entry.ino):
-                    if (ref.blob_index, ref.chunk_index) in found:
-                        found[ref.blob_index, ref.chunk_index][1].append(_show(path))
-        for chunk, paths in found.values():
-            yield f"Chunk {chunk.index} of blob {image.blobs[chunk.blob_index].id}"
-            yield f"Compressed Offset: {chunk.compressed_offset}, Compressed Size: {chunk.compressed_size}"
-            yield f"Decompressed Offset: {chunk.uncompressed_offset}, Decompressed Size: {chunk.uncompressed_size}"
-            yield f"Chunk ID: {chunk.digest.hex()}"
-            for file in dict.fromkeys(paths):
-                yield f"File: {file}"
+            raise views.Absent(f"inode {ino} has no path")
+        for path in found:
+            yield views.path_text(path)
+            folder, _, name = path.rpartition(b"/")
+            yield from views.inode(image, ino, image.resolve(folder), name or b"/")
