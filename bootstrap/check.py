@@ -64,6 +64,9 @@ class _Check:
         self.image = image
         self.chunks = chunks
         self.tarfs = bool(image.flags & SuperFlags.TARFS)
+        # The one file of a generated dictionary is a list of chunks, whatever their sizes (5.11).
+        flags = [blob.features & BlobFeatures.IS_CHUNKDICT_GENERATED for blob in image.blobs]
+        self.dictionary = bool(flags) and all(flags) and image.inode_count == 2
         self.left = image.size
         self.names_of: dict[int, int] = {}
         self.links: dict[int, tuple[int, str]] = {}
@@ -100,7 +103,7 @@ class _Check:
                     "inode", 0, f"{path}: chunk {ref.chunk_index} of blob {ref.blob_index} is in no table"
                 )
             size = min(chunk_size, attr.size - number * chunk_size)
-            if chunk.uncompressed_size != size:
+            if chunk.uncompressed_size != size and not self.dictionary:
                 raise FormatError(
                     "inode", 0, f"{path}: part {number} has {size} bytes, its chunk {chunk.uncompressed_size}"
                 )

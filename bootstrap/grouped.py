@@ -26,7 +26,7 @@ class FileChunk(NamedTuple):
     uncompressed_size: int
     compressed_offset: int
     uncompressed_offset: int
-    index: int
+    index: int  # type: ignore[assignment]  # the name the format gives it; nobody needs tuple.index
     flags: int
     crc32: int
 
@@ -54,7 +54,8 @@ def directories(image: Bootstrap) -> Iterator[tuple[bytes, int, list[DirEntry]]]
         for entry in entries:
             if entry.dtype == _DIRECTORY:
                 if entry.ino in seen:
-                    raise FormatError("directory tree", 0, f"{os.fsdecode(path + b'/' + entry.name)!r} is reached twice")
+                    shown = os.fsdecode(path + b"/" + entry.name)
+                    raise FormatError("directory tree", 0, f"{shown!r} is reached twice")
                 seen.add(entry.ino)
                 below.append((path + b"/" + entry.name, entry.ino))
         stack += reversed(below)

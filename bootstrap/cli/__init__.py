@@ -15,6 +15,7 @@ _COMMANDS = {
     "merge": "Merge layer bootstraps into the bootstrap of an image",
     "check": "Validate a bootstrap, with -D its data too",
     "inspect": "Look into a bootstrap, interactively or with one request",
+    "chunkdict": "Find chunks that many images have (chunkdict generate)",
     "stat": "Count files, sizes and chunks of images, and what they share",
 }
 
@@ -69,7 +70,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def main(ctx: click.Context, log_file: str | None, log_level: str | None) -> None:
     """Build, check and look at RAFS images (Nydus), versions 5 and 6."""
     given = {key: value for key, value in (("log_file", log_file), ("log_level", log_level)) if value}
-    ctx.default_map = dict.fromkeys(_COMMANDS, given)
+    ctx.default_map = {name: {**given, "generate": given} for name in _COMMANDS}  # also of chunkdict's command
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

@@ -12,7 +12,7 @@ import click
 from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging, version
 
 if TYPE_CHECKING:
-    from bootstrap.reader import Blob, Bootstrap
+    from bootstrap.reader import Blob
 
 _FEATURE_NAMES = (
     ("ALIGNED", "aligned"),

@@ -20,7 +20,7 @@ from bootstrap.cli.building import CommandError, clear_errors, log_options, set_
     "--digester", type=click.Choice(["blake3", "sha256"]),
     help="Only count chunks of images with this digest as shared (default: those of every image).",
 )  # fmt: skip
-@click.option("-J", "--output-json", metavar="FILE", help="Write the statistics there as JSON instead of printing them.")
+@click.option("-J", "--output-json", metavar="FILE", help="Write the statistics there as JSON, print nothing.")
 @log_options
 def stat(
     bootstrap: str | None,
@@ -49,21 +49,21 @@ def stat(
     if not bootstrap and not blob_dir:
         raise CommandError("one of `--bootstrap` and `--blob-dir` must be specified")
     with clear_errors("cannot make statistics"):
+        from bootstrap.cli.images import opened
         from bootstrap.layout.common import Digester
-        from bootstrap.reader import open_bootstrap
         from bootstrap.stat import ImageStat
 
         numbers = ImageStat(dedup=not bootstrap, digester=Digester[digester.upper()] if digester else None)
         if bootstrap:
-            with open_bootstrap(bootstrap) as image:
+            with opened(bootstrap) as image:
                 numbers.add(image)
         else:
             assert blob_dir is not None
             for path in _images(Path(blob_dir), Path(target) if target else None):
-                with open_bootstrap(path) as image:
+                with opened(path) as image:
                     numbers.add(image)
         if target:
-            with open_bootstrap(target) as image:
+            with opened(target) as image:
                 numbers.add(image, target=True)
         numbers.finish()
         if output_json is not None:
