@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,8 +51,12 @@ class DirEntry(NamedTuple):
     cookie: int
 
 
+HOLE = -1
+"""`blob_index` of an extent that no chunk holds: zeros."""
+
+
 class Extent(NamedTuple):
-    """A piece of a file inside one chunk. `blob_offset` counts in the *uncompressed* blob."""
+    """A piece of a file inside one chunk, or a `HOLE`. `blob_offset` counts in the *uncompressed* blob."""
 
     blob_index: int
     blob_offset: int
@@ -66,6 +70,24 @@ class ChunkRef(NamedTuple):
     blob_index: int
     chunk_index: int
     uncompressed_offset: int
+
+
+class Chunk(NamedTuple):
+    """A CHUNK_RECORD (reference 1.12). Sizes and offsets in bytes, `flags` are ChunkFlags.
+
+    The compressed place is that of the chunk alone: 0 for members of a batch, which only their blob meta locates.
+    """
+
+    digest: bytes
+    blob_index: int
+    flags: int
+    compressed_size: int
+    uncompressed_size: int
+    compressed_offset: int
+    uncompressed_offset: int
+    file_offset: int
+    index: int  # type: ignore[assignment]  # the name the format gives it; nobody needs tuple.index
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +172,7 @@ class Bootstrap(ABC):
     def extents(self, ino: int, offset: int, size: int) -> list[Extent]:
         """Where the bytes [offset, offset + size) of a regular file are, cut at the end of the file.
 
-        One per chunk touched, in file order and without gaps.
+        One per chunk or hole touched, in file order and without gaps.
         """
 
     @abstractmethod
@@ -166,8 +188,8 @@ class Bootstrap(ABC):
         """Raw CHUNK_RECORD fields in any order; v5 repeats a chunk for each file that uses it."""
 
     @abstractmethod
-    def chunk_table(self) -> bytes:
-        """The same records packed, as one run of CHUNK_RECORDs."""
+    def record_places(self) -> Sequence[int]:
+        """Where in the file those records are, in units of 8 bytes, in the order of `chunk_records`."""
 
     @abstractmethod
     def _walk_budget(self) -> int:

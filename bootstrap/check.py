@@ -28,6 +28,8 @@ def check_bootstrap(image: Bootstrap) -> int:
     chunks = ChunkMap.open(image, None)
     try:
         for blob in image.blobs:
+            if blob.features & BlobFeatures.TARFS:
+                continue  # it has no chunks but the addresses of its files
             _check_places(blob, list(iter_chunks(chunks, blob.index)))
         if isinstance(image, BootstrapV5):
             return _CheckV5(image, chunks).run()
@@ -91,8 +93,12 @@ class _Check:
         """Every chunk of a file exists, at the place the file says and of the size its part needs."""
         refs = self.image.chunk_refs(ino)
         chunk_size = self.image.chunk_size
-        if self.tarfs:
-            return  # there the file's own addresses are all there is (1.13)
+        if self.tarfs:  # there the file's own addresses are all there is (1.13)
+            for number, ref in enumerate(refs):
+                size = min(chunk_size, attr.size - number * chunk_size)
+                if ref.uncompressed_offset + size > self.image.blobs[ref.blob_index].compressed_size:
+                    raise FormatError("inode", 0, f"{path}: part {number} lies behind the end of the tar")
+            return
         for number, ref in enumerate(refs):
             try:
                 chunk = self.chunks.chunk(self.chunks.find(ref.blob_index, ref.uncompressed_offset))

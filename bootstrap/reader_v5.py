@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from struct import Struct
 
@@ -392,8 +393,8 @@ class BootstrapV5(Bootstrap):
             found.append(ino)
         return found
 
-    def _record_spans(self) -> Iterator[bytes]:
-        """The packed chunk records of each regular file."""
+    def _record_spans(self) -> Iterator[tuple[int, int]]:
+        """Offset and number of the chunk records of each regular file."""
         # Slots of further names of a hard link repeat the records of the first: skip them.
         budget = self.size // _RECORD_SIZE
         for index in range(1, self._count + 1):
@@ -403,14 +404,17 @@ class BootstrapV5(Bootstrap):
                 budget -= count
                 if budget < 0:
                     raise FormatError("chunk records", table, "more than fit the file: inodes overlap")
-                yield self._map[table : table + count * _RECORD_SIZE]
+                yield table, count
 
-    def chunk_table(self) -> bytes:
-        return b"".join(self._record_spans())
+    def record_places(self) -> Sequence[int]:
+        places = array("I")
+        for table, count in self._record_spans():
+            places.extend(range(table // 8, (table + count * _RECORD_SIZE) // 8, _RECORD_SIZE // 8))
+        return places
 
     def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
-        for span in self._record_spans():
-            yield from CHUNK_RECORD.iter_unpack(span)
+        for table, count in self._record_spans():
+            yield from CHUNK_RECORD.iter_unpack(self._map[table : table + count * _RECORD_SIZE])
 
     def _walk_budget(self) -> int:
         return self._count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from struct import Struct
 from struct import error as StructError
@@ -505,9 +505,11 @@ class BootstrapV6(Bootstrap):
             found.append(nid)
         return found
 
-    def chunk_table(self) -> bytes:
-        start = self.ext.chunk_table_offset
-        return self._map[start : start + self.ext.chunk_table_size]
+    def record_places(self) -> Sequence[int]:
+        if self.flags & SuperFlags.TARFS:
+            return ()  # the table of a tarfs image holds one meaningless record (1.13)
+        start = self.ext.chunk_table_offset // 8
+        return range(start, start + self.ext.chunk_table_size // 8, CHUNK_RECORD.size // 8)
 
     def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
         start, size = self.ext.chunk_table_offset, self.ext.chunk_table_size

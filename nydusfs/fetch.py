@@ -21,11 +21,12 @@ from typing import TypeAlias
 
 import trio
 
-from bootstrap.chunkmap import Chunk, ChunkMap
+from bootstrap.chunkmap import ChunkMap, Member
+from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
 from nydusfs.counters import CacheCounters
 from nydusfs.errors import SourceError
-from nydusfs.segments import BadChunk, Segment, decode, runs
+from nydusfs.segments import BadChunk, Segment, UnitMembers, decode, runs
 from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
 
 log = logging.getLogger("nydusfs.fetch")
@@ -37,6 +38,7 @@ MERGE = 1 << 20  # compressed bytes of one merged request
 # or another container is set up, and on a slow link each prefetched byte delays the next burst.
 QUIET = 0.5
 INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
+INLINE_PLAIN = 1 << 20  # and to no more than this
 DECODE_THREADS = 4
 RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
 
@@ -66,7 +68,7 @@ class _Flight:
     error: SourceError | None = None
 
 
-_Parts: TypeAlias = list[tuple[Job, list[Chunk], bytearray]]  # chunks to decode, and where to
+_Parts: TypeAlias = list[tuple[Job, list[UnitMembers], bytearray]]  # units to decode, and where to
 
 
 class FetchScheduler:
@@ -218,15 +220,15 @@ class FetchScheduler:
         plain = bytearray(segment.size)
         kept: list[bool] = []
         ranges = list(runs(job.chunks, segment))
-        for number, (start, end, chunks) in enumerate(ranges):
+        for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
-            check = partial(self._verify, kept, [(job, chunks, plain)], start, last)
+            check = partial(self._verify, kept, [(job, units, plain)], start, last)
             await self._read(job, start, end - start, priority, check)
         self._finish(flight, plain, kept[-1])
 
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
-        start, end = jobs[0].segment.compressed_start, jobs[-1].segment.compressed_end
+        start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
         parts = [(job, next(runs(job.chunks, job.segment))[2], bytearray(job.segment.size)) for job in jobs]
         kept: list[bool] = []
         await self._read(jobs[0], start, end - start, priority, partial(self._verify, kept, parts, start, True))
@@ -246,7 +248,7 @@ class FetchScheduler:
         Raises `WrongBytes`.
         """
         view = memoryview(stored)
-        if len(stored) <= INLINE:
+        if len(stored) <= INLINE and sum(len(plain) for _, _, plain in parts) <= INLINE_PLAIN:
             kept.append(_decode_and_store(parts, start, view, store))
             return
         kept.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=self._threads))
@@ -273,9 +275,9 @@ def _joinable(group: list[_Flight], segment: Segment, merge: int) -> bool:
 
 
 def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> bool:
-    for job, chunks, plain in parts:
+    for job, units, plain in parts:
         try:
-            decode(job.segment, chunks, start, stored, plain)
+            decode(job.segment, job.chunks, units, start, stored, plain)
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
     if not store:
@@ -283,17 +285,16 @@ def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool
     return all(job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts)
 
 
-async def fetch_chunk(job: Job, chunk: Chunk) -> bytes:
+async def fetch_chunk(job: Job, member: Member) -> bytes | memoryview:
     """One chunk alone, uncached: the way to good chunks whose segment holds a bad one. Raises `SourceError`."""
-    place = chunk.uncompressed_offset - job.segment.start
-    plain = bytearray(job.segment.size)
+    found: list[bytes | memoryview] = []
+    unit = member.unit
 
     async def check(stored: Buffer) -> None:
         try:
-            decode(job.segment, [chunk], chunk.compressed_offset, memoryview(stored), plain)
-        except BadChunk as error:
+            found[:] = job.chunks.decode([member], memoryview(stored))
+        except RafsError as error:
             raise WrongBytes(str(error)) from None
 
-    blob = job.segment.blob.id
-    await job.source.read(blob, chunk.compressed_offset, chunk.compressed_size, Priority.DEMAND, check)
-    return bytes(plain[place : place + chunk.uncompressed_size])
+    await job.source.read(job.segment.blob.id, unit.start, unit.end - unit.start, Priority.DEMAND, check)
+    return found[0]

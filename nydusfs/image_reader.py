@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import trio
 
-from bootstrap.base import Blob, Bootstrap, Extent
+from bootstrap.base import HOLE, Blob, Bootstrap, Extent
 from bootstrap.chunkmap import ChunkMap
-from bootstrap.digest import digest
-from bootstrap.errors import RafsError
+from bootstrap.decode import verify
+from bootstrap.errors import DigestMismatch, RafsError
 from nydusfs.cache import BlobCache, CacheStore
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
@@ -24,6 +24,7 @@ from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
 from nydusfs.prefetch import Prefetcher
 from nydusfs.segments import SEGMENT_SIZE, Segment, make_segment
 from nydusfs.sources import Priority, Source
+from nydusfs.tables import Tables
 
 log = logging.getLogger("nydusfs.image")
 
@@ -43,7 +44,7 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    segment: Segment
+    segment: Segment | None  # None: a hole
     offset: int  # in the segment file
     size: int
 
@@ -80,6 +81,7 @@ class ImageReader:
         self._blobs = bootstrap.blobs
         self._caches: dict[int, BlobCache | None] = {}
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
+        self._tables = Tables(name, bootstrap, chunks, source, store)
         self._describing = threading.Lock()  # over `_segments`
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         self._paths: dict[int, str] = {}
@@ -97,7 +99,10 @@ class ImageReader:
         """
         try:
             extents = self.bootstrap.extents(ino, offset, size)
+            await self._need_tables(extents)
             pieces = self._pieces(extents)
+        except SourceError as error:
+            raise self._failed(ino, str(error)) from None
         except (RafsError, KeyError, ValueError, IndexError) as error:
             raise self._failed(ino, f"bad metadata: {error}") from None
         self.cache_counters.total += 1
@@ -105,7 +110,7 @@ class ImageReader:
             parts = await self._collect(pieces)
         except SourceError as error:
             if not error.damaged:
-                raise self._unreadable(ino, pieces[0].segment, "", error) from None
+                raise self._unreadable(ino, pieces, error) from None
             parts = await self._chunk_by_chunk(ino, extents)
         self._note_stream(ino, offset, size)
         if len(parts) == 1:
@@ -122,6 +127,9 @@ class ImageReader:
             parts = []
             for piece in pieces:
                 segment = piece.segment
+                if segment is None:
+                    parts.append(bytearray(piece.size))
+                    continue
                 cache = self._caches.get(segment.blob.index)
                 if cache is None or segment.key not in cache:
                     return None
@@ -139,15 +147,37 @@ class ImageReader:
         """What to copy out of which segment; neighbours in one segment are one piece."""
         pieces: list[_Piece] = []
         for extent in extents:
-            row = self.chunks.find(extent.blob_index, extent.blob_offset, extent.size)
-            number = self.chunks.chunk(row).uncompressed_offset // SEGMENT_SIZE
-            segment = self.segment(extent.blob_index, number)
-            place = extent.blob_offset - segment.start
-            if pieces and (last := pieces[-1]).segment is segment and last.offset + last.size == place:
-                pieces[-1] = _Piece(segment, last.offset, last.size + extent.size)
-            else:
-                pieces.append(_Piece(segment, place, extent.size))
+            if extent.blob_index == HOLE:
+                pieces.append(_Piece(None, 0, extent.size))
+                continue
+            for row, offset, size in self.chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
+                segment = self.segment_of(extent.blob_index, row)
+                place = offset - segment.start
+                if pieces and (last := pieces[-1]).segment is segment and last.offset + last.size == place:
+                    pieces[-1] = _Piece(segment, last.offset, last.size + size)
+                else:
+                    pieces.append(_Piece(segment, place, size))
         return pieces
+
+    async def _need_tables(self, extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            if extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index):
+                await self._tables.load(extent.blob_index)
+
+    async def load_tables(self) -> None:
+        """All blobs' own tables, for who wants to look at every chunk; what cannot be had is logged and stays away."""
+        for blob_index in self._tables.missing():
+            try:
+                await self._tables.load(blob_index)
+            except SourceError as error:
+                log.warning("image %s: %s", self.name, error)
+
+    def segment_of(self, blob_index: int, row: int) -> Segment:
+        """The segment that holds a chunk. Raises KeyError or RafsError, `MissingMeta` among them."""
+        segment = self.segment(blob_index, self.chunks.anchor(blob_index, row) // SEGMENT_SIZE)
+        if row not in segment.rows:
+            raise KeyError((segment.blob.id, row))  # its table puts units in no order
+        return segment
 
     def segment(self, blob_index: int, number: int) -> Segment:
         """Raises KeyError when the blob has no chunk there."""
@@ -185,25 +215,25 @@ class ImageReader:
 
     async def _collect(self, pieces: Sequence[_Piece]) -> list[bytes | bytearray | memoryview]:
         """The pieces' bytes. A cached segment that turns out damaged is fetched like a missing one."""
-        if len(pieces) == 1 and self.is_ready(pieces[0].segment):
-            data = await self._cached(pieces[0])
-            if data is not None:
-                return [data]
         missing: dict[bytes, Segment] = {}
         for piece in pieces:
-            if not self.is_ready(piece.segment):
+            if piece.segment is not None and not self.is_ready(piece.segment):
                 missing.setdefault(piece.segment.key, piece.segment)
         plain = await self._fetch(list(missing.values())) if missing else {}
         parts: list[bytes | bytearray | memoryview] = []
         for piece in pieces:
-            whole = plain.get(piece.segment.key)
+            segment = piece.segment
+            if segment is None:
+                parts.append(bytes(piece.size))
+                continue
+            whole = plain.get(segment.key)
             if whole is None:
-                data = await self._cached(piece)
+                data = await self._cached(segment, piece)
                 if data is not None:
                     parts.append(data)
                     continue
-                plain.update(await self._fetch([piece.segment]))
-                whole = plain[piece.segment.key]
+                plain.update(await self._fetch([segment]))
+                whole = plain[segment.key]
             parts.append(memoryview(whole)[piece.offset : piece.offset + piece.size])
         return parts
 
@@ -229,40 +259,37 @@ class ImageReader:
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 
-    async def _cached(self, piece: _Piece) -> bytearray | None:
-        segment = piece.segment
+    async def _cached(self, segment: Segment, piece: _Piece) -> bytearray | None:
         cache = self.cache(segment.blob)
         if cache is None or segment.key not in cache:
             return None
         if self._validate:
-            data = await self._validated(cache, piece)
+            data = await self._validated(cache, segment, piece)
         else:
             data = await cache.read(segment, piece.offset, piece.size)
         if data is not None:
             self.cache_counters.partial_hits += 1
         return data
 
-    async def _validated(self, cache: BlobCache, piece: _Piece) -> bytearray | None:
+    async def _validated(self, cache: BlobCache, segment: Segment, piece: _Piece) -> bytearray | None:
         """`cache.validate`: hash the touched chunks again. None drops the segment, so that it is fetched anew."""
-        segment = piece.segment
         whole = await cache.read(segment, 0, segment.size)
         if whole is None:
             return None
 
-        def wrong() -> int:
+        def judge() -> None:
             view = memoryview(whole)
             for row in segment.rows:
                 chunk = self.chunks.chunk(row)
                 begin = chunk.uncompressed_offset - segment.start
                 end = begin + chunk.uncompressed_size
-                touched = begin < piece.offset + piece.size and piece.offset < end
-                if touched and any(chunk.digest) and digest(segment.blob.digester, view[begin:end]) != chunk.digest:
-                    return chunk.index
-            return -1
+                if begin < piece.offset + piece.size and piece.offset < end:
+                    verify(chunk, segment.blob, view[begin:end])
 
-        bad = await trio.to_thread.run_sync(wrong)
-        if bad >= 0:
-            log.warning("image %s: chunk %d of blob %s is damaged in the cache", self.name, bad, segment.blob.id)
+        try:
+            await trio.to_thread.run_sync(judge)
+        except DigestMismatch as error:
+            log.warning("image %s: damaged in the cache: %s", self.name, error)
             cache.drop(segment)
             return None
         return whole[piece.offset : piece.offset + piece.size]
@@ -270,27 +297,35 @@ class ImageReader:
     async def _chunk_by_chunk(self, ino: int, extents: Sequence[Extent]) -> list[bytes | bytearray | memoryview]:
         """After a segment failed: the chunks this read needs may be good all the same."""
         parts: list[bytes | bytearray | memoryview] = []
-        for extent in extents:
-            row = self.chunks.find(extent.blob_index, extent.blob_offset, extent.size)
-            chunk = self.chunks.chunk(row)
-            segment = self.segment(extent.blob_index, chunk.uncompressed_offset // SEGMENT_SIZE)
-            piece = _Piece(segment, extent.blob_offset - segment.start, extent.size)
-            data = await self._cached(piece)
-            if data is None:
-                try:
-                    plain = await fetch_chunk(self.job(segment), chunk)
-                except SourceError as error:
-                    raise self._unreadable(ino, segment, f" chunk {chunk.index}", error) from None
-                begin = extent.blob_offset - chunk.uncompressed_offset
-                parts.append(memoryview(plain)[begin : begin + extent.size])
-            else:
+        for piece in self._pieces(extents):
+            segment = piece.segment
+            if segment is None:
+                parts.append(bytes(piece.size))
+                continue
+            data = await self._cached(segment, piece)
+            if data is not None:
                 parts.append(data)
+                continue
+            start, end = segment.start + piece.offset, segment.start + piece.offset + piece.size
+            for row in segment.rows:
+                chunk = self.chunks.chunk(row)
+                low = max(start, chunk.uncompressed_offset)
+                high = min(end, chunk.uncompressed_offset + chunk.uncompressed_size)
+                if low >= high:
+                    continue
+                try:
+                    plain = await fetch_chunk(self.job(segment), self.chunks.member(row))
+                except SourceError as error:
+                    if error.damaged:
+                        self._tables.doubt(segment.blob.index)
+                    raise self._unreadable(ino, [piece], error, f" chunk {chunk.index}") from None
+                parts.append(memoryview(plain)[low - chunk.uncompressed_offset : high - chunk.uncompressed_offset])
         return parts
 
-    def _unreadable(self, ino: int, segment: Segment, chunk: str, error: SourceError) -> ReadError:
-        chunk = (
-            chunk or f" chunks {self.chunks.chunk(segment.rows[0]).index}..{self.chunks.chunk(segment.rows[-1]).index}"
-        )
+    def _unreadable(self, ino: int, pieces: Sequence[_Piece], error: SourceError, chunk: str = "") -> ReadError:
+        segment = next(piece.segment for piece in pieces if piece.segment is not None)
+        first, last = segment.rows[0], segment.rows[-1]
+        chunk = chunk or f" chunks {self.chunks.chunk(first).index}..{self.chunks.chunk(last).index}"
         tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
         return self._failed(ino, f"blob {segment.blob.id}{chunk} from {self.source.name}: {tried}")
 
@@ -349,7 +384,8 @@ class ImageReader:
             pieces = self._pieces(self.bootstrap.extents(ino, offset, size))
         except (RafsError, KeyError, ValueError, IndexError):
             return  # the read itself will say so
-        jobs = [self.job(piece.segment) for piece in pieces if not self.is_ready(piece.segment)]
+        segments = [piece.segment for piece in pieces if piece.segment is not None]
+        jobs = [self.job(segment) for segment in segments if not self.is_ready(segment)]
         jobs = [job for job in jobs if self._scheduler.recent(job) is None]
         if jobs:
             self._scheduler.start(jobs)

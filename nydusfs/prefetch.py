@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from bootstrap.base import HOLE
 from bootstrap.errors import RafsError
 from nydusfs.errors import CacheError, SourceError
 from nydusfs.segments import SEGMENT_SIZE, Segment
@@ -29,6 +30,7 @@ log = logging.getLogger("nydusfs.prefetch")
 MAX_MERGE = 16 << 20  # one request is held in memory twice; upstream's cap of 2.1
 MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out when they are back
 _SLICE = 200  # inodes looked at between two turns of the loop
+_EXTENTS = 64 << 20  # bytes of a file whose extents are listed at once
 
 
 class TokenBucket:
@@ -69,6 +71,7 @@ class Prefetcher:
             return
         counters = self._reader.cache_counters
         counters.prefetch_begin = counters.prefetch_begin or time.time()
+        await self._reader.load_tables()
         groups = self._groups(self._plan(files))
         lock = trio.Lock()
 
@@ -178,21 +181,26 @@ class Prefetcher:
                     yield from self._file(entry.ino)
 
     def _file(self, ino: int) -> Iterator[Segment]:
-        for ref in self._reader.bootstrap.chunk_refs(ino):
-            yield from self._once(ref.blob_index, ref.uncompressed_offset // SEGMENT_SIZE)
+        bootstrap, chunks = self._reader.bootstrap, self._reader.chunks
+        size = bootstrap.attr(ino).size
+        for start in range(0, size, _EXTENTS):
+            for extent in bootstrap.extents(ino, start, min(_EXTENTS, size - start)):
+                if extent.blob_index != HOLE and not chunks.lacks_meta(extent.blob_index):
+                    for row, _, _ in chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
+                        yield from self._once(extent.blob_index, row)
 
     def _all(self) -> Iterator[Segment | None]:
         chunks = self._reader.chunks
         for blob in self._reader.bootstrap.blobs:
             rows = chunks.blob_rows(blob.index)
-            row = rows.start
+            row = rows.stop if chunks.lacks_meta(blob.index) else rows.start
             while row < rows.stop:
-                number = chunks.chunk(row).uncompressed_offset // SEGMENT_SIZE
-                yield from self._once(blob.index, number)
+                yield from self._once(blob.index, row)
                 yield None
-                row = max(row + 1, self._reader.segment(blob.index, number).rows.stop)
+                row = max(row + 1, self._reader.segment_of(blob.index, row).rows.stop)
 
-    def _once(self, blob_index: int, number: int) -> Iterator[Segment]:
+    def _once(self, blob_index: int, row: int) -> Iterator[Segment]:
+        number = self._reader.chunks.anchor(blob_index, row) // SEGMENT_SIZE
         if (blob_index, number) not in self._seen:
             self._seen.add((blob_index, number))
-            yield self._reader.segment(blob_index, number)
+            yield self._reader.segment_of(blob_index, row)

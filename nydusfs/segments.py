@@ -1,7 +1,9 @@
 """Segments: runs of whole neighbouring chunks of a blob, the unit of fetching, verifying, caching and evicting.
 
-A chunk belongs to segment `uncompressed_offset // SEGMENT_SIZE`. The borders follow from the chunk list alone, so every
-node asks a peer-to-peer mirror for the same byte ranges (Dragonfly makes one task per exact range).
+A chunk belongs to segment `anchor // SEGMENT_SIZE`; its anchor is the uncompressed offset at which the stored unit that
+holds it begins: itself, or the first chunk of its batch or gzip slice. So the borders follow from the blob's metadata
+alone, every node asks a peer-to-peer mirror for the same byte ranges (Dragonfly makes one task per exact range), and
+no unit is fetched or decoded for two segments, unless its chunks spread over more than 16 MiB.
 
 A segment's `key` is a hash over the digest, place and size of each of its chunks, so it names the plain bytes of the
 segment file. That keeps images apart that claim the same blob with other chunk lists: a hostile bootstrap cannot put
@@ -15,10 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
+from typing import TypeAlias
 
 from bootstrap.base import Blob
-from bootstrap.chunkmap import Chunk, ChunkMap, decode_chunk
-from bootstrap.errors import CodecError, DigestMismatch
+from bootstrap.chunkmap import MAX_SPAN, ChunkMap, Member
+from bootstrap.decode import NO_DIGEST
+from bootstrap.errors import FormatError, RafsError
 
 # One constant for the whole node; part of every key. Larger: fewer requests and cache files, more bytes that nobody
 # asked for. Measured over 40 Mbit/s and 20 ms, 2000 files of 10 kB, 69 of them read in 25 places one after the other:
@@ -31,11 +35,14 @@ SEGMENT_SIZE = 256 << 10
 # Compressed gap that is read through rather than left out by a second request.
 MAX_GAP = 128 * 1024
 JOIN_GAP = 48 * 1024  # the same between two segments
-# No request is longer than this and one chunk, whatever a bootstrap claims.
+# No request is longer than this and one unit, whatever a bootstrap claims.
 MAX_RUN = 32 << 20
 KEY_SIZE = 12
 
 _PLACE = Struct("<QI").pack
+
+UnitMembers: TypeAlias = list[Member]
+"""Chunks that share one unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Segment:
     size: int
     compressed_start: int
     compressed_end: int
-    gappy: bool  # the compressed range holds much that is not this segment's: read chunk runs one by one
+    gappy: bool  # the compressed range holds much that is not this segment's: read runs of units one by one
 
     @property
     def start(self) -> int:
@@ -61,72 +68,81 @@ class Segment:
 
     def adjoins(self, last: Segment) -> bool:
         """Whether one request for both reads little that is neither's. Numbers do not tell: a chunk of 1 MiB is the
-        only one of its segment and those after it have none."""
+        only one of its segment and those after it have none. Slices of a gzip layer overlap a little."""
         return (
             last.blob.id == self.blob.id
             and not last.gappy
             and not self.gappy
-            and 0 <= self.compressed_start - last.compressed_end <= JOIN_GAP
+            and last.compressed_start <= self.compressed_start
+            and -JOIN_GAP <= self.compressed_start - last.compressed_end <= JOIN_GAP
         )
 
 
 def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
-    """Raises KeyError when no chunk of the blob lies there."""
+    """Raises KeyError when no chunk of the blob lies there, `MissingMeta` or FormatError."""
     start = number * SEGMENT_SIZE
-    rows = chunks.rows(blob.index, start, start + SEGMENT_SIZE)
+    rows = chunks.anchored(blob.index, start, start + SEGMENT_SIZE)
     if not rows:
         raise KeyError((blob.id, number))
     hasher = blake2b(digest_size=KEY_SIZE, person=b"nydus segment")
     hasher.update(b"%d %d " % (SEGMENT_SIZE, blob.digester))
     low, high, total, size = 1 << 62, 0, 0, 0
+    last = None
     for row in rows:
-        chunk = chunks.chunk(row)
+        chunk, unit, _ = chunks.member(row)
         hasher.update(chunk.digest + _PLACE(chunk.uncompressed_offset, chunk.uncompressed_size))
-        low = min(low, chunk.compressed_offset)
-        high = max(high, chunk.compressed_offset + chunk.compressed_size)
-        total += chunk.compressed_size
-        size = chunk.uncompressed_offset + chunk.uncompressed_size - start
+        if chunk.digest == NO_DIGEST:
+            # Only a CRC vouches for it, which is easily forged: nothing is shared with images of other chunks.
+            hasher.update(b"%d " % chunk.crc32 + chunks.identity)
+        if unit != last:
+            low, high, total, last = min(low, unit.start), max(high, unit.end), total + unit.end - unit.start, unit
+        place = chunk.uncompressed_offset - start
+        if not 0 <= place < SEGMENT_SIZE + MAX_SPAN:
+            raise FormatError("blob meta", 0, f"chunk {chunk.index} of blob {blob.id}: units are in no order")
+        size = place + chunk.uncompressed_size
     return Segment(blob, number, hasher.digest(), rows, size, low, high, high - low > min(total + MAX_GAP, MAX_RUN))
 
 
-def runs(chunks: ChunkMap, segment: Segment) -> Iterator[tuple[int, int, list[Chunk]]]:
-    """Compressed ranges (start, end) that cover the segment, each with its chunks: one, unless it is `gappy`."""
-    rows = [chunks.chunk(row) for row in segment.rows]
+def runs(chunks: ChunkMap, segment: Segment) -> Iterator[tuple[int, int, list[UnitMembers]]]:
+    """Compressed ranges (start, end) that cover the segment, each with its units: one, unless it is `gappy`."""
+    units: dict[tuple[int, int], UnitMembers] = {}
+    for row in segment.rows:
+        member = chunks.member(row)
+        units.setdefault((member.unit.start, member.unit.end), []).append(member)
     if not segment.gappy:
-        yield segment.compressed_start, segment.compressed_end, rows
+        yield segment.compressed_start, segment.compressed_end, list(units.values())
         return
-    rows.sort(key=lambda chunk: chunk.compressed_offset)
-    run: list[Chunk] = []
-    end = 0
-    for chunk in rows:
-        start = chunk.compressed_offset
-        if run and (start > end + MAX_GAP or start - run[0].compressed_offset > MAX_RUN):
-            yield run[0].compressed_offset, end, run
-            run, end = [], 0
-        end = max(end, start + chunk.compressed_size)
-        run.append(chunk)
-    yield run[0].compressed_offset, end, run
+    run: list[UnitMembers] = []
+    first = last = 0
+    for start, end in sorted(units):
+        if run and (start > last + MAX_GAP or start - first > MAX_RUN):
+            yield first, last, run
+            run = []
+        if not run:
+            first = last = start
+        last = max(last, end)
+        run.append(units[start, end])
+    yield first, last, run
 
 
 class BadChunk(Exception):
     """A chunk whose stored bytes are not what the image's digests promise; the message names chunk and blob."""
 
-    def __init__(self, index: int, message: str) -> None:
-        self.index = index
-        super().__init__(message)
 
-
-def decode(segment: Segment, chunks: list[Chunk], offset: int, stored: memoryview, plain: bytearray) -> None:
-    """Decompress and verify `chunks` out of `stored` (which begins at compressed `offset`) into `plain`.
+def decode(
+    segment: Segment, chunks: ChunkMap, units: list[UnitMembers], offset: int, stored: memoryview, plain: bytearray
+) -> None:
+    """Decode and verify `units` out of `stored` (which begins at compressed `offset`) into `plain`.
 
     Raises `BadChunk`. Pure computation, releases the GIL for most of its time: for worker threads.
     """
-    blob, base = segment.blob, segment.start
-    for chunk in chunks:
-        begin = chunk.compressed_offset - offset
+    base = segment.start
+    for members in units:
+        unit = members[0].unit
         try:
-            data = decode_chunk(chunk, blob, stored[begin : begin + chunk.compressed_size])
-        except (CodecError, DigestMismatch) as error:
-            raise BadChunk(chunk.index, str(error)) from None
-        place = chunk.uncompressed_offset - base
-        plain[place : place + len(data)] = data
+            parts = chunks.decode(members, stored[unit.start - offset : unit.end - offset])
+        except RafsError as error:
+            raise BadChunk(str(error)) from None
+        for member, data in zip(members, parts, strict=True):
+            place = member.chunk.uncompressed_offset - base
+            plain[place : place + len(data)] = data

@@ -175,24 +175,22 @@ def _view(options: CheckOptions, target: Image, boot: Path, folder: Path, progre
     blobs.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.closing(open_bootstrap(str(boot))) as bootstrap:
-            files = _download(target, bootstrap, blobs, progress)
-            with contextlib.closing(ReaderView(bootstrap, files)) as view:
+            _download(target, bootstrap, blobs, progress)
+            with contextlib.closing(ReaderView(bootstrap, blobs)) as view:
                 yield view
     finally:
         shutil.rmtree(blobs, ignore_errors=True)
 
 
-def _download(target: Image, bootstrap: Bootstrap, folder: Path, progress: Progress) -> dict[str, Path]:
+def _download(target: Image, bootstrap: Bootstrap, folder: Path, progress: Progress) -> None:
     layers: dict[str, Descriptor] = {layer.hex: layer for layer in target.layers}
-    files: dict[str, Path] = {}
     for blob in bootstrap.blobs:
         layer = layers.get(blob.id)
         if layer is None:
             raise ConvertError(f"blob {blob.id} is not a layer of {target.name}: check it through a mount")
-        path = files[blob.id] = folder / blob.id
+        path = folder / blob.id
         with target.endpoint.open_blob(layer.digest, layer.size) as stored, path.open("wb") as out:
             shutil.copyfileobj(stored, out, _PIECE)
-    return files
 
 
 def _dump(folder: Path, kind: str, image: Image) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol
 from nydusfs.convert.facts import Facts, differences, kept_xattrs, shown
 from nydusfs.convert.sourcetree import Node
 from nydusfs.convert.threads import DaemonPool
-from nydusfs.errors import ConvertError
 
 if TYPE_CHECKING:
     from bootstrap.base import Bootstrap
@@ -177,19 +176,16 @@ class MountView:
 
 
 class ReaderView:
-    """An image through our reader alone, with whole blobs as local files (blob id -> path); handles are inodes."""
+    """An image through our reader alone, with whole blobs as files of a directory; handles are inodes."""
 
-    def __init__(self, bootstrap: Bootstrap, blobs: dict[str, Path]) -> None:
-        from bootstrap.chunkmap import ChunkMap
+    def __init__(self, bootstrap: Bootstrap, blobs: Path) -> None:
+        from bootstrap.blobsource import open_blobs
 
         self._bootstrap = bootstrap
-        self._map = ChunkMap.open(bootstrap, None)
-        self._files = {blob.index: os.open(blobs[blob.id], os.O_RDONLY) for blob in bootstrap.blobs}
+        self._blobs = open_blobs(bootstrap, blobs)
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._map.close()
+        self._blobs.close()
 
     def root(self) -> object:
         return self._bootstrap.root
@@ -215,23 +211,6 @@ class ReaderView:
         return facts, handle
 
     def pieces(self, handle: object) -> Iterator[bytes]:
-        from bootstrap.chunkmap import decode_chunk
-
         assert isinstance(handle, int)
-        size, offset = self._bootstrap.attr(handle).size, 0
-        while offset < size:
-            extents = self._bootstrap.extents(handle, offset, min(_PIECE, size - offset))
-            if not extents:
-                raise ConvertError(f"no chunk holds byte {offset} of {size}")
-            for extent in extents:
-                try:
-                    row = self._map.find(extent.blob_index, extent.blob_offset, extent.size)
-                except KeyError:
-                    blob = self._bootstrap.blobs[extent.blob_index]
-                    raise ConvertError(f"no chunk of blob {blob.id} holds byte {offset} of {size}") from None
-                chunk = self._map.chunk(row)
-                stored = os.pread(self._files[extent.blob_index], chunk.compressed_size, chunk.compressed_offset)
-                data = decode_chunk(chunk, self._bootstrap.blobs[extent.blob_index], memoryview(stored))
-                start = extent.blob_offset - chunk.uncompressed_offset
-                yield data[start : start + extent.size]
-                offset += extent.size
+        for part in self._blobs.read_file(handle):
+            yield bytes(part)

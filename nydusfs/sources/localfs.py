@@ -8,6 +8,8 @@ from pathlib import Path
 
 import trio
 
+from bootstrap.cacheform import DATA_SUFFIX, CacheForm
+from bootstrap.errors import FormatError
 from nydusfs.config import LocalFsBackend
 from nydusfs.counters import BackendCounters
 from nydusfs.errors import SourceError
@@ -26,6 +28,7 @@ class LocalFsSource:
         self.name = f"localfs {backend.blob_file or backend.dir}"
         self._blob_file = backend.blob_file
         self._dirs = [folder for folder in (backend.dir, *backend.alt_dirs) if folder]
+        self._cache_forms: dict[Path, CacheForm] = {}
 
     def _candidates(self, blob_id: str) -> list[Path]:
         if self._blob_file:
@@ -42,11 +45,13 @@ class LocalFsSource:
         damaged = False
         for path in self._candidates(blob_id):
             try:
-                data = await trio.to_thread.run_sync(_pread, path, offset, size)
+                data = await trio.to_thread.run_sync(self._pread, path, offset, size)
                 if check is not None:
                     await check(data)
             except _TooShort as error:
                 damaged = True
+                tried.append((str(path), str(error)))
+            except FormatError as error:
                 tried.append((str(path), str(error)))
             except OSError as error:
                 tried.append((str(path), (error.strerror or str(error)).lower()))
@@ -61,7 +66,24 @@ class LocalFsSource:
         raise SourceError(what, tried, damaged=damaged)
 
     async def aclose(self) -> None:
-        pass
+        for form in self._cache_forms.values():
+            form.close()
+        self._cache_forms.clear()
+
+    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+        try:
+            return _pread(path, offset, size)
+        except FileNotFoundError:
+            # What `nydus-image create --blob-cache-dir` leaves instead of a blob.
+            if not os.path.exists(f"{path}{DATA_SUFFIX}"):
+                raise
+        form = self._cache_forms.get(path)
+        if form is None:
+            form = self._cache_forms.setdefault(path, CacheForm(str(path)))
+        data = form.pread(size, offset)
+        if len(data) != size:
+            raise _TooShort(f"{path}{DATA_SUFFIX} ends after {len(data)} of {size} bytes at {offset}")
+        return data
 
 
 def _pread(path: Path, offset: int, size: int) -> bytes:

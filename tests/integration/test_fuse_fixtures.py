@@ -11,14 +11,9 @@ import pytest
 
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
 from tests.lab.mounted import check_mount
-from tests.lab.paths import shared_dir
+from tests.lab.paths import reference_cases, shared_dir
 
-CASES = [
-    "v5-bigdir-prefetch-fs", "v5-inline", "v5-lz4-blake3-1m", "v5-merged3", "v5-no-data", "v5-none-sha256-4k",
-    "v5-tar-rafs", "v5-zstd-sha256-64k-aligned",
-    "v6-bigdir-prefetch-fs", "v6-chunk-dict", "v6-inline-notoc", "v6-lz4-blake3-64k-toc", "v6-merged3", "v6-no-data",
-    "v6-none-sha256-4k", "v6-parent", "v6-repeatable", "v6-tar-rafs", "v6-zstd-blake3-1m",
-]  # fmt: skip
+CASES = reference_cases()
 
 pytestmark = [
     pytest.mark.root,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bootstrap.chunkmap import ChunkMap, decode_chunk
+from bootstrap.blobsource import open_blobs
 from bootstrap.reader import Bootstrap
 from tests.lab.mounted import _xattr_text, describe, load_manifest
 
@@ -90,22 +90,10 @@ def image_entries(image: Bootstrap, read_file: Callable[[int, int], bytes]) -> l
 
 
 class FolderReader:
-    """Content of an image's files from blobs in a folder, one chunk at a time: extents, chunk map, decode."""
+    """Content of an image's files from blobs in a folder."""
 
     def __init__(self, image: Bootstrap, folder: Path) -> None:
-        self._image = image
-        self._folder = folder
-        self._chunks = ChunkMap.open(image, None)
+        self._blobs = open_blobs(image, folder)
 
     def __call__(self, ino: int, size: int) -> bytes:
-        parts = []
-        for extent in self._image.extents(ino, 0, size):
-            blob = self._image.blobs[extent.blob_index]
-            chunk = self._chunks.chunk(self._chunks.find(extent.blob_index, extent.blob_offset, extent.size))
-            path = self._folder / blob.id
-            with open(path if path.exists() else self._image.path, "rb") as file:
-                file.seek(chunk.compressed_offset)
-                plain = decode_chunk(chunk, blob, file.read(chunk.compressed_size))
-            start = extent.blob_offset - chunk.uncompressed_offset
-            parts.append(plain[start : start + extent.size])
-        return b"".join(parts)
+        return b"".join(self._blobs.read_file(ino))

@@ -26,6 +26,14 @@ def shared_dir() -> Path | None:
 
 
 @cache
+def reference_cases() -> list[str]:
+    """Names of the images upstream's builder wrote; one, for tests that then skip, when the material is not here."""
+    shared = shared_dir()
+    folder = shared / "fixtures" / "reference" if shared else Path("/nonexistent")
+    return [path.name for path in sorted(folder.glob("v[56]-*"))] or ["v6-zstd-blake3-1m"]
+
+
+@cache
 def ref_bin(name: str) -> Path | None:
     """An executable of the reference stack, unpacked once per user; None when the material is not here.
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bootstrap.build import BuildOptions, build_layer
-from bootstrap.chunkmap import ChunkMap, decode_chunk
+from bootstrap.chunkmap import ChunkMap
+from bootstrap.decode import decode_chunk
 from bootstrap.layout.common import Compressor, Digester
 from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.reader import Bootstrap, open_bootstrap
