@@ -56,8 +56,8 @@ def _run(sources: list[Path], given: dict[str, Any]) -> None:
     import hashlib
     import time
 
-    from bootstrap.chunkdict import ChunkDatabase, Form, form_of
-    from bootstrap.chunkdict import generate as make
+    from bootstrap.chunkdb import ChunkDatabase, Form, form_of
+    from bootstrap.chunkdb import generate as make
     from bootstrap.cli.images import opened
     from bootstrap.merge import write_file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bootstrap.chunkdict import ChunkDatabase, form_of, generate
+from bootstrap.chunkdb import ChunkDatabase, form_of, generate
 from bootstrap.cli import main
 from bootstrap.layout.common import BlobFeatures
 from bootstrap.merge import MergeSource, merge_layers
