@@ -53,15 +53,17 @@ def build_layer(
 ) -> BuildResult:
     """Turn an *uncompressed* layer tar into a layer blob, written to `out` front to back; neither need be seekable.
 
-    `source` is what the mode's `open` made of the layer file. With `inline_meta` the bootstrap goes to the end of the
+    `source` is what `kind.open` made of the layer file. With `inline_meta` the bootstrap goes to the end of the
     blob, else only into the result; without any data nothing is written then. `progress` gets the uncompressed bytes of
     each piece done. Whiteouts stay ordinary files: a merge applies them. Raises BuildError naming the entry; what was
     written to `out` so far is then useless.
     """
     build = _Build(out, options, kind, progress)
+    options = build.options
     layer = LayerTree(_xattr_limit(options))
     stream = tar.TarStream(source)
     with build.mode as mode:
+        mode.begin(source)
         add_entry, add_file, regular = layer.add, mode.add_file, tar.REGULAR
         while (entry := stream.next()) is not None:
             node = add_entry(entry)
@@ -92,6 +94,7 @@ def build_directory(
     read or change while they are, and for a parent of another version or chunk size.
     """
     build = _Build(out, options, kind, progress)
+    options = build.options
     root = scan(source, xattr_limit=_xattr_limit(options))
     if parent is None:
         drop_whiteouts(root, options.whiteout_spec)
@@ -118,7 +121,7 @@ class _Build:
     """What the stages of one build share, from its options to its result."""
 
     def __init__(self, out: BinaryIO, options: BuildOptions, kind: Kind, progress: Progress | None) -> None:
-        self.options = options
+        self.options = options = kind.settle(options)
         self.table = ChunkTable()
         self.index = ChunkIndex(self.table)
         self.file = BlobFile(out, framed=options.inline_meta or options.blob_toc)
@@ -159,10 +162,9 @@ class _Build:
             mode.finish_inline(bootstrap)
         self.stage("dump_bootstrap")
         info = mode.info
-        blob_id = self.file.id_hash() if options.inline_meta else info.id
-        ids = [blob_id if blob is info else blob.id for blob in self.index.blobs]
+        ids = [mode.listed_id if blob is info else blob.id for blob in self.index.blobs]
         return BuildResult(
-            blob_id=blob_id,
+            blob_id=mode.file_id,
             blob_size=self.file.size,
             blob_sha256=self.file.sha256.hexdigest(),
             bootstrap=bootstrap,

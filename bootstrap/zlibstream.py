@@ -138,7 +138,8 @@ class Inflate:
     def dictionary(self) -> bytes:
         """The window: the last bytes produced since the start or reset, at most 32768 of them."""
         window = ctypes.create_string_buffer(32768)
-        return window.raw[: self.copy_dictionary(ctypes.addressof(window))]
+        size = self.copy_dictionary(ctypes.addressof(window))
+        return window.raw[:size]
 
     def feed(self, data: bytes) -> None:
         """The next input. What was left of the last one is given up: feed when `left` is 0, or feed what remains."""
