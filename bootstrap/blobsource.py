@@ -7,8 +7,9 @@ with open_bootstrap(path) as image, open_blobs(image, folder) as blobs:
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bootstrap import blobmeta
 from bootstrap.base import HOLE, Blob, Bootstrap
@@ -19,6 +20,8 @@ from bootstrap.layout.common import BlobFeatures
 from bootstrap.tarmap import PIECE_SIZE, TarDigests, TarMap
 
 _HOLE_PART = 1 << 20
+KEPT_UNITS = 64 << 20
+"""Bytes of decoded batches and slices that are kept: files are rarely asked for in the order of their data."""
 
 
 class BlobReader(Protocol):
@@ -103,14 +106,27 @@ def local_meta(image: Bootstrap, blob: Blob) -> blobmeta.BlobMeta | None:
     return None
 
 
+class Part(NamedTuple):
+    """A piece of a file still to be decoded: `length` bytes at `begin` of the chunk stored alone in `stored`."""
+
+    member: Member
+    stored: bytes
+    begin: int
+    length: int
+
+
 class Blobs:
-    """The chunks of one image. Not for several threads at once. Errors are RafsError and name blob and chunk."""
+    """The chunks of one image. Errors are RafsError and name blob and chunk.
+
+    Not for several threads at once, but for `decode`.
+    """
 
     def __init__(self, image: Bootstrap, source: BlobReader, chunks: ChunkMap) -> None:
         self.image = image
         self.chunks = chunks
         self.source = source
-        self._plain: dict[int, bytes | memoryview] = {}  # the chunks of that unit by their rows
+        self._units: OrderedDict[tuple[int, Unit], dict[int, bytes | memoryview]] = OrderedDict()  # chunks by row
+        self._kept = 0
 
     def need_meta(self, blob: Blob) -> None:
         """Read and attach what the bootstrap does not say about a blob's chunks, if that is needed."""
@@ -147,6 +163,10 @@ class Blobs:
 
     def read_file(self, ino: int) -> Iterator[bytes | memoryview]:
         """All bytes of a regular file in parts of at most a chunk."""
+        return map(self.decode, self.file_parts(ino))
+
+    def file_parts(self, ino: int) -> Iterator[bytes | memoryview | Part]:
+        """As `read_file`, but chunks stored alone are left for `decode`, which may run in other threads."""
         size, offset, step = self.image.attr(ino).size, 0, self.image.chunk_size * 16
         while offset < size:
             for extent in self.image.extents(ino, offset, min(step, size - offset)):
@@ -160,10 +180,22 @@ class Blobs:
                 except KeyError:
                     raise self._missing(extent.blob_index, extent.blob_offset) from None
                 for row, start, length in pieces:
-                    plain = self._row(extent.blob_index, row)
-                    begin = start - self.chunks.chunk(row).uncompressed_offset
-                    yield plain[begin : begin + length]
+                    yield self._part(extent.blob_index, row, start, length)
             offset += step
+
+    def decode(self, part: bytes | memoryview | Part) -> bytes | memoryview:
+        """The verified bytes of a part. Thread-safe."""
+        if not isinstance(part, Part):
+            return part
+        plain = self.chunks.decode([part.member], part.stored)[0]
+        return plain if part.length == len(plain) else plain[part.begin : part.begin + part.length]
+
+    def _part(self, blob_index: int, row: int, start: int, length: int) -> bytes | memoryview | Part:
+        member = self.chunks.member(row)
+        begin = start - member.chunk.uncompressed_offset
+        if member.unit.kind == "chunk":
+            return Part(member, self.read_stored(member.unit, self.image.blobs[blob_index]), begin, length)
+        return self._row(blob_index, row)[begin : begin + length]
 
     def _find(self, blob_index: int, offset: int, size: int) -> int:
         self.need_meta(self.image.blobs[blob_index])
@@ -177,30 +209,38 @@ class Blobs:
 
     def _row(self, blob_index: int, row: int) -> bytes | memoryview:
         """A chunk. One that shares its unit brings its neighbours along, the unit is then decoded once for all."""
-        if row in self._plain:
-            return self._plain[row]
         member = self.chunks.member(row)
         blob = self.image.blobs[blob_index]
-        stored = self.read_stored(member.unit, blob)
         if member.unit.kind == "chunk":
-            return self.chunks.decode([member], stored)[0]
-        rows, members = self._neighbours(blob_index, row, member)
-        self._plain = dict(zip(rows, self.chunks.decode(members, stored), strict=True))
-        return self._plain[row]
+            return self.chunks.decode([member], self.read_stored(member.unit, blob))[0]
+        key = blob_index, member.unit
+        found = self._units.get(key)
+        if found is None:
+            rows, members = self._neighbours(blob_index, row, member)
+            plain = self.chunks.decode(members, self.read_stored(member.unit, blob))
+            found = self._units[key] = dict(zip(rows, plain, strict=True))
+            self._kept += sum(map(len, plain))
+            while self._kept > KEPT_UNITS and len(self._units) > 1:
+                self._kept -= sum(map(len, self._units.popitem(last=False)[1].values()))
+        else:
+            self._units.move_to_end(key)
+        return found[row]
 
     def _neighbours(self, blob_index: int, row: int, member: Member) -> tuple[list[int], list[Member]]:
-        """The rows from this one on that lie in the same unit."""
+        """The rows around this one that lie in the same unit."""
         rows, members = [row], [member]
-        for other in range(row + 1, self.chunks.blob_rows(blob_index).stop):
-            following = self.chunks.member(other)
-            if following.unit != member.unit:
-                break
-            rows.append(other)
-            members.append(following)
+        every = self.chunks.blob_rows(blob_index)
+        for direction in (range(row + 1, every.stop), range(row - 1, every.start - 1, -1)):
+            for other in direction:
+                following = self.chunks.member(other)
+                if following.unit != member.unit:
+                    break
+                rows.append(other)
+                members.append(following)
         return rows, members
 
     def close(self) -> None:
-        self._plain.clear()
+        self._units.clear()
         self.chunks.close()
         self.source.close()
 
@@ -221,4 +261,4 @@ def open_blobs(image: Bootstrap, where: str | os.PathLike[str] | BlobReader) -> 
     return Blobs(image, source, chunks)
 
 
-__all__ = ["BlobReader", "Blobs", "Folder", "local_meta", "open_blobs"]
+__all__ = ["BlobReader", "Blobs", "Folder", "Part", "local_meta", "open_blobs"]

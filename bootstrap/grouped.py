@@ -7,32 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from bootstrap.base import Bootstrap, DirEntry
+from bootstrap.base import Bootstrap, Chunk, DirEntry
 from bootstrap.errors import FormatError
-from bootstrap.layout.common import ChunkFlags, SuperFlags
+from bootstrap.layout.common import SuperFlags
 from bootstrap.reader_v5 import BootstrapV5
 
 _DIRECTORY = 4
-
-
-class FileChunk(NamedTuple):
-    """One part of a file as its chunk record tells: `digest` is zeros where the format has none (tarfs, external)."""
-
-    digest: bytes
-    blob_index: int
-    compressed_size: int
-    uncompressed_size: int
-    compressed_offset: int
-    uncompressed_offset: int
-    index: int  # type: ignore[assignment]  # the name the format gives it; nobody needs tuple.index
-    flags: int
-    crc32: int
-
-    @property
-    def has_crc(self) -> bool:
-        return bool(self.flags & ChunkFlags.HAS_CRC)
 
 
 def directories(image: Bootstrap) -> Iterator[tuple[bytes, int, list[DirEntry]]]:
@@ -66,23 +47,26 @@ class FileChunks:
 
     def __init__(self, image: Bootstrap) -> None:
         self._image = image
-        self._records: dict[tuple[int, int, int], FileChunk] = {}
+        self._records: dict[tuple[int, int, int], Chunk] = {}
         self._tarfs = bool(image.flags & SuperFlags.TARFS)
         if image.version == 6 and not self._tarfs:
             for record in image.chunk_records():
-                self._records[record[1], record[8], record[6]] = _chunk(record)
+                self._records[record[1], record[8], record[6]] = Chunk._make(record)
 
-    def of(self, ino: int) -> list[FileChunk]:
-        """All chunks of a regular file in file order; FormatError when one of them has no record."""
+    def of(self, ino: int) -> list[Chunk]:
+        """All chunks of a regular file in file order; FormatError when one of them has no record.
+
+        Their digests are zeros where the format has none (tarfs, external).
+        """
         image = self._image
         if isinstance(image, BootstrapV5):
-            return [_chunk(record) for record in image.file_records(ino)]
+            return [Chunk._make(record) for record in image.file_records(ino)]
         refs = image.chunk_refs(ino)
         if self._tarfs:  # the addresses are all there is (reference 1.13)
             size, step = image.attr(ino).size, image.chunk_size
             return [
-                FileChunk(bytes(32), ref.blob_index, part, part, ref.uncompressed_offset, ref.uncompressed_offset,
-                          ref.chunk_index, 0, 0)
+                Chunk(bytes(32), ref.blob_index, 0, part, part, ref.uncompressed_offset, ref.uncompressed_offset,
+                      number * step, ref.chunk_index, 0)
                 for number, ref in enumerate(refs)
                 for part in [min(step, size - number * step)]
             ]  # fmt: skip
@@ -91,8 +75,3 @@ class FileChunks:
         except KeyError as missing:
             blob, index, offset = missing.args[0]
             raise FormatError("chunk table", 0, f"chunk {index} of blob {blob} at {offset:#x} has no record") from None
-
-
-def _chunk(record: tuple[bytes, int, int, int, int, int, int, int, int, int]) -> FileChunk:
-    digest, blob, flags, stored, plain, stored_at, plain_at, _, index, crc = record
-    return FileChunk(digest, blob, stored, plain, stored_at, plain_at, index, flags, crc)

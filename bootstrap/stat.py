@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bootstrap.base import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Bootstrap
-from bootstrap.grouped import FileChunk, FileChunks, directories
+from bootstrap.base import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Bootstrap, Chunk
+from bootstrap.grouped import FileChunks, directories
 from bootstrap.layout.common import Digester, round_up
 
 FILE_SIZE_BITS = 45
@@ -174,7 +174,7 @@ def _count(image: Bootstrap) -> tuple[ImageInfo, dict[bytes, tuple[int, int]]]:
     return info, distinct
 
 
-def _count_file(info: ImageInfo, size: int, parts: list[FileChunk], distinct: dict[bytes, tuple[int, int]]) -> None:
+def _count_file(info: ImageInfo, size: int, parts: list[Chunk], distinct: dict[bytes, tuple[int, int]]) -> None:
     info.file_sizes[min(size.bit_length(), FILE_SIZE_BITS - 1)] += 1
     info.file_size += size
     info.padding_size += round_up(size, 4096) - size

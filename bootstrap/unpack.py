@@ -9,18 +9,17 @@ not change what the lower one says about them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from bootstrap import tarwrite
 from bootstrap.base import S_IFDIR, S_IFMT, S_IFREG, Attr, Bootstrap
+from bootstrap.blobsource import Blobs, Part
 from bootstrap.errors import FormatError
+from bootstrap.packing import Packer
 from bootstrap.reader_v6 import BootstrapV6
 from bootstrap.tarwrite import Member, pack_member, padding
 from bootstrap.tree import IMPLIED_NSEC
-
-Content = Callable[[int, int], Iterable[bytes | memoryview]]
-"""The bytes of a file, given its inode and size, in pieces and order."""
 
 _KINDS = {
     0o010000: tarwrite.FIFO,
@@ -30,31 +29,45 @@ _KINDS = {
     S_IFREG: tarwrite.FILE,
     0o120000: tarwrite.SYMLINK,
 }
+_Item = bytes | memoryview | Part
 _DEVICES = (tarwrite.CHAR, tarwrite.BLOCK_DEVICE)
 
 
-def unpack(image: Bootstrap, content: Content, out: BinaryIO, progress: Callable[[int], None] | None = None) -> int:
-    """Write the tar of `image` to `out`, front to back; the number of entries.
+def unpack(blobs: Blobs, out: BinaryIO, *, threads: int = 2, progress: Callable[[int], None] | None = None) -> int:
+    """Write the tar of an image to `out`, front to back; the number of entries.
 
-    `progress` is called with bytes of content written. Same image, same bytes. Raises what `content` raises, and
-    FormatError when a file's pieces are not of its size.
+    Chunks are decoded and verified in `threads`; what lies between reading and writing is a few MB, whatever the
+    image. `progress` is called with bytes of content written. Same image, same bytes. Raises RafsError for content
+    that is damaged or not there, FormatError when a file's chunks are not of its size.
     """
+
+    def work(items: list[_Item]) -> list[bytes | memoryview]:
+        return [blobs.decode(item) for item in items]
+
+    def write(items: list[_Item], done: list[bytes | memoryview]) -> None:
+        for data in done:
+            out.write(data)
+        if progress is not None:
+            progress(sum(map(len, done)))
+
     count = 0
-    for member, ino in members(image):
-        out.write(pack_member(member))
-        count += 1
-        if member.size:
+    with Packer(work, write, threads) as packer:
+        for member, ino in members(blobs.image):
+            packer.add(pack_member(member), tarwrite.BLOCK)
+            count += 1
+            if not member.size:
+                continue
             left = member.size
-            for piece in content(ino, member.size):
-                left -= len(piece)
+            for part in blobs.file_parts(ino):
+                size = part.length if isinstance(part, Part) else len(part)
+                left -= size
                 if left < 0:
                     break
-                out.write(piece)
-                if progress is not None:
-                    progress(len(piece))
+                packer.add(part, size)
             if left:
                 raise FormatError("inode", 0, f"{os.fsdecode(member.name)!r}: its chunks are not of its size")
-            out.write(padding(member.size))
+            packer.add(padding(member.size), 0)
+        packer.flush()
     out.write(tarwrite.END_OF_ARCHIVE)
     return count
 

@@ -16,6 +16,7 @@ _COMMANDS = {
     "check": "Validate a bootstrap, with -D its data too",
     "inspect": "Look into a bootstrap, interactively or with one request",
     "chunkdict": "Find chunks that many images have (chunkdict generate)",
+    "unpack": "Unpack an image to the tar of an OCI layer",
     "stat": "Count files, sizes and chunks of images, and what they share",
 }
 

@@ -33,6 +33,7 @@ def _shown(char: str) -> str:
 def listing(image: Bootstrap) -> Iterator[str]:
     """One line per path, depth first, files followed by one line per chunk."""
     from bootstrap.grouped import FileChunks
+    from bootstrap.layout.common import ChunkFlags
 
     chunks = FileChunks(image)
     children: dict[int, int] = {}
@@ -41,7 +42,7 @@ def listing(image: Bootstrap) -> Iterator[str]:
         yield _line(image, entry.ino, entry.dtype, b"/" + path, entry.name, children)
         if entry.dtype == 8:
             for number, chunk in enumerate(chunks.of(entry.ino)):
-                crc = f", crc32 {chunk.crc32:#x}" if chunk.has_crc else ""
+                crc = f", crc32 {chunk.crc32:#x}" if chunk.flags & ChunkFlags.HAS_CRC else ""
                 yield (
                     f"\t chunk: id {chunk.digest.hex()}, index {chunk.index}, blob_index {chunk.blob_index}, "
                     f"file_offset {number * image.chunk_size}, compressed {chunk.compressed_offset}/"

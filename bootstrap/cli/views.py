@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bootstrap.cli.listing import quoted
 
 if TYPE_CHECKING:
-    from bootstrap.grouped import FileChunk
+    from bootstrap.base import Chunk
     from bootstrap.reader import Bootstrap
 
 _FLAG_NAMES = {
@@ -178,7 +178,7 @@ def inode(image: Bootstrap, ino: int, parent: int, name: bytes) -> Iterator[str]
         yield f"Xattr:              {quoted(key)} = {quoted(value)}"
 
 
-def file_chunks(image: Bootstrap, chunks: list[FileChunk]) -> Iterator[str]:
+def file_chunks(image: Bootstrap, chunks: list[Chunk]) -> Iterator[str]:
     """The chunks of a file."""
     yield "  Chunk list:"
     for number, chunk in enumerate(chunks):
