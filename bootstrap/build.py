@@ -5,11 +5,11 @@ The stages, and where each lives:
 | stage | does | module |
 | --- | --- | --- |
 | source | the entries and bytes of a layer, front to back | `tar`, `directory` |
-| tree | entries become nodes; one layer over another | `tartree`, `directory`, `overlay` |
+| tree | entries become nodes | `tartree`, `directory` |
 | chunk | content is cut, digested and compressed, in threads | `modes`, `packing` |
 | dedup | chunks that are stored already are found again | `dedup`, `chunkdict` |
 | pack | the rest is put into the blob and described there | `modes`, `blobfile` |
-| metadata | the tree becomes a bootstrap | `metadata`, `write_v5`, `write_v6` |
+| metadata | the tree becomes tables, the tables a bootstrap | `flat`, `overlay`, `metadata`, `write_v5`, `write_v6` |
 
 A new format is a new module in `modes` and a line in `kinds`. Streaming: what is in memory is the tree (about 600
 bytes a path), a record of 80 bytes for each chunk, and a few chunks in work.
@@ -23,17 +23,18 @@ from typing import BinaryIO
 
 from bootstrap import tar
 from bootstrap.blobfile import BlobFile
-from bootstrap.chunktable import BlobInfo, ChunkTable
+from bootstrap.chunktable import ChunkTable
 from bootstrap.dedup import ChunkIndex
 from bootstrap.directory import dump_order, read_file, scan
 from bootstrap.errors import BuildError
+from bootstrap.flat import FlatTree, flatten
 from bootstrap.kinds import KINDS, Kind
 from bootstrap.layout import v5, v6
 from bootstrap.load import blob_info, load_tree
 from bootstrap.metadata import write_bootstrap
 from bootstrap.modes import Context, Mode
 from bootstrap.options import BuildOptions, BuildResult
-from bootstrap.overlay import apply_layer, drop_whiteouts
+from bootstrap.overlay import is_whiteout, overlay
 from bootstrap.reader import open_bootstrap
 from bootstrap.tartree import LayerTree
 from bootstrap.tree import IMPLIED_NSEC, Node, clean_patterns, number
@@ -53,15 +54,17 @@ def build_layer(
 ) -> BuildResult:
     """Turn an *uncompressed* layer tar into a layer blob, written to `out` front to back; neither need be seekable.
 
-    `source` is what the mode's `open` made of the layer file. With `inline_meta` the bootstrap goes to the end of the
+    `source` is what `kind.open` made of the layer file. With `inline_meta` the bootstrap goes to the end of the
     blob, else only into the result; without any data nothing is written then. `progress` gets the uncompressed bytes of
     each piece done. Whiteouts stay ordinary files: a merge applies them. Raises BuildError naming the entry; what was
     written to `out` so far is then useless.
     """
     build = _Build(out, options, kind, progress)
+    options = build.options
     layer = LayerTree(_xattr_limit(options))
     stream = tar.TarStream(source)
     with build.mode as mode:
+        mode.begin(source)
         add_entry, add_file, regular = layer.add, mode.add_file, tar.REGULAR
         while (entry := stream.next()) is not None:
             node = add_entry(entry)
@@ -92,13 +95,12 @@ def build_directory(
     read or change while they are, and for a parent of another version or chunk size.
     """
     build = _Build(out, options, kind, progress)
+    options = build.options
     root = scan(source, xattr_limit=_xattr_limit(options))
-    if parent is None:
-        drop_whiteouts(root, options.whiteout_spec)
-    else:
-        root = apply_layer(build.load_parent(parent), root, options.whiteout_spec)
+    if parent is not None:
+        build.load_parent(parent)
     build.stage("load_from_directory")
-    order = [node for node in number(root) if node.source is not None]
+    order = _content(number(root), options.whiteout_spec)
     patterns = clean_patterns(options.prefetch)[0] if options.prefetch_policy != "none" else []
     with build.mode as mode:
         ahead, rest = dump_order(order, patterns)
@@ -111,18 +113,27 @@ def build_directory(
             read_file(node, mode.add_file)
         mode.flush()
         build.stage("dump_blob")
-        return build.finish(root)
+        return build.finish(root, options.whiteout_spec)
+
+
+def _content(order: list[Node], spec: str) -> list[Node]:
+    """`order` without whiteouts and what lies in them: they have no place in the blob."""
+    hidden: set[Node] = set()
+    for node in order:
+        if is_whiteout(node.name, node.mode, node.rdev, spec) or node.parent in hidden:
+            hidden.add(node)
+    return [node for node in order if node not in hidden]
 
 
 class _Build:
     """What the stages of one build share, from its options to its result."""
 
     def __init__(self, out: BinaryIO, options: BuildOptions, kind: Kind, progress: Progress | None) -> None:
-        self.options = options
+        self.options = options = kind.settle(options)
         self.table = ChunkTable()
         self.index = ChunkIndex(self.table)
         self.file = BlobFile(out, framed=options.inline_meta or options.blob_toc)
-        self.below: list[BlobInfo] = []
+        self.below: FlatTree | None = None
         self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
         self.times: dict[str, float] = {}
@@ -134,8 +145,8 @@ class _Build:
         self.times["total_build"] = round(now - self._started, 6)
         self._last = now
 
-    def load_parent(self, path: str) -> Node:
-        """The tree of a parent image; its chunks are known from now on, its blobs come first."""
+    def load_parent(self, path: str) -> None:
+        """Take a parent image below the layer; its chunks are known from now on, its blobs come first."""
         options, table = self.options, self.table
         with open_bootstrap(path) as image:
             if (image.version, image.chunk_size) != (options.fs_version, options.chunk_size):
@@ -143,26 +154,31 @@ class _Build:
                     f"parent {path} has version {image.version} and chunk size {image.chunk_size:#x}, "
                     f"this build {options.fs_version} and {options.chunk_size:#x}"
                 )
-            self.below = [blob_info(blob) for blob in image.blobs]
-            first = len(table)
-            for blob in self.below:
-                self.index.list_blob(table.place_of(blob))
-            tree = load_tree(image, table, self.below)
+            blobs = [blob_info(blob) for blob in image.blobs]
+            self.below = overlay([(load_tree(image, blobs), "none")])
+        for blob in blobs:
+            self.index.list_blob(table.place_of(blob))
+        first = len(table)
+        table.extend(self.below.chunks, blobs)
         self.index.learn(range(first, len(table)))
-        return tree
 
-    def finish(self, root: Node) -> BuildResult:
+    def finish(self, root: Node, spec: str = "none") -> BuildResult:
+        """`spec`: of the whiteouts among the nodes."""
         mode, options = self.mode, self.options
         mode.finish_data()
-        bootstrap, count = write_bootstrap(root, self.table, self.index.blobs, options, mode.super_flags)
+        tree = flatten(root, self.table, self.index.blobs)
+        if self.below is not None:
+            tree = overlay([(self.below, "none"), (tree, spec)])
+        elif spec != "none":
+            tree = overlay([(tree, spec)])
+        bootstrap, count = write_bootstrap(tree, options, mode.super_flags)
         if options.inline_meta:
             mode.finish_inline(bootstrap)
         self.stage("dump_bootstrap")
         info = mode.info
-        blob_id = self.file.id_hash() if options.inline_meta else info.id
-        ids = [blob_id if blob is info else blob.id for blob in self.index.blobs]
+        ids = [mode.listed_id if blob is info else blob.id for blob in self.index.blobs]
         return BuildResult(
-            blob_id=blob_id,
+            blob_id=mode.file_id,
             blob_size=self.file.size,
             blob_sha256=self.file.sha256.hexdigest(),
             bootstrap=bootstrap,

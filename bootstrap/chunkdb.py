@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.errors import BuildError
+from bootstrap.flat import flatten
 from bootstrap.grouped import FileChunks, directories
 from bootstrap.layout.common import (
     MAX_BLOBS,
@@ -251,7 +252,7 @@ def generate(database: ChunkDatabase, form: Form) -> Dictionary:
         secret = any(blob.features & BlobFeatures.ENCRYPTED for blob in table.blobs)
         flags |= SuperFlags.ENCRYPT_XTS if secret else SuperFlags.ENCRYPT_NONE
     write = write_v6 if form.version == 6 else write_v5
-    data = write(root, table, table.blobs, chunk_size=form.chunk_size, flags=flags, prefetch=[])
+    data = write(flatten(root, table, table.blobs), chunk_size=form.chunk_size, flags=flags, prefetch=[])
     return Dictionary(
         data,
         [blob.id for blob in table.blobs],

@@ -6,27 +6,29 @@ as it lies, and numpy can look at `records` where a table is large.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bootstrap.layout.common import CHUNK_RECORD, BlobFeatures, Compressor, Digester
 
 ROW = CHUNK_RECORD.size
 _PLACE = Struct("<I20xQ8xI")  # blob, uncompressed offset, index: what a chunk address needs
-_INDEX = _SIZE = Struct("<I")
-_OFFSET = Struct("<Q")
+_SIZE = Struct("<I")
 
 
 @dataclass(slots=True, eq=False)
 class BlobInfo:
-    """One data blob as the blob tables describe it (1.4, 2.4, 2.5). `index` is set when a bootstrap is written."""
+    """One data blob as the blob tables describe it (1.4, 2.4, 2.5)."""
 
     id: str
     chunk_size: int
     compressor: Compressor
     digester: Digester
     features: BlobFeatures
-    index: int = 0
     chunk_count: int = 0
     compressed_size: int = 0
     uncompressed_size: int = 0
@@ -94,16 +96,13 @@ class ChunkTable:
         )
         return row
 
-    def get(self, row: int) -> tuple[bytes, int, int, int, int, int, int, int, int, int]:
-        """The fields of CHUNK_RECORD; the second is the place of the blob."""
-        return CHUNK_RECORD.unpack_from(self.records, row * ROW)
-
-    def record(self, row: int, file_offset: int) -> bytes:
-        """The record as a bootstrap holds it, once the blobs have their `index`."""
-        record = self.records[row * ROW : (row + 1) * ROW]
-        _INDEX.pack_into(record, 32, self.blobs[_INDEX.unpack_from(record, 32)[0]].index)
-        _OFFSET.pack_into(record, 64, file_offset)
-        return bytes(record)
+    def extend(self, records: NDArray[np.void], blobs: Sequence[BlobInfo]) -> None:
+        """Append the records of another image, whose `blob` counts in `blobs`."""
+        records = records.copy()
+        if len(records):
+            places = np.array([self.place_of(blob) for blob in blobs], np.uint32)
+            records["blob"], records["file_offset"] = places[records["blob"]], 0
+        self.records += records.tobytes()
 
     def digest(self, row: int) -> bytes:
         return bytes(self.records[row * ROW : row * ROW + 32])
@@ -116,7 +115,3 @@ class ChunkTable:
     def address(self, row: int) -> tuple[int, int, int]:
         """Place of the blob, uncompressed offset, index in the blob."""
         return _PLACE.unpack_from(self.records, row * ROW + 32)
-
-    def blob(self, row: int) -> BlobInfo:
-        place: int = _INDEX.unpack_from(self.records, row * ROW + 32)[0]
-        return self.blobs[place]

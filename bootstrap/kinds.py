@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
+from bootstrap.errors import BuildError
 from bootstrap.layout.common import Compressor, Digester
-from bootstrap.modes import Context, Mode
+from bootstrap.modes import Mode
 from bootstrap.modes.packed import PackedMode
+from bootstrap.modes.reference import RefMode
+from bootstrap.options import BuildOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`source`: "directory" or "tar". `compressor`, `digester`: forced ones, None where the options decide."""
+    """`source`: "directory" or "tar". `compressor`, `digester`: forced ones, None where the options decide.
+
+    `fixed`: the data is somebody else's file, so there is nothing to batch, to move forward or to give an id.
+    """
 
     name: str
     source: str
-    mode: Callable[[Context], Mode] = PackedMode
+    mode: type[Mode] = PackedMode
     compressor: Compressor | None = None
     digester: Digester | None = None
     only_v6: bool = False
+    fixed: bool = False
+
+    def open(self, stream: BinaryIO) -> BinaryIO:
+        """The uncompressed tar inside a layer file, as `build_layer` needs it for this kind. Close it when done; that
+        leaves `stream` open."""
+        return self.mode.open(stream)
+
+    def settle(self, options: BuildOptions) -> BuildOptions:
+        """`options` with what the kind forces; BuildError, naming the option, for what it cannot do."""
+        if self.only_v6 and options.fs_version != 6:
+            version = f"--fs-version {options.fs_version}"
+            raise BuildError(f"'{version}' conflicts with conversion type '{self.name}', only V6 is supported")
+        if self.fixed:
+            if options.blob_id is not None:
+                raise BuildError(f"conversion type '{self.name}' conflicts with '--blob-id'")
+            if options.batch_size:
+                raise BuildError(f"unsupported ConversionType for batch chunk: {self.name} (--batch-size)")
+            if options.prefetch_policy == "blob":
+                raise BuildError(f"conversion type {self.name} conflicts with '--prefetch-policy blob'")
+        return replace(
+            options,
+            compressor=options.compressor if self.compressor is None else self.compressor,
+            digester=options.digester if self.digester is None else self.digester,
+        )
+
+
+def _ref(name: str) -> Kind:
+    return Kind(name, "tar", RefMode, Compressor.GZIP, Digester.SHA256, only_v6=True, fixed=True)
 
 
 KINDS = {
@@ -29,6 +63,8 @@ KINDS = {
         Kind("tar-rafs", "tar"),
         Kind("targz-rafs", "tar"),
         Kind("estargz-rafs", "tar"),
+        _ref("targz-ref"),
+        _ref("estargz-ref"),
     )
 }
 ALIASES = {"directory": "dir-rafs", "stargz_index": "estargztoc-ref"}

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bootstrap.chunktable import BlobInfo, ChunkTable
+from bootstrap.chunktable import BlobInfo
 from bootstrap.errors import BuildError, FormatError
+from bootstrap.flat import FlatTree
 from bootstrap.inlined import extract_bootstrap
 from bootstrap.layout.common import (
     DEFAULT_CHUNK_SIZE,
@@ -21,9 +22,9 @@ from bootstrap.layout.common import (
     super_flags,
 )
 from bootstrap.load import blob_info, load_tree
-from bootstrap.overlay import apply_layer, drop_whiteouts
+from bootstrap.overlay import overlay
 from bootstrap.reader import Bootstrap, open_bootstrap
-from bootstrap.tree import Node, clean_patterns, no_collector, number
+from bootstrap.tree import clean_patterns
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
@@ -98,14 +99,8 @@ def merge_layers(
     """
     if not sources:
         raise BuildError("nothing to merge: give at least one layer bootstrap")
-    with no_collector():
-        return _merge(sources, out, prefetch, parent)
-
-
-def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes], parent: Path | None) -> MergeResult:
     pool: dict[str, BlobInfo] = {}
-    chunks = ChunkTable()
-    tree: Node | None = None
+    layers: list[tuple[FlatTree, str]] = []
     expected: _Format | None = None
     owner: Path | None = None
     flags = SuperFlags(0)
@@ -125,34 +120,20 @@ def _merge(sources: Sequence[MergeSource], out: Path, prefetch: Sequence[bytes],
             blobs = _blobs_of(image, path, source, pool)
             if blobs and not chunk_size:
                 chunk_size = blobs[0].chunk_size
-            upper = load_tree(image, chunks, blobs)
+            layers.append((load_tree(image, blobs), "oci"))
             version, compressor, digester = image.version, image.compressor, image.digester
             flags = super_flags(compressor, digester) | image.flags & SuperFlags.EXPLICIT_UIDGID
             encrypted = encrypted or bool(image.flags & SuperFlags.ENCRYPT_XTS)
-        if tree is None:
-            drop_whiteouts(upper, "oci")
-            tree = upper
-        else:
-            tree = apply_layer(tree, upper)
-    assert tree is not None
     if version == 6:
         flags |= SuperFlags.ENCRYPT_XTS if encrypted else SuperFlags.ENCRYPT_NONE
         flags |= SuperFlags.HAS_XATTR  # upstream's v6 merges say so whether or not it is true
-    order = number(tree)
-    table: dict[int, None] = {}
-    for node in order:
-        if node.implied:
-            node.mtime_nsec = 0
-        for row in node.chunks or ():
-            table.setdefault(chunks.address(row)[0])
-    used = [chunks.blobs[place] for place in table]
-    count = len(order)
-    del order
+    tree = overlay(layers)
+    tree.drop_unused_blobs()
     write = write_v6 if version == 6 else write_v5
     patterns = clean_patterns(list(prefetch))[0]
-    data = write(tree, chunks, used, chunk_size=chunk_size or DEFAULT_CHUNK_SIZE, flags=flags, prefetch=patterns)
+    data = write(tree, chunk_size=chunk_size or DEFAULT_CHUNK_SIZE, flags=flags, prefetch=patterns)
     write_file(out, data)
-    return MergeResult([blob.id for blob in used], version, compressor, digester, count, len(data))
+    return MergeResult([blob.id for blob in tree.blobs], version, compressor, digester, len(tree.names), len(data))
 
 
 @contextmanager

@@ -45,8 +45,6 @@ class BuildOptions:
             raise BuildError(f"RAFS version {self.fs_version} does not exist; use 5 or 6")
         if not is_chunk_size(self.chunk_size):
             raise BuildError(f"chunk size {self.chunk_size:#x} is not a power of two from 0x1000 to 0x1000000")
-        if self.compressor == Compressor.GZIP:
-            raise BuildError("chunks cannot be written with gzip; use none, lz4_block or zstd")
         if self.whiteout_spec not in ("oci", "overlayfs", "none"):
             raise BuildError(f"whiteout spec {self.whiteout_spec!r} is not oci, overlayfs or none")
         if self.prefetch_policy not in ("none", "fs", "blob"):

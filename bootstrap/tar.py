@@ -190,8 +190,8 @@ class TarStream:
             self.read(READ_SIZE)
 
     def _extension(self, size: int, what: str) -> bytes:
-        if size > MAX_EXTENSION:
-            raise BuildError(f"{what} of {size} bytes at {self.position}: more than {MAX_EXTENSION}")
+        if not 0 <= size <= MAX_EXTENSION:
+            raise BuildError(f"{what} of {size} bytes at {self.position}: 0 to {MAX_EXTENSION} are possible")
         self._left = size
         self._padding = -size % BLOCK
         self._entry = what

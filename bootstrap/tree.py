@@ -1,15 +1,12 @@
 """The tree a build works on: nodes as they are before they become a bootstrap. Their chunks are rows of a `ChunkTable`.
 
-Reference: RAFS format 5.1. One object per path; a layer of 5,000 files costs about 5 MB here, so a merge of 30 such
-layers fits in 150 MB. Serving never builds such a tree (see `reader`).
+Reference: RAFS format 5.1. One object per path, for sources that meet one path at a time; what follows (overlay, merge,
+writing) works on the tables of `flat`, which `flat.flatten` makes of it. Serving never builds a tree (see `reader`).
 """
 
 from __future__ import annotations
 
-import gc
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME
@@ -19,26 +16,24 @@ XATTR_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 
 class LinkGroup:
-    """Identity of an inode with several names. The writer counts the names that are left and finds the first."""
+    """Identity of an inode with several names; `number` finds the first of them."""
 
-    __slots__ = ("count", "first")
+    __slots__ = ("first",)
 
     def __init__(self) -> None:
         self.first: Node | None = None
-        self.count = 0
 
 
 class Node:
     """One path of the tree.
 
     `mode` has the type bits; `size` is that of a regular file; `rdev` is st_rdev in the 32-bit Linux encoding.
-    The last five slots belong to the writers and mean nothing before `number`.
+    `index` and `parent` mean nothing before `number`.
     """
 
     __slots__ = (
         "children",
         "chunks",
-        "data_at",
         "gid",
         "group",
         "implied",
@@ -48,8 +43,6 @@ class Node:
         "mtime",
         "mtime_nsec",
         "name",
-        "nlink",
-        "offset",
         "parent",
         "rdev",
         "size",
@@ -82,9 +75,6 @@ class Node:
         """Where a directory build reads its content."""
         self.parent: Node | None = None
         self.index = 0
-        self.nlink = 1
-        self.offset = 0
-        self.data_at = 0
 
     @property
     def is_dir(self) -> bool:
@@ -108,51 +98,18 @@ always lets the made-up attributes win.
 """
 
 
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep the cycle collector away while many nodes are made: they live until the end anyway.
-
-    For 30 layers of 5,000 files it would take 1.6 of 4.1 s and find nothing.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def new_root() -> Node:
     """The root a layer has that does not describe it: 0755, root, epoch."""
     return Node(b"/", stat.S_IFDIR | 0o755)
 
 
-def has_default_attributes(directory: Node) -> bool:
-    """Whether all attributes but the nanoseconds are those of a directory that no entry describes."""
-    return (
-        directory.mode == stat.S_IFDIR | 0o755
-        and not directory.mtime
-        and not directory.uid
-        and not directory.gid
-        and not directory.xattrs
-    )
-
-
-def copy_attributes(source: Node, target: Node) -> None:
-    """Owner, permissions, times and extended attributes of one directory for another."""
-    target.mode, target.uid, target.gid, target.rdev = source.mode, source.uid, source.gid, source.rdev
-    target.mtime, target.mtime_nsec, target.xattrs = source.mtime, source.mtime_nsec, source.xattrs
-    target.implied = source.implied
-
-
 def number(root: Node) -> list[Node]:
-    """All nodes in G-order (5.1) with `index`, `parent`, `nlink` and the link groups filled in; sorts all children.
+    """All nodes in G-order (5.1) with `index`, `parent` and the link groups filled in; sorts all children.
 
     `order[i].index == i + 1`. Siblings are neighbours in the result.
     """
     order = [root]
-    groups: list[LinkGroup] = []
+    groups: set[LinkGroup] = set()
     root.index = 1
     root.parent = root
     stack = [root]
@@ -170,36 +127,12 @@ def number(root: Node) -> list[Node]:
             child.parent = directory
             if child.children is not None:
                 subdirs.append(child)
-            elif child.group is not None:
-                group = child.group
-                if group.first is None or group.count == 0:
-                    group.first = child
-                    groups.append(group)
-                group.count += 1
-        directory.nlink = 2 + len(subdirs)
+            elif child.group is not None and child.group not in groups:
+                child.group.first = child
+                groups.add(child.group)
         subdirs.reverse()
         stack += subdirs
-    for node in order:
-        if node.children is None:
-            node.nlink = node.group.count if node.group is not None else 1
-    for group in groups:  # so that a tree can be numbered again after a change
-        group.count = 0
     return order
-
-
-def first_name(node: Node) -> Node:
-    """The node whose inode number this one has: itself, or the first name of its link group in G-order."""
-    return node.group.first if node.group is not None and node.group.first is not None else node
-
-
-def walk(root: Node) -> Iterator[Node]:
-    """Depth-first pre-order; children must be sorted (`number`)."""
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        if node.children:
-            stack += reversed(node.children.values())
 
 
 def path_of(node: Node) -> str:
@@ -240,16 +173,6 @@ def check_xattr(name: bytes, value: bytes, limit: int, where: str) -> None:
         raise BuildError(f"{where}: attribute name of {len(name)} bytes ({name[:40]!r}...), at most {MAX_XATTR_NAME}")
     if len(value) > limit:
         raise BuildError(f"{where}: attribute {name!r} has {len(value)} bytes, this RAFS version keeps at most {limit}")
-
-
-def prefetch_targets(root: Node, patterns: list[bytes]) -> list[Node]:
-    """The nodes the prefetch table names, in pattern order (5.7): exact matches; no empty regular file."""
-    found = []
-    for pattern in patterns:
-        node = find(root, pattern)
-        if node is not None and not (node.is_file and node.size == 0):
-            found.append(node)
-    return found
 
 
 def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:

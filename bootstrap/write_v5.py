@@ -5,179 +5,199 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Sequence
+from itertools import accumulate
 
+import numpy as np
 from blake3 import blake3
 
-from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.digest import EMPTY
 from bootstrap.errors import BuildError
+from bootstrap.flat import LINKED, FlatTree, Ints
 from bootstrap.layout import v5
 from bootstrap.layout.common import MAX_BLOBS, Digester, SuperFlags, digester_of
-from bootstrap.tree import Node, first_name, number, path_of, prefetch_targets, walk
-
-_U32 = 0xFFFFFFFF
-_U64 = (1 << 64) - 1
+from bootstrap.layout.tables import V5_INODE
 
 
-def write_v5(
-    root: Node,
-    table: ChunkTable,
-    blobs: Sequence[BlobInfo],
-    *,
-    chunk_size: int,
-    flags: SuperFlags,
-    prefetch: list[bytes],
-) -> bytes:
+def write_v5(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytes:
     """The whole bootstrap; parameters as for `write_v6`. Raises BuildError for what v5 cannot hold."""
-    if len(blobs) > MAX_BLOBS:
-        raise BuildError(f"{len(blobs)} data blobs; an image can have at most {MAX_BLOBS}")
-    for index, blob in enumerate(blobs):
-        blob.index = index
-    order = number(root)
-    targets = prefetch_targets(root, prefetch)
-    prefetch_at = v5.SUPER_SIZE + v5.align8(4 * len(order))
-    blob_table_at = prefetch_at + v5.align8(4 * len(targets))
-    text = b"\0".join(v5.READAHEAD.pack(b.readahead_offset, b.readahead_size) + b.id.encode() for b in blobs)
-    blob_table = text.ljust(v5.align8(len(text)), b"\0")
-    extended_at = blob_table_at + len(blob_table)
-    at = extended_at + v5.EXT_BLOB.size * len(blobs)
+    return _Writer(tree, chunk_size, flags).write(prefetch)
 
-    digester = digester_of(flags)
-    digests = _digests(order, table, digester)
-    children_at = _child_indexes(order)
-    offsets = bytearray(4 * len(order))
-    records: list[bytes] = []
-    has_xattr = False
-    for node in walk(root):
-        v5.INODE_OFFSET.pack_into(offsets, 4 * (node.index - 1), at >> 3)
-        record = _record(node, digests[node.index - 1], children_at[node.index - 1], table, chunk_size)
-        records.append(record)
-        at += len(record)
-        has_xattr = has_xattr or bool(node.xattrs)
-    if at > v5.MAX_FILE_SIZE:
-        raise BuildError(f"the bootstrap would have {at} bytes; v5 allows {v5.MAX_FILE_SIZE}: use version 6")
-    if has_xattr:
-        flags |= SuperFlags.HAS_XATTR
-    extended = b"".join(
-        v5.EXT_BLOB.pack(b.chunk_count, int(b.features), b.uncompressed_size, b.compressed_size) for b in blobs
-    )
-    superblock = v5.SUPERBLOCK.pack(
-        *v5.Superblock(
-            magic=v5.SUPER_MAGIC,
-            version=v5.SUPER_VERSION,
-            sb_size=v5.SUPER_SIZE,
-            block_size=chunk_size,
-            flags=int(flags),
-            inodes_count=sum(first_name(node) is node for node in order),
-            inode_table_offset=v5.SUPER_SIZE,
-            prefetch_table_offset=prefetch_at,
-            blob_table_offset=blob_table_at,
-            inode_table_entries=len(order),
-            prefetch_table_entries=len(targets),
-            blob_table_size=len(blob_table),
-            extended_blob_table_entries=len(blobs),
-            extended_blob_table_offset=extended_at,
+
+class _Writer:
+    def __init__(self, tree: FlatTree, chunk_size: int, flags: SuperFlags) -> None:
+        if len(tree.blobs) > MAX_BLOBS:
+            raise BuildError(f"{len(tree.blobs)} data blobs; an image can have at most {MAX_BLOBS}")
+        self._tree = tree
+        self._chunk_size = chunk_size
+        self._flags = flags
+        self._digester = digester_of(flags)
+        self._xattrs = [_pack_xattrs(xattrs) for xattrs in tree.xattrs]
+        inodes = tree.inodes
+        self._kinds = tree.kinds()
+        self._with_xattrs = np.flatnonzero(inodes["xattrs"] >= 0)
+        self._name_sizes = np.fromiter(map(len, tree.names), np.int64, len(tree.names))
+        self._target_sizes = np.where(self._kinds == stat.S_IFLNK, inodes["size"], 0)
+        self._chunk_counts = np.where(self._kinds == stat.S_IFREG, inodes["count"], 0).astype(np.int64)
+        self._check()
+
+    def _check(self) -> None:
+        tree = self._tree
+        if (long := np.flatnonzero(self._target_sizes > v5.MAX_SYMLINK)).size:
+            row = int(long[0])
+            raise BuildError(f"{tree.path(row)}: link target of {self._target_sizes[row]} bytes")
+        wanted = -(-tree.inodes["size"] // self._chunk_size)
+        wrong = np.flatnonzero((self._kinds == stat.S_IFREG) & (self._chunk_counts != wanted))
+        if wrong.size:
+            row = int(wrong[0])
+            raise BuildError(f"{tree.path(row)}: {self._chunk_counts[row]} chunks instead of {wanted[row]}")
+
+    def write(self, prefetch: Sequence[bytes]) -> bytes:
+        tree, blobs, count = self._tree, self._tree.blobs, len(self._tree.names)
+        targets = tree.prefetch_targets(prefetch)
+        prefetch_at = v5.SUPER_SIZE + v5.align8(4 * count)
+        blob_table_at = prefetch_at + v5.align8(4 * len(targets))
+        text = b"\0".join(v5.READAHEAD.pack(b.readahead_offset, b.readahead_size) + b.id.encode() for b in blobs)
+        blob_table = text.ljust(v5.align8(len(text)), b"\0")
+        extended_at = blob_table_at + len(blob_table)
+        records_at = extended_at + v5.EXT_BLOB.size * len(blobs)
+        first_names, nlink = tree.links()
+        offsets, end = self._offsets(records_at)
+        if end > v5.MAX_FILE_SIZE:
+            raise BuildError(f"the bootstrap would have {end} bytes; v5 allows {v5.MAX_FILE_SIZE}: use version 6")
+        flags = self._flags | (SuperFlags.HAS_XATTR if len(self._with_xattrs) else SuperFlags(0))
+        superblock = v5.SUPERBLOCK.pack(
+            *v5.Superblock(
+                magic=v5.SUPER_MAGIC,
+                version=v5.SUPER_VERSION,
+                sb_size=v5.SUPER_SIZE,
+                block_size=self._chunk_size,
+                flags=int(flags),
+                inodes_count=int(np.count_nonzero(first_names == np.arange(count))),
+                inode_table_offset=v5.SUPER_SIZE,
+                prefetch_table_offset=prefetch_at,
+                blob_table_offset=blob_table_at,
+                inode_table_entries=count,
+                prefetch_table_entries=len(targets),
+                blob_table_size=len(blob_table),
+                extended_blob_table_entries=len(blobs),
+                extended_blob_table_offset=extended_at,
+            )
         )
-    )
-    prefetch_table = b"".join(v5.INODE_OFFSET.pack(first_name(node).index) for node in targets)
-    return b"".join(
-        [
-            superblock,
-            bytes(offsets).ljust(prefetch_at - v5.SUPER_SIZE, b"\0"),
-            prefetch_table.ljust(blob_table_at - prefetch_at, b"\0"),
-            blob_table,
-            extended,
-            *records,
-        ]
-    )
-
-
-def _child_indexes(order: list[Node]) -> list[int]:
-    """`i_child_index` by node index - 1: that of the first child, for an empty directory the next free one."""
-    found = [0] * len(order)
-    next_free = 2
-    stack = [order[0]]
-    while stack:
-        directory = stack.pop()
-        assert directory.children is not None
-        found[directory.index - 1] = next_free
-        next_free += len(directory.children)
-        stack += reversed([child for child in directory.children.values() if child.children is not None])
-    return found
-
-
-def _digests(order: list[Node], table: ChunkTable, digester: Digester) -> list[bytes]:
-    """Inode digests by node index - 1; children have higher indexes, so from the end all of a directory's are there."""
-    empty = EMPTY[digester]
-    make = hashlib.sha256 if digester == Digester.SHA256 else blake3
-    found = [empty] * len(order)
-    for node in reversed(order):
-        if node.children:
-            data = b"".join([found[child.index - 1] for child in node.children.values()])
-        elif node.chunks:
-            data = b"".join(map(table.digest, node.chunks))
-        elif node.target:
-            data = node.target
-        else:
-            continue
-        found[node.index - 1] = make(data).digest()
-    return found
-
-
-def _record(node: Node, digest: bytes, child_index: int, table: ChunkTable, chunk_size: int) -> bytes:
-    kind = node.mode & 0o170000
-    flags = v5.INODE_HARDLINK if node.linked else 0
-    name = node.name
-    chunks = node.chunks or []
-    child_count = 0
-    size = node.size
-    tail = [name.ljust(v5.align8(len(name)), b"\0")]
-    if kind == stat.S_IFDIR:
-        assert node.children is not None
-        child_count = len(node.children)
-        size = -(-sum(len(child) + 8 for child in node.children) // 4096) * 4096 or 4096
-    elif kind == stat.S_IFLNK:
-        if len(node.target) > v5.MAX_SYMLINK:
-            raise BuildError(f"{path_of(node)}: link target of {len(node.target)} bytes")
-        flags |= v5.INODE_SYMLINK
-        size = len(node.target)
-        tail.append(node.target.ljust(v5.align8(size), b"\0"))
-    elif kind == stat.S_IFREG:
-        child_count = -(-size // chunk_size)
-        if len(chunks) != child_count:
-            raise BuildError(f"{path_of(node)}: {len(chunks)} chunks instead of {child_count}")
-    xattr_bytes = 0
-    if node.xattrs:
-        flags |= v5.INODE_XATTR
-        pairs = b"".join(
-            v5.XATTR_PAIR.pack(len(key) + 1 + len(value)) + key + b"\0" + value for key, value in node.xattrs.items()
+        extended = b"".join(
+            v5.EXT_BLOB.pack(b.chunk_count, int(b.features), b.uncompressed_size, b.compressed_size) for b in blobs
         )
-        xattr_bytes = len(pairs)
-        tail.append(v5.XATTR_TOTAL.pack(xattr_bytes) + pairs.ljust(v5.align8(xattr_bytes), b"\0"))
-    if chunks:
-        tail += [table.record(row, chunk_size * number) for number, row in enumerate(chunks)]
-    parent = node.parent
-    assert parent is not None
-    fixed = v5.INODE.pack(
-        *v5.Inode(
-            digest=digest,
-            parent=parent.index if parent is not node else 0,
-            ino=first_name(node).index,
-            uid=node.uid & _U32,
-            gid=node.gid & _U32,
-            projid=0,
-            mode=node.mode,
-            size=size,
-            blocks=-(-(size + v5.align8(xattr_bytes)) // 512),
-            flags=flags,
-            nlink=node.nlink,
-            child_index=child_index,
-            child_count=child_count,
-            name_size=len(name),
-            symlink_size=len(node.target),
-            rdev=node.rdev & _U32,
-            mtime_nsec=node.mtime_nsec,
-            mtime=node.mtime & _U64,
+        return b"".join(
+            [
+                superblock,
+                (offsets >> 3).astype("<u4").tobytes().ljust(prefetch_at - v5.SUPER_SIZE, b"\0"),
+                (first_names[targets] + 1).astype("<u4").tobytes().ljust(blob_table_at - prefetch_at, b"\0"),
+                blob_table,
+                extended,
+                *self._records(np.argsort(offsets), first_names, nlink),
+            ]
         )
+
+    def _offsets(self, at: int) -> tuple[Ints, int]:
+        """Where each record lies, depth first, and where the last one ends."""
+        tree = self._tree
+        sizes = v5.INODE.size + _align8(self._name_sizes) + _align8(self._target_sizes)
+        sizes += self._chunk_counts * tree.chunks.dtype.itemsize
+        areas = np.array([len(packed) for packed in self._xattrs], np.int64)
+        sizes[self._with_xattrs] += areas[tree.inodes["xattrs"][self._with_xattrs]]
+        whole = sizes.tolist()  # of a directory: with everything below it
+        rows = tree.visits()
+        first, count = tree.inodes["first"].tolist(), tree.inodes["count"].tolist()
+        for row in reversed(rows):
+            whole[row] += sum(whole[first[row] : first[row] + count[row]])
+        own = sizes.tolist()
+        found = [at] * len(whole)
+        for row in rows:
+            begin, end = first[row], first[row] + count[row]
+            if begin < end:
+                found[begin:end] = accumulate(whole[begin : end - 1], initial=found[row] + own[row])
+        return np.array(found), at + whole[0]
+
+    def _records(self, order: Ints, first_names: Ints, nlink: Ints) -> list[bytes]:
+        """The pieces of all records in the order of `order`."""
+        tree = self._tree
+        inodes, kinds, names = tree.inodes, self._kinds, tree.names
+        _, within, refs = tree.file_refs()
+        chunks = tree.chunks[refs]
+        chunks["file_offset"] = within * self._chunk_size
+        ends = np.cumsum(self._chunk_counts)
+        made = np.zeros(len(names), V5_INODE)
+        made["digest"] = np.frombuffer(b"".join(self._digests(chunks["digest"].tobytes(), ends)), "V32")
+        made["parent"] = tree.parents() + 1
+        made["parent"][0] = 0
+        made["ino"] = first_names + 1
+        made["nlink"] = nlink
+        for field in ("uid", "gid", "mode", "rdev", "mtime_nsec", "mtime"):
+            made[field] = inodes[field]
+        directory = kinds == stat.S_IFDIR
+        made["size"] = inodes["size"]
+        made["child_index"][directory] = inodes["first"][directory] + 1
+        made["child_count"] = inodes["count"]
+        made["name_size"] = self._name_sizes
+        made["symlink_size"] = self._target_sizes
+        flags = np.where(inodes["flags"] & LINKED, v5.INODE_HARDLINK, 0)
+        flags |= np.where(kinds == stat.S_IFLNK, v5.INODE_SYMLINK, 0)
+        flags[self._with_xattrs] |= v5.INODE_XATTR
+        made["flags"] = flags
+        areas = np.array([len(packed) - v5.XATTR_TOTAL.size for packed in self._xattrs], np.int64)
+        blocks = made["size"].astype(np.int64)
+        blocks[self._with_xattrs] += areas[inodes["xattrs"][self._with_xattrs]]
+        made["blocks"] = -(-blocks // 512)
+
+        heads, records = made.tobytes(), chunks.tobytes()
+        size, record = V5_INODE.itemsize, chunks.dtype.itemsize
+        first, count, xattrs = inodes["first"].tolist(), self._chunk_counts.tolist(), inodes["xattrs"].tolist()
+        begins = (ends - self._chunk_counts).tolist()
+        links = (kinds == stat.S_IFLNK).tolist()
+        parts: list[bytes] = []
+        for row in order.tolist():
+            name = names[row]
+            parts.append(heads[row * size : row * size + size])
+            parts.append(name + bytes(-len(name) % 8))
+            if links[row]:
+                target = tree.targets[first[row]]
+                parts.append(target + bytes(-len(target) % 8))
+            if xattrs[row] >= 0:
+                parts.append(self._xattrs[xattrs[row]])
+            if count[row]:
+                parts.append(records[begins[row] * record : (begins[row] + count[row]) * record])
+        return parts
+
+    def _digests(self, chunk_digests: bytes, ends: Ints) -> list[bytes]:
+        """Inode digests by row; directories from the end, so that what lies in them is there (section 3)."""
+        tree = self._tree
+        make = hashlib.sha256 if self._digester == Digester.SHA256 else blake3
+        found = [EMPTY[self._digester]] * len(tree.names)
+        files = np.flatnonzero(self._chunk_counts)
+        for row, begin, end in zip(
+            files.tolist(),
+            (32 * (ends - self._chunk_counts)[files]).tolist(),
+            (32 * ends[files]).tolist(),
+            strict=True,
+        ):
+            found[row] = make(chunk_digests[begin:end]).digest()
+        links = np.flatnonzero(self._kinds == stat.S_IFLNK)
+        for row, number in zip(links.tolist(), tree.inodes["first"][links].tolist(), strict=True):
+            if target := tree.targets[number]:
+                found[row] = make(target).digest()
+        first, count = tree.inodes["first"].tolist(), tree.inodes["count"].tolist()
+        for row in reversed(tree.visits()):
+            if count[row]:
+                found[row] = make(b"".join(found[first[row] : first[row] + count[row]])).digest()
+        return found
+
+
+def _align8(sizes: Ints) -> Ints:
+    return (sizes + 7) & ~7
+
+
+def _pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
+    """The xattr block: unpadded size, pairs, padding (2.6)."""
+    pairs = b"".join(
+        v5.XATTR_PAIR.pack(len(name) + 1 + len(value)) + name + b"\0" + value for name, value in xattrs.items()
     )
-    return fixed + b"".join(tail)
+    return v5.XATTR_TOTAL.pack(len(pairs)) + pairs.ljust(v5.align8(len(pairs)), b"\0")

@@ -127,14 +127,19 @@ class Inflate:
         """What came before, at most 32768 bytes; RAW only, before the first byte is taken."""
         self._check(self._library.inflateSetDictionary(self._where, data, len(data)), "inflateSetDictionary")
 
+    def copy_dictionary(self, address: int) -> int:
+        """The window to `address`, where 32768 bytes must fit: the last ones since the start or reset. Their number."""
+        size = c_uint()
+        self._check(
+            self._library.inflateGetDictionary(self._where, address, ctypes.addressof(size)), "inflateGetDictionary"
+        )
+        return size.value
+
     def dictionary(self) -> bytes:
         """The window: the last bytes produced since the start or reset, at most 32768 of them."""
         window = ctypes.create_string_buffer(32768)
-        size = c_uint()
-        self._check(
-            self._library.inflateGetDictionary(self._where, window, ctypes.addressof(size)), "inflateGetDictionary"
-        )
-        return window.raw[: size.value]
+        size = self.copy_dictionary(ctypes.addressof(window))
+        return window.raw[:size]
 
     def feed(self, data: bytes) -> None:
         """The next input. What was left of the last one is given up: feed when `left` is 0, or feed what remains."""

@@ -38,7 +38,7 @@ TYPES = (
     "stargz_index",
 )
 _FROM_DIRECTORY = frozenset(("directory", "dir-rafs"))
-_FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs"))
+_FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs", "targz-ref", "estargz-ref"))
 
 
 @click.command(
@@ -127,7 +127,9 @@ def create(source: str, **given: Any) -> None:
     TYPE:
         dir-rafs, directory                  a directory
         tar-rafs, targz-rafs, estargz-rafs   a tar: plain, gzip or zstd, whichever of the three names is given
-        targz-ref, estargz-ref, estargztoc-ref, stargz_index, tar-tarfs
+        targz-ref, estargz-ref               keep a gzip or plain tar layer as it is: SOURCE stays the image's blob,
+                                             what is written says where each chunk lies in it and how to get there
+        estargztoc-ref, stargz_index, tar-tarfs
                                              keep the tar and index it (not supported yet)
     """
     set_up_logging(given["log_level"], given["log_file"])
@@ -183,10 +185,12 @@ def _check_outputs(given: dict[str, Any]) -> None:
 
 def _options(given: dict[str, Any]) -> BuildOptions:
     from bootstrap.build import BuildOptions
+    from bootstrap.kinds import ALIASES, KINDS
     from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, Compressor, Digester
 
+    kind = given["kind"]
     policy = given["prefetch_policy"]
-    return BuildOptions(
+    options = BuildOptions(
         fs_version=int(given["fs_version"]),
         compressor=Compressor[given["compressor"].upper()],
         digester=Digester[given["digester"].upper()],
@@ -201,24 +205,25 @@ def _options(given: dict[str, Any]) -> BuildOptions:
         repeatable=given["repeatable"],
         threads=max(1, min(4, os.cpu_count() or 1)),
     )
+    return KINDS[ALIASES.get(kind, kind)].settle(options)
 
 
 def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any]) -> tuple[BuildResult, str]:
     """Run the build into the files asked for; the path of the metadata, "" when it is inlined."""
     from bootstrap.build import build_directory, build_layer, open_source
+    from bootstrap.kinds import KINDS
     from bootstrap.merge import write_file
-    from bootstrap.tar import open_layer
 
     with ExitStack() as stack:
         layer = None
         if kind in _FROM_TAR:
             layer = stack.enter_context(open_source(source))
-            layer = stack.enter_context(open_layer(layer))
+            layer = stack.enter_context(KINDS[kind].open(layer))
         target = stack.enter_context(_Output(given["blob"], given["blob_dir"]))
         assert target.file is not None
         try:
             if layer is not None:
-                result = build_layer(layer, target.file, options)
+                result = build_layer(layer, target.file, options, kind=KINDS[kind])
             else:
                 result = build_directory(source, target.file, options, parent=given["parent_bootstrap"])
             blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""

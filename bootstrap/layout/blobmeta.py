@@ -18,6 +18,8 @@ V2_ZRAN = 0x2
 V2_BATCH = 0x4
 V2_ENCRYPTED = 0x8
 V2_HAS_CRC = 0x10
+MAX_V2_SIZE = 0xFFFFFF
+"""A 24-byte entry has 24 bits for the stored size: 16 MiB that do not compress are one too many."""
 
 
 class Header(NamedTuple):

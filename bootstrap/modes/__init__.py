@@ -4,13 +4,14 @@ A build is a pipeline (see `bootstrap.build`): source -> tree -> chunk -> dedup 
 know nothing of blobs, writers of metadata nothing of tars; what lies between is a mode:
 
 * `packed.PackedMode`: chunks are compressed into a data blob of their own, small ones in batches, maybe encrypted.
+* `reference.RefMode`: chunks stay where they are in the original tar or tar.gz layer.
 
-To add one (chunks that stay where they are in the original layer, a tar that is itself the blob, data in some other
-store): derive from `Mode` in a new module here and name it in `bootstrap.kinds.KINDS`. What a mode decides:
+To add one (a tar that is itself the blob, data in some other store): derive
+from `Mode` in a new module here and name it in `bootstrap.kinds.KINDS`. What a mode decides:
 
 * `open(stream)`: how the layer file becomes the tar that the tree is made from. A mode that needs to know where in the
   *stored* layer each byte came from returns its own stream here; the pipeline reads it front to back, exactly
-  `Content.read(size)` bytes at a time and never ahead.
+  `Content.read(size)` bytes at a time and never ahead. `begin` is given what `open` returned.
 * `add_file(node, content)`: the content of one regular file, in build order. For each chunk a row of `self.table`
   (`ChunkTable.add`) has to be in `node.chunks` when `flush` returns, own or found in `self.index` (dedup). The mode
   counts in `self.info` (chunk_count, compressed_size, uncompressed_size), and fills `self.entries` (blob meta, 16 or 24
@@ -32,9 +33,12 @@ from typing import BinaryIO, ClassVar, Protocol
 from bootstrap.blobfile import BlobFile, Seal
 from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.dedup import ChunkIndex
+from bootstrap.errors import BuildError
 from bootstrap.layout.common import INLINE_BLOB_ID, BlobFeatures, Compressor, SuperFlags
 from bootstrap.options import BuildOptions
 from bootstrap.tree import Node
+
+MAX_INDEX = 0xFFFFFF
 
 
 class Content(Protocol):
@@ -110,12 +114,25 @@ class Mode(ABC):
 
         return open_layer(stream)
 
+    def begin(self, source: BinaryIO) -> None:  # noqa: B027  most modes need not know
+        """Called before the first file with what `open` returned; not for directories."""
+
     @abstractmethod
     def add_file(self, node: Node, content: Content) -> None:
         """Take the content of a regular file of `node.size` > 0 bytes."""
 
     def flush(self) -> None:  # noqa: B027  or store at once
         """After it every row is in its node."""
+
+    def next_index(self) -> int:
+        """Count one more chunk of the own blob: its index. The first one lists the blob."""
+        index = self.info.chunk_count
+        if index >= MAX_INDEX:
+            raise BuildError(f"more than {MAX_INDEX} chunks in one layer; use a larger chunk size")
+        if not index:
+            self.index.list_blob(self.place)
+        self.info.chunk_count = index + 1
+        return index
 
     def features(self) -> BlobFeatures:
         """Features of the blob that is written (0.5)."""
@@ -138,6 +155,16 @@ class Mode(ABC):
     def super_flags(self) -> SuperFlags:
         """Superblock flags of v6 beyond compressor, digester and what the writer derives."""
         return SuperFlags.ENCRYPT_NONE
+
+    @property
+    def file_id(self) -> str:
+        """What the file that was written is called in a directory of blobs."""
+        return self.file.id_hash() if self.options.inline_meta else self.info.id
+
+    @property
+    def listed_id(self) -> str:
+        """What the result lists for the own blob."""
+        return self.file_id
 
     # -- the end of the blob, the same for most
 

@@ -10,14 +10,10 @@ from bootstrap.codec import compress
 from bootstrap.digest import digest
 from bootstrap.errors import BuildError
 from bootstrap.layout import batch, blobmeta
-from bootstrap.layout.common import BlobFeatures, ChunkFlags
+from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor
 from bootstrap.modes import Content, Context, Mode
 from bootstrap.packing import Packer
 from bootstrap.tree import Node
-
-MAX_INDEX = 0xFFFFFF
-MAX_V2_SIZE = 0xFFFFFF
-"""A 24-byte entry has 24 bits for the stored size: 16 MiB that do not compress are one too many."""
 
 _COMPRESSED = int(ChunkFlags.COMPRESSED)
 _HAS_CRC = int(ChunkFlags.HAS_CRC)
@@ -40,6 +36,8 @@ class PackedMode(Mode):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         options = self.options
+        if options.compressor == Compressor.GZIP:
+            raise BuildError("chunks cannot be written with gzip; use none, lz4_block or zstd")
         self._packer: Packer[Piece, Packed] = Packer(self._pack, self._store, options.threads)
         self._small = options.batch_size // 2
         self._v2 = bool(self.info.features & BlobFeatures.CHUNK_INFO_V2)
@@ -115,15 +113,6 @@ class PackedMode(Mode):
             out, self._out = self._out, []
             self.file.write(out[0] if len(out) == 1 else b"".join(out))
 
-    def _next_index(self) -> int:
-        index = self.info.chunk_count
-        if index >= MAX_INDEX:
-            raise BuildError(f"more than {MAX_INDEX} chunks in one layer; use a larger chunk size")
-        if not index:
-            self.index.list_blob(self.place)
-        self.info.chunk_count = index + 1
-        return index
-
     def _add_chunk(self, name: bytes, crc: int, data: bytes, stored: bytes | None) -> int:
         info = self.info
         size = len(data)
@@ -133,7 +122,7 @@ class PackedMode(Mode):
         else:
             flags |= _COMPRESSED
         at, plain_at = info.compressed_size, info.uncompressed_size
-        index = self._next_index()
+        index = self.next_index()
         row = self.table.add(name, self.place, flags, len(stored), size, at, plain_at, index, crc)
         if self._v1:
             self.entries += blobmeta.pack_v1(at, len(stored), plain_at, size)
@@ -148,7 +137,7 @@ class PackedMode(Mode):
 
     @staticmethod
     def _entry_v2(flags: int, at: int, stored_size: int, plain_at: int, size: int, crc: int) -> bytes:
-        if stored_size > MAX_V2_SIZE:
+        if stored_size > blobmeta.MAX_V2_SIZE:
             raise BuildError(
                 f"a chunk of {size} bytes does not compress and blobs with batches or encryption have no room for its "
                 f"size: use a chunk size of 0x800000 or less"
@@ -163,7 +152,7 @@ class PackedMode(Mode):
         size = len(data)
         if self._batch_size + size >= self.options.batch_size:
             self._end_batch()
-        index = self._next_index()
+        index = self.next_index()
         plain_at = info.uncompressed_size
         row = self.table.add(name, self.place, _HAS_CRC if crc else 0, 0, size, 0, plain_at, index, crc)
         self.entries += bytes(blobmeta.ENTRY_V2.size)

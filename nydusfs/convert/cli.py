@@ -13,6 +13,7 @@ import click
 _COMMANDS = {
     "convert": ("nydusfs.convert.cmd_convert", "Convert an image of a registry into a Nydus image"),
     "check": ("nydusfs.convert.cmd_check", "Check a Nydus image, and compare it with its source entry by entry"),
+    "copy": ("nydusfs.convert.cmd_copy", "Copy an image between registries and archives"),
     "mount": ("nydusfs.convert.cmd_mount", "Mount a Nydus image as a folder until Ctrl-C"),
     "commit": ("nydusfs.convert.cmd_commit", "Make a new image of what a container changed"),
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(?:([kmgt])(i?)b?|b|)")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 # each shared by several flags, as upstream has it
 _SHARED_NAMES = ("backend-type", "backend-config", "backend-config-file")
@@ -43,6 +44,21 @@ class Number(click.ParamType[int]):
             return int(value, 0)
         except ValueError:
             self.fail(f"{value!r} is not a number (decimal or 0x hexadecimal)", param, ctx)
+
+
+class Size(click.ParamType[int]):
+    """Bytes from text such as 0MB, 16MiB, 500k or 4096: units with an i are powers of 1024, others of 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip().lower().replace(",", ""))
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 16MiB or 16MB", param, ctx)
+        number, unit, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** ("bkmgt".index(unit or "b")))
 
 
 class CommaList(click.ParamType[list[str]]):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
 from nydusfs.convert.endpoints import Endpoint, copy_blob
 from nydusfs.convert.images import Descriptor
@@ -70,6 +70,16 @@ class Pusher:
         digest = digest_of(data)
         self._submit(digest, len(data), lambda report: self.target.push_bytes(digest, data))
         return digest
+
+    def stream(self, digest: str, size: int, opener: Callable[[], BinaryIO]) -> None:
+        """`opener` gives the bytes from the start, once per try."""
+        self._submit(digest, size, lambda report: self.target.push_blob(digest, size, opener, progress=report))
+
+    def knows(self, digest: str) -> bool:
+        return digest in self._pushes
+
+    def __len__(self) -> int:
+        return len(self._pushes)
 
     def wait(self) -> None:
         self.sent = sum(push.result() for push in self._pushes.values())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nydusfs.errors import ConvertError
+from nydusfs.errors import ConvertError, os_reason
 
 
 @contextmanager
@@ -25,6 +26,9 @@ def work_folder(root: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
+        name = error.filename
+        if isinstance(name, str | bytes) and not os.fsdecode(name).startswith(str(folder)):
+            raise ConvertError(os_reason(error)) from error
         raise ConvertError(f"working directory {folder}: {error.strerror or error} (choose with --work-dir)") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

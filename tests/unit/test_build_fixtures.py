@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from bootstrap.build import BuildOptions, build_layer
-from bootstrap.chunktable import ChunkTable
 from bootstrap.layout.common import Compressor, Digester, SuperFlags
 from bootstrap.load import blob_info, load_tree
 from bootstrap.merge import MergeSource, merge_layers
+from bootstrap.overlay import overlay
 from bootstrap.reader import open_bootstrap
 from bootstrap.tar import open_layer
-from bootstrap.tree import clean_patterns, number
+from bootstrap.tree import clean_patterns
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 from tests.lab.paths import shared_dir
@@ -60,13 +60,11 @@ def rewrite(path: Path, prefetch: list[bytes], *, sort_xattrs: bool = False) -> 
     """A bootstrap taken apart into a tree and written again."""
     with open_bootstrap(path) as image:
         blobs = [blob_info(blob) for blob in image.blobs]
-        chunks = ChunkTable()
-        tree = load_tree(image, chunks, blobs)
+        tree = overlay([(load_tree(image, blobs), "none")])
         if sort_xattrs:  # their order is the only thing upstream leaves to chance
-            for node in number(tree):
-                node.xattrs = dict(sorted(node.xattrs.items())) if node.xattrs else None
+            tree.xattrs = [dict(sorted(xattrs.items())) for xattrs in tree.xattrs]
         write = write_v6 if image.version == 6 else write_v5
-        return write(tree, chunks, blobs, chunk_size=image.chunk_size, flags=image.flags & ~DERIVED, prefetch=prefetch)
+        return write(tree, chunk_size=image.chunk_size, flags=image.flags & ~DERIVED, prefetch=prefetch)
 
 
 def make_tree() -> ModuleType:

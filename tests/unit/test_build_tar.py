@@ -310,7 +310,7 @@ def test_wrong_use_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     cases = {
         ("-t", "tar-rafs", "-b", blob, str(layer)): 2,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", "--chunk-size", "5000", str(layer)): 1,
-        ("-t", "targz-ref", "-b", blob, "--blob-inline-meta", str(layer)): 1,
+        ("-t", "targz-ref", "-v", "5", "-b", blob, "--blob-inline-meta", str(layer)): 1,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", "--encrypt", str(layer)): 1,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", str(tmp_path / "nothing")): 1,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", __file__): 1,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bootstrap.chunktable import BlobInfo, ChunkTable
+from bootstrap.flat import flatten
 from bootstrap.layout import v6
 from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor, Digester, SuperFlags
 from bootstrap.reader import open_bootstrap
@@ -45,12 +46,12 @@ def big_tree() -> tuple[Node, ChunkTable, list[BlobInfo]]:
 
 @pytest.fixture(scope="module", params=[5, 6])
 def big_image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, table, blobs = big_tree()
+    tree = flatten(*big_tree())
     path = tmp_path_factory.mktemp("big") / "image.boot"
     if request.param == 6:
-        data = write_v6(root, table, blobs, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
+        data = write_v6(tree, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
     else:
-        data = write_v5(root, table, blobs, chunk_size=0x100000, flags=FLAGS, prefetch=[])
+        data = write_v5(tree, chunk_size=0x100000, flags=FLAGS, prefetch=[])
     path.write_bytes(data)
     return path
 
@@ -118,7 +119,7 @@ def test_compact_inodes(tmp_path: Path) -> None:
         node.parent = root
         root.children[node.name] = node
     flags = FLAGS | SuperFlags.ENCRYPT_NONE
-    data = bytearray(write_v6(root, ChunkTable(), [], chunk_size=0x100000, flags=flags, prefetch=[]))
+    data = bytearray(write_v6(flatten(root, ChunkTable(), []), chunk_size=0x100000, flags=flags, prefetch=[]))
     path = tmp_path / "image.boot"
     path.write_bytes(data)
     with open_bootstrap(path) as image:

@@ -29,13 +29,19 @@ def is_local(text: str) -> bool:
 
 
 def parse_location(
-    text: str, options: ClientOptions | None = None, *, reference: str = "", create: bool = False
+    text: str,
+    options: ClientOptions | None = None,
+    *,
+    reference: str = "",
+    create: bool = False,
+    chunk_size: int = 0,
 ) -> Location:
     """`reference` is the image's name for annotations, and in archives that are written. Raises NydusError. `create`:
     for a target, whose tag in a layout or archive is the reference's unless the text has one.
-    A path that does not exist (a target) is an archive if its name ends in .tar, else a layout."""
+    `chunk_size`: see RegistryLocation. A path that does not exist (a target) is an archive if its name ends in .tar,
+    else a layout."""
     if not is_local(text):
-        return RegistryLocation(Reference.parse(text), options or ClientOptions())
+        return RegistryLocation(Reference.parse(text), options or ClientOptions(), chunk_size)
     scheme = next((one for one in _SCHEMES if text.startswith(one)), "")
     if scheme:
         place, _, name = text.removeprefix(scheme).partition(":")

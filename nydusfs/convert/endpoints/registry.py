@@ -19,8 +19,11 @@ from nydusfs.registry.reference import Reference
 
 @dataclass(frozen=True, slots=True)
 class RegistryLocation:
+    """`chunk_size`: bytes of one request of a push, for proxies that limit them; 0: a blob goes in one."""
+
     reference: Reference
     options: ClientOptions = field(default_factory=ClientOptions)
+    chunk_size: int = 0
 
     @property
     def image(self) -> str:
@@ -32,7 +35,8 @@ class RegistryLocation:
     def open(self, connections: Connections, *, create: bool = False) -> RegistryEndpoint:
         if create and self.reference.digest:
             raise ConvertError(f"target {self.reference}: a digest cannot be pushed to; give a tag")
-        return RegistryEndpoint(connections.client(self.reference.host, self.options), self.reference)
+        client = connections.client(self.reference.host, self.options)
+        return RegistryEndpoint(client, self.reference, chunk_size=self.chunk_size)
 
     def __str__(self) -> str:
         return str(self.reference)

@@ -1,0 +1,70 @@
+"""nydusify as people run it: ours by its console script, upstream's where its programs are."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.lab.paths import ref_bin
+from tests.lab.stack import program
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def nydusify(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 90, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Ours, with no login of the developer's; a traceback is always a failure, an exit code other than 0 one unless
+    `check` is false."""
+    script = program("nydusify")
+    clean = {
+        "PATH": f"{script.parent}:{_PATH}",
+        "HOME": "/nonexistent",
+        "DOCKER_CONFIG": "/nonexistent",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    process = subprocess.Popen(
+        [str(script), *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**clean, **(env or {})},
+    )
+    try:
+        said, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler says where it hangs
+        said, errors = process.communicate(timeout=20)
+        pytest.fail(f"{' '.join(map(str, arguments))} hangs\n{said}\n{errors}")
+    assert "Traceback" not in errors, errors
+    assert not check or process.returncode == 0, said + errors
+    return subprocess.CompletedProcess(list(map(str, arguments)), process.returncode, said, errors)
+
+
+def upstream_nydusify(work: Path, *arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    """Upstream's, with its nydusd and nydus-image; skips where they are not."""
+    programs = {name: ref_bin(name) for name in ("nydusify", "nydusd", "nydus-image")}
+    if not all(programs.values()):
+        pytest.skip("interop: no reference programs here")
+    folder = work / "upstream-bin"
+    folder.mkdir(exist_ok=True)
+    wrapper = folder / "nydusd"
+    # it dies where RLIMIT_NOFILE cannot be raised
+    wrapper.write_text(f'#!/bin/sh\nexec {programs["nydusd"]} --rlimit-nofile 0 "$@"\n')
+    wrapper.chmod(0o755)
+    (folder / "nydus-image").unlink(missing_ok=True)
+    (folder / "nydus-image").symlink_to(str(programs["nydus-image"]))
+    return subprocess.run(
+        [str(programs["nydusify"]), *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={"PATH": f"{folder}:{_PATH}", "HOME": str(work), "DOCKER_CONFIG": str(work)},
+    )
