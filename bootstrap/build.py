@@ -59,9 +59,9 @@ def build_layer(
     each piece done. Whiteouts stay ordinary files: a merge applies them. Raises BuildError naming the entry; what was
     written to `out` so far is then useless.
     """
-    build = _Build(out, options, kind, progress)
+    build = Build(out, options, kind, progress)
     options = build.options
-    layer = LayerTree(_xattr_limit(options))
+    layer = LayerTree(build.xattr_limit)
     stream = tar.TarStream(source)
     with build.mode as mode:
         mode.begin(source)
@@ -72,10 +72,7 @@ def build_layer(
                 add_file(node, stream)
         mode.flush()
         build.stage("dump_blob")
-        if options.inline_meta and layer.has_implied:  # this bootstrap is for a merge
-            for node in number(layer.root):
-                if node.implied:
-                    node.mtime_nsec = IMPLIED_NSEC
+        build.end_of_layer(layer)
         return build.finish(layer.root)
 
 
@@ -94,9 +91,9 @@ def build_directory(
     first in the blob table (5.13). Without one, whiteouts are left out. Raises BuildError for files that cannot be
     read or change while they are, and for a parent of another version or chunk size.
     """
-    build = _Build(out, options, kind, progress)
+    build = Build(out, options, kind, progress)
     options = build.options
-    root = scan(source, xattr_limit=_xattr_limit(options))
+    root = scan(source, xattr_limit=build.xattr_limit)
     if parent is not None:
         build.load_parent(parent)
     build.stage("load_from_directory")
@@ -125,10 +122,10 @@ def _content(order: list[Node], spec: str) -> list[Node]:
     return [node for node in order if node not in hidden]
 
 
-class _Build:
+class Build:
     """What the stages of one build share, from its options to its result."""
 
-    def __init__(self, out: BinaryIO, options: BuildOptions, kind: Kind, progress: Progress | None) -> None:
+    def __init__(self, out: BinaryIO, options: BuildOptions, kind: Kind, progress: Progress | None = None) -> None:
         self.options = options = kind.settle(options)
         self.table = ChunkTable()
         self.index = ChunkIndex(self.table)
@@ -162,6 +159,18 @@ class _Build:
         table.extend(self.below.chunks, blobs)
         self.index.learn(range(first, len(table)))
 
+    @property
+    def xattr_limit(self) -> int:
+        """Bytes that an attribute's value can have."""
+        return v6.MAX_XATTR_VALUE if self.options.fs_version == 6 else v5.MAX_XATTR_VALUE
+
+    def end_of_layer(self, layer: LayerTree) -> None:
+        """All entries are there: mark directories that only lie on the way, if this bootstrap is for a merge."""
+        if self.options.inline_meta and layer.has_implied:
+            for node in number(layer.root):
+                if node.implied:
+                    node.mtime_nsec = IMPLIED_NSEC
+
     def finish(self, root: Node, spec: str = "none") -> BuildResult:
         """`spec`: of the whiteouts among the nodes."""
         mode, options = self.mode, self.options
@@ -188,10 +197,6 @@ class _Build:
             timings=self.times,
             blobs=ids,
         )
-
-
-def _xattr_limit(options: BuildOptions) -> int:
-    return v6.MAX_XATTR_VALUE if options.fs_version == 6 else v5.MAX_XATTR_VALUE
 
 
 def open_source(path: str) -> BinaryIO:

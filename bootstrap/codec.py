@@ -81,7 +81,7 @@ def _lz4_block(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int) -> bytes:
-    """The `size` bytes that `data` stands for; CodecError unless it decodes to exactly that many.
+    """The `size` bytes that `data` stands for; CodecError unless it decodes to exactly that many (gzip: or more).
 
     `size` comes from a record that was bounds-checked before: it limits what a hostile stream can make us allocate.
     """
@@ -91,8 +91,8 @@ def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int
         elif kind == Compressor.LZ4_BLOCK:
             out = lz4.block.decompress(data, uncompressed_size=size) if size else b""
         elif kind == Compressor.GZIP:
-            inflate = zlib.decompressobj(31)
-            out = inflate.decompress(data, size + 1)
+            # eStargz: behind a chunk its member goes on with padding and the next header; the digest covers the chunk.
+            out = zlib.decompressobj(31).decompress(data, size) if size else b""
         else:
             out = bytes(data)
     except (zstandard.ZstdError, lz4.block.LZ4BlockError, zlib.error, ValueError, OverflowError) as error:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import Compressor, Digester
 from bootstrap.modes import Mode
+from bootstrap.modes.estargztoc import TocMode
 from bootstrap.modes.packed import PackedMode
 from bootstrap.modes.reference import RefMode
 from bootstrap.options import BuildOptions
@@ -15,7 +16,7 @@ from bootstrap.options import BuildOptions
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`source`: "directory" or "tar". `compressor`, `digester`: forced ones, None where the options decide.
+    """`source`: "directory", "tar" or "toc". `compressor`, `digester`: forced ones, None where the options decide.
 
     `fixed`: the data is somebody else's file, so there is nothing to batch, to move forward or to give an id.
     """
@@ -65,6 +66,7 @@ KINDS = {
         Kind("estargz-rafs", "tar"),
         _ref("targz-ref"),
         _ref("estargz-ref"),
+        Kind("estargztoc-ref", "toc", TocMode, Compressor.GZIP, Digester.SHA256, only_v6=True),
     )
 }
 ALIASES = {"directory": "dir-rafs", "stargz_index": "estargztoc-ref"}

@@ -6,6 +6,7 @@ original layer.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import BinaryIO, NamedTuple
 
 from crc32c import crc32c
@@ -33,10 +34,42 @@ class Piece(NamedTuple):
     place: tuple[int, int, int]
 
 
-class RefMode(Mode):
-    """Digests of chunks in threads, their places in the original file in order."""
+class Referring(Mode):
+    """What is written is a meta blob; the blob that the image lists is somebody else's, see `original`."""
 
     has_data = False
+
+    @abstractmethod
+    def original(self) -> tuple[str, int]:
+        """Id and bytes of the blob with the data; asked when all files were taken."""
+
+    def features(self) -> BlobFeatures:
+        return super().features() | BlobFeatures.SEPARATE
+
+    @property
+    def meta_compressor(self) -> Compressor:
+        return Compressor.ZSTD
+
+    def finish_data(self) -> None:
+        super().finish_data()
+        self.info.id, self.info.compressed_size = self.original()
+
+    def finish_separate(self) -> None:
+        super().finish_separate()
+        info, file = self.info, self.file
+        info.meta_digest, info.meta_size = bytes.fromhex(file.id_hash()), file.size
+
+    @property
+    def file_id(self) -> str:
+        return self.file.id_hash() if self.file.size else ""
+
+    @property
+    def listed_id(self) -> str:
+        return self.info.id
+
+
+class RefMode(Referring):
+    """Digests of chunks in threads, their places in the original file in order."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -61,11 +94,11 @@ class RefMode(Mode):
         self._layer = source
 
     def features(self) -> BlobFeatures:
-        return super().features() | BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.SEPARATE
+        return super().features() | BlobFeatures.CHUNK_INFO_V2
 
-    @property
-    def meta_compressor(self) -> Compressor:
-        return Compressor.ZSTD
+    def original(self) -> tuple[str, int]:
+        assert self._layer is not None
+        return self._layer.blob_id, self._layer.stored_size
 
     def add_file(self, node: Node, content: Content) -> None:
         sink = node.chunks
@@ -126,27 +159,9 @@ class RefMode(Mode):
         info.uncompressed_size = plain_at + (size + 4095 & ~4095)
         return row
 
-    # -- the end
-
     def finish_data(self) -> None:
         self.flush()
         if self._slices is not None:
             contexts, self.context_count = self._slices.finish()
             self.contexts += contexts
-        layer, info = self._layer, self.info
-        assert layer is not None
         super().finish_data()
-        info.id, info.compressed_size = layer.blob_id, layer.stored_size
-
-    def finish_separate(self) -> None:
-        super().finish_separate()
-        info, file = self.info, self.file
-        info.meta_digest, info.meta_size = bytes.fromhex(file.id_hash()), file.size
-
-    @property
-    def file_id(self) -> str:
-        return self.file.id_hash() if self.file.size else ""
-
-    @property
-    def listed_id(self) -> str:
-        return self.info.id
