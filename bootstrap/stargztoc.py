@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -162,7 +163,7 @@ class Toc:
         starts = sorted({entry.offset for entry in entries if entry.type in ("reg", "chunk") and entry.offset})
         if starts and not 0 < starts[0] <= starts[-1] < blob_size:
             raise BuildError(f"eStargz table: file data at {starts[0]}..{starts[-1]} of a layer of {blob_size} bytes")
-        self._next = dict(zip(starts, [*starts[1:], blob_size], strict=True))
+        self._next = dict(pairwise([*starts, blob_size]))
 
     def chunk_size(self) -> int | None:
         """The chunk size of files that have several chunks; None if none has: any that is large enough fits then."""
