@@ -27,6 +27,8 @@ class BlobFile:
         """Of every byte written so far."""
         self.size = 0
         """Bytes written so far."""
+        self.meta_header = b""
+        """The plain header of the blob meta, once there is one."""
         self._hash_for_id: Any = self.sha256
         self._toc: list[toc.TocEntry] = []
 
@@ -84,6 +86,7 @@ class BlobFile:
                 ci_zran_count=context_count,
             )
         )
+        self.meta_header = header
         self.write(stored)
         self.write(header if seal is None else seal(header))
         size = len(header)

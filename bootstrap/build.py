@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from bootstrap import tar
 from bootstrap.blobfile import BlobFile
+from bootstrap.chunkdict import learn_dictionary, require_like
 from bootstrap.chunktable import ChunkTable
 from bootstrap.dedup import ChunkIndex
 from bootstrap.directory import dump_order, read_file, scan
@@ -130,6 +131,8 @@ class Build:
         self.table = ChunkTable()
         self.index = ChunkIndex(self.table)
         self.file = BlobFile(out, framed=options.inline_meta or options.blob_toc)
+        if options.chunk_dict is not None:
+            learn_dictionary(self.index, options.chunk_dict, options)
         self.below: FlatTree | None = None
         self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
@@ -146,11 +149,7 @@ class Build:
         """Take a parent image below the layer; its chunks are known from now on, its blobs come first."""
         options, table = self.options, self.table
         with open_bootstrap(path) as image:
-            if (image.version, image.chunk_size) != (options.fs_version, options.chunk_size):
-                raise BuildError(
-                    f"parent {path} has version {image.version} and chunk size {image.chunk_size:#x}, "
-                    f"this build {options.fs_version} and {options.chunk_size:#x}"
-                )
+            require_like(image, f"parent {path}", options)
             blobs = [blob_info(blob) for blob in image.blobs]
             self.below = overlay([(load_tree(image, blobs), "none")])
         for blob in blobs:

@@ -13,6 +13,7 @@ from struct import Struct
 import numpy as np
 from numpy.typing import NDArray
 
+from bootstrap.errors import BuildError
 from bootstrap.layout.common import CHUNK_RECORD, BlobFeatures, Compressor, Digester
 
 ROW = CHUNK_RECORD.size
@@ -96,10 +97,23 @@ class ChunkTable:
         )
         return row
 
+    def get(self, row: int) -> tuple[bytes, int, int, int, int, int, int, int, int, int]:
+        """The fields of CHUNK_RECORD; the second is the place of the blob."""
+        return CHUNK_RECORD.unpack_from(self.records, row * ROW)
+
+    def replace(self, row: int, *fields: bytes | int) -> None:
+        """New fields for a row, as `add` takes them."""
+        digest, place, flags, stored, plain, stored_at, plain_at, index, crc = fields
+        CHUNK_RECORD.pack_into(
+            self.records, row * ROW, digest, place, flags, stored, plain, stored_at, plain_at, 0, index, crc
+        )
+
     def extend(self, records: NDArray[np.void], blobs: Sequence[BlobInfo]) -> None:
-        """Append the records of another image, whose `blob` counts in `blobs`."""
+        """Append the records of another image, whose `blob` counts in `blobs`. Raises BuildError if it counts on."""
         records = records.copy()
         if len(records):
+            if (last := int(records["blob"].max())) >= len(blobs):
+                raise BuildError(f"a chunk record refers to blob {last} of {len(blobs)}")
             places = np.array([self.place_of(blob) for blob in blobs], np.uint32)
             records["blob"], records["file_offset"] = places[records["blob"]], 0
         self.records += records.tobytes()

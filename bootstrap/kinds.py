@@ -8,6 +8,7 @@ from typing import BinaryIO
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import Compressor, Digester
 from bootstrap.modes import Mode
+from bootstrap.modes.cachefiles import CacheFilesMode
 from bootstrap.modes.estargztoc import TocMode
 from bootstrap.modes.packed import PackedMode
 from bootstrap.modes.reference import RefMode
@@ -34,6 +35,12 @@ class Kind:
         leaves `stream` open."""
         return self.mode.open(stream)
 
+    def with_cache_files(self) -> Kind:
+        """This kind, but leaving cache files in `options.cache_dir` instead of a blob. BuildError if it cannot."""
+        if self.mode is not PackedMode:
+            raise BuildError(f"conversion type `{self.name}` conflicts with `--blob-cache-dir`")
+        return replace(self, mode=CacheFilesMode)
+
     def settle(self, options: BuildOptions) -> BuildOptions:
         """`options` with what the kind forces; BuildError, naming the option, for what it cannot do."""
         if self.only_v6 and options.fs_version != 6:
@@ -42,6 +49,8 @@ class Kind:
         if self.fixed:
             if options.blob_id is not None:
                 raise BuildError(f"conversion type '{self.name}' conflicts with '--blob-id'")
+            if options.secret is not None:
+                raise BuildError(f"conversion type '{self.name}' conflicts with '--encrypt'")
             if options.batch_size:
                 raise BuildError(f"unsupported ConversionType for batch chunk: {self.name} (--batch-size)")
             if options.prefetch_policy == "blob":

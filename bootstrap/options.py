@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bootstrap.crypt import Secret
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import (
     DEFAULT_CHUNK_SIZE,
@@ -22,7 +24,9 @@ class BuildOptions:
     `prefetch` holds absolute paths; `prefetch_policy` is none, fs or blob; `whiteout_spec` is oci, overlayfs or none
     and only matters for directories and builds on a parent. `repeatable` leaves owners out. `threads` is the number of
     threads that digest and compress; 1 works in the calling thread. `batch_size`: chunks below half of it are
-    compressed together (v6), 0 for none. Raises BuildError for values that do not fit together.
+    compressed together (v6), 0 for none. `secret`: encrypt with it (v6). `blob_offset`: where in the stored blob its
+    first byte will lie. `chunk_dict`: a bootstrap whose chunks need not be stored again. `cache_dir`: where
+    `CacheFilesMode` leaves its files. Raises BuildError for values that do not fit together.
     """
 
     fs_version: int = 6
@@ -39,6 +43,10 @@ class BuildOptions:
     repeatable: bool = False
     threads: int = 2
     batch_size: int = 0
+    secret: Secret | None = None
+    blob_offset: int = 0
+    chunk_dict: Path | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.fs_version not in (5, 6):
@@ -53,6 +61,8 @@ class BuildOptions:
             raise BuildError("the feature blob-toc needs RAFS version 6")
         if self.blob_id is not None and not 0 < len(self.blob_id.encode()) <= MAX_BLOB_ID:
             raise BuildError(f"blob id of {len(self.blob_id.encode())} bytes; 1 to {MAX_BLOB_ID} are possible")
+        if self.secret is not None and self.fs_version != 6:
+            raise BuildError("encryption (--encrypt) needs RAFS version 6")
         if self.batch_size:
             if self.fs_version != 6:
                 raise BuildError("batches (--batch-size) need RAFS version 6")

@@ -278,8 +278,8 @@ class TarStream:
             entry.size = 0  # some archivers repeat the target's size in a link's header; no data follows
         if not 0 <= entry.uid <= 0xFFFFFFFF or not 0 <= entry.gid <= 0xFFFFFFFF:
             raise BuildError(f"{entry.shown}: owner {entry.uid}:{entry.gid} does not fit 32 bits")
-        if entry.size < 0:
-            raise BuildError(f"{entry.shown}: negative size {entry.size}")
+        if not 0 <= entry.size < 1 << 63:
+            raise BuildError(f"{entry.shown}: size {entry.size} is not possible")
         self._left = entry.size
         self._padding = -entry.size % BLOCK
         return entry

@@ -21,9 +21,11 @@ from bootstrap.cli.building import (
     report,
     set_up_logging,
 )
+from bootstrap.cli.conflicts import InOrder, check_config, check_conflicts, check_source, dictionary_path
 
 if TYPE_CHECKING:
     from bootstrap.build import BuildOptions, BuildResult
+    from bootstrap.kinds import Kind
 
 TYPES = (
     "directory",
@@ -37,12 +39,11 @@ TYPES = (
     "targz-ref",
     "stargz_index",
 )
-_FROM_DIRECTORY = frozenset(("directory", "dir-rafs"))
-_FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs", "targz-ref", "estargz-ref"))
 
 
 @click.command(
     "create",
+    cls=InOrder,
     short_help="Build an image or a layer from a directory or a tar.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -77,11 +78,14 @@ _FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs", "targz-ref", "e
     help="Unit of deduplication and fetching: a power of two, 0x1000 to 0x1000000 (default 0x100000).",
 )
 @click.option(
-    "--batch-size", type=Number(), default=0, metavar="SIZE", help="Merge chunks smaller than this (not supported yet)."
+    "--batch-size",
+    type=Number(),
+    default=0,
+    metavar="SIZE",
+    help="Compress chunks below half of this together (v6): a power of two up to the chunk size; 0: never.",
 )
 @click.option(
-    "--compressor", type=click.Choice(["none", "lz4_block", "zstd"]), default="zstd", show_default=True,
-    help="How to compress chunks.",
+    "--compressor", type=click.Choice(["none", "lz4_block", "zstd"]), help="How to compress chunks (default zstd).",
 )  # fmt: skip
 @click.option(
     "--digester", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True,
@@ -103,16 +107,20 @@ _FROM_TAR = frozenset(("tar-rafs", "targz-rafs", "estargz-rafs", "targz-ref", "e
     help=PREFETCH_HELP,
 )  # fmt: skip
 @click.option("-J", "--output-json", metavar="FILE", help="Write the result there as JSON.")
-@click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image (directories).")
-@click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image (not supported yet).")
-@click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data (not supported yet).")
+@click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image: whiteouts of SOURCE act on it.")
+@click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image: they are not stored again.")
+@click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data with a new key, which the metadata holds (v6).")
 @click.option("--external-blob", metavar="FILE", help="Data of external files (not supported yet).")
 @click.option("--blob-data-size", metavar="HEX", help="Size of the layer for stargz_index (not supported yet).")
-@click.option("--blob-cache-dir", metavar="DIR", help="Write cache files instead of a blob (not supported yet).")
+@click.option(
+    "--blob-cache-dir",
+    metavar="DIR",
+    help="Instead of a blob write what a daemon's cache would hold of it: ID.blob.data and ID.blob.meta (v6).",
+)
 @click.option("--attributes", metavar="FILE", help="Attributes by path (not supported yet).")
-@click.option("-C", "--config", metavar="FILE", help="Storage backend of parent blobs; not needed here.")
+@click.option("-C", "--config", metavar="FILE", help="Storage of the parent's blobs; only checked, no blob is needed.")
 @click.option("--disable-check", is_flag=True, hidden=True)
-@click.option("--blob-offset", type=Number(), default=0, hidden=True)
+@click.option("--blob-offset", type=int, default=0, hidden=True)
 @log_options
 def create(source: str, **given: Any) -> None:
     """Build an image from SOURCE: a directory, or a layer tar (file, FIFO or /dev/stdin).
@@ -133,24 +141,12 @@ def create(source: str, **given: Any) -> None:
                                              keep the tar and index it (not supported yet)
     """
     set_up_logging(given["log_level"], given["log_file"])
-    kind = given["kind"]
-    refuse(
-        {
-            f"--type {kind}": kind not in _FROM_DIRECTORY | _FROM_TAR,
-            "--batch-size": given["batch_size"],
-            "--encrypt": given["encrypt"],
-            "--chunk-dict": given["chunk_dict"],
-            "--parent-bootstrap with a tar": given["parent_bootstrap"] and kind in _FROM_TAR,
-            "--external-blob": given["external_blob"],
-            "--blob-cache-dir": given["blob_cache_dir"],
-            "--attributes": given["attributes"],
-            "--blob-data-size": given["blob_data_size"],
-            "--blob-offset": given["blob_offset"],
-        }
-    )
-    _check_outputs(given)
     with clear_errors(f"cannot build {source}"):
-        options = _options(given)
+        kind = _kind(given)
+        check_conflicts(given)
+        check_source(source, kind)
+        check_config(given["config"])
+        options = _options(kind, given)
         result, bootstrap_path = _build(source, kind, options, given)
         report(
             bootstrap=bootstrap_path,
@@ -164,35 +160,36 @@ def create(source: str, **given: Any) -> None:
         )
 
 
-def _check_outputs(given: dict[str, Any]) -> None:
-    inline, bootstrap, blob, blob_dir = (
-        given["blob_inline_meta"],
-        given["bootstrap"],
-        given["blob"],
-        given["blob_dir"],
-    )
-    if blob and blob_dir:
-        raise CommandError("give --blob or --blob-dir, not both", 2)
-    if not blob and not blob_dir:
-        raise CommandError("give --blob FILE or --blob-dir DIRECTORY for the data", 2)
-    if inline and bootstrap:
-        raise CommandError("--blob-inline-meta puts the metadata into the data blob: leave --bootstrap out", 2)
-    if not inline and not bootstrap and not blob_dir:
-        raise CommandError("give --bootstrap FILE for the metadata (or --blob-inline-meta, or --blob-dir)", 2)
-    if blob_dir and not os.path.isdir(blob_dir):
-        raise CommandError(f"the directory {blob_dir} for data blobs does not exist")
-
-
-def _options(given: dict[str, Any]) -> BuildOptions:
-    from bootstrap.build import BuildOptions
+def _kind(given: dict[str, Any]) -> Kind:
     from bootstrap.kinds import ALIASES, KINDS
+
+    name = ALIASES.get(given["kind"], given["kind"])
+    if name not in KINDS:
+        raise CommandError(f"not supported yet: --type {name}")
+    refuse(
+        {
+            "--external-blob": given["external_blob"],
+            "--attributes": given["attributes"],
+            "--blob-data-size": given["blob_data_size"],
+        }
+    )
+    return KINDS[name]
+
+
+def _options(kind: Kind, given: dict[str, Any]) -> BuildOptions:
+    from bootstrap.build import BuildOptions
     from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, Compressor, Digester
 
-    kind = given["kind"]
     policy = given["prefetch_policy"]
+    default = "none" if given["blob_cache_dir"] else "zstd"
+    secret = None
+    if given["encrypt"]:
+        from bootstrap import crypt
+
+        secret = crypt.generate()
     options = BuildOptions(
         fs_version=int(given["fs_version"]),
-        compressor=Compressor[given["compressor"].upper()],
+        compressor=Compressor[(given["compressor"] or default).upper()],
         digester=Digester[given["digester"].upper()],
         chunk_size=given["chunk_size"] or DEFAULT_CHUNK_SIZE,
         aligned_chunk=given["aligned_chunk"],
@@ -201,31 +198,38 @@ def _options(given: dict[str, Any]) -> BuildOptions:
         blob_toc=bool(given["features"]),
         prefetch_policy=policy,
         prefetch=read_patterns(policy),
-        blob_id=given["blob_id"],
+        blob_id=given["blob_id"] or None,
         repeatable=given["repeatable"],
-        threads=max(1, min(4, os.cpu_count() or 1)),
+        threads=max(1, min(4, len(os.sched_getaffinity(0)))),
+        batch_size=given["batch_size"],
+        secret=secret,
+        blob_offset=given["blob_offset"],
+        chunk_dict=dictionary_path(given["chunk_dict"]),
+        cache_dir=Path(given["blob_cache_dir"]) if given["blob_cache_dir"] else None,
     )
-    return KINDS[ALIASES.get(kind, kind)].settle(options)
+    return kind.settle(options)
 
 
-def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any]) -> tuple[BuildResult, str]:
+def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]) -> tuple[BuildResult, str]:
     """Run the build into the files asked for; the path of the metadata, "" when it is inlined."""
     from bootstrap.build import build_directory, build_layer, open_source
-    from bootstrap.kinds import KINDS
     from bootstrap.merge import write_file
 
+    cache_dir, parent = given["blob_cache_dir"], given["parent_bootstrap"]
     with ExitStack() as stack:
         layer = None
-        if kind in _FROM_TAR:
+        if kind.source == "tar":
             layer = stack.enter_context(open_source(source))
-            layer = stack.enter_context(KINDS[kind].open(layer))
-        target = stack.enter_context(_Output(given["blob"], given["blob_dir"]))
+            layer = stack.enter_context(kind.open(layer))
+        if cache_dir:
+            kind = kind.with_cache_files()
+        target = stack.enter_context(_Output(given["blob"], given["blob_dir"], discard=bool(cache_dir)))
         assert target.file is not None
         try:
             if layer is not None:
-                result = build_layer(layer, target.file, options, kind=KINDS[kind])
+                result = build_layer(layer, target.file, options, kind=kind)
             else:
-                result = build_directory(source, target.file, options, parent=given["parent_bootstrap"])
+                result = build_directory(source, target.file, options, parent=parent, kind=kind)
             blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
             target.keep(blob_id)
         except OSError as error:
@@ -244,19 +248,21 @@ def _build(source: str, kind: str, options: BuildOptions, given: dict[str, Any])
 
 
 class _Output:
-    """Where the data goes: a file or FIFO as it is, or a file in a directory that gets its name at the end.
+    """Where the data goes: a file or FIFO as it is, a file in a directory that gets its name at the end, or nowhere.
 
     What a failed build has written to a regular file is removed.
     """
 
-    def __init__(self, blob: str | None, blob_dir: str | None) -> None:
-        self._dir = blob_dir
+    def __init__(self, blob: str | None, blob_dir: str | None, *, discard: bool) -> None:
+        self._dir = blob_dir if blob is None else None
+        self._discard = discard
         self.path = blob if blob is not None else os.path.join(blob_dir or ".", f".blob.{os.getpid()}.tmp")
         self._kept = False
         self.file: BinaryIO | None = None
 
     def __enter__(self) -> _Output:
-        self.file = open(self.path, "wb", buffering=1 << 16)  # closed in __exit__
+        path = os.devnull if self._discard else self.path
+        self.file = open(path, "wb", buffering=1 << 16)  # closed in __exit__
         return self
 
     def keep(self, blob_id: str) -> None:
@@ -265,14 +271,12 @@ class _Output:
         self.file.close()
         if self._dir is not None and blob_id:
             os.replace(self.path, os.path.join(self._dir, blob_id))
-            self._kept = True
-        elif blob_id:
-            self._kept = True
+        self._kept = bool(blob_id)
 
     def __exit__(self, *exc: object) -> None:
         if self.file is not None:
             with suppress(OSError):
                 self.file.close()
-        if not self._kept and os.path.isfile(self.path):
+        if not self._kept and not self._discard and os.path.isfile(self.path):
             with suppress(OSError):
                 os.unlink(self.path)

@@ -9,9 +9,7 @@ import json
 import os
 import stat
 import subprocess
-import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from bootstrap.build import BuildOptions, build_directory, build_layer
 from bootstrap.layout.common import Compressor, Digester
 from bootstrap.merge import MergeSource, merge_layers
 from tests.lab.paths import ref_bin
-from tests.unit.test_build_fixtures import REFERENCE, _manifest, make_tree, rewrite, tree_tar
+from tests.unit.test_build_fixtures import REFERENCE, make_tree, rewrite, tree_tar
 
 NYDUS_IMAGE = ref_bin("nydus-image")
 pytestmark = [
@@ -130,86 +128,6 @@ def test_upstream_reads_what_we_write(
     unpacked = tmp_path / "out.tar"
     upstream("unpack", "-l", "warn", "--blob", blob, "--output", unpacked, boot)
     assert entries(unpacked.read_bytes()) == entries(source)
-
-
-@pytest.fixture(scope="module")
-def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A place that can hold long extended attributes; ext4 cannot."""
-    place = tmp_path_factory.mktemp("tmpfs")
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], check=True, timeout=10)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True, timeout=10)
-
-
-def _directory_cases() -> list[str]:
-    if REFERENCE is None:
-        return []
-    wanted = []
-    for case in sorted(REFERENCE.iterdir()):
-        if case.name == "oci" or not case.is_dir():
-            continue
-        arguments = _manifest(case)["commands"][0]["args"]
-        alone = len(_manifest(case)["commands"]) == 1
-        special = {"--encrypt", "--batch-size", "--blob-cache-dir", "--attributes"} & set(arguments)
-        if alone and not special and "make_tree-" in arguments[-1]:
-            wanted.append(case.name)
-    return wanted
-
-
-@pytest.mark.parametrize("name", _directory_cases())
-def test_directory_build_equals_upstream(name: str, tmpfs: Path) -> None:
-    assert REFERENCE is not None
-    case = REFERENCE / name
-    command = _manifest(case)["commands"][0]
-    arguments = command["args"]
-
-    def value(flag: str, default: str) -> str:
-        return arguments[arguments.index(flag) + 1] if flag in arguments else default
-
-    _, tree, chunk = arguments[-1].rsplit("/", 1)[1].split("-")
-    source = tmpfs / f"{tree}-{chunk}"
-    if not source.exists():
-        subprocess.run(
-            [sys.executable, str(REFERENCE / "make_tree.py"), "dir", tree, str(source), "-c", "0x" + chunk],
-            check=True,
-            timeout=120,
-        )
-    policy = value("--prefetch-policy", "none")
-    patterns = (command.get("stdin") or "").encode().splitlines()
-    out = io.BytesIO()
-    result = build_directory(
-        str(source),
-        out,
-        BuildOptions(
-            fs_version=int(value("--fs-version", "6")),
-            compressor=Compressor[value("--compressor", "zstd").upper()],
-            digester=Digester[value("--digester", "blake3").upper()],
-            chunk_size=int(value("--chunk-size", "0x100000"), 0),
-            aligned_chunk="--aligned-chunk" in arguments,
-            repeatable="--repeatable" in arguments,
-            blob_toc="--features" in arguments,
-            prefetch=patterns,
-            prefetch_policy=policy,
-        ),
-    )
-    assert (case / result.blob_id).read_bytes() == out.getvalue()
-    expected = rewrite(case / "image.boot", patterns if policy == "fs" else [], sort_xattrs=True)
-    assert result.bootstrap == expected
-
-
-def test_layered_build_on_a_parent_equals_upstream(tmpfs: Path) -> None:
-    assert REFERENCE is not None
-    case = REFERENCE / "v6-parent"
-    source = tmpfs / "parent-layer2"
-    make = [sys.executable, str(REFERENCE / "make_tree.py"), "dir", "layer2", str(source), "-c", "0x8000"]
-    subprocess.run(make, check=True, timeout=60)
-    out = io.BytesIO()
-    options = BuildOptions(chunk_size=0x8000)
-    result = build_directory(str(source), out, options, parent=str(case / "parent.boot"))
-    assert (case / result.blob_id).read_bytes() == out.getvalue()
-    assert result.bootstrap == rewrite(case / "image.boot", [], sort_xattrs=True)
 
 
 def test_merge_equals_upstream_on_five_layers(tmp_path: Path) -> None:

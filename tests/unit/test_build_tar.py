@@ -311,7 +311,7 @@ def test_wrong_use_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
         ("-t", "tar-rafs", "-b", blob, str(layer)): 2,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", "--chunk-size", "5000", str(layer)): 1,
         ("-t", "targz-ref", "-v", "5", "-b", blob, "--blob-inline-meta", str(layer)): 1,
-        ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", "--encrypt", str(layer)): 1,
+        ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", "--encrypt", "-v", "5", str(layer)): 1,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", str(tmp_path / "nothing")): 1,
         ("-t", "tar-rafs", "-b", blob, "--blob-inline-meta", __file__): 1,
         ("-b", blob, "-B", blob + ".boot", str(layer)): 1,
