@@ -130,8 +130,11 @@ class _File:
         self.done = 0
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes; BuildError if the file has become shorter."""
-        data = _exactly(self._file, size)
+        """Exactly `size` bytes; BuildError if the file cannot be read or has become shorter."""
+        try:
+            data = _exactly(self._file, size)
+        except OSError as error:
+            raise _unreadable(self._node, error) from error
         self.done += len(data)
         if len(data) < size:
             self.changed(self.done)
@@ -147,7 +150,6 @@ def read_file(node: Node, take: Callable[[Node, _File], None]) -> None:
 
     Raises BuildError if the file cannot be read or does not have the size it had before.
     """
-    assert node.source is not None
     group = node.group
     if group is not None and group.first is not None and group.first is not node:
         first = group.first
@@ -155,14 +157,23 @@ def read_file(node: Node, take: Callable[[Node, _File], None]) -> None:
             node.chunks = first.chunks
             return
     node.chunks = []
+    with _open(node) as file:
+        content = _File(file, node)
+        take(node, content)
+        if more := _exactly(file, 1):
+            content.changed(node.size + len(more))
+
+
+def _open(node: Node) -> BinaryIO:
+    assert node.source is not None
     try:
-        with open(node.source, "rb", buffering=0) as file:
-            content = _File(file, node)
-            take(node, content)
-            if content.done == node.size and (more := file.read(1 << 20)):
-                content.changed(node.size + len(more))
+        return open(node.source, "rb", buffering=0)
     except OSError as error:
-        raise BuildError(f"cannot read {path_of(node)}: {error.strerror}") from error
+        raise _unreadable(node, error) from error
+
+
+def _unreadable(node: Node, error: OSError) -> BuildError:
+    return BuildError(f"cannot read {path_of(node)}: {error.strerror}")
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import BinaryIO, NoReturn
 
-from bootstrap.decompress import READ_SIZE
+from bootstrap.decompress import READ_SIZE as READ_SIZE
 from bootstrap.decompress import open_layer as open_layer
 from bootstrap.errors import BuildError
 

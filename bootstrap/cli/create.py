@@ -164,7 +164,7 @@ def _kind(given: dict[str, Any]) -> Kind:
     from bootstrap.kinds import ALIASES, KINDS
 
     name = ALIASES.get(given["kind"], given["kind"])
-    if name not in KINDS:
+    if name not in KINDS or KINDS[name].source not in ("directory", "tar"):
         raise CommandError(f"not supported yet: --type {name}")
     refuse(
         {
