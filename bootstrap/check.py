@@ -99,6 +99,7 @@ class _Check:
                 if ref.uncompressed_offset + size > self.image.blobs[ref.blob_index].compressed_size:
                     raise FormatError("inode", 0, f"{path}: part {number} lies behind the end of the tar")
             return
+        any_size = self.dictionary or (isinstance(self.image, BootstrapV5) and self.image.has_holes(ino))
         for number, ref in enumerate(refs):
             try:
                 chunk = self.chunks.chunk(self.chunks.find(ref.blob_index, ref.uncompressed_offset))
@@ -109,7 +110,7 @@ class _Check:
                     "inode", 0, f"{path}: chunk {ref.chunk_index} of blob {ref.blob_index} is in no table"
                 )
             size = min(chunk_size, attr.size - number * chunk_size)
-            if chunk.uncompressed_size != size and not self.dictionary:
+            if chunk.uncompressed_size != size and not any_size:
                 raise FormatError(
                     "inode", 0, f"{path}: part {number} has {size} bytes, its chunk {chunk.uncompressed_size}"
                 )
@@ -176,6 +177,8 @@ class _CheckV6(_Check):
             )
         if image.inode_offset(0) != meta:
             raise FormatError("v6 superblock", v6.SUPER_OFFSET + 40, f"inodes from {image.inode_offset(0):#x} on")
+        if sb.xattr_blkaddr:
+            raise FormatError("v6 superblock", v6.SUPER_OFFSET + 44, "shared xattrs, which no RAFS image has")
         chunks = ext.chunk_table_offset + ext.chunk_table_size
         if ext.chunk_table_size and round_up(chunks, v6.BLOCK_SIZE) != image.size:
             raise FormatError("bootstrap", chunks, f"{image.size} bytes, but the last table ends at {chunks:#x}")

@@ -78,12 +78,8 @@ class ChunkMap:
         return self._tables[blob_index] and blob_index not in self._metas
 
     def attach(self, blob_index: int, meta: BlobMeta) -> None:
-        """From now on the blob can be read."""
+        """From now on the blob can be read, or is read by another table."""
         self._metas[blob_index] = meta
-
-    def detach(self, blob_index: int) -> None:
-        """Forget a table that led to wrong bytes."""
-        self._metas.pop(blob_index, None)
 
     def _meta(self, blob_index: int) -> BlobMeta | None:
         if not self._tables[blob_index]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from struct import Struct
@@ -11,6 +12,7 @@ from struct import Struct
 from bootstrap.base import (
     DEVICE_TYPES,
     FILE_TYPES,
+    HOLE,
     MAX_NSEC,
     S_IFDIR,
     S_IFLNK,
@@ -49,6 +51,7 @@ _name_size = Struct("<100xH").unpack_from
 _chunk_place = Struct("<32xI8xI8xQQ").unpack_from  # blob index, uncompressed size, uncompressed offset, file offset
 _INODE_SIZE = v5.INODE.size
 _RECORD_SIZE = CHUNK_RECORD.size
+_VECTOR_INODES = 20_000  # from here on importing numpy pays
 
 
 class BootstrapV5(Bootstrap):
@@ -338,19 +341,24 @@ class BootstrapV5(Bootstrap):
         record = self.node(ino)
         if record.mode & S_IFMT != S_IFREG:
             raise FormatError("inode", at, "is not a regular file")
-        if record.flags & v5.INODE_HAS_HOLE:
-            raise FormatError("inode", at, "files with holes are not supported")
         start, size = self._xattr_area(record, at)
         start += v5.align8(size)
         if start + record.child_count * _RECORD_SIZE > self.size:
             raise FormatError("chunk records", start, f"{record.child_count} reach behind the end of the file")
-        if record.child_count != -(-record.size // self.chunk_size):
+        whole = -(-record.size // self.chunk_size)
+        if record.child_count != whole and not (self.has_holes(ino) and record.child_count < whole):
             raise FormatError("inode", at, f"{record.child_count} chunks for {record.size} bytes")
         return record.size, start, record.child_count
 
+    def has_holes(self, ino: int) -> bool:
+        """Whether parts of a file may have no chunk. No current builder makes such files."""
+        return bool(self.node(ino).flags & v5.INODE_HAS_HOLE)
+
     def extents(self, ino: int, offset: int, size: int) -> list[Extent]:
-        file_size, table, _ = self._chunks(ino)
+        file_size, table, count = self._chunks(ino)
         end = min(offset + size, file_size)
+        if self.has_holes(ino):
+            return list(self._around_holes(table, count, offset, end))
         chunk_size = self.chunk_size
         found = []
         while offset < end:
@@ -365,6 +373,32 @@ class BootstrapV5(Bootstrap):
             found.append(Extent(blob, start + within, piece, offset))
             offset += piece
         return found
+
+    def _around_holes(self, table: int, count: int, offset: int, end: int) -> Iterator[Extent]:
+        """Extents of a file whose chunks must be searched by their file offset (2.6)."""
+
+        def file_offset(number: int) -> int:
+            found: int = _chunk_place(self._map, table + number * _RECORD_SIZE)[3]
+            return found
+
+        number = max(0, bisect_right(range(count), offset, key=file_offset) - 1)
+        while offset < end and number < count:
+            at = table + number * _RECORD_SIZE
+            blob, length, start, begin = _chunk_place(self._map, at)
+            if blob >= len(self.blobs):
+                raise FormatError("chunk record", at, f"blob {blob} of {len(self.blobs)}")
+            if number + 1 < count and file_offset(number + 1) < begin + length:
+                raise FormatError("chunk record", at, f"file offset {begin} and {length} bytes reach into the next one")
+            if offset < begin:
+                yield Extent(HOLE, 0, min(begin, end) - offset, offset)
+                offset = min(begin, end)
+            piece = min(begin + length, end) - offset
+            if begin <= offset and piece > 0:
+                yield Extent(blob, start + offset - begin, piece, offset)
+                offset += piece
+            number += 1
+        if offset < end:
+            yield Extent(HOLE, 0, end - offset, offset)
 
     def file_records(self, ino: int) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
         """CHUNK_RECORD fields of one regular file, in file order."""
@@ -407,10 +441,42 @@ class BootstrapV5(Bootstrap):
                 yield table, count
 
     def record_places(self) -> Sequence[int]:
+        if self._count >= _VECTOR_INODES and (many := self._many_places()) is not None:
+            return many
         places = array("I")
         for table, count in self._record_spans():
             places.extend(range(table // 8, (table + count * _RECORD_SIZE) // 8, _RECORD_SIZE // 8))
         return places
+
+    def _many_places(self) -> Sequence[int] | None:
+        """The same of all inodes at once: 0.1 s for 1,000,000 instead of 2. None if anything is wrong with any."""
+        import numpy as np
+
+        words = np.frombuffer(self._map, "<u8", self.size // 8)
+        at = np.frombuffer(self._map, "<u4", self._count, self._table).astype(np.int64)
+        if at.min() * 8 <= v5.SUPER_SIZE or at.max() * 8 + _INODE_SIZE > self.size:
+            return None
+        # Word 5 of a record: inode number, 7: project and mode, 8: size, 10: flags, 12: children, name size, link size.
+        first = words[at + 5] == np.arange(1, self._count + 1)
+        at = at[first & (words[at + 7] >> 32 & S_IFMT == S_IFREG)]
+        heads = words[at + 12]
+        count = (heads & 0xFFFF_FFFF).astype(np.int64)
+        start = at + _INODE_SIZE // 8 + (((heads >> 32 & 0xFFFF) + 7) >> 3).astype(np.int64)
+        xattrs = words[at + 10] & v5.INODE_XATTR != 0
+        if xattrs.any():
+            where = start[xattrs]
+            totals = words[np.minimum(where, len(words) - 1)]
+            if where.max() >= len(words) or totals.max() > self.size:
+                return None
+            start[xattrs] += 1 + ((totals + 7) >> 3).astype(np.int64)
+        sizes = words[at + 8]
+        exact = (sizes + (self.chunk_size - 1)) // self.chunk_size == count
+        step = _RECORD_SIZE // 8
+        if not exact.all() or (start + count * step).max(initial=0) > len(words) or count.sum() * step > len(words):
+            return None
+        before = np.cumsum(count) - count
+        places = np.repeat(start - before * step, count) + np.arange(count.sum()) * step
+        return array("I", places.astype(np.uint32).tobytes())
 
     def chunk_records(self) -> Iterator[tuple[bytes, int, int, int, int, int, int, int, int, int]]:
         for table, count in self._record_spans():

@@ -90,6 +90,8 @@ class BootstrapV6(Bootstrap):
         self.blobs = self._read_blobs(inline_id)
         # A file needs 8 bytes here per chunk: larger sizes are lies, and may overflow what the kernel takes.
         self._max_size = max(self.size // 8 * self.chunk_size, self.size)
+        self._external = {blob.index for blob in self.blobs if blob.features & BlobFeatures.EXTERNAL}
+        self._external_places: dict[tuple[int, int], int] = {}
         # Only generated dictionaries have a name with a slash (reference 5.11); nobody can look it up.
         self._dictionary = any(blob.features & BlobFeatures.IS_CHUNKDICT_GENERATED for blob in self.blobs)
         if self.attr(self.root).mode & S_IFMT != S_IFDIR:
@@ -110,14 +112,16 @@ class BootstrapV6(Bootstrap):
             raise FormatError(name, at + 80, f"incompat features {sb.feature_incompat:#x} instead of 0xc")
         if sb.blkszbits not in (9, 12):
             raise FormatError(name, at + 12, f"block size 2^{sb.blkszbits}")
-        if sb.checksum or sb.extslots or sb.xattr_blkaddr or sb.union:
-            raise FormatError(name, at, "a field that must be 0 is not (checksum, extslots, xattr_blkaddr, union)")
+        if sb.checksum or sb.extslots or sb.union:
+            raise FormatError(name, at, "a field that must be 0 is not (checksum, extslots, union)")
         if sb.devt_slotoff != v6.DEVICE_SLOT_OFFSET_UNITS:
             raise FormatError(name, at + 88, f"device table in slot {sb.devt_slotoff} instead of 11")
         if not sb.inos:
             raise FormatError(name, at + 16, "no inodes")
         if self.size % (1 << sb.blkszbits):
             raise FormatError(name, at, f"file size {self.size} is not a multiple of the block size: truncated?")
+        if sb.xattr_blkaddr << sb.blkszbits > self.size:
+            raise FormatError(name, at + 44, f"shared xattrs in block {sb.xattr_blkaddr}, behind the end of the file")
         if sb.meta_blkaddr << sb.blkszbits > self.size:
             raise FormatError(name, at + 40, f"inodes start in block {sb.meta_blkaddr}, behind the end of the file")
         return sb
@@ -323,23 +327,39 @@ class BootstrapV6(Bootstrap):
         end = start + v6.xattr_area_size(icount)
         if end > self.size:
             raise FormatError("xattr area", start, f"{icount} words reach behind the end of the file")
-        shared = v6.XATTR_HEADER.unpack_from(self._map, start)[1]
-        if shared:
-            raise FormatError("xattr area", start, f"{shared} shared attributes, which images do not have")
         found = {}
         at = start + v6.XATTR_HEADER.size
+        for _ in range(v6.XATTR_HEADER.unpack_from(self._map, start)[1]):
+            if at + v6.SHARED_XATTR.size > end:
+                raise FormatError("xattr area", start, "its shared attributes reach behind its end")
+            name, value, _ = self._shared_xattr(v6.SHARED_XATTR.unpack_from(self._map, at)[0], at)
+            found[name] = value
+            at += v6.SHARED_XATTR.size
         while at + v6.XATTR_ENTRY.size <= end:
-            name_size, index, value_size = v6.XATTR_ENTRY.unpack_from(self._map, at)
-            prefix = v6.XATTR_PREFIXES.get(index)
-            if prefix is None:
-                raise FormatError("xattr entry", at, f"name index {index}")
-            name_at = at + v6.XATTR_ENTRY.size
-            value_at = name_at + name_size
-            if value_at + value_size > end:
-                raise FormatError("xattr entry", at, f"{name_size} + {value_size} bytes reach behind its area")
-            found[prefix + self._map[name_at:value_at]] = self._map[value_at : value_at + value_size]
-            at += (v6.XATTR_ENTRY.size + name_size + value_size + 3) & ~3
+            name, value, at = self._xattr(at, end)
+            found[name] = value
         return found
+
+    def _xattr(self, at: int, end: int) -> tuple[bytes, bytes, int]:
+        """Name and value of the entry at an offset, and where the next one is."""
+        name_size, index, value_size = v6.XATTR_ENTRY.unpack_from(self._map, at)
+        prefix = v6.XATTR_PREFIXES.get(index)
+        if prefix is None:
+            raise FormatError("xattr entry", at, f"name index {index}")
+        name_at = at + v6.XATTR_ENTRY.size
+        value_at = name_at + name_size
+        if value_at + value_size > end:
+            raise FormatError("xattr entry", at, f"{name_size} + {value_size} bytes reach behind its area")
+        following = at + ((v6.XATTR_ENTRY.size + name_size + value_size + 3) & ~3)
+        return prefix + self._map[name_at:value_at], self._map[value_at : value_at + value_size], following
+
+    def _shared_xattr(self, number: int, where: int) -> tuple[bytes, bytes, int]:
+        """An attribute that many inodes refer to: images of other EROFS writers have them, upstream's do not (1.1)."""
+        blocks = self.superblock.xattr_blkaddr
+        at = blocks * self.block_size + 4 * number
+        if not blocks or at + v6.XATTR_ENTRY.size > self.size:
+            raise FormatError("xattr area", where, f"shared attribute {number} lies outside the file")
+        return self._xattr(at, self.size)
 
     # ---- directories
 
@@ -474,12 +494,15 @@ class BootstrapV6(Bootstrap):
         found = []
         while offset < end:
             number, within = divmod(offset, chunk_size)
-            _, high, block = _address(self._map, table + 8 * number)
+            low, high, block = _address(self._map, table + 8 * number)
             blob = (high & 0xFF) - 1
             if not 0 <= blob < len(self.blobs):
                 raise FormatError("chunk address", table + 8 * number, f"blob {blob} of {len(self.blobs)}")
             piece = min(chunk_size - within, end - offset)
-            found.append(Extent(blob, block * self.block_size + within, piece, offset))
+            start = block * self.block_size
+            if blob in self._external:
+                start = self._external_place(blob, low | high >> 8 << 16, table + 8 * number)
+            found.append(Extent(blob, start + within, piece, offset))
             offset += piece
         return found
 
@@ -491,8 +514,25 @@ class BootstrapV6(Bootstrap):
             blob = (high & 0xFF) - 1
             if not 0 <= blob < len(self.blobs):
                 raise FormatError("chunk address", at, f"blob {blob} of {len(self.blobs)}")
-            found.append(ChunkRef(blob, low | high >> 8 << 16, block * self.block_size))
+            index, start = low | high >> 8 << 16, block * self.block_size
+            if blob in self._external:
+                start = self._external_place(blob, index, at)
+            found.append(ChunkRef(blob, index, start))
         return found
+
+    def _external_place(self, blob: int, index: int, at: int) -> int:
+        """Uncompressed offset of a chunk of an external blob: any byte offset, of which its address has only the block.
+
+        Such a file may begin behind a tar header, say (5.15). So its records decide; they are collected once.
+        """
+        if not self._external_places:
+            self._external_places = {
+                (record[1], record[8]): record[6] for record in self.chunk_records() if record[1] in self._external
+            }
+        place = self._external_places.get((blob, index))
+        if place is None:
+            raise FormatError("chunk address", at, f"chunk {index} of external blob {blob} has no record")
+        return place
 
     def prefetch_inodes(self) -> list[int]:
         start = self.ext.prefetch_table_offset

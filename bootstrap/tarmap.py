@@ -45,9 +45,6 @@ class TarMap(ChunkMap):
             raise FormatError("piece digests", 0, f"{len(digests)} bytes for {len(rows)} pieces")
         self._digests[blob_index] = digests
 
-    def detach(self, blob_index: int) -> None:
-        """Nothing: what the digests were made of was right."""
-
     def blob_rows(self, blob_index: int) -> range:
         return range(self._starts[blob_index], self._starts[blob_index + 1])
 

@@ -111,6 +111,7 @@ class ImageReader:
         except SourceError as error:
             if not error.damaged:
                 raise self._unreadable(ino, pieces, error) from None
+            await self._renew_tables(extents)
             parts = await self._chunk_by_chunk(ino, extents)
         self._note_stream(ino, offset, size)
         if len(parts) == 1:
@@ -163,6 +164,14 @@ class ImageReader:
         for extent in extents:
             if extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index):
                 await self._tables.load(extent.blob_index)
+
+    async def _renew_tables(self, extents: Sequence[Extent]) -> None:
+        """Wrong bytes: perhaps it is the blob's own table that is wrong."""
+        for blob_index in {extent.blob_index for extent in extents} - {HOLE}:
+            if await self._tables.renew(blob_index):
+                with self._describing:
+                    for slot in [slot for slot in self._segments if slot[0] == blob_index]:
+                        del self._segments[slot]
 
     async def load_tables(self) -> None:
         """All blobs' own tables, for who wants to look at every chunk; what cannot be had is logged and stays away."""
@@ -316,8 +325,6 @@ class ImageReader:
                 try:
                     plain = await fetch_chunk(self.job(segment), self.chunks.member(row))
                 except SourceError as error:
-                    if error.damaged:
-                        self._tables.doubt(segment.blob.index)
                     raise self._unreadable(ino, [piece], error, f" chunk {chunk.index}") from None
                 parts.append(memoryview(plain)[low - chunk.uncompressed_offset : high - chunk.uncompressed_offset])
         return parts

@@ -23,7 +23,7 @@ from bootstrap import blobmeta
 from bootstrap.base import Blob, Bootstrap
 from bootstrap.blobsource import local_meta
 from bootstrap.chunkmap import ChunkMap
-from bootstrap.errors import RafsError
+from bootstrap.errors import DigestMismatch, RafsError
 from bootstrap.tarmap import TarMap
 from nydusfs.cache import CacheStore
 from nydusfs.errors import CacheError, SourceError
@@ -33,6 +33,8 @@ from nydusfs.wholetar import read_tar
 log = logging.getLogger("nydusfs.tables")
 
 SAMPLES = 2048  # chunks looked up in a table that no digest vouches for
+RENEW_PAUSE = 60.0  # seconds between two fetches of the same table because of wrong bytes
+WRONG_TAR_PAUSE = 10.0  # seconds in which a wrong tar is not read as a whole again
 KEY_SIZE = 32
 
 _T = TypeVar("_T")
@@ -57,7 +59,8 @@ class Tables:
         self._store = store
         self._flights: dict[int, _Flight] = {}
         self._vouched: set[int] = set()  # blobs whose table has the digest that the bootstrap names
-        self._doubted: set[int] = set()  # those whose table led to wrong bytes: local copies of it are not used
+        self._renewed: dict[int, float] = {}  # when tables were fetched anew
+        self._wrong_tars: dict[int, tuple[float, DigestMismatch]] = {}  # when one was read and found to be another
 
     def missing(self) -> list[int]:
         """Blobs that cannot be read yet."""
@@ -82,11 +85,22 @@ class Tables:
                 del self._flights[blob_index]
                 flight.done.set()
 
-    def doubt(self, blob_index: int) -> None:
-        """Chunks of this blob came out wrong from every source: what led to them is fetched anew, not from here."""
-        if blob_index not in self._vouched:
-            self._doubted.add(blob_index)
-            self._chunks.detach(blob_index)
+    async def renew(self, blob_index: int) -> bool:
+        """Chunks of this blob came out wrong from every source: fetch the table that led to them anew, if nothing
+        vouches for it. Whether there is another one now."""
+        blob = self._bootstrap.blobs[blob_index]
+        if blob_index in self._vouched or not blobmeta.needs_meta(blob):
+            return False
+        now = trio.current_time()
+        if now < self._renewed.get(blob_index, -RENEW_PAUSE) + RENEW_PAUSE:
+            return False
+        self._renewed[blob_index] = now
+        try:
+            self._chunks.attach(blob_index, await self._fetch(blob))
+        except (SourceError, RafsError) as error:
+            log.warning("image %s: %s", self._name, error)
+            return False
+        return True
 
     async def _load(self, blob: Blob) -> None:
         chunks = self._chunks
@@ -104,8 +118,15 @@ class Tables:
     async def _load_tar(self, chunks: TarMap, blob: Blob) -> None:
         digests = await _in_thread(partial(self._kept, blob))
         if digests is None:
+            wrong = self._wrong_tars.get(blob.index)
+            if wrong is not None and trio.current_time() < wrong[0] + WRONG_TAR_PAUSE:
+                raise wrong[1]
             log.info("image %s: reading all of tar %s to verify it", self._name, blob.id)
-            whole = await read_tar(self._bootstrap, blob, self._source, self._store)
+            try:
+                whole = await read_tar(self._bootstrap, blob, self._source, self._store)
+            except DigestMismatch as error:
+                self._wrong_tars[blob.index] = (trio.current_time(), error)
+                raise
             await _in_thread(partial(self._keep, blob, whole))
             digests = memoryview(whole)
         chunks.attach_digests(blob.index, bytes(digests))
@@ -114,8 +135,6 @@ class Tables:
 
     def _local(self, blob: Blob) -> blobmeta.BlobMeta | None:
         """From beside the bootstrap or the cache. For a worker thread."""
-        if blob.index in self._doubted:
-            return None
         for look in (partial(local_meta, self._bootstrap, blob), partial(self._cached, blob)):
             try:
                 meta = look()
@@ -149,7 +168,6 @@ class Tables:
             await _in_thread(partial(judge, stored))
 
         await self._source.read(where.blob_id, where.offset, where.size, Priority.DEMAND, check)
-        self._doubted.discard(blob.index)
         if where.vouched:
             self._vouched.add(blob.index)
         return found[-1]

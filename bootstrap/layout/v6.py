@@ -32,6 +32,8 @@ DIRENT = Struct("<QHBB")
 CHUNK_ADDRESS = Struct("<HHI")
 XATTR_HEADER = Struct("<IB7x")
 XATTR_ENTRY = Struct("<BBH")
+SHARED_XATTR = Struct("<I")
+"""Behind the header, as many as it says: place of an entry in the shared area, in units of 4 bytes."""
 NID = Struct("<I")
 
 FORMAT_EXTENDED = 1
