@@ -215,7 +215,7 @@ class Blobs:
             return self.chunks.decode([member], self.read_stored(member.unit, blob))[0]
         key = blob_index, member.unit
         found = self._units.get(key)
-        if found is None:
+        if found is None or row not in found:  # a hostile table may scatter a unit
             rows, members = self._neighbours(blob_index, row, member)
             plain = self.chunks.decode(members, self.read_stored(member.unit, blob))
             found = self._units[key] = dict(zip(rows, plain, strict=True))
