@@ -7,9 +7,7 @@ array operations for each level and a few microseconds per name (20 ms in all).
 from __future__ import annotations
 
 from bootstrap.chunktable import BlobInfo
-from bootstrap.errors import BuildError
 from bootstrap.flat import FlatTree
-from bootstrap.layout.common import BlobFeatures
 from bootstrap.load_v5 import LoaderV5
 from bootstrap.load_v6 import LoaderV6
 from bootstrap.reader import Blob, Bootstrap, BootstrapV5, BootstrapV6
@@ -44,10 +42,8 @@ def blob_info(blob: Blob) -> BlobInfo:
 def load_tree(image: Bootstrap, blobs: list[BlobInfo]) -> FlatTree:
     """All paths of `image`, by depth; `blobs` stand for the image's blob table in its order.
 
-    Raises FormatError for bytes that break the format, BuildError for kinds of images that cannot be taken apart.
+    Raises FormatError for bytes that break the format.
     """
-    if any(blob.features & BlobFeatures.EXTERNAL for blob in blobs):
-        raise BuildError(f"{image.path}: external blobs cannot be merged")
     if isinstance(image, BootstrapV5):
         return LoaderV5(image, blobs).load()
     assert isinstance(image, BootstrapV6)

@@ -230,12 +230,10 @@ class LoaderV6(Loader):
             self._data, CHUNK, table.chunk_table_size // CHUNK.itemsize, table.chunk_table_offset
         ) if table.chunk_table_size else no_chunks()
         index, blob = records["index"].astype(np.uint64), records["blob"].astype(np.uint64) + np.uint64(1)
-        at = records["uncompressed_offset"]
-        block = np.uint64(self._block)
-        named = (blob <= np.uint64(len(self._blobs))) & (index < np.uint64(1 << 24)) & (at % block == 0)
-        named &= at // block < np.uint64(1 << 32)
+        at = records["uncompressed_offset"] // np.uint64(self._block)
+        named = (blob <= np.uint64(len(self._blobs))) & (index < np.uint64(1 << 24)) & (at < np.uint64(1 << 32))
         keys = index & np.uint64(0xFFFF) | blob << np.uint64(16) | (index >> np.uint64(16)) << np.uint64(24)
-        keys |= (at // block) << np.uint64(32)
+        keys |= at << np.uint64(32)
         usable = np.flatnonzero(named)
         usable = usable[np.argsort(keys[usable], kind="stable")]
         keys = keys[usable]
@@ -257,7 +255,8 @@ class LoaderV6(Loader):
         """Tarfs keeps no records: the address says where, the file how much (1.13)."""
         records = np.zeros(len(addresses), CHUNK)
         records["blob"] = (addresses >> np.uint64(16) & np.uint64(0xFF)) - np.uint64(1)
-        records["index"] = addresses & np.uint64(0xFFFF) | addresses >> np.uint64(24) & np.uint64(0xFF) << np.uint64(16)
+        high = addresses >> np.uint64(24) & np.uint64(0xFF)
+        records["index"] = addresses & np.uint64(0xFFFF) | high << np.uint64(16)
         offsets = (addresses >> np.uint64(32)) * np.uint64(self._block)
         records["compressed_offset"] = records["uncompressed_offset"] = offsets
         left = np.repeat(sizes, counts) - ragged(counts) * self._chunk_size

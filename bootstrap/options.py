@@ -14,7 +14,6 @@ from bootstrap.layout.common import (
     Digester,
     is_chunk_size,
 )
-from bootstrap.tree import clean_patterns
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class BuildOptions:
                     f"batch size {self.batch_size:#x} is not a power of two from 0x1000 to the chunk size "
                     f"{self.chunk_size:#x}"
                 )
-        clean_patterns(self.prefetch)
 
     @property
     def aligned(self) -> bool:

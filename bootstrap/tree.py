@@ -178,7 +178,7 @@ def check_xattr(name: bytes, value: bytes, limit: int, where: str) -> None:
 def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:
     """Prefetch patterns as a build uses them, and warnings for those it drops (5.7).
 
-    A pattern equal to or below an earlier one adds nothing. Raises BuildError for a relative path.
+    A pattern equal to or below an earlier one adds nothing; relative paths and those with ".." name nothing.
     """
     kept: list[bytes] = []
     warnings: list[str] = []
@@ -187,11 +187,10 @@ def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:
         if not raw:
             continue
         shown = raw.decode("utf-8", "backslashreplace")
-        if not raw.startswith(b"/"):
-            raise BuildError(f"prefetch pattern {shown!r} must be an absolute path")
         parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
-        if b".." in parts:
-            raise BuildError(f"prefetch pattern {shown!r} must not contain '..'")
+        if not raw.startswith(b"/") or b".." in parts:
+            warnings.append(f"prefetch pattern {shown!r} is left out: not an absolute path without '..'")
+            continue
         pattern = b"/" + b"/".join(parts)
         prefix = next((p for p in kept if pattern == p or pattern.startswith(p.rstrip(b"/") + b"/")), None)
         if prefix is not None:

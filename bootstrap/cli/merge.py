@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from bootstrap.cli.building import (
     clear_errors,
     log_options,
     read_patterns,
-    refuse,
     report,
     set_up_logging,
 )
+from bootstrap.cli.conflicts import check_config, dictionary_path
 
 
 @click.command(
@@ -28,7 +29,7 @@ from bootstrap.cli.building import (
 @click.option("-B", "--bootstrap", metavar="FILE", help="Write the merged metadata there.")
 @click.option("--parent-bootstrap", metavar="FILE", help="Put all layers on top of this image.")
 @click.option("-D", "--blob-dir", metavar="DIR", help="Write the metadata there, named by its SHA-256, without -B.")
-@click.option("--chunk-dict", metavar="bootstrap=FILE", help="Chunk dictionary of the layers (not supported yet).")
+@click.option("--chunk-dict", metavar="bootstrap=FILE", help="The image whose chunks the layers were built to reuse.")
 @click.option(
     "--prefetch-policy", type=click.Choice(["fs", "blob", "none"]), default="none", show_default=True,
     help=PREFETCH_HELP,
@@ -50,25 +51,31 @@ def merge(sources: tuple[str, ...], **given: Any) -> None:
     Exit code 2: the layers do not fit together (RAFS version, chunk size, ownership or digest).
     """
     set_up_logging(given["log_level"], given["log_file"])
-    refuse({"--chunk-dict": given["chunk_dict"]})
     if not given["bootstrap"] and not given["blob_dir"]:
-        raise CommandError("give --bootstrap FILE for the merged metadata", 2)
+        raise CommandError(
+            "both --bootstrap and --blob-dir are missing, please specify one to store the generated metadata blob file"
+        )
+    if given["blob_dir"] and not os.path.isdir(given["blob_dir"]):
+        raise CommandError(f"directory to store blobs does not exist: --blob-dir {given['blob_dir']}")
+    check_config(given["config"])
     with clear_errors("cannot merge"):
         _run(sources, given)
 
 
 def _run(sources: tuple[str, ...], given: dict[str, Any]) -> None:
-    import hashlib
     import time
 
     from bootstrap.merge import MergeSource, merge_layers
 
+    def path_of(name: str) -> Path | None:
+        return Path(given[name]) if given[name] else None
+
     count = len(sources)
-    digests = _items(given["blob_digests"], count, "--blob-digests")
-    ids = _items(given["original_blob_ids"], count, "--original-blob-ids")
-    sizes = _numbers(given["blob_sizes"], count, "--blob-sizes")
-    toc_digests = _items(given["blob_toc_digests"], count, "--blob-toc-digests")
-    toc_sizes = _numbers(given["blob_toc_sizes"], count, "--blob-toc-sizes")
+    digests = _items(given["blob_digests"], count, "blob digest", "--blob-digests")
+    ids = _items(given["original_blob_ids"], count, "original blob id", "--original-blob-ids")
+    sizes = _numbers(given["blob_sizes"], count, "blob size", "--blob-sizes", 64)
+    toc_digests = _items(given["blob_toc_digests"], count, "toc digest", "--blob-toc-digests")
+    toc_sizes = _numbers(given["blob_toc_sizes"], count, "toc size", "--blob-toc-sizes", 32)
     layers = [
         MergeSource(Path(path), digest, identifier, size, toc_digest, toc_size)
         for path, digest, identifier, size, toc_digest, toc_size in zip(
@@ -76,19 +83,21 @@ def _run(sources: tuple[str, ...], given: dict[str, Any]) -> None:
         )
     ]
     patterns = read_patterns(given["prefetch_policy"])
-    out = Path(given["bootstrap"] or Path(given["blob_dir"]) / ".merged")
     started = time.perf_counter()
-    parent = Path(given["parent_bootstrap"]) if given["parent_bootstrap"] else None
+    out = path_of("bootstrap") or Path(given["blob_dir"]) / f".merged.{os.getpid()}"
     result = merge_layers(
-        layers, out, prefetch=patterns if given["prefetch_policy"] == "fs" else [], parent=parent
+        layers,
+        out,
+        prefetch=patterns if given["prefetch_policy"] == "fs" else [],
+        parent=path_of("parent_bootstrap"),
+        chunk_dict=dictionary_path(given["chunk_dict"]),
     )
     if not given["bootstrap"]:
-        named = out.with_name(hashlib.sha256(out.read_bytes()).hexdigest())
-        out = out.replace(named)
+        out = out.replace(out.with_name(result.sha256))
     report(
         bootstrap=str(out),
         blobs=result.blobs,
-        times={"total_build": round(time.perf_counter() - started, 6)},
+        times={**result.timings, "total_build": round(time.perf_counter() - started, 6)},
         events={"inodes": result.inode_count},
         fs_version=result.fs_version,
         compressor=result.compressor.label,
@@ -97,21 +106,24 @@ def _run(sources: tuple[str, ...], given: dict[str, Any]) -> None:
     )
 
 
-def _items(text: str | None, count: int, option: str) -> list[str | None]:
+def _items(text: str | None, count: int, what: str, option: str) -> list[str | None]:
     """A comma list with one item per source; all None when it is not given."""
     if text is None:
         return [None] * count
     items = text.split(",")
     if len(items) != count:
-        raise CommandError(f"{option} has {len(items)} items for {count} sources")
+        raise CommandError(f"{option}: number of {what} entries {len(items)} doesn't match number of sources {count}")
     return [item.strip() or None for item in items]
 
 
-def _numbers(text: str | None, count: int, option: str) -> list[int | None]:
+def _numbers(text: str | None, count: int, what: str, option: str, bits: int) -> list[int | None]:
     found: list[int | None] = []
-    for item in _items(text, count, option):
+    for item in _items(text, count, what, option):
         try:
-            found.append(None if item is None else int(item, 0))
+            number = None if item is None else int(item, 0)
         except ValueError:
-            raise CommandError(f"{option}: {item!r} is not a number") from None
+            number = -1
+        if number is not None and not 0 <= number < 1 << bits:
+            raise CommandError(f"invalid number in {option} option: {item!r}")
+        found.append(number)
     return found
