@@ -12,6 +12,7 @@ from bootstrap.modes.cachefiles import CacheFilesMode
 from bootstrap.modes.estargztoc import TocMode
 from bootstrap.modes.packed import PackedMode
 from bootstrap.modes.reference import RefMode
+from bootstrap.modes.tarfs import TarfsMode
 from bootstrap.options import BuildOptions
 
 
@@ -19,7 +20,7 @@ from bootstrap.options import BuildOptions
 class Kind:
     """`source`: "directory", "tar" or "toc". `compressor`, `digester`: forced ones, None where the options decide.
 
-    `fixed`: the data is somebody else's file, so there is nothing to batch, to move forward or to give an id.
+    `forbids`: options that make no sense for it, by their names on the command line.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Kind:
     compressor: Compressor | None = None
     digester: Digester | None = None
     only_v6: bool = False
-    fixed: bool = False
+    forbids: tuple[str, ...] = ()
 
     def open(self, stream: BinaryIO) -> BinaryIO:
         """The uncompressed tar inside a layer file, as `build_layer` needs it for this kind. Close it when done; that
@@ -46,15 +47,19 @@ class Kind:
         if self.only_v6 and options.fs_version != 6:
             version = f"--fs-version {options.fs_version}"
             raise BuildError(f"'{version}' conflicts with conversion type '{self.name}', only V6 is supported")
-        if self.fixed:
-            if options.blob_id is not None:
-                raise BuildError(f"conversion type '{self.name}' conflicts with '--blob-id'")
-            if options.secret is not None:
-                raise BuildError(f"conversion type '{self.name}' conflicts with '--encrypt'")
-            if options.batch_size:
+        given = {
+            "--blob-id": options.blob_id is not None,
+            "--encrypt": options.secret is not None,
+            "--batch-size": options.batch_size,
+            "--prefetch-policy blob": options.prefetch_policy == "blob",
+            "--blob-inline-meta": options.inline_meta,
+            "--features blob-toc": options.blob_toc,
+        }
+        for name in self.forbids:
+            if given[name] and name == "--batch-size":  # upstream's words
                 raise BuildError(f"unsupported ConversionType for batch chunk: {self.name} (--batch-size)")
-            if options.prefetch_policy == "blob":
-                raise BuildError(f"conversion type {self.name} conflicts with '--prefetch-policy blob'")
+            if given[name]:
+                raise BuildError(f"conversion type '{self.name}' conflicts with '{name}'")
         return replace(
             options,
             compressor=options.compressor if self.compressor is None else self.compressor,
@@ -62,9 +67,10 @@ class Kind:
         )
 
 
-def _ref(name: str) -> Kind:
-    return Kind(name, "tar", RefMode, Compressor.GZIP, Digester.SHA256, only_v6=True, fixed=True)
-
+# Where the data is somebody else's file there is nothing to batch or to move forward.
+_FIXED = ("--encrypt", "--batch-size", "--prefetch-policy blob")
+_NAMED = ("--blob-id", *_FIXED)
+_BARE = ("--blob-inline-meta", "--features blob-toc", *_FIXED)
 
 KINDS = {
     kind.name: kind
@@ -73,9 +79,10 @@ KINDS = {
         Kind("tar-rafs", "tar"),
         Kind("targz-rafs", "tar"),
         Kind("estargz-rafs", "tar"),
-        _ref("targz-ref"),
-        _ref("estargz-ref"),
-        Kind("estargztoc-ref", "toc", TocMode, Compressor.GZIP, Digester.SHA256, only_v6=True),
+        Kind("targz-ref", "tar", RefMode, Compressor.GZIP, Digester.SHA256, only_v6=True, forbids=_NAMED),
+        Kind("estargz-ref", "tar", RefMode, Compressor.GZIP, Digester.SHA256, only_v6=True, forbids=_NAMED),
+        Kind("estargztoc-ref", "toc", TocMode, Compressor.GZIP, Digester.SHA256, only_v6=True, forbids=_FIXED),
+        Kind("tar-tarfs", "tar", TarfsMode, Compressor.NONE, Digester.SHA256, only_v6=True, forbids=_BARE),
     )
 }
 ALIASES = {"directory": "dir-rafs", "stargz_index": "estargztoc-ref"}

@@ -5,6 +5,8 @@ know nothing of blobs, writers of metadata nothing of tars; what lies between is
 
 * `packed.PackedMode`: chunks are compressed into a data blob of their own, small ones in batches, maybe encrypted.
 * `reference.RefMode`: chunks stay where they are in the original tar or tar.gz layer.
+* `estargztoc.TocMode`: the same for an eStargz layer of which only the table of contents is known.
+* `tarfs.TarfsMode`: a tar is itself the blob.
 
 To add one (a tar that is itself the blob, data in some other store): derive
 from `Mode` in a new module here and name it in `bootstrap.kinds.KINDS`. What a mode decides:
@@ -17,7 +19,7 @@ from `Mode` in a new module here and name it in `bootstrap.kinds.KINDS`. What a 
   counts in `self.info` (chunk_count, compressed_size, uncompressed_size), and fills `self.entries` (blob meta, 16 or 24
   bytes a chunk), `self.contexts` with `self.context_count` (behind the entries), `self.digests` (32 bytes a chunk).
   `content.position` is the offset in the tar of the next byte `content.read` gives (-1 for directories).
-* class attributes `has_data` (the blob starts with chunk data), `meta_compressor`, `super_flags`, `block_size`, and
+* class attributes `has_data` (the blob starts with chunk data), `meta_compressor`, `super_flags`, and
   `features()`.
 * `finish_separate` and `finish_inline` end the blob; override them where the blob id is not the hash of what was
   written, or size and digest of the blob are those of another file.
@@ -72,8 +74,6 @@ class Mode(ABC):
 
     has_data: ClassVar[bool] = True
     """The blob starts with the chunks' bytes; False: blob meta and chunks lie in different blobs (SEPARATE)."""
-    block_size: ClassVar[int] = 4096
-    """Unit of addresses in a v6 bootstrap."""
 
     def __init__(self, context: Context) -> None:
         options = context.options

@@ -211,6 +211,13 @@ class TestReferenceFixtures:
         assert result.bootstrap == (folder / "image.boot").read_bytes()
         assert (folder / result.blob_id).read_bytes() == meta and result.blobs == [blob]
 
+    def test_tarfs(self) -> None:
+        assert REFERENCE is not None
+        folder = REFERENCE / "v6-tar-tarfs"
+        blob = json.loads((folder / "manifest.json").read_bytes())["blobs"][0]["id"]
+        result, _ = build((folder / blob).read_bytes(), "tar-tarfs", chunk_size=0x8000)
+        assert result.bootstrap == (folder / "image.boot").read_bytes()
+
     def test_layers_of_an_image(self) -> None:
         assert REFERENCE is not None
         folder = REFERENCE / "v6-zran-merged3"
@@ -240,3 +247,23 @@ class TestReferenceFixtures:
                     if entry.isreg() and entry.size:
                         file = archive.extractfile(entry)
                         assert file is not None and found[entry.name.removeprefix("./")] == file.read()
+
+
+def test_tarfs_places_are_those_in_the_tar(tmp_path: Path) -> None:
+    files = {"a": content(1, 10_000), "empty": b"", "exact": content(2, 0x4000), "z": b"zz"}
+    layer = b"".join(tar_pieces(files))
+    result, written = build(layer, "tar-tarfs", chunk_size=0x1000)
+    assert written == b"" and result.blobs == [hashlib.sha256(layer).hexdigest()] and result.blob_id == ""
+    path = tmp_path / "image.boot"
+    path.write_bytes(result.bootstrap)
+    with open_bootstrap(str(path)) as image:
+        for name, data in files.items():
+            extents = image.extents(image.resolve(b"/" + name.encode()), 0, len(data))
+            found = b"".join(layer[extent.blob_offset : extent.blob_offset + extent.size] for extent in extents)
+            assert found == data
+    named, _ = build(layer, "tar-tarfs", blob_id="given")
+    assert named.blobs == ["given"]
+    with pytest.raises(BuildError, match="decompress it first"):
+        build(member(layer), "tar-tarfs")
+    with pytest.raises(BuildError, match="conflicts with '--blob-inline-meta'"):
+        build(layer, "tar-tarfs", inline_meta=True)
