@@ -15,10 +15,10 @@ from bootstrap.build import Build, BuildOptions, BuildResult
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.kinds import KINDS
 from bootstrap.modes.estargztoc import TocMode
-from bootstrap.stargztoc import TAIL_SIZE, Toc, parse_toc, toc_range, unpack_toc
+from bootstrap.stargztoc import MAX_TOC, TAIL_SIZE, Toc, parse_toc, toc_range, unpack_toc
 from bootstrap.tartree import LayerTree
 
-__all__ = ["TAIL_SIZE", "build_toc", "layer_bootstrap", "parse_toc", "read_toc", "toc_range", "unpack_toc"]
+__all__ = ["MAX_TOC", "TAIL_SIZE", "build_toc", "layer_bootstrap", "parse_toc", "read_toc", "toc_range", "unpack_toc"]
 
 ReadAt = Callable[[int, int], bytes]
 """(offset, size) -> exactly so many bytes of the layer."""

@@ -54,6 +54,7 @@ class Kind:
             "--prefetch-policy blob": options.prefetch_policy == "blob",
             "--blob-inline-meta": options.inline_meta,
             "--features blob-toc": options.blob_toc,
+            "--chunk-dict": options.chunk_dict is not None,
         }
         for name in self.forbids:
             if given[name] and name == "--batch-size":  # upstream's words
@@ -70,7 +71,7 @@ class Kind:
 # Where the data is somebody else's file there is nothing to batch or to move forward.
 _FIXED = ("--encrypt", "--batch-size", "--prefetch-policy blob")
 _NAMED = ("--blob-id", *_FIXED)
-_BARE = ("--blob-inline-meta", "--features blob-toc", *_FIXED)
+_BARE = ("--blob-inline-meta", "--features blob-toc", "--chunk-dict", *_FIXED)
 
 KINDS = {
     kind.name: kind

@@ -61,9 +61,30 @@ def check_conflicts(given: dict[str, Any]) -> None:
     for option, folder in (("--blob-dir", blob_dir), ("--blob-cache-dir", cache_dir)):
         if folder and not os.path.isdir(folder):
             raise CommandError(f"directory to store blobs does not exist: {option} {folder}")
+    _check_kind(given)
     _check_version(given)
     _check_sizes(given)
     _check_blob_id(given["blob_id"])
+
+
+def _check_kind(given: dict[str, Any]) -> None:
+    kind, size = given["kind"], given["blob_data_size"]
+    if kind == "tar-tarfs" and given["blob"]:
+        raise CommandError("conversion type `tar-tarfs` conflicts with `--blob`")
+    if kind not in ("estargztoc-ref", "stargz_index"):
+        if size:
+            raise CommandError(f"conversion type '{kind}' conflicts with '--blob-data-size'")
+        return
+    if not given["blob_id"]:
+        raise CommandError("the following required arguments were not provided: --blob-id <blob-id>", 2)
+    if not size:
+        raise CommandError("no value specified for '--blob-data-size'")
+    try:
+        valid = int(size, 16) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise CommandError(f"invalid value {size!r} for '--blob-data-size': a hexadecimal number of bytes")
 
 
 def _check_version(given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,7 +13,6 @@ import click
 
 from bootstrap.cli.building import (
     PREFETCH_HELP,
-    CommandError,
     Number,
     clear_errors,
     log_options,
@@ -111,7 +111,7 @@ TYPES = (
 @click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image: they are not stored again.")
 @click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data with a new key, which the metadata holds (v6).")
 @click.option("--external-blob", metavar="FILE", help="Data of external files (not supported yet).")
-@click.option("--blob-data-size", metavar="HEX", help="Size of the layer for stargz_index (not supported yet).")
+@click.option("--blob-data-size", metavar="HEX", help="Bytes of the layer for estargztoc-ref, in hexadecimal.")
 @click.option(
     "--blob-cache-dir",
     metavar="DIR",
@@ -137,8 +137,9 @@ def create(source: str, **given: Any) -> None:
         tar-rafs, targz-rafs, estargz-rafs   a tar: plain, gzip or zstd, whichever of the three names is given
         targz-ref, estargz-ref               keep a gzip or plain tar layer as it is: SOURCE stays the image's blob,
                                              what is written says where each chunk lies in it and how to get there
-        estargztoc-ref, stargz_index, tar-tarfs
-                                             keep the tar and index it (not supported yet)
+        estargztoc-ref, stargz_index         the same for an eStargz layer, SOURCE is its table of contents (JSON);
+                                             needs --blob-id and --blob-data-size
+        tar-tarfs                            a plain tar, which is itself the blob; only metadata is written
     """
     set_up_logging(given["log_level"], given["log_file"])
     with clear_errors(f"cannot build {source}"):
@@ -164,22 +165,16 @@ def _kind(given: dict[str, Any]) -> Kind:
     from bootstrap.kinds import ALIASES, KINDS
 
     name = ALIASES.get(given["kind"], given["kind"])
-    if name not in KINDS or KINDS[name].source not in ("directory", "tar"):
-        raise CommandError(f"not supported yet: --type {name}")
-    refuse(
-        {
-            "--external-blob": given["external_blob"],
-            "--attributes": given["attributes"],
-            "--blob-data-size": given["blob_data_size"],
-        }
-    )
+    refuse({"--external-blob": given["external_blob"], "--attributes": given["attributes"]})
     return KINDS[name]
 
 
 def _options(kind: Kind, given: dict[str, Any]) -> BuildOptions:
     from bootstrap.build import BuildOptions
+    from bootstrap.layout import estargz
     from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, Compressor, Digester
 
+    chunk_size = estargz.DEFAULT_CHUNK_SIZE if kind.source == "toc" else DEFAULT_CHUNK_SIZE
     policy = given["prefetch_policy"]
     default = "none" if given["blob_cache_dir"] else "zstd"
     secret = None
@@ -191,7 +186,7 @@ def _options(kind: Kind, given: dict[str, Any]) -> BuildOptions:
         fs_version=int(given["fs_version"]),
         compressor=Compressor[(given["compressor"] or default).upper()],
         digester=Digester[given["digester"].upper()],
-        chunk_size=given["chunk_size"] or DEFAULT_CHUNK_SIZE,
+        chunk_size=given["chunk_size"] or chunk_size,
         aligned_chunk=given["aligned_chunk"],
         whiteout_spec=given["whiteout_spec"],
         inline_meta=given["blob_inline_meta"],
@@ -226,7 +221,9 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
         target = stack.enter_context(_Output(given["blob"], given["blob_dir"], discard=bool(cache_dir)))
         assert target.file is not None
         try:
-            if layer is not None:
+            if kind.source == "toc":
+                result = _build_toc(source, target.file, options, int(given["blob_data_size"], 16))
+            elif layer is not None:
                 result = build_layer(layer, target.file, options, kind=kind)
             else:
                 result = build_directory(source, target.file, options, parent=parent, kind=kind)
@@ -245,6 +242,15 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
         path = os.path.join(given["blob_dir"], hashlib.sha256(result.bootstrap).hexdigest())
     write_file(Path(path), result.bootstrap)
     return result, path
+
+
+def _build_toc(source: str, out: BinaryIO, options: BuildOptions, blob_size: int) -> BuildResult:
+    from bootstrap.build import open_source
+    from bootstrap.estargz import MAX_TOC, build_toc, parse_toc
+
+    with open_source(source) as file, io.BufferedReader(file) as text:  # type: ignore[type-var]
+        toc = parse_toc(text.read(MAX_TOC), blob_size)
+    return build_toc(toc, out, options, (options.blob_id or "", blob_size))
 
 
 class _Output:

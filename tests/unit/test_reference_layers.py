@@ -12,10 +12,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bootstrap.build import BuildOptions, BuildResult, build_layer
+from bootstrap.cli.create import create
 from bootstrap.codec import decompress
 from bootstrap.errors import BuildError
 from bootstrap.kinds import KINDS
@@ -267,3 +269,44 @@ def test_tarfs_places_are_those_in_the_tar(tmp_path: Path) -> None:
         build(member(layer), "tar-tarfs")
     with pytest.raises(BuildError, match="conflicts with '--blob-inline-meta'"):
         build(layer, "tar-tarfs", inline_meta=True)
+
+
+def nydus_image(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(create, ["-l", "warn", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_the_command(tmp_path: Path) -> None:
+    plain = b"".join(tar_pieces({"a": b"a"}))
+    layer, tar, blobs, boot = tmp_path / "layer", tmp_path / "tar", tmp_path / "blobs", tmp_path / "boot"
+    layer.write_bytes(member(plain))
+    tar.write_bytes(plain)
+    blobs.mkdir()
+    report = tmp_path / "report.json"
+    assert nydus_image("-t", "targz-ref", "-B", boot, "-D", blobs, "-J", report, layer) == (0, "")
+    (meta,) = blobs.iterdir()
+    assert meta.name == hashlib.sha256(meta.read_bytes()).hexdigest()
+    document = json.loads(report.read_text())
+    assert document["blobs"] == [hashlib.sha256(member(plain)).hexdigest()] and document["compressor"] == "gzip"
+    assert nydus_image("-t", "tar-tarfs", "-B", boot, "-D", blobs, "-J", report, tar) == (0, "")
+    assert json.loads(report.read_text())["blobs"] == [hashlib.sha256(plain).hexdigest()]
+    assert list(blobs.iterdir()) == [meta]
+    for arguments, code, message in (
+        (("-t", "tar-tarfs", "-b", boot), 1, "conversion type `tar-tarfs` conflicts with `--blob`"),
+        (("-t", "tar-tarfs", "-D", blobs, "--chunk-dict", "bootstrap=x"), 1, "conflicts with '--chunk-dict'"),
+        (("-t", "targz-ref", "-D", blobs, "--encrypt"), 1, "conflicts with '--encrypt'"),
+        (("-t", "targz-ref", "-D", blobs, "--blob-id", "x"), 1, "conflicts with '--blob-id'"),
+        (("-t", "targz-ref", "-D", blobs, "-v", "5"), 1, "only V6 is supported"),
+        (("-t", "targz-ref", "-D", blobs, "--blob-data-size", "1"), 1, "conflicts with '--blob-data-size'"),
+        (("-t", "estargztoc-ref", "-D", blobs), 2, "--blob-id"),
+        (("-t", "stargz_index", "-D", blobs, "--blob-id", "x"), 1, "no value specified for '--blob-data-size'"),
+        (("-t", "stargz_index", "-D", blobs, "--blob-id", "x", "--blob-data-size", "z"), 1, "a hexadecimal number"),
+        (
+            ("-t", "stargz_index", "-D", blobs, "--blob-id", "x", "--blob-data-size", "9"),
+            1,
+            "eStargz table of contents",
+        ),
+    ):
+        found, text = nydus_image(*arguments, "-B", boot, layer)
+        assert (found, text.count("\n"), message in text) == (code, 1, True), (arguments, text)

@@ -1,0 +1,110 @@
+"""Upstream's nydusd serves images of ours that refer to layers as they are, some of which its builder fails on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
+from tests.lab.estargz import file, write_estargz
+from tests.lab.paths import ref_bin
+from tests.unit.test_reference_layers import content, pack, tar_pieces
+
+NYDUSD, NYDUS_IMAGE = ref_bin("nydusd"), ref_bin("nydus-image")
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.interop,
+    pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
+    pytest.mark.skipif(NYDUSD is None or NYDUS_IMAGE is None, reason="interop: the reference programs are not here"),
+]
+
+FILES = {f"d/f{i}": content(i, size) for i, size in enumerate([10, 70_000, 1_300_000, 400, 900_000])}
+UPPER = {"d/f1": b"other", "d/.wh.f3": b"", "new": random.Random(5).randbytes(5000)}
+MERGED = {name: data for name, data in FILES.items() if name != "d/f3"} | {"d/f1": b"other", "new": UPPER["new"]}
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Nydusd]:
+    with Nydusd(binary=NYDUSD) as daemon:
+        yield daemon
+
+
+def nydus_image(*arguments: str | Path) -> None:
+    command = [sys.executable, "-c", "from bootstrap.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+def serve(daemon: Nydusd, boot: Path, blobs: Path, expected: dict[str, bytes]) -> None:
+    """Upstream's check takes the bootstrap, its daemon shows these files."""
+    assert NYDUS_IMAGE is not None
+    check = [str(NYDUS_IMAGE), "check", "-l", "warn", str(boot)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    at = "/" + boot.stem
+    work = daemon.dir / "cache" / boot.stem
+    work.mkdir(parents=True)
+    assert daemon.mount(at, boot, localfs_config(blobs, config_id=at, work_dir=work)).status == 204
+    try:
+        seen = subprocess.run(
+            ["find", "-type", "f", "-exec", "sha256sum", "{}", "+"],
+            cwd=daemon.mnt / boot.stem, capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+    finally:
+        assert daemon.umount(at).status == 204
+    found = {line[66:].removeprefix("./"): line[:64] for line in seen.splitlines()}
+    assert found == {name: hashlib.sha256(data).hexdigest() for name, data in expected.items()}
+
+
+@pytest.mark.parametrize("kind", ["one member", "members of 50 kB", "a member per piece", "flushed", "plain tar"])
+def test_a_layer_as_it_is(upstream: Nydusd, tmp_path: Path, kind: str) -> None:
+    layer = pack(kind, tar_pieces(FILES))
+    (tmp_path / hashlib.sha256(layer).hexdigest()).write_bytes(layer)
+    source = tmp_path / "layer"
+    source.write_bytes(layer)
+    boot = tmp_path / f"{kind.replace(' ', '-')}.boot"
+    nydus_image("create", "-l", "warn", "-t", "targz-ref", "--chunk-size", "0x8000", "-B", boot, "-D", tmp_path, source)
+    serve(upstream, boot, tmp_path, FILES)
+
+
+def test_layers_of_an_image(upstream: Nydusd, tmp_path: Path) -> None:
+    """The way of nydusify --oci-ref: layer blobs with everything but the data, merged under the original names."""
+    lists: dict[str, list[str]] = {"--blob-digests": [], "--original-blob-ids": [], "--blob-sizes": []}
+    boots: list[Path] = []
+    for number, files in enumerate((FILES, UPPER)):
+        layer = pack("one member", tar_pieces(files))
+        original = hashlib.sha256(layer).hexdigest()
+        (tmp_path / original).write_bytes(layer)
+        made = tmp_path / f"blob-{number}"
+        inline = ["--blob-inline-meta", "--features", "blob-toc", "--whiteout-spec", "none"]
+        nydus_image("create", "-l", "warn", "-t", "targz-ref", *inline, "-b", made, tmp_path / original)
+        digest = hashlib.sha256(made.read_bytes()).hexdigest()
+        boots.append(tmp_path / "boots" / original)
+        boots[-1].parent.mkdir(exist_ok=True)
+        boots[-1].symlink_to(made.rename(tmp_path / digest))
+        for name, value in zip(lists, (digest, original, str((tmp_path / digest).stat().st_size)), strict=True):
+            lists[name].append(value)
+    options = [part for name, values in lists.items() for part in (name, ",".join(values))]
+    boot = tmp_path / "merged.boot"
+    nydus_image("merge", "-l", "warn", "-B", boot, *options, *boots)
+    serve(upstream, boot, tmp_path, MERGED)
+
+
+def test_estargz_by_its_table(upstream: Nydusd, tmp_path: Path) -> None:
+    layer, text = write_estargz([file(name, data) for name, data in FILES.items()], 0x10000)
+    name = hashlib.sha256(layer).hexdigest()
+    (tmp_path / name).write_bytes(layer)
+    table = tmp_path / "stargz.index.json"
+    table.write_bytes(text)
+    boot, report = tmp_path / "toc.boot", tmp_path / "report.json"
+    options = ["--blob-id", name, "--blob-data-size", f"{len(layer):x}", "--chunk-size", "0x10000", "-J", report]
+    nydus_image("create", "-l", "warn", "-t", "estargztoc-ref", *options, "-B", boot, "-D", tmp_path, table)
+    assert json.loads(report.read_text())["blobs"] == [name]
+    serve(upstream, boot, tmp_path, FILES)
