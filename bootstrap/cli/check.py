@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging, version
 
 if TYPE_CHECKING:
-    from bootstrap.reader import Blob
+    from bootstrap.reader import Blob, Bootstrap
 
 _FEATURE_NAMES = (
     ("ALIGNED", "aligned"),
@@ -86,20 +86,25 @@ def _run(path: str, blob_dir: str | None, verbose: bool, output_json: str | None
         for blob in image.blobs:
             click.echo(_describe(blob))
         if output_json is not None:
-            document = {
-                "version": version(),
-                "bootstrap": path,
-                "blobs": [blob.id for blob in image.blobs],
-                "external_bootstrap": "",
-                "external_blobs": [],
-                "trace": {
-                    "consumed_time": {"load_tree_from_bootstrap": time.perf_counter() - started},
-                    "registered_events": {},
-                },
-                "fs_version": str(image.version),
-                "compressor": image.compressor.label,
-            }
+            document = report(image, path, time.perf_counter() - started)
             Path(output_json).write_text(json.dumps(document, separators=(",", ":")))
+
+
+def report(image: Bootstrap, path: str, seconds: float) -> dict[str, Any]:
+    """What --output-json holds."""
+    return {
+        "version": version(),
+        "bootstrap": path,
+        "blobs": [blob.id for blob in image.blobs],
+        "external_bootstrap": "",
+        "external_blobs": [],
+        "trace": {
+            "consumed_time": {"load_tree_from_bootstrap": seconds},
+            "registered_events": {},
+        },
+        "fs_version": str(image.version),
+        "compressor": image.compressor.label,
+    }
 
 
 def _describe(blob: Blob) -> str:

@@ -7,17 +7,7 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import client_options, flag, refuse_unsupported
-
-_LATER: dict[str, Any] = {
-    "source_backend_type": None,
-    "source_backend_config": None,
-    "source_backend_config_file": None,
-    "target_backend_type": None,
-    "target_backend_config": None,
-    "target_backend_config_file": None,
-}
-_LATER_HELP = "Not supported yet."
+from nydusfs.convert.options import backend_flags, client_options, flag
 
 
 @click.command(
@@ -26,7 +16,7 @@ _LATER_HELP = "Not supported yet."
     epilog="Exit codes: 0 good; 1 differences, or the check could not be made (stderr says which); 2 wrong usage.",
 )
 @flag("--target", help="Nydus image to check.")
-@flag("--source", help="Plain image it was made from; without it only manifest and bootstrap are checked.")
+@flag("--source", help="Image it was made from; without it only manifest and bootstrap are checked.")
 @flag("--target-insecure", is_flag=True, help="Target registry: accept any certificate, and plain HTTP.")
 @flag("--source-insecure", is_flag=True, help="Source registry: accept any certificate, and plain HTTP.")
 @flag("--plain-http", is_flag=True, help="Talk plain HTTP to both registries (never to Docker Hub).")
@@ -34,25 +24,25 @@ _LATER_HELP = "Not supported yet."
 @flag("--platform", env=None, help="Platform to choose from an index. Default: this machine's.")
 @flag("--multi-platform", is_flag=True, help="The target must be an index with a plain and a Nydus image.")
 @flag("--work-dir", default="./output", type=click.Path(file_okay=False), help="Folder for what was fetched; kept.")
-@flag("--nydusd", default="nydusd", help="Program that mounts the target.")
-@flag("--no-mount", is_flag=True, help="Read the target without nydusd: needs no root and no FUSE.")
+@flag("--nydusd", help="Program that mounts Nydus images. Default: nydusd, beside this program or in PATH.")
+@flag("--mount/--no-mount", "mount", env=None, default=None, show_default=False,
+      help="Mount both images, or read them without nydusd, FUSE and root. Default: mount if possible.")  # fmt: skip
 @flag("--nydus-image", default="nydus-image", help="Accepted for compatibility; bootstraps are checked in process.")
-@flag("--source-backend-type", help=_LATER_HELP)
-@flag("--source-backend-config", help=_LATER_HELP)
-@flag("--source-backend-config-file", help=_LATER_HELP)
-@flag("--target-backend-type", help=_LATER_HELP)
-@flag("--target-backend-config", help=_LATER_HELP)
-@flag("--target-backend-config-file", help=_LATER_HELP)
+@backend_flags("source-", "the source's blobs, if it is a Nydus image")
+@backend_flags("target-", "the target's blobs")
 def command(**given: Any) -> None:
     """Check a Nydus image: manifest rules, bootstrap, and with --source every entry of the file system.
 
-    The target is mounted with nydusd (root needed) and compared with the source's layers: type, mode, owner, size,
-    time, device, link target, extended attributes, hard links and the SHA-256 of each file's content. Differences are
-    printed one a line.
+    Type, mode, owner, size, time, device, link target, extended attributes, hard links and the SHA-256 of each file's
+    content are compared. Nydus images are mounted with nydusd and plain ones with overlayfs; without a mount, our
+    reader and a model of the plain layers take their place. Everything that is wrong is printed, one a line. Manifests,
+    configs and bootstraps stay in --work-dir.
+
+    The source may also be a Nydus image, and with such a source the target a plain one.
     """
-    refuse_unsupported({name: given[name] for name in _LATER}, _LATER)
     if not given["target"]:
         raise click.UsageError("--target is required")
+    from nydusfs.convert.backends import chosen_backend
     from nydusfs.convert.check import CheckOptions, check
     from nydusfs.convert.endpoints import parse_location
     from nydusfs.convert.platforms import Platform, host_platform
@@ -68,8 +58,10 @@ def command(**given: Any) -> None:
         Platform.parse(given["platform"]) if given["platform"] else host_platform(),
         given["multi_platform"],
         Path(given["work_dir"]),
-        given["nydusd"],
-        not given["no_mount"],
+        given["nydusd"] or "nydusd",
+        True if given["mount"] is None and given["nydusd"] and source else given["mount"],
+        chosen_backend(given, "target-"),
+        chosen_backend(given, "source-"),
     )
     with make_progress() as progress:
         result = check(options, progress)
@@ -84,7 +76,7 @@ def command(**given: Any) -> None:
     if not result.ok:
         count = len(result.violations) + (found.count if found else 0)
         what = "difference" if found else "violation"
-        unread = found and options.use_mount and any(" be read in the target" in text for text in found.differences)
+        unread = found and result.mounted and any(" be read in the target" in text for text in found.differences)
         why = f"; nydusd's reasons: {Path(given['work_dir']) / 'target' / 'nydusd.log'}" if unread else ""
         click.echo(f"nydusify: {target}: {count} {what}{'s' if count != 1 else ''}{why}", err=True)
         raise click.exceptions.Exit(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import Size, client_options, flag
+from nydusfs.convert.options import Size, backend_flags, client_options, flag
 
 
 @click.command(
@@ -26,9 +26,7 @@ from nydusfs.convert.options import Size, client_options, flag
 @flag("--referrers/--no-referrers", "referrers", default=True, env=None,
       help="Between registries, copy what refers to the image, too: signatures, referring Nydus images.")  # fmt: skip
 @flag("--push-chunk-size", default="0MB", type=Size(), env=None, help="Send blobs in requests of this size; 0: in one.")
-@flag("--source-backend-type", help="Where blobs are that the manifest does not name: oss, s3 or localfs.")
-@flag("--source-backend-config", help="Its configuration, JSON as for nydusd.")
-@flag("--source-backend-config-file", type=click.Path(dir_okay=False), help="File with it.")
+@backend_flags("source-", "blobs of a Nydus image")
 @flag("--work-dir", default="./tmp", type=click.Path(file_okay=False), help="Folder for intermediate files.")
 @flag("--nydus-image", default="nydus-image", help="Accepted for compatibility; bootstraps are read in process.")
 def command(**given: Any) -> None:

@@ -19,9 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nydusfs.convert.endpoints import Endpoint, RegistryEndpoint
+from nydusfs.convert.backends import BackendChoice
+from nydusfs.convert.endpoints import RegistryEndpoint
+from nydusfs.convert.images import Image
+from nydusfs.convert.nydusimage import NydusImage
+from nydusfs.convert.progress import Progress, Quiet
 from nydusfs.errors import ConvertError
 from nydusfs.registry.credentials import docker_credentials
+from nydusfs.registry.mediatypes import ANNOTATION_REF
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +55,37 @@ def require_root(otherwise: str = "") -> None:
         raise ConvertError(f"must run as root to mount the image{otherwise}")
 
 
-def daemon_config(endpoint: Endpoint, cache: Path, *, prefetch: bool) -> dict[str, Any]:
-    """Configuration (v1) that reads this image's blobs from its registry, with docker's credentials for it."""
-    if not isinstance(endpoint, RegistryEndpoint):
-        raise ConvertError(f"{endpoint.name} cannot be mounted: it is not in a registry")
+def daemon_config(
+    nydus: NydusImage,
+    folder: Path,
+    *,
+    backend: BackendChoice | None = None,
+    prefetch: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Configuration (v1) that reads this image's blobs: from `backend`, else from where its manifest is. `folder` takes
+    the cache, and the blobs of images in archives. Raises NydusError, OSError."""
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    if backend is not None:
+        where: dict[str, Any] = {"type": backend.kind, "config": backend.table}
+    elif isinstance(nydus.image.endpoint, RegistryEndpoint):
+        where = {"type": "registry", "config": _registry(nydus.image.endpoint)}
+    else:
+        blobs = nydus.image.endpoint.blob_folder() or _unpacked(nydus.image, folder / "blobs", progress or Quiet())
+        where = {"type": "localfs", "config": {"dir": str(blobs.absolute())}}
+    return {
+        "device": {"backend": where, "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}},
+        "mode": "direct",
+        "digest_validate": False,
+        "iostats_files": False,
+        "enable_xattr": True,
+        "fs_prefetch": {"enable": prefetch, "threads_count": 4, "prefetch_all": prefetch},
+    }
+
+
+def _registry(endpoint: RegistryEndpoint) -> dict[str, Any]:
+    """With docker's credentials for it."""
     server, reference = endpoint.client.transport.server, endpoint.reference
     backend: dict[str, Any] = {
         "scheme": server.url.partition("://")[0],
@@ -67,17 +99,22 @@ def daemon_config(endpoint: Endpoint, cache: Path, *, prefetch: bool) -> dict[st
     credentials = docker_credentials(reference.host)
     if credentials is not None and credentials.username:
         backend["auth"] = base64.b64encode(f"{credentials.username}:{credentials.password}".encode()).decode()
-    return {
-        "device": {
-            "backend": {"type": "registry", "config": backend},
-            "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}},
-        },
-        "mode": "direct",
-        "digest_validate": False,
-        "iostats_files": False,
-        "enable_xattr": True,
-        "fs_prefetch": {"enable": prefetch, "threads_count": 4, "prefetch_all": prefetch},
-    }
+    return backend
+
+
+def _unpacked(image: Image, folder: Path, progress: Progress) -> Path:
+    """Data layers of an image in an archive, and the plain layers behind reference layers, as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in image.layers[:-1]:
+        for digest in filter(None, (layer.digest, layer.annotations.get(ANNOTATION_REF, ""))):
+            path = folder / digest.removeprefix("sha256:")
+            if path.exists():
+                continue
+            progress.start(digest, f"layer {path.name[:12]}", layer.size)
+            with image.endpoint.open_blob(digest) as stored, path.open("wb") as out:
+                shutil.copyfileobj(stored, out, 1 << 20)
+            progress.finish(digest)
+    return folder
 
 
 @contextmanager

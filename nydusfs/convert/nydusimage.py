@@ -28,19 +28,14 @@ def pick_nydus(found: ImageSet) -> tuple[Image, Image | None]:
     return nydus[0], same[0] if same else None
 
 
-def pick_plain(found: ImageSet) -> Image:
-    plain = [image for image in found.images if not image.is_nydus and not image.artifact_type]
-    if not plain:
-        raise ConvertError(f"{found.name} is a Nydus image: give its plain source as --source")
-    return plain[0]
-
-
 def fetch_bootstrap(image: Image, folder: Path) -> tuple[Path, list[str]]:
     """Unpacks the bootstrap layer below `folder`: path of the bootstrap, and violations of its diff id."""
     from bootstrap.errors import RafsError
     from bootstrap.tar import open_layer
 
     layer = image.layers[-1]
+    if layer.media_type.endswith("+encrypted"):
+        raise ConvertError(f"{image.name}: bootstrap layer {layer.digest} is encrypted; decrypt the image first")
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     try:

@@ -32,6 +32,20 @@ def flag(*names: str, env: str | list[str] | None = "", **attributes: Any) -> Ca
     return click.option(*names, envvar=env, show_envvar=env is not None, **attributes)
 
 
+def backend_flags(prefix: str, what: str) -> Callable[[F], F]:
+    """--{prefix}backend-type, -config and -config-file; `what` lies there. See `backends.chosen_backend`."""
+
+    def add(command: F) -> F:
+        name = f"--{prefix}backend-"
+        command = flag(f"{name}config-file", type=click.Path(dir_okay=False), help="File with that configuration.")(
+            command
+        )
+        command = flag(f"{name}config", help="Its configuration: JSON, as nydusd has it.")(command)
+        return flag(f"{name}type", help=f"Where {what} are, if not in layers: oss, s3 or localfs.")(command)
+
+    return add
+
+
 class Number(click.ParamType[int]):
     """An integer, decimal or 0x hexadecimal."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator
 from typing import Any
 
 from bootstrap.base import Bootstrap
-from nydusfs.convert.facts import shown
+from bootstrap.check import check_bootstrap as check_all
+from bootstrap.errors import RafsError
 from nydusfs.convert.images import Image
 from nydusfs.convert.manifests import EMPTY_LAYER_DIFF_ID, EMPTY_LAYER_DIGEST
 from nydusfs.registry import mediatypes as mt
@@ -39,6 +39,15 @@ def check_manifest(target: Image) -> Iterator[str]:
             yield f"config: diff id {diff_id} of the data layer {layer.digest} differs from its digest"
 
 
+def check_plain(target: Image) -> Iterator[str]:
+    """A plain image made back from a Nydus one."""
+    if len(target.diff_ids) != len(target.layers):
+        yield f"config: {len(target.diff_ids)} diff ids for {len(target.layers)} layers"
+    for number, layer in enumerate(target.layers):
+        if layer.media_type == mt.NYDUS_BLOB or mt.ANNOTATION_BLOB in layer.annotations:
+            yield f"manifest: layer {number} {layer.digest} is one of Nydus, in an image without bootstrap"
+
+
 def check_config(source: Image, target: Image) -> Iterator[str]:
     """What a container is started with must be the source's."""
     for name in ("architecture", "os", "variant"):
@@ -65,7 +74,7 @@ def check_oci_half(plain: Image, nydus: Image) -> Iterator[str]:
 
 
 def check_bootstrap(bootstrap: Bootstrap, target: Image) -> Iterator[str]:
-    """Version and blobs against the manifest, then every inode. A FormatError out of here is a violation, too."""
+    """Version and blobs against the manifest, then every promise of the format."""
     said = target.layers[-1].annotations.get(mt.ANNOTATION_FS_VERSION)
     if said is not None and said != str(bootstrap.version):
         yield f"bootstrap: is RAFS v{bootstrap.version}, its layer's annotation says {said}"
@@ -75,30 +84,10 @@ def check_bootstrap(bootstrap: Bootstrap, target: Image) -> Iterator[str]:
         for blob in bootstrap.blobs:
             if blob.id not in layers and blob.id not in references:
                 yield f"bootstrap: blob {blob.id} is not a layer of the manifest"
-    yield from _walk(bootstrap)
-
-
-def _walk(bootstrap: Bootstrap) -> Iterator[str]:
-    stack: list[tuple[bytes, int]] = [(b"", bootstrap.root)]
-    directories: set[int] = {bootstrap.root}
-    while stack:
-        path, ino = stack.pop()
-        for entry in bootstrap.list_dir(ino):
-            below = path + b"/" + entry.name
-            attr = bootstrap.attr(entry.ino)
-            bootstrap.xattrs(entry.ino)
-            if stat.S_ISDIR(attr.mode):
-                if entry.ino in directories:
-                    yield f"bootstrap: directory {shown(below)} has two names"
-                    continue
-                directories.add(entry.ino)
-                stack.append((below, entry.ino))
-            elif stat.S_ISLNK(attr.mode):
-                bootstrap.readlink(entry.ino)
-            elif stat.S_ISREG(attr.mode) and attr.size:
-                covered = sum(extent.size for extent in bootstrap.extents(entry.ino, 0, attr.size))
-                if covered != attr.size:
-                    yield f"bootstrap: {shown(below)}: chunks cover {covered} of {attr.size} bytes"
+    try:
+        check_all(bootstrap)
+    except RafsError as error:
+        yield f"bootstrap: {error}"
 
 
 def _without_args_escaped(image: Image) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _OPAQUE = b".wh..wh..opq"
 _RESERVED = b".wh..wh."
 _XATTR = "SCHILY.xattr."
 _PIECE = 1 << 20
+MAX_FOLLOWED = 40  # symbolic links on one way, as Linux has it
 # what 12 bytes of an octal header field hold; other times come from PAX records, which RAFS builders do not read
 _MAX_TIME = 8**11
 
@@ -70,13 +71,7 @@ def _add(root: Node, archive: tarfile.TarFile, member: tarfile.TarInfo, what: st
         if member.isdir():
             root.facts, root.implied = _facts(member, stat.S_IFDIR), False
         return
-    parent = root
-    for part in parts[:-1]:
-        assert parent.children is not None
-        child = parent.children.get(part)
-        if child is None or child.children is None:
-            child = parent.children[part] = Node(Facts(stat.S_IFDIR | 0o755), implied=True)
-        parent = child
+    parent = _directory(root, parts[:-1], member.name, what)
     assert parent.children is not None
     name = parts[-1]
     if member.islnk():
@@ -108,6 +103,33 @@ def _add(root: Node, archive: tarfile.TarFile, member: tarfile.TarInfo, what: st
     if fresh.children is not None and old is not None and old.children is not None:
         fresh.children = old.children
     parent.children[name] = fresh
+
+
+def _directory(root: Node, parts: Iterable[bytes], shown: str, what: str) -> Node:
+    """Where an entry goes: missing directories are made, links of the layer are followed within it."""
+    trail, todo, followed = [root], list(parts)[::-1], 0
+    while todo:
+        part = todo.pop()
+        if part == b"..":  # only from a link
+            del trail[max(1, len(trail) - 1) :]
+            continue
+        children = trail[-1].children
+        assert children is not None
+        child = children.get(part)
+        if child is None:
+            child = children[part] = Node(Facts(stat.S_IFDIR | 0o755), implied=True)
+        if stat.S_ISLNK(child.facts.mode):
+            followed += 1
+            if followed > MAX_FOLLOWED:
+                raise ConvertError(f"{what}: too many symbolic links on the way to {shown!r}")
+            if child.facts.target.startswith(b"/"):
+                del trail[1:]
+            todo += [one for one in reversed(child.facts.target.split(b"/")) if one not in (b"", b".")]
+        elif child.children is None:
+            raise ConvertError(f"{what}: {shown!r} lies below a file")
+        else:
+            trail.append(child)
+    return trail[-1]
 
 
 def _parts(name: str, what: str) -> list[bytes]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from nydusfs.convert.compare import MountView, compare
+from nydusfs.convert.compare import compare
 from nydusfs.convert.sourcetree import apply_layer, new_root, read_layer
 from nydusfs.convert.tarwrite import PieceStream
 from nydusfs.convert.upperdir import ChangedError, Choice, folder_layer, upper_layer
+from nydusfs.convert.views import MountView, TreeView
 from nydusfs.errors import ConvertError
 
 pytestmark = [
@@ -124,7 +125,7 @@ def test_lower_and_layer_give_what_overlayfs_shows(overlay: Overlay) -> None:
     apply_layer(tree, read_layer(plain_tar(overlay.lower), "lower"))
     data = layer(overlay)
     apply_layer(tree, read_layer(io.BytesIO(data), "upper"))
-    found = compare(tree, MountView(overlay.merged))
+    found = compare(TreeView(tree), MountView(overlay.merged))
     # the model keeps no time before 1970
     assert found.differences == []
     assert found.entries > 20

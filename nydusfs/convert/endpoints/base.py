@@ -83,6 +83,10 @@ class Endpoint:
                     raise ConvertError(f"blob {digest} of {self.name} is larger than {limit} bytes")
             return bytes(data)
 
+    def blob_folder(self) -> Path | None:
+        """A directory that holds every blob as a file named by its digest's hex; None where there is none."""
+        return None
+
     # -- writing
 
     def push_blob(

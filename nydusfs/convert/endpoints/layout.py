@@ -126,6 +126,9 @@ class LayoutEndpoint(Endpoint):
             raise ConvertError(f"{self.name}: {digest!r} is not a sha256 digest")
         return self._blobs / digest.removeprefix("sha256:")
 
+    def blob_folder(self) -> Path | None:
+        return self._blobs
+
     # -- writing
 
     def push_blob(
