@@ -25,8 +25,7 @@ from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
 from nydusfs.fetch import FetchScheduler
 from nydusfs.image_reader import ImageReader
-from nydusfs.sources import SourceHub, open_source
-from nydusfs.sources.registry import RegistrySource
+from nydusfs.sources import RegistrySource, SourceHub, open_source
 
 log = logging.getLogger("nydusfs")
 
@@ -35,7 +34,7 @@ class Services:
     """Use `open_services`."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        self.hub = SourceHub()
+        self.hub = SourceHub(nursery)
         self.scheduler = FetchScheduler(nursery)
         self._nursery = nursery
         self._stores: dict[str, CacheStore] = {}

@@ -57,6 +57,7 @@ def _registry(options: Section, template: bool) -> RegistryBackend:
         registry_token=options.text("registry_token"),
         blob_url_scheme=options.text("blob_url_scheme"),
         blob_redirected_host=options.text("blob_redirected_host"),
+        hosts_dir=options.text("hosts_dir", RegistryBackend().hosts_dir),
         connection=_connection(options),
     )
     if not template:
@@ -154,6 +155,7 @@ def _connection(options: Section, scheme: str = "") -> ConnectionConfig:
         retry_limit=options.number("retry_limit", 0, high=255),
         proxy=proxy,
         mirrors=mirrors,
+        origin_rate_limit=options.number("origin_rate_limit", 100),
     )
 
 
@@ -187,6 +189,7 @@ def _mirror(section: Section) -> MirrorConfig | None:
         failure_limit=section.number("failure_limit", 5, high=255),
         health_check_pause_elapsed=section.number("health_check_pause_elapsed", 300),
         health_keys_given=any(key in section for key in health),
+        ns=section.flag("ns"),
     )
     section.warn_unknown()
     if not mirror.host:

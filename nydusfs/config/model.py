@@ -38,6 +38,7 @@ class MirrorConfig:
     failure_limit: int = 5
     health_check_pause_elapsed: int = 300
     health_keys_given: bool = False  # any of the health keys was written down: the log line then shows them
+    ns: bool = False  # ours: name the registry in the query `ns`, as containerd does for the mirrors of its hosts.toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class ConnectionConfig:
     retry_limit: int = 0  # further attempts at the origin
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     mirrors: tuple[MirrorConfig, ...] = ()
+    # Ours: requests a second, of the whole node, to an origin whose mirrors or proxy fail, and of retries; 0: no limit.
+    origin_rate_limit: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class RegistryBackend:
     registry_token: str = field(default="", repr=False)
     blob_url_scheme: str = ""
     blob_redirected_host: str = ""
+    hosts_dir: str = "/etc/containerd/certs.d"  # ours: containerd's folder of HOST/hosts.toml; "": not read
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
     type: str = "registry"
 

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import trio
 
 from nydusfs.http import wire
-from nydusfs.http.connection import Connection, tls_context
-from nydusfs.http.errors import ConnectFailed, HttpError, HttpTimeout, ProtocolViolation, StaleConnection
+from nydusfs.http.connection import Connection, Tls, tls_context
+from nydusfs.http.errors import HttpError, HttpTimeout, ProtocolViolation, StaleConnection
 from nydusfs.http.url import Origin, Url
 
 MAX_CONNECTIONS = 32  # per origin
@@ -31,6 +31,7 @@ class Response:
     headers: dict[str, str]
     body: bytearray | bytes
     length: int | None = None  # Content-Length as the peer stated it
+    body_seconds: float = 0.0  # from the head to the end of the body
 
     def get(self, name: str) -> str:
         return self.headers.get(name, "")
@@ -57,12 +58,11 @@ class Via:
 class HttpClient:
     """One per set of TLS settings, shared by all sources of the process. Use it from one trio thread only.
 
-    `ca_cert_files` are added to the system's roots; an unreadable one raises `OSError` at the first https request.
+    Files that cannot be used fail each https request with `ConnectFailed`.
     """
 
-    def __init__(self, ca_cert_files: tuple[str, ...] = (), skip_verify: bool = False) -> None:
-        self._ca_cert_files = ca_cert_files
-        self._skip_verify = skip_verify
+    def __init__(self, tls: Tls | None = None) -> None:
+        self._tls = tls or Tls()
         self._context: ssl.SSLContext | None = None
         self._pools: dict[tuple[Origin, Via | None], _Pool] = {}
 
@@ -78,6 +78,7 @@ class HttpClient:
         slowest: int = SLOWEST,
         patient: bool = False,
         via: Via | None = None,
+        on_status: Callable[[int], None] | None = None,
     ) -> Response:
         """GET bytes `offset` to `offset + size - 1`.
 
@@ -86,10 +87,13 @@ class HttpClient:
         with the whole blob is read up to the end of the range and the connection closed. Any other status is returned
         with a small body for the caller to judge. `timeout` is seconds without progress; the whole request ends after
         `timeout` + `size / slowest` seconds (`slowest` in bytes per second). With `patient` (there is no other source)
-        a peer that sends the whole blob gets the time to reach the range. Raises `HttpError`.
+        a peer that sends the whole blob gets the time to reach the range. `on_status` hears of the status before the
+        body is here. Raises `HttpError`.
         """
 
         async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
+            if on_status is not None:
+                on_status(head.status)
             if head.status == 206:
                 return await _partial(connection, head, offset, size)
             if head.status == 200:
@@ -176,7 +180,9 @@ class HttpClient:
                 connection.limit(scope, timeout, trio.current_time() + hard)
                 await connection.send(message)
                 head = await connection.read_head()
+                begun = trio.current_time()
                 response, clean = await receive(connection, head)
+                response.body_seconds = trio.current_time() - begun
                 keep = clean and head.keep_alive
                 return response
             raise HttpTimeout(f"no progress for {timeout:g} s or not done within {hard:.3g} s")
@@ -199,12 +205,8 @@ class HttpClient:
 
     async def _connect(self, origin: Origin, timeout: float, via: Via | None) -> Connection:
         if self._context is None and (origin.scheme == "https" or (via and via.origin.scheme == "https")):
-            try:
-                # 20 to 40 ms of CPU for the system's roots: once, away from the loop
-                self._context = await trio.to_thread.run_sync(tls_context, self._ca_cert_files, self._skip_verify)
-            except (OSError, ssl.SSLError) as error:
-                files = ", ".join(self._ca_cert_files)
-                raise ConnectFailed(f"cannot load ca_cert_files {files}: {error}") from None
+            # 20 to 40 ms of CPU for the system's roots: once, away from the loop
+            self._context = await trio.to_thread.run_sync(tls_context, self._tls)
         with trio.move_on_after(timeout):
             return await Connection.open(origin, self._context, via.origin if via else None, via.auth if via else "")
         raise HttpTimeout(f"no connection within {timeout:g} s")
@@ -264,4 +266,4 @@ async def _small(connection: Connection, head: wire.Head) -> tuple[Response, boo
     return Response(head.status, head.headers, await connection.read_exact(length), length), True
 
 
-__all__ = ["HttpClient", "HttpError", "Response", "Via"]
+__all__ = ["HttpClient", "HttpError", "Response", "Tls", "Via"]

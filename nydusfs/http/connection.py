@@ -6,6 +6,7 @@ import os
 import ssl
 import time
 from base64 import b64encode
+from typing import NamedTuple
 
 import trio
 
@@ -19,12 +20,27 @@ _RECEIVE = 64 * 1024
 _PROGRESS_STEP = 0.1
 
 
-def tls_context(ca_cert_files: tuple[str, ...], skip_verify: bool) -> ssl.SSLContext:
-    """System roots plus `ca_cert_files`. Raises OSError or ssl.SSLError naming nothing: the caller knows the files."""
+class Tls(NamedTuple):
+    """`ca_files` are added to the system's roots; `client`: files of certificate and key (key "": in the same file)."""
+
+    ca_files: tuple[str, ...] = ()
+    skip_verify: bool = False
+    client: tuple[tuple[str, str], ...] = ()
+
+
+def tls_context(tls: Tls) -> ssl.SSLContext:
+    """Raises `ConnectFailed` for files that cannot be used."""
     context = ssl.create_default_context()
-    for path in ca_cert_files:
-        context.load_verify_locations(cafile=path)
-    if skip_verify:
+    path = ""
+    try:
+        for path in tls.ca_files:
+            context.load_verify_locations(cafile=path)
+        for path, key in tls.client:
+            context.load_cert_chain(path, key or None, password="")
+    except (OSError, ssl.SSLError) as error:
+        what = "ca_cert_files" if path in tls.ca_files else "client certificate"
+        raise ConnectFailed(f"cannot load {what} {path}: {error}") from None
+    if tls.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
@@ -49,10 +65,13 @@ class Connection:
         absolute-form targets over it."""
         first = proxy or origin
         try:
-            tcp = await trio.open_tcp_stream(first.host, first.port)
+            if first.scheme == "unix":
+                tcp = await trio.open_unix_socket(first.host)
+            else:
+                tcp = await trio.open_tcp_stream(first.host, first.port)
         except OSError as error:
             raise ConnectFailed(_reason(error)) from None
-        if proxy is None and origin.scheme == "http":
+        if proxy is None and origin.scheme != "https":
             return cls(origin, PlainTransport(tcp))
         stream: trio.abc.Stream = tcp
         try:

@@ -11,7 +11,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Origin(NamedTuple):
-    """Where to connect: the key of a connection pool."""
+    """Where to connect: the key of a connection pool. Scheme "unix": plain HTTP over the socket with path `host`."""
 
     scheme: str
     host: str  # without brackets
@@ -20,11 +20,13 @@ class Origin(NamedTuple):
     @property
     def netloc(self) -> str:
         """The Host header: the port only where it is not the scheme's own."""
+        if self.scheme == "unix":
+            return "localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if _DEFAULT_PORTS[self.scheme] == self.port else f"{host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.netloc}"
+        return f"unix:{self.host}" if self.scheme == "unix" else f"{self.scheme}://{self.netloc}"
 
 
 class Url(NamedTuple):

@@ -30,8 +30,8 @@ class Source(Protocol):
     ) -> Buffer:
         """Exactly `size` bytes from byte `offset` of the stored blob.
 
-        `check` raises `WrongBytes` when they are not right: the next source is then tried. Raises `SourceError` that
-        lists every source tried, within a bounded time.
+        `check` raises `WrongBytes` when they are not right: the next source is then tried. It may be called more than
+        once, never twice at a time. Raises `SourceError` that lists every source tried, within a bounded time.
         """
 
     async def aclose(self) -> None: ...

@@ -1,14 +1,27 @@
-"""What all sources of one process share: connections, tokens and the health of mirrors.
+"""What all sources of one process share: connections, tokens, the standing of mirrors, and tasks that look after them.
 
 Images of one registry are many; their connections and what was learnt about a mirror belong to the node.
 """
 
 from __future__ import annotations
 
-from nydusfs.config import ConnectionConfig, MirrorConfig
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import trio
+
+from nydusfs.config import ConnectionConfig
 from nydusfs.http import HttpClient, Origin
+from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
-from nydusfs.sources.health import Health
+from nydusfs.sources.limits import ExtraBudget, TokenBucket
+from nydusfs.sources.probe import Prober
+from nydusfs.sources.standing import Standing
+from nydusfs.sources.tokens import TokenStore
+
+log = logging.getLogger("nydusfs.sources")
 
 # `timeout: 0` means no limit upstream. A reader must get its errno in bounded time, so ours is a minute.
 NO_LIMIT = 60.0
@@ -19,32 +32,42 @@ def seconds(value: int) -> float:
 
 
 class SourceHub:
-    """Keyed by settings, so that two mounts with different credentials or roots share nothing they should not."""
+    """Keyed by settings, so that two mounts with different credentials or roots share nothing they should not.
 
-    def __init__(self) -> None:
-        self._clients: dict[tuple[tuple[str, ...], bool], HttpClient] = {}
+    `nursery`: where background work runs (renewal of tokens, probes of sources that are down). It outlives all reads.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.tokens = TokenStore()
+        self.extras = ExtraBudget()
+        self.prober = Prober(nursery)
+        self._clients: dict[Tls, HttpClient] = {}
         self._authenticators: dict[tuple[object, ...], Authenticator] = {}
-        self._health: dict[tuple[object, ...], Health] = {}
+        self._standings: dict[tuple[object, ...], Standing] = {}
+        self._buckets: dict[tuple[Origin, float], TokenBucket] = {}
+        nursery.start_soon(self.tokens.renew_forever)
 
-    def client(self, connection: ConnectionConfig) -> HttpClient:
-        key = (connection.ca_cert_files, connection.skip_verify)
-        if key not in self._clients:
-            self._clients[key] = HttpClient(connection.ca_cert_files, connection.skip_verify)
-        return self._clients[key]
+    def client(self, tls: Tls) -> HttpClient:
+        if tls not in self._clients:
+            self._clients[tls] = HttpClient(tls)
+        return self._clients[tls]
 
     def authenticator(
         self,
         connection: ConnectionConfig,
+        tls: Tls,
         registry: Origin,
         repo: str,
         auth: str,
         registry_token: str,
         through: Origin | None = None,
     ) -> Authenticator:
-        key = (connection.ca_cert_files, connection.skip_verify, registry, repo, auth, registry_token, through)
+        key = (tls, registry, repo, auth, registry_token, through)
         if key not in self._authenticators:
             self._authenticators[key] = Authenticator(
-                self.client(connection),
+                self.client(tls),
+                self.tokens,
                 auth,
                 registry_token,
                 connect_timeout=seconds(connection.connect_timeout),
@@ -57,11 +80,39 @@ class SourceHub:
         """Its credentials were replaced: whoever still uses it does, nobody new gets it."""
         self._authenticators = {key: one for key, one in self._authenticators.items() if one is not authenticator}
 
-    def mirror_health(self, mirror: MirrorConfig) -> Health:
-        key = (mirror.host, tuple(sorted(mirror.headers.items())), mirror.failure_limit, mirror.health_check_interval)
-        if key not in self._health:
-            self._health[key] = Health(mirror.failure_limit, float(mirror.health_check_interval))
-        return self._health[key]
+    def standing(
+        self, address: str, headers: Iterable[tuple[str, str]] = (), failure_limit: int = 5, interval: float = 0.0
+    ) -> Standing:
+        """Of one server as it is used: with other headers a mirror may serve from another registry."""
+        key = (address, tuple(sorted(headers)), failure_limit, interval)
+        if key not in self._standings:
+            self._standings[key] = Standing(failure_limit, interval)
+        return self._standings[key]
+
+    def bucket(self, origin: Origin, rate: float) -> TokenBucket:
+        key = (origin, rate)
+        if key not in self._buckets:
+            self._buckets[key] = TokenBucket(rate, burst=2 * rate)
+        return self._buckets[key]
+
+    def report(self) -> list[dict[str, Any]]:
+        """What is known about each source, for operators. Header values may be secret: only their digest is shown."""
+        found = []
+        for (address, headers, *_), standing in self._standings.items():
+            latency = standing.latency
+            entry: dict[str, Any] = {
+                "address": address,
+                "state": standing.state.value,
+                "in_flight": standing.in_flight,
+                "error_rate": round(standing.error_rate, 4),
+                "first_byte_millis": round(latency.first * 1000, 1) if latency.samples else None,
+                "bytes_per_second": int(latency.rate) if latency.samples else None,
+                "last_failure": standing.reason,
+            }
+            if headers:
+                entry["headers"] = hashlib.sha256(repr(headers).encode()).hexdigest()[:8]
+            found.append(entry)
+        return found
 
     def close(self) -> None:
         for client in self._clients.values():

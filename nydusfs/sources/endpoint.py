@@ -1,0 +1,102 @@
+"""One place to ask for ranges of blobs: a mirror, a proxy, an origin. What it takes part in is in `race`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from nydusfs.http import HttpError, HttpTimeout, ProtocolViolation, Response
+from nydusfs.sources.base import Buffer, Priority
+from nydusfs.sources.standing import Standing
+
+
+class Refused(Exception):
+    """One attempt failed; the message is the reason, without the source's name.
+
+    `retry`: the same source may do better later; `blame`: it counts against the source, not only against this blob;
+    `damaged`: it answered with something that is not this range of the blob; `hung`: it cost a time limit;
+    `final`: no other source may be asked either; `after`: seconds that it asks to be left alone.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        retry: bool = True,
+        blame: bool = True,
+        hung: bool = False,
+        damaged: bool = False,
+        final: bool = False,
+        after: float = 0.0,
+    ) -> None:
+        self.retry = retry
+        self.blame = blame
+        self.hung = hung
+        self.damaged = damaged
+        self.final = final
+        self.after = after
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Part of a stored blob, and why it is wanted."""
+
+    blob_id: str
+    offset: int
+    size: int
+    priority: Priority = Priority.DEMAND
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`first`: seconds from the request to its first byte."""
+
+    body: Buffer
+    first: float
+
+
+class Endpoint(Protocol):
+    """`rank` is its place in the configured order; `last` marks the origin, which is asked whatever is known of it.
+
+    `attempts`: requests to it for one read, pauses between them. `patience`: seconds without progress.
+    """
+
+    name: str  # "mirror http://127.0.0.1:65001"
+    address: str
+    standing: Standing
+    rank: int
+    last: bool
+    attempts: int
+    patience: float
+
+    async def fetch(self, wanted: Range, patience: float) -> Answer:
+        """One attempt. Raises `Refused`."""
+
+    async def ping(self) -> None:
+        """A cheap look whether somebody answers. Raises `Refused`."""
+
+    def forget(self, blob_id: str) -> None:
+        """What it sent for this blob was wrong: do not go the same way again."""
+
+
+def refusal(error: HttpError) -> Refused:
+    """What a failed exchange means."""
+    if isinstance(error, HttpTimeout):
+        return Refused(str(error), hung=True)
+    return Refused(str(error), damaged=isinstance(error, ProtocolViolation))
+
+
+def judge(response: Response) -> None:
+    """Raises `Refused` for any status but 200 and 206."""
+    status = response.status
+    if status in (200, 206):
+        return
+    temporary = status >= 500 or status in (408, 425, 429)
+    after = 0.0
+    if status in (429, 503):
+        try:
+            after = min(60.0, max(0.0, float(response.get("retry-after"))))
+        except ValueError:
+            pass
+    raise Refused(f"status {status}", retry=temporary, blame=temporary, damaged=status == 416, after=after)

@@ -1,0 +1,358 @@
+"""One read over several sources: who is asked first, who next, when two at once, and whose answer counts.
+
+A demand read that is late (behind the rolling p95 of the source that has it) is given to a second source as well; the
+first answer that verifies wins and the other requests are cancelled. Everything that decides is in `choice`,
+`standing`, `latency` and `limits`, without clock or I/O; here is the loop that acts on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
+from nydusfs.sources.choice import choose
+from nydusfs.sources.endpoint import Endpoint, Range, Refused
+from nydusfs.sources.limits import ExtraBudget, TokenBucket
+from nydusfs.sources.standing import State
+
+log = logging.getLogger("nydusfs.sources")
+
+UNKNOWN = 0.5  # seconds until a request to a source without history counts as late
+# A registry behind mirrors is not asked twice for what a mirror is about to deliver: a cold peer-to-peer mirror takes
+# ten times as long as a warm one.
+ORIGIN_HEDGE = 1.0
+MAX_RUNNING = 3
+RETRY_PAUSE = 0.2  # doubles per attempt at the origin, plus jitter
+MAX_RETRY_PAUSE = 5.0
+SAMPLE_SIZE = 4096
+SAMPLE_AGE = 60.0
+
+
+class ReadFailed(Exception):
+    """No source had it. `tried`: (source, reason) in order; `damaged`: see `SourceError`."""
+
+    def __init__(self, tried: Sequence[tuple[str, str]], damaged: bool) -> None:
+        self.tried = list(tried)
+        self.damaged = damaged
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in tried))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A verified piece of a blob, by which a source is probed with a real request."""
+
+    wanted: Range
+    data: bytes
+    taken: float
+
+
+class Watcher(Protocol):
+    """Who probes sources that are down."""
+
+    def watch(self, endpoint: Endpoint, racer: Racer) -> None: ...
+
+
+@dataclass(slots=True)
+class Tally:
+    """Requests of all reads, for metrics and measurements."""
+
+    reads: int = 0
+    requests: int = 0
+    hedges: int = 0
+    hedges_won: int = 0
+    retries: int = 0
+
+
+class Racer:
+    """The sources of one repository's blobs. `scope` tells the blobs of repositories apart that share a source."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        scope: str,
+        *,
+        extras: ExtraBudget,
+        bucket: TokenBucket | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        """`bucket` protects the origin when it stands behind others; its retries always."""
+        self.endpoints = list(endpoints)
+        self.scope = scope
+        self.tally = Tally()
+        self.sample: Sample | None = None
+        self.last_read = -math.inf
+        self._extras = extras
+        self._bucket = bucket
+        self._watcher = watcher
+
+    async def read(self, wanted: Range, check: Check | None) -> Buffer:
+        """The bytes of the range, verified by `check`. Raises `ReadFailed`."""
+        self.tally.reads += 1
+        self._extras.earn()
+        self.last_read = trio.current_time()
+        if self._watcher is not None and len(self.endpoints) > 1:
+            for endpoint in self.endpoints:
+                if endpoint.standing.state is State.DOWN:
+                    self._watcher.watch(endpoint, self)
+        turns = _Turns(self, wanted)
+        if len(self.endpoints) == 1 or wanted.priority is Priority.PREFETCH:
+            return await self._in_turn(turns, check)
+        return await self._raced(turns, check)
+
+    async def _in_turn(self, turns: _Turns, check: Check | None) -> Buffer:
+        lock = trio.Lock()
+        while (endpoint := turns.next()) is not None:
+            try:
+                await self._wait(turns, endpoint)
+                self._begin(endpoint, turns)
+                return await self._attempt(endpoint, turns, check, lock)
+            except Refused as reason:
+                turns.note(endpoint, reason)
+        raise turns.failure()
+
+    async def _raced(self, turns: _Turns, check: Check | None) -> Buffer:
+        lock = trio.Lock()
+        running: dict[Endpoint, float] = {}
+        body: Buffer | None = None
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[tuple[Endpoint, Buffer | Refused]](math.inf)
+
+            async def run(endpoint: Endpoint) -> None:
+                try:
+                    outcome: Buffer | Refused = await self._attempt(endpoint, turns, check, lock)
+                except Refused as reason:
+                    outcome = reason
+                send.send_nowait((endpoint, outcome))
+
+            def launch(endpoint: Endpoint) -> None:
+                running[endpoint] = trio.current_time()
+                self._begin(endpoint, turns)
+                nursery.start_soon(run, endpoint)
+
+            while body is None:
+                if not running:
+                    following = turns.next()
+                    if following is None:
+                        break
+                    await self._wait(turns, following)
+                    launch(following)
+                latest = next(reversed(running))
+                outcome = None
+                with trio.CancelScope(deadline=self._late_at(turns, running, latest)):
+                    outcome = await receive.receive()
+                if outcome is None:
+                    hedge = self._hedge(turns, running)
+                    if hedge is not None:
+                        self.tally.hedges += 1
+                        launch(hedge)
+                    continue
+                endpoint, result = outcome
+                started = running.pop(endpoint)
+                if isinstance(result, Refused):
+                    turns.note(endpoint, result)
+                    continue
+                body = result
+                for other, since in running.items():
+                    if since < started:
+                        self.tally.hedges_won += 1
+                        self._overtaken(other, trio.current_time() - since, turns.wanted)
+            nursery.cancel_scope.cancel()
+        if body is None:
+            raise turns.failure()
+        return body
+
+    # -- lateness
+
+    def _late_at(self, turns: _Turns, running: dict[Endpoint, float], latest: Endpoint) -> float:
+        """When the request that was started last counts as late; never when nobody could help."""
+        if len(running) >= MAX_RUNNING:
+            return math.inf
+        helper = turns.helper(running)
+        if helper is None:
+            return math.inf
+        return max(running[latest] + self._patience(latest, helper, turns.wanted.size), turns.no_hedge_before)
+
+    def _patience(self, endpoint: Endpoint, helper: Endpoint, size: int) -> float:
+        delay = endpoint.standing.latency.hedge_after(size)
+        delay = UNKNOWN if delay is None else delay
+        return max(delay, ORIGIN_HEDGE) if helper.last else delay
+
+    def _hedge(self, turns: _Turns, running: dict[Endpoint, float]) -> Endpoint | None:
+        now = trio.current_time()
+        size = turns.wanted.size
+        latest = next(reversed(running))
+        helper = choose(self.endpoints, turns.blob, size, now, {**running, **turns.attempts}, proven=True)
+        if helper is None:
+            turns.no_hedge_before = now + UNKNOWN
+            return None
+        turns.no_hedge_before = running[latest] + self._patience(latest, helper, size)
+        if turns.no_hedge_before > now:  # only the origin is left: wait for its time
+            return None
+        if helper.last and self._bucket is not None and self._bucket.delay(now) > 0:
+            turns.no_hedge_before = now + max(0.1, self._bucket.delay(now))
+            return None
+        if latest.standing.state is State.DOWN:
+            self._extras.spend()  # others have found out that it hangs: no hedge but a retry
+        elif not self._extras.take():
+            turns.no_hedge_before = now + max(0.05, self._patience(latest, helper, size) / 4)
+            return None
+        if helper.last and self._bucket is not None:
+            self._bucket.take(now)
+        turns.helpers.add(helper)
+        return helper
+
+    def _overtaken(self, endpoint: Endpoint, elapsed: float, wanted: Range) -> None:
+        if endpoint.standing.slow(elapsed, wanted.size, trio.current_time()):
+            self._log_down(endpoint)
+
+    # -- one attempt
+
+    async def _wait(self, turns: _Turns, endpoint: Endpoint) -> None:
+        """Before an attempt that was not the first: pauses between retries, and the origin's bucket."""
+        attempt = turns.attempts.get(endpoint, 0)
+        if attempt:
+            await trio.sleep(turns.pause(endpoint))
+        if turns.asked and not attempt and endpoint.last:
+            log.warning(
+                "Request to all mirror server failed, fallback to original server. blob %s, %s",
+                turns.wanted.blob_id,
+                "; ".join(f"{name}: {reason}" for name, reason in turns.tried),
+            )
+        if not endpoint.last or self._bucket is None or not (attempt or len(self.endpoints) > 1):
+            return
+        if turns.wanted.priority is Priority.DEMAND:
+            await trio.sleep(self._bucket.reserve(trio.current_time(), endpoint.patience))
+            return
+        while not self._bucket.take(trio.current_time()):  # noqa: ASYNC110 - time passes, nothing happens
+            await trio.sleep(self._bucket.delay(trio.current_time()))
+
+    def _begin(self, endpoint: Endpoint, turns: _Turns) -> None:
+        self.tally.requests += 1
+        if turns.asked and endpoint not in turns.helpers:
+            self.tally.retries += 1
+            self._extras.spend()
+        turns.asked += 1
+        turns.attempts[endpoint] = turns.attempts.get(endpoint, 0) + 1
+        endpoint.standing.begin(trio.current_time())
+
+    async def _attempt(self, endpoint: Endpoint, turns: _Turns, check: Check | None, lock: trio.Lock) -> Buffer:
+        """Records how it went. Raises `Refused`."""
+        standing, wanted = endpoint.standing, turns.wanted
+        started = trio.current_time()
+        try:
+            answer = await endpoint.fetch(wanted, endpoint.patience)
+            total = trio.current_time() - started
+            if check is not None:
+                async with lock:
+                    await check(answer.body)
+        except WrongBytes as error:
+            endpoint.forget(wanted.blob_id)
+            standing.wrong(turns.blob, trio.current_time(), errors=True)
+            raise Refused(str(error), blame=False, damaged=True) from None
+        except Refused as reason:
+            now = trio.current_time()
+            if not reason.blame:
+                standing.wrong(turns.blob, now, errors=False)
+            elif standing.failure(now, str(reason), hung=reason.hung):
+                self._log_down(endpoint)
+            raise
+        finally:
+            standing.end()
+        now = trio.current_time()
+        standing.latency.observe(answer.first, total, wanted.size, now)
+        if standing.success(now):
+            log.info("Mirror server %s recovered", endpoint.address)
+        if self.sample is None or now - self.sample.taken > SAMPLE_AGE:
+            size = min(wanted.size, SAMPLE_SIZE)
+            self.sample = Sample(Range(wanted.blob_id, wanted.offset, size), bytes(answer.body[:size]), now)
+        return answer.body
+
+    def _log_down(self, endpoint: Endpoint) -> None:
+        standing = endpoint.standing
+        if len(self.endpoints) == 1:
+            return
+        if endpoint.last:
+            log.warning("%s: %s; left alone where another source serves", endpoint.name, standing.reason)
+        else:
+            limit = standing.failure_limit
+            log.warning("%s: %s; reach to failure limit %d, disable mirror", endpoint.name, standing.reason, limit)
+        if self._watcher is not None:
+            self._watcher.watch(endpoint, self)
+
+
+@dataclass(slots=True)
+class _Turns:
+    """Whose turn it is within one read."""
+
+    racer: Racer
+    wanted: Range
+    tried: list[tuple[str, str]] = field(default_factory=list)
+    attempts: dict[Endpoint, int] = field(default_factory=dict)
+    helpers: set[Endpoint] = field(default_factory=set)
+    damaged: bool = False
+    asked: int = 0
+    no_hedge_before: float = 0.0
+    _over: bool = False
+    _refused: dict[Endpoint, Refused] = field(default_factory=dict)
+
+    @property
+    def blob(self) -> str:
+        return f"{self.racer.scope} {self.wanted.blob_id}"
+
+    def next(self) -> Endpoint | None:
+        """The best of those not asked yet; then the origin, as often as configured; then, for a reader, those that were
+        left out: better a long shot than an error."""
+        if self._over:
+            return None
+        endpoints = self.racer.endpoints
+        best = choose(endpoints, self.blob, self.wanted.size, trio.current_time(), self.attempts)
+        if best is not None:
+            return best
+        for endpoint in endpoints:
+            if endpoint.last:
+                refused = self._refused.get(endpoint)
+                if refused is None or (refused.retry and self.attempts[endpoint] < endpoint.attempts):
+                    return endpoint
+        if self.wanted.priority is Priority.DEMAND:
+            return next((endpoint for endpoint in endpoints if endpoint not in self.attempts), None)
+        return None
+
+    def helper(self, running: dict[Endpoint, float]) -> Endpoint | None:
+        """Whether somebody could take over a late request, mirrors first. Takes nothing."""
+        now = trio.current_time()
+        free = [
+            endpoint
+            for endpoint in self.racer.endpoints
+            if endpoint not in running
+            and endpoint not in self.attempts
+            and endpoint.standing.state is State.UP
+            and endpoint.standing.admits(self.blob, now)
+        ]
+        return min(free, key=lambda endpoint: endpoint.last, default=None)
+
+    def note(self, endpoint: Endpoint, reason: Refused) -> None:
+        attempt, of = self.attempts[endpoint], endpoint.attempts
+        label = f" (attempt {attempt} of {of})" if of > 1 else ""
+        self.tried.append((endpoint.name, f"{reason}{label}"))
+        self.damaged |= reason.damaged
+        self._over |= reason.final
+        self._refused[endpoint] = reason
+
+    def pause(self, endpoint: Endpoint) -> float:
+        """Seconds before the next attempt at the same source: doubling, or what it asks for."""
+        pause: float = min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** (self.attempts[endpoint] - 1))
+        asked = min(self._refused[endpoint].after, endpoint.patience)
+        return max(asked, pause * (0.75 + random.random() / 2))
+
+    def failure(self) -> ReadFailed:
+        names = {name for name, _ in self.tried}
+        others = [endpoint.name for endpoint in self.racer.endpoints if endpoint.name not in names]
+        left_out = [(name, "left out after failures") for name in others]
+        return ReadFailed([*left_out, *self.tried], self.damaged)

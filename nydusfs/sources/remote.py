@@ -1,0 +1,36 @@
+"""`Source` over one or more endpoints: counts reads, and says what was tried when none had the bytes."""
+
+from __future__ import annotations
+
+import time
+
+from nydusfs.counters import BackendCounters
+from nydusfs.errors import SourceError
+from nydusfs.sources.base import Buffer, Check, Priority
+from nydusfs.sources.endpoint import Range
+from nydusfs.sources.race import Racer, ReadFailed
+
+
+class RemoteSource:
+    def __init__(self, name: str, kind: str, racer: Racer) -> None:
+        self.name = name
+        self.counters = BackendCounters(kind)
+        self.racer = racer
+
+    async def read(
+        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+    ) -> Buffer:
+        started = time.monotonic()
+        failed = True
+        try:
+            data = await self.racer.read(Range(blob_id, offset, size, priority), check)
+            failed = False
+            return data
+        except ReadFailed as error:
+            what = f"cannot read {size} bytes at {offset} of blob {blob_id} from {self.name}"
+            raise SourceError(what, error.tried, damaged=error.damaged) from None
+        finally:
+            self.counters.record(size, started, failed)
+
+    async def aclose(self) -> None:
+        """Connections belong to the hub; nothing of its own to close."""

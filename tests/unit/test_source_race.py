@@ -1,0 +1,266 @@
+"""Reads over several sources, in virtual time: who is asked, who wins, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from nydusfs.sources.base import Buffer, Priority
+from nydusfs.sources.endpoint import Range, Refused
+from nydusfs.sources.limits import ExtraBudget, TokenBucket
+from nydusfs.sources.probe import Prober
+from nydusfs.sources.race import ORIGIN_HEDGE, UNKNOWN, Racer, ReadFailed
+from nydusfs.sources.standing import PROVEN, State
+from tests.lab.fleet import GOOD, FakeSource, answers, check, hangs, lies, read_many, refused
+
+WANTED = Range("b", 0, 8)
+
+
+def virtual(main: Callable[[], Awaitable[Any]]) -> Any:
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def racer(*sources: FakeSource, bucket: TokenBucket | None = None) -> Racer:
+    return Racer(sources, "lab", extras=ExtraBudget(), bucket=bucket)
+
+
+def timed(race: Racer, wanted: Range = WANTED) -> tuple[float, Buffer]:
+    async def main() -> tuple[float, Buffer]:
+        started = trio.current_time()
+        body = await race.read(wanted, check)
+        return trio.current_time() - started, body
+
+    return virtual(main)
+
+
+def known(source: FakeSource, seconds: float) -> FakeSource:
+    for _ in range(PROVEN + 4):
+        source.standing.latency.observe(seconds, seconds, 8, 0.0)
+        source.standing.success(0.0)
+    return source
+
+
+def test_a_late_request_is_doubled_and_the_loser_is_cancelled() -> None:
+    slow = known(FakeSource("slow", hangs), 0.1)
+    fast = known(FakeSource("fast", answers(0.05, spread=0), rank=1), 0.2)
+    seconds, body = timed(racer(slow, fast))
+    assert body == GOOD * 8
+    assert seconds == pytest.approx(0.13 + 0.05, abs=0.02)  # 1.3 of its median, then the other one's time
+    assert slow.running == fast.running == 0
+    assert slow.standing.in_flight == fast.standing.in_flight == 0
+    assert slow.standing.latency.first > 0.1  # it would have taken longer than it was given
+
+
+def test_the_first_one_may_still_win() -> None:
+    first = known(FakeSource("first", answers(0.2, spread=0)), 0.1)
+    second = known(FakeSource("second", answers(0.2, spread=0), rank=1), 0.2)
+    seconds, _ = timed(racer(first, second))
+    assert seconds == pytest.approx(0.2)
+    assert second.requests == 1 and second.running == 0
+    assert second.standing.state is State.UP and second.standing.error_rate == 0  # being cancelled is no failure
+
+
+def test_the_origin_is_given_more_time_before_it_is_asked_too() -> None:
+    mirror = known(FakeSource("mirror", hangs), 0.1)
+    origin = FakeSource("origin", answers(0.1, spread=0), rank=1, last=True)
+    seconds, _ = timed(racer(mirror, origin))
+    assert seconds == pytest.approx(ORIGIN_HEDGE + 0.1)
+
+
+def test_a_source_nobody_knows_gets_half_a_second() -> None:
+    seconds, _ = timed(racer(FakeSource("a", hangs), FakeSource("b", answers(0.1, spread=0), rank=1)))
+    assert seconds == pytest.approx(UNKNOWN + 0.1)
+
+
+def test_prefetch_is_never_doubled() -> None:
+    mirror, origin = FakeSource("a", hangs, patience=2.0), FakeSource("o", answers(0.1), rank=1, last=True)
+    race = racer(mirror, origin)
+    seconds, _ = timed(race, Range("b", 0, 8, Priority.PREFETCH))
+    assert seconds == pytest.approx(2.1, abs=0.02)
+    assert race.tally.hedges == 0
+
+
+def test_a_source_that_lies_is_left_alone_for_that_blob_only() -> None:
+    liar, origin = FakeSource("liar", lies), FakeSource("origin", answers(0.01), rank=1, last=True)
+    race = racer(liar, origin)
+
+    async def main() -> None:
+        for _ in range(3):
+            assert await race.read(WANTED, check) == GOOD * 8
+        assert (liar.requests, origin.requests) == (1, 3)
+        liar.behave = answers(0.01)
+        assert await race.read(Range("other", 0, 8), check) == GOOD * 8
+        assert (liar.requests, origin.requests) == (2, 3)
+
+    virtual(main)
+
+
+def test_all_that_was_tried_is_told() -> None:
+    sources = [FakeSource("m1", lies), FakeSource("m2", refused, rank=1), FakeSource("o", refused, 2, True, attempts=2)]
+    with pytest.raises(ReadFailed) as caught:
+        timed(racer(*sources))
+    assert caught.value.damaged
+    assert caught.value.tried == [
+        ("m1", "its digest is wrong"),
+        ("m2", "connection refused"),
+        ("o", "connection refused (attempt 1 of 2)"),
+        ("o", "connection refused (attempt 2 of 2)"),
+    ]
+
+
+def test_better_a_source_that_is_down_than_an_error() -> None:
+    mirror, origin = FakeSource("mirror", answers(0.01)), FakeSource("origin", refused, rank=1, last=True)
+    mirror.standing.failure_limit = 1
+    mirror.standing.failure(0.0, "503")
+    assert mirror.standing.state is State.DOWN
+    body = timed(racer(mirror, origin))[1]
+    assert body == GOOD * 8 and origin.requests == 1
+
+
+def test_the_origin_is_left_alone_as_long_as_it_asks_for() -> None:
+    async def busy(_: Range) -> Buffer:
+        raise Refused("status 429", after=4.0)
+
+    origin = FakeSource("origin", busy, last=True, attempts=2, patience=30.0)
+    started: list[float] = []
+
+    async def main() -> None:
+        with pytest.raises(ReadFailed):
+            await racer(origin).read(WANTED, check)
+        started.append(trio.current_time())
+
+    virtual(main)
+    assert origin.requests == 2 and started[0] >= 4.0
+
+
+def test_the_bucket_protects_the_origin_and_starves_nobody() -> None:
+    """Every mirror is dead and 100 readers come at once: what the bucket cannot give in time goes all the same."""
+    mirror = FakeSource("mirror", refused)
+    mirror.standing.failure_limit = 1
+    origin = FakeSource("origin", answers(0.01), rank=1, last=True, patience=5.0)
+    waits: list[float] = []
+    race = racer(mirror, origin, bucket=TokenBucket(10, 10))
+
+    async def one() -> None:
+        started = trio.current_time()
+        await race.read(WANTED, check)
+        waits.append(trio.current_time() - started)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(one)
+
+    virtual(main)
+    assert max(waits) < 5.1
+    assert sum(wait < 1.0 for wait in waits) <= 22  # burst and one second's worth
+    alone = racer(FakeSource("only", answers(0.01), last=True), bucket=TokenBucket(1, 1))
+    assert sum(timed(alone)[0] for _ in range(20)) < 1  # without mirrors nothing has failed: no limit
+
+
+def test_checks_of_one_read_never_run_at_the_same_time() -> None:
+    busy = 0
+
+    async def slow_check(body: Buffer) -> None:
+        nonlocal busy
+        busy += 1
+        assert busy == 1
+        await trio.sleep(0.3)
+        busy -= 1
+
+    first = known(FakeSource("first", answers(0.1, spread=0)), 0.01)
+    race = racer(first, FakeSource("second", answers(0.09, spread=0), rank=1))
+
+    async def main() -> None:
+        await race.read(WANTED, slow_check)
+
+    virtual(main)
+    assert race.tally.hedges == 1
+
+
+def test_a_reader_that_goes_away_takes_its_requests_along() -> None:
+    sources = [FakeSource("a", hangs), FakeSource("b", hangs, rank=1)]
+
+    async def main() -> None:
+        with trio.move_on_after(1.0):
+            await racer(*sources).read(WANTED, check)
+        assert [source.requests for source in sources] == [1, 1]
+        assert all(source.running == source.standing.in_flight == 0 for source in sources)
+
+    virtual(main)
+
+
+def test_probes_find_out_and_readers_do_not_pay() -> None:
+    """A source that answers its ping and then hangs stays down; once it serves, it carries traffic within 5 s."""
+    mirror, origin = FakeSource("mirror", hangs), FakeSource("origin", answers(0.05), rank=1, last=True)
+
+    async def main() -> None:
+        async with trio.open_nursery() as background:
+            race = Racer([mirror, origin], "lab", extras=ExtraBudget(), watcher=Prober(background))
+            slow = 0
+            for _ in range(600):  # 30 s
+                started = trio.current_time()
+                await race.read(WANTED, check)
+                slow += trio.current_time() - started > 0.1
+            assert mirror.standing.state is State.DOWN
+            assert slow <= 3 and mirror.pings >= 8
+            mirror.behave = answers(0.01)
+            back, before = trio.current_time(), mirror.requests
+            while mirror.requests - before < 20:
+                await race.read(WANTED, check)
+            assert trio.current_time() - back < 5
+            assert mirror.standing.state is State.UP
+            mirror.behave = refused
+            for _ in range(200):
+                await race.read(WANTED, check)
+            probed = mirror.pings
+            await trio.sleep(3600)
+            assert mirror.pings - probed < 120  # nobody reads, nobody needs it
+            background.cancel_scope.cancel()
+
+    virtual(main)
+
+
+def test_a_probe_that_gets_wrong_bytes_is_not_believed() -> None:
+    mirror, origin = FakeSource("mirror", refused), FakeSource("origin", answers(0.05), rank=1, last=True)
+    mirror.standing.failure_limit = 1
+
+    async def main() -> None:
+        async with trio.open_nursery() as background:
+            race = Racer([mirror, origin], "lab", extras=ExtraBudget(), watcher=Prober(background))
+            for _ in range(10):
+                await race.read(WANTED, check)
+            mirror.behave = lies
+            before = mirror.requests
+            for _ in range(400):  # 20 s
+                await race.read(WANTED, check)
+            assert mirror.standing.state is State.DOWN
+            assert mirror.requests - before < 10
+            background.cancel_scope.cancel()
+
+    virtual(main)
+
+
+@pytest.mark.parametrize("origin", ["healthy", "dead"])
+def test_one_good_source_among_four(origin: str) -> None:
+    """Dead, hanging, lying and failing sources beside a healthy one at 200 ms, which is the origin or a mirror."""
+    healthy = FakeSource("healthy", answers(0.2), rank=3, last=origin == "healthy", patience=10.0)
+    alone, _ = virtual(lambda: read_many([healthy], 500, 16))
+    bad = [
+        FakeSource("dead", refused),
+        FakeSource("hangs", hangs, rank=1),
+        FakeSource("sick", answers(0.1, errors=0.10, flips=0.01, seed=2), rank=2),
+    ]
+    sources = [*bad, healthy]
+    if origin == "dead":
+        sources.append(FakeSource("origin", refused, rank=4, last=True))
+    healthy.requests = 0
+    figures, race = virtual(lambda: read_many(sources, 10_000, 16))
+    assert figures.errors == 0
+    assert figures.quantile(0.99) <= 1.5 * alone.quantile(0.99)
+    assert sum(source.requests for source in sources) <= 1.03 * 10_000
+    assert race.tally.requests <= 1.03 * 10_000
