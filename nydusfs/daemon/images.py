@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from bootstrap.base import Bootstrap
-from nydusfs.config import LocalFsBackend
+from nydusfs.config import LocalDiskBackend, LocalFsBackend
 from nydusfs.daemon.mounts import MountRequest, OpenImage
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
@@ -62,6 +62,8 @@ class ImageOpener:
         if isinstance(config.backend, LocalFsBackend):
             paths["device.backend.config.dir"] = config.backend.dir
             paths["device.backend.config.blob_file"] = config.backend.blob_file
+        elif isinstance(config.backend, LocalDiskBackend):
+            paths["device.backend.config.device_path"] = config.backend.device_path
         for what, path in paths.items():
             if not path:
                 continue

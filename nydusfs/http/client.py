@@ -79,6 +79,7 @@ class HttpClient:
         patient: bool = False,
         via: Via | None = None,
         on_status: Callable[[int], None] | None = None,
+        sloppy: bool = False,
     ) -> Response:
         """GET bytes `offset` to `offset + size - 1`.
 
@@ -88,7 +89,8 @@ class HttpClient:
         with a small body for the caller to judge. `timeout` is seconds without progress; the whole request ends after
         `timeout` + `size / slowest` seconds (`slowest` in bytes per second). With `patient` (there is no other source)
         a peer that sends the whole blob gets the time to reach the range. `on_status` hears of the status before the
-        body is here. Raises `HttpError`.
+        body is here. `sloppy`: a 200 with just the range is taken as well (small servers on unix sockets do that).
+        Raises `HttpError`.
         """
 
         async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
@@ -97,6 +99,8 @@ class HttpClient:
             if head.status == 206:
                 return await _partial(connection, head, offset, size)
             if head.status == 200:
+                if sloppy and head.length == size and not head.chunked:
+                    return Response(200, head.headers, await connection.read_exact(size), size), True
                 if patient:
                     connection.allow(offset / slowest)
                 return await _whole(connection, head, offset, size)

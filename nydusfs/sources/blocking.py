@@ -15,32 +15,49 @@ import trio
 from bootstrap.errors import RafsError
 from nydusfs.config import BackendConfig, load_backend, load_config
 from nydusfs.errors import NydusError
-from nydusfs.sources import Priority, open_source
+from nydusfs.sources.base import Priority, Source
+from nydusfs.sources.hub import SourceHub
+from nydusfs.sources.opening import open_source
 
 
 class BlockingReader:
     """A `bootstrap.blobsource.BlobReader` over a source. One call at a time per caller; `close` ends the thread."""
 
     def __init__(self, backend: BackendConfig) -> None:
-        self._source = open_source(backend)
+        """Raises `NydusError` for a backend that cannot be used."""
+        self._source: Source | None = None
+        self._failure: NydusError | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.Event()
         started = threading.Event()
-        self._thread = threading.Thread(target=trio.run, args=(self._run, started), name="blob-source", daemon=True)
+        arguments = (self._run, backend, started)
+        self._thread = threading.Thread(target=trio.run, args=arguments, name="blob-source", daemon=True)
         self._thread.start()
         started.wait()
+        if self._failure is not None:
+            raise self._failure
 
-    async def _run(self, started: threading.Event) -> None:
+    async def _run(self, backend: BackendConfig, started: threading.Event) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        started.set()
-        try:
+        async with trio.open_nursery() as nursery:
+            hub = SourceHub(nursery)
+            try:
+                source = self._source = open_source(backend, hub)
+            except NydusError as error:
+                self._failure = error
+                nursery.cancel_scope.cancel()
+                return
+            finally:
+                started.set()
             await self._stop.wait()
-        finally:
             with trio.move_on_after(5, shield=True):
-                await self._source.aclose()
+                await source.aclose()
+            hub.close()
+            nursery.cancel_scope.cancel()
 
     def read(self, blob_id: str, offset: int, size: int) -> bytes:
         """Exactly these bytes of the stored blob; RafsError names every place that was tried."""
+        assert self._source is not None
         try:
             data = trio.from_thread.run(
                 self._source.read, blob_id, offset, size, Priority.DEMAND, trio_token=self._token

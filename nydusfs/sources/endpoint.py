@@ -87,8 +87,8 @@ def refusal(error: HttpError) -> Refused:
     return Refused(str(error), damaged=isinstance(error, ProtocolViolation))
 
 
-def judge(response: Response) -> None:
-    """Raises `Refused` for any status but 200 and 206."""
+def judge(response: Response, said: str = "") -> None:
+    """Raises `Refused` for any status but 200 and 206; `said`: what the server gives as the reason."""
     status = response.status
     if status in (200, 206):
         return
@@ -99,4 +99,5 @@ def judge(response: Response) -> None:
             after = min(60.0, max(0.0, float(response.get("retry-after"))))
         except ValueError:
             pass
-    raise Refused(f"status {status}", retry=temporary, blame=temporary, damaged=status == 416, after=after)
+    text = f"status {status} ({said})" if said else f"status {status}"
+    raise Refused(text, retry=temporary, blame=temporary, damaged=status == 416, after=after)

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from nydusfs.config import ConnectionConfig
+from nydusfs.config import ConnectionConfig, MirrorConfig
 from nydusfs.http import HttpClient, Origin
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
@@ -88,6 +88,13 @@ class SourceHub:
         if key not in self._standings:
             self._standings[key] = Standing(failure_limit, interval)
         return self._standings[key]
+
+    def mirror_standing(
+        self, origin: Origin, query: str, headers: Iterable[tuple[str, str]], mirror: MirrorConfig
+    ) -> Standing:
+        """`health_check_interval` counts where it is written down; ours is shorter than upstream's default."""
+        interval = float(max(1, mirror.health_check_interval)) if mirror.health_keys_given else 0.0
+        return self.standing(f"{origin}{query}", headers, mirror.failure_limit, interval)
 
     def bucket(self, origin: Origin, rate: float) -> TokenBucket:
         key = (origin, rate)

@@ -16,7 +16,7 @@ from nydusfs.errors import SourceError
 from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 
 
-class _TooShort(Exception):
+class TooShort(Exception):
     """The file ends before the range does."""
 
 
@@ -48,7 +48,7 @@ class LocalFsSource:
                 data = await trio.to_thread.run_sync(self._pread, path, offset, size)
                 if check is not None:
                     await check(data)
-            except _TooShort as error:
+            except TooShort as error:
                 damaged = True
                 tried.append((str(path), str(error)))
             except FormatError as error:
@@ -72,7 +72,7 @@ class LocalFsSource:
 
     def _pread(self, path: Path, offset: int, size: int) -> bytes:
         try:
-            return _pread(path, offset, size)
+            return pread(path, offset, size)
         except FileNotFoundError:
             # What `nydus-image create --blob-cache-dir` leaves instead of a blob.
             if not os.path.exists(f"{path}{DATA_SUFFIX}"):
@@ -82,18 +82,19 @@ class LocalFsSource:
             form = self._cache_forms.setdefault(path, CacheForm(str(path)))
         data = form.pread(size, offset)
         if len(data) != size:
-            raise _TooShort(f"{path}{DATA_SUFFIX} ends after {len(data)} of {size} bytes at {offset}")
+            raise TooShort(f"{path}{DATA_SUFFIX} ends after {len(data)} of {size} bytes at {offset}")
         return data
 
 
-def _pread(path: Path, offset: int, size: int) -> bytes:
+def pread(path: Path, offset: int, size: int) -> bytes:
+    """Raises OSError, and TooShort when the file ends early."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(fd, size, offset)
         while len(data) < size:
             more = os.pread(fd, size - len(data), offset + len(data))
             if not more:
-                raise _TooShort(f"file ends after {len(data)} of {size} bytes at {offset}")
+                raise TooShort(f"file ends after {len(data)} of {size} bytes at {offset}")
             data += more
         return data
     finally:

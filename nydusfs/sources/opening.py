@@ -1,210 +1,27 @@
-"""A registry's configuration as endpoints: its mirrors, those of containerd's hosts.toml, its proxy, and itself."""
+"""The source that a backend's configuration describes."""
 
 from __future__ import annotations
 
-import logging
-from urllib.parse import quote
-
-from nydusfs.config import MirrorConfig, RegistryBackend
-from nydusfs.errors import ConfigError
-from nydusfs.http import HttpClient, HttpError, Origin, Url, parse_url
-from nydusfs.http.client import Via
-from nydusfs.http.connection import Tls, basic_auth
-from nydusfs.http.url import parse_authority
-from nydusfs.registry.hosts import ClientOptions, route
-from nydusfs.registry.hosts import Endpoint as HostsEntry
-from nydusfs.registry.reference import DOCKER_HUB_HOSTS
-from nydusfs.sources.auth import Authenticator
-from nydusfs.sources.hub import SourceHub, seconds
-from nydusfs.sources.race import Racer
-from nydusfs.sources.registry import RegistryEndpoint, Times, Way
-from nydusfs.sources.remote import RemoteSource
-
-log = logging.getLogger("nydusfs.sources")
-
-# A mirror that hangs (a frozen Dragonfly scheduler does for 30 s to 5 min, its ping fine) is passed over after this.
-MIRROR_PATIENCE = 3.0
+from nydusfs.config import BackendConfig, HttpProxyBackend, LocalDiskBackend, LocalFsBackend, RegistryBackend
+from nydusfs.sources.base import Source
+from nydusfs.sources.hub import SourceHub
+from nydusfs.sources.localdisk import LocalDiskSource
+from nydusfs.sources.localfs import LocalFsSource
+from nydusfs.sources.plain import open_http_proxy, open_objects
+from nydusfs.sources.registrysource import RegistrySource
 
 
-class RegistrySource(RemoteSource):
-    """Implements `Source` for one repository."""
+def open_source(backend: BackendConfig, hub: SourceHub) -> Source:
+    """A source for one image's blobs. Sources of one process share a hub (connections, tokens, standing of mirrors).
 
-    def __init__(self, backend: RegistryBackend, hub: SourceHub) -> None:
-        """Raises `ConfigError` for a host that is no host[:port]."""
-        self._backend = backend
-        self._hub = hub
-        self._auth = backend.auth
-        try:
-            self._origin = parse_authority(backend.connection.scheme, backend.host)
-        except HttpError:
-            raise ConfigError("device.backend.config.host", f"{backend.host!r} is not a host[:port]") from None
-        self._endpoints = self._open_endpoints()
-        connection = backend.connection
-        racer = Racer(
-            self._endpoints,
-            f"{self._origin}/{backend.repo}",
-            extras=hub.extras,
-            bucket=hub.bucket(self._origin, float(connection.origin_rate_limit)),
-            watcher=hub.prober,
-        )
-        super().__init__(f"registry {backend.host}/{backend.repo}", "registry", racer)
-        if connection.proxy.url and connection.proxy.ping_url:
-            proxy = connection.proxy
-            hub.prober.keep_checking(
-                self._endpoints[0], racer, float(max(1, proxy.check_interval)), float(proxy.check_pause_elapsed)
-            )
-
-    def use_auth(self, auth: str) -> None:
-        """Other credentials (base64 of user:password, "" for the configured ones) from the next token on.
-
-        A token that is still good is used up first, as upstream does; requests under way are not disturbed.
-        """
-        auth = auth or self._backend.auth
-        if auth == self._auth:
-            return
-        self._auth = auth
-        replaced: dict[int, Authenticator] = {}
-        for endpoint in self._endpoints:
-            old = endpoint.authenticator
-            if id(old) not in replaced:
-                fresh = self._authenticator(auth, old.through)
-                fresh.take_over(old)
-                self._hub.forget(old)
-                replaced[id(old)] = fresh
-            endpoint.authenticator = replaced[id(old)]
-
-    def _authenticator(self, auth: str, through: Origin | None = None) -> Authenticator:
-        backend = self._backend
-        return self._hub.authenticator(
-            backend.connection, self._tls, self._origin, backend.repo, auth, backend.registry_token, through
-        )
-
-    def _open_endpoints(self) -> list[RegistryEndpoint]:
-        backend, connection = self._backend, self._backend.connection
-        own, listed = self._hosts_entries()
-        self._tls = Tls(connection.ca_cert_files, connection.skip_verify)
-        if own is not None:
-            ca_files = (*connection.ca_cert_files, *own.ca_files)
-            self._tls = Tls(ca_files, connection.skip_verify or not own.verify, own.client)
-        shared = self._authenticator(backend.auth)
-        client = self._hub.client(self._tls)
-        patient = Times(seconds(connection.connect_timeout), seconds(connection.timeout))
-        brief = Times(patient.connect, min(patient.patience, MIRROR_PATIENCE))
-        origin = RegistryEndpoint(
-            Way(f"registry {self._origin}", Url(self._origin, "/"), own.headers if own else ()),
-            backend,
-            client,
-            shared,
-            self._hub.standing(str(self._origin)),
-            patient,
-            last=True,
-            attempts=1 + connection.retry_limit,
-        )
-        if connection.proxy.url:
-            proxy = self._proxy(client, shared, brief if connection.proxy.fallback else patient)
-            return [proxy, origin] if connection.proxy.fallback else [proxy]
-        endpoints: list[RegistryEndpoint] = []
-        for mirror in connection.mirrors:
-            way = self._mirror_way(mirror)
-            through = way.base.origin if mirror.auth_through else None
-            auth = self._authenticator(backend.auth, through) if through else shared
-            interval = float(max(1, mirror.health_check_interval)) if mirror.health_keys_given else 0.0
-            standing = self._hub.standing(str(way.base.origin) + way.query, way.headers, mirror.failure_limit, interval)
-            rank = len(endpoints)
-            endpoints.append(RegistryEndpoint(way, backend, client, auth, standing, brief, rank=rank, origin=origin))
-        for entry in listed:
-            way = self._listed_way(entry)
-            standing = self._hub.standing(way.base.full + way.query, way.headers)
-            client = self._hub.client(Tls(entry.ca_files, not entry.verify, entry.client))
-            rank = len(endpoints)
-            endpoints.append(RegistryEndpoint(way, backend, client, shared, standing, brief, rank=rank, origin=origin))
-        return [*endpoints, origin]
-
-    def _mirror_way(self, mirror: MirrorConfig) -> Way:
-        base = parse_url(mirror.host)
-        return Way(
-            f"mirror {base.origin}",
-            Url(base.origin, "/"),
-            self._filled(tuple(mirror.headers.items())),
-            query=self._ns() if mirror.ns else "",
-            ping=parse_url(mirror.ping_url) if mirror.ping_url else None,
-            asks_origin=not mirror.auth_through,
-        )
-
-    def _listed_way(self, entry: HostsEntry) -> Way:
-        base = parse_url(entry.url)
-        return Way(
-            f"mirror {entry.url}",
-            base,
-            self._filled(entry.headers),
-            query=self._ns(),
-            asks_origin=True,
-            api="" if entry.override_path else "/v2",
-        )
-
-    def _proxy(self, client: HttpClient, authenticator: Authenticator, times: Times) -> RegistryEndpoint:
-        proxy = self._backend.connection.proxy
-        address = parse_url(proxy.url)
-        user_info = proxy.url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-        user, _, password = user_info.partition(":")
-        base = Url(self._origin, "/")
-        if proxy.use_http and self._origin.scheme == "https":
-            base = Url(parse_authority("http", self._origin.netloc), "/")
-        way = Way(
-            f"proxy {address.origin}",
-            base,
-            via=Via(address.origin, basic_auth(user, password) if user_info else ""),
-            ping=parse_url(proxy.ping_url) if proxy.ping_url else None,
-            dragonfly=True,
-            ping_below=400,
-        )
-        return RegistryEndpoint(
-            way,
-            self._backend,
-            client,
-            authenticator,
-            self._hub.standing(f"proxy {address.origin}"),
-            times,
-            last=not proxy.fallback,
-            attempts=1 if proxy.fallback else 1 + self._backend.connection.retry_limit,
-        )
-
-    # -- several registries behind one mirror
-
-    def _filled(self, headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        """`{registry}` in a value stands for this image's registry with its scheme, `{host}` for its host[:port]."""
-        registry, host = str(self._origin), self._origin.netloc
-        return tuple((name, value.replace("{registry}", registry).replace("{host}", host)) for name, value in headers)
-
-    def _ns(self) -> str:
-        host = self._origin.netloc
-        return f"?ns={quote('docker.io' if host in DOCKER_HUB_HOSTS else host, safe='')}"
-
-    # -- containerd's hosts.toml
-
-    def _hosts_entries(self) -> tuple[HostsEntry | None, list[HostsEntry]]:
-        """The registry's own entry and its mirrors. A file that cannot be used costs its mirrors, not the mount."""
-        backend = self._backend
-        if not backend.hosts_dir:
-            return None, []
-        options = ClientOptions(
-            insecure=backend.connection.skip_verify,
-            plain_http=self._origin.scheme == "http",
-            hosts_dir=backend.hosts_dir,
-        )
-        names = ["docker.io"] if self._origin.netloc in DOCKER_HUB_HOSTS else []
-        try:
-            found = route(names[0] if names else self._origin.netloc, options)
-        except ConfigError as error:
-            log.warning("%s: going on without it", error)
-            return None, []
-        own = [entry for entry in found.server if _same_server(entry.url, self._origin)]
-        mirrors = [entry for entry in found.mirrors if not _same_server(entry.url, self._origin)]
-        return (own[0] if own else None), mirrors
-
-
-def _same_server(url: str, origin: Origin) -> bool:
-    try:
-        return parse_url(url).origin == origin
-    except HttpError:
-        return False
+    Raises `ConfigError` for a configuration that cannot be used.
+    """
+    if isinstance(backend, RegistryBackend):
+        return RegistrySource(backend, hub)
+    if isinstance(backend, LocalFsBackend):
+        return LocalFsSource(backend)
+    if isinstance(backend, LocalDiskBackend):
+        return LocalDiskSource(backend)
+    if isinstance(backend, HttpProxyBackend):
+        return open_http_proxy(backend, hub)
+    return open_objects(backend, hub)

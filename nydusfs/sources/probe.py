@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
+from nydusfs.config import ProxyConfig
 from nydusfs.sources.endpoint import Endpoint, Refused
 from nydusfs.sources.race import Racer
 from nydusfs.sources.standing import State
@@ -58,15 +59,17 @@ class Prober:
         finally:
             del self._watched[key]
 
-    def keep_checking(self, endpoint: Endpoint, racer: Racer, interval: float, idle: float) -> None:
-        """Ping this source every `interval` seconds while it is used, whatever its state (upstream's proxy check)."""
+    def check_proxy(self, endpoint: Endpoint, racer: Racer, proxy: ProxyConfig) -> None:
+        """Ping it every `check_interval` seconds while it is used, whatever its state, if it has a `ping_url`."""
+        if not proxy.ping_url:
+            return
         key = -id(endpoint.standing)
         known = self._watched.get(key)
         if known is not None:
             known.endpoint, known.racer = endpoint, racer
             return
-        self._watched[key] = watched = _Watched(endpoint, racer, idle)
-        self._nursery.start_soon(self._check_forever, watched, interval)
+        self._watched[key] = watched = _Watched(endpoint, racer, float(proxy.check_pause_elapsed))
+        self._nursery.start_soon(self._check_forever, watched, float(max(1, proxy.check_interval)))
 
     async def _check_forever(self, watched: _Watched, interval: float) -> None:
         while True:

@@ -8,7 +8,9 @@ signature ends.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import trio
 
@@ -16,6 +18,7 @@ from nydusfs.config import RegistryBackend
 from nydusfs.errors import AuthError
 from nydusfs.http import HttpClient, HttpError, ProtocolViolation, Response, Url, parse_url
 from nydusfs.http.client import Via
+from nydusfs.http.connection import basic_auth
 from nydusfs.http.errors import TlsFailed
 from nydusfs.http.url import parse_authority
 from nydusfs.sources.auth import Authenticator
@@ -29,6 +32,8 @@ log = logging.getLogger("nydusfs.sources")
 USER_AGENT = "nydusd/1.0.0"  # what upstream sends: registries and mirrors have rules for it
 SLOWEST = 64 * 1024  # bytes per second that the last resort must keep
 MIRROR_SLOWEST = 256 * 1024  # below that a mirror is not worth waiting for
+# A mirror that hangs (a frozen Dragonfly scheduler does for 30 s to 5 min, its ping fine) is passed over after this.
+MIRROR_PATIENCE = 3.0
 PING_PATIENCE = 1.0
 MAX_REDIRECTS = 5
 # Config headers win over ours, except those the range protocol rests on.
@@ -61,6 +66,10 @@ class Times:
 
     connect: float
     patience: float
+
+    def brief(self) -> Times:
+        """For a source that is not the last resort."""
+        return Times(self.connect, min(self.patience, MIRROR_PATIENCE))
 
 
 class RegistryEndpoint:
@@ -114,17 +123,9 @@ class RegistryEndpoint:
         return Answer(response.body, max(0.0, total - response.body_seconds))
 
     async def ping(self) -> None:
-        """GET, never HEAD: Dragonfly answers 404 to that."""
-        url = self.way.ping or Url(self._base.origin, self._prefixed(f"{self.way.api}/"))
-        via = None if self.way.ping else self.way.via
-        limit = min(PING_PATIENCE, self._connect_timeout)
-        try:
-            headers = self.way.headers if not self.way.ping else ()
-            response = await self._client.request("GET", url, headers, connect_timeout=limit, timeout=limit, via=via)
-        except HttpError as error:
-            raise Refused(f"ping {url}: {error}") from None
-        if response.status >= self.way.ping_below:
-            raise Refused(f"ping {url}: status {response.status}")
+        way = self.way
+        url, headers, via = (way.ping, (), None) if way.ping else (self._v2(), way.headers, way.via)
+        await ping(self._client, url, headers, via, self._connect_timeout, way.ping_below)
 
     def forget(self, blob_id: str) -> None:
         self._redirects.drop(blob_id)
@@ -141,6 +142,9 @@ class RegistryEndpoint:
         if response.status == 429:
             prefetch = wanted.priority is Priority.PREFETCH
             raise Refused("Dragonfly is at its limit: status 429", retry=not prefetch, final=prefetch)
+
+    def _v2(self) -> Url:
+        return Url(self._base.origin, self._prefixed(f"{self.way.api}/"))
 
     def _prefixed(self, path: str) -> str:
         return self._base.target.rstrip("/") + path
@@ -255,6 +259,31 @@ class RegistryEndpoint:
             log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
             self._base = Url(parse_authority("http", self._backend.host), self._base.target)
             return await self._get(Url(self._base.origin, url.target), headers, wanted, patience)
+
+
+async def ping(
+    client: HttpClient,
+    url: Url,
+    headers: Iterable[tuple[str, str]],
+    via: Via | None,
+    connect_timeout: float,
+    below: int,
+) -> None:
+    """GET, never HEAD: Dragonfly answers 404 to that. Raises `Refused` for a status from `below` on."""
+    limit = min(PING_PATIENCE, connect_timeout)
+    try:
+        response = await client.request("GET", url, headers, connect_timeout=limit, timeout=limit, via=via)
+    except HttpError as error:
+        raise Refused(f"ping {url}: {error}") from None
+    if response.status >= below:
+        raise Refused(f"ping {url}: status {response.status}")
+
+
+def proxy_via(url: str) -> Via:
+    """A proxy's URL, which may hold user and password."""
+    user_info = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    user, _, password = user_info.partition(":")
+    return Via(parse_url(url).origin, basic_auth(unquote(user), unquote(password)) if user_info else "")
 
 
 def dragonfly_headers(priority: Priority) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from nydusfs.config import load_config
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import Services, open_services
-from nydusfs.sources import opening, probe, race, tokens
+from nydusfs.sources import probe, race, registry, tokens
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.faulty import FaultyServer, dead_port, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
@@ -52,7 +52,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> TinyImage:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test machines stall for seconds; only the tests about hanging peers are about time."""
-    monkeypatch.setattr(opening, "MIRROR_PATIENCE", 20.0)
+    monkeypatch.setattr(registry, "MIRROR_PATIENCE", 20.0)
     monkeypatch.setattr(probe, "PATIENCE", 20.0)
     monkeypatch.setattr(race, "UNKNOWN", 20.0)
     monkeypatch.setattr(race, "ORIGIN_HEDGE", 20.0)
@@ -141,7 +141,7 @@ def test_a_mirror_that_hangs_is_left_in_time(
     mode: str, image: TinyImage, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a patience of 1 s here. A trickle or an endless head moves on, so its size at 256 KiB/s cuts it."""
-    monkeypatch.setattr(opening, "MIRROR_PATIENCE", 1.0)
+    monkeypatch.setattr(registry, "MIRROR_PATIENCE", 1.0)
     origin, mirror = server(stack, image), server(stack, image, mode=mode)
 
     async def scenario(reader: ImageReader, _: Services) -> None:

@@ -1,0 +1,206 @@
+"""Blobs below plain URLs: object stores (signed requests) and the http-proxy backend, over TCP or a unix socket."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import trio
+
+from nydusfs.config import ConnectionConfig, HttpProxyBackend, ObjectBackend
+from nydusfs.errors import ObjectStoreError
+from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
+from nydusfs.http.client import Via
+from nydusfs.http.connection import Tls
+from nydusfs.objects import Bucket
+from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
+from nydusfs.sources.hub import SourceHub, seconds
+from nydusfs.sources.race import Racer
+from nydusfs.sources.registry import MIRROR_SLOWEST, SLOWEST, USER_AGENT, Times, dragonfly_headers, ping, proxy_via
+from nydusfs.sources.remote import RemoteSource
+from nydusfs.sources.standing import Standing
+
+_CODE = re.compile(rb"<Code>\s*([A-Za-z0-9.]{1,60})")
+
+Headers = Sequence[tuple[str, str]]
+Prepare = Callable[[str], tuple[Url, Headers]]  # blob id -> where it is, and headers to send. Raises ObjectStoreError
+
+
+class PlainEndpoint:
+    """Implements `Endpoint`. `mirror`: another server to ask with the same path and headers."""
+
+    def __init__(
+        self,
+        name: str,
+        prepare: Prepare,
+        client: HttpClient,
+        standing: Standing,
+        times: Times,
+        *,
+        mirror: Origin | None = None,
+        headers: Headers = (),
+        via: Via | None = None,
+        ping_url: Url | None = None,
+        ping_below: int = 500,
+        rank: int = 0,
+        last: bool = False,
+        attempts: int = 1,
+        renew: Callable[[], bool] | None = None,
+        sloppy: bool = False,
+    ) -> None:
+        """`renew`: look for other credentials after a refusal, True when there are some."""
+        self.name = name
+        self.address = name.partition(" ")[2]
+        self.standing = standing
+        self.rank = rank
+        self.last = last
+        self.attempts = attempts
+        self.patience = times.patience
+        self._prepare = prepare
+        self._client = client
+        self._connect_timeout = times.connect
+        self._mirror = mirror
+        self._headers = headers
+        self._via = via
+        self._ping_url = ping_url
+        self._ping_below = ping_below
+        self._renew = renew
+        self._sloppy = sloppy
+
+    async def fetch(self, wanted: Range, patience: float) -> Answer:
+        started = trio.current_time()
+        try:
+            response = await self._get(wanted, patience)
+            if response.status in (400, 401, 403) and self._renew is not None and self._renew():
+                response = await self._get(wanted, patience)
+        except HttpError as error:
+            raise refusal(error) from None
+        except ObjectStoreError as error:
+            raise Refused(str(error), retry=False, blame=False) from None
+        code = _CODE.search(response.body) if response.status >= 400 else None
+        judge(response, code[1].decode() if code else "")
+        total = trio.current_time() - started
+        return Answer(response.body, max(0.0, total - response.body_seconds))
+
+    async def _get(self, wanted: Range, patience: float) -> Response:
+        url, headers = self._prepare(wanted.blob_id)
+        if self._mirror is not None:
+            url = Url(self._mirror, url.target)
+        extra = dragonfly_headers(wanted.priority) if self._via is not None else []
+        return await self._client.get_range(
+            url,
+            wanted.offset,
+            wanted.size,
+            [*headers, *self._headers, *extra, ("User-Agent", USER_AGENT), ("Accept", "*/*")],
+            connect_timeout=min(self._connect_timeout, patience),
+            timeout=patience,
+            slowest=SLOWEST if self.last else MIRROR_SLOWEST,
+            patient=self.last,
+            via=self._via,
+            sloppy=self._sloppy,
+        )
+
+    async def ping(self) -> None:
+        url = self._ping_url or Url(self._mirror or self._prepare("")[0].origin, "/")
+        await ping(
+            self._client, url, (), None if self._ping_url else self._via, self._connect_timeout, self._ping_below
+        )
+
+    def forget(self, blob_id: str) -> None:
+        """Nothing is remembered of a blob's way."""
+
+
+def open_objects(backend: ObjectBackend, hub: SourceHub) -> RemoteSource:
+    """Raises `ConfigError` for an endpoint that is no host[:port]."""
+    bucket = Bucket(backend)
+
+    def prepare(blob_id: str) -> tuple[Url, Headers]:
+        request = bucket.request("GET", blob_id)
+        return Url(request.origin, request.target), request.headers
+
+    return _open(bucket.name, backend.type, bucket.origin, prepare, backend.connection, hub, bucket.credentials.renewed)
+
+
+def open_http_proxy(backend: HttpProxyBackend, hub: SourceHub) -> RemoteSource:
+    name = f"http-proxy {backend.addr}"
+    if not backend.addr.startswith(("http://", "https://")):
+        # one server per blob (reference 4.9): path and id are not sent
+        url = Url(Origin("unix", backend.addr, 0), "/")
+        return _open(name, "http-proxy", url.origin, lambda _: (url, ()), backend.connection, hub, sloppy=True)
+    base = f"{backend.addr.rstrip('/')}/{backend.path.strip('/')}".rstrip("/")
+
+    def prepare(blob_id: str) -> tuple[Url, Headers]:
+        return parse_url(f"{base}/{blob_id}"), ()
+
+    return _open(name, "http-proxy", parse_url(base).origin, prepare, backend.connection, hub, sloppy=True)
+
+
+def _open(
+    name: str,
+    kind: str,
+    origin: Origin,
+    prepare: Prepare,
+    connection: ConnectionConfig,
+    hub: SourceHub,
+    renew: Callable[[], bool] | None = None,
+    sloppy: bool = False,
+) -> RemoteSource:
+    """Mirrors or a proxy before the origin, as for registries."""
+    client = hub.client(Tls(connection.ca_cert_files, connection.skip_verify))
+    patient = Times(seconds(connection.connect_timeout), seconds(connection.timeout))
+    endpoints: list[PlainEndpoint] = []
+    for mirror in connection.mirrors:
+        address = parse_url(mirror.host).origin
+        headers = tuple(mirror.headers.items())
+        endpoints.append(
+            PlainEndpoint(
+                f"mirror {address}",
+                prepare,
+                client,
+                hub.mirror_standing(address, "", headers, mirror),
+                patient.brief(),
+                mirror=address,
+                headers=headers,
+                ping_url=parse_url(mirror.ping_url) if mirror.ping_url else None,
+                rank=len(endpoints),
+            )
+        )
+    proxy = connection.proxy
+    if proxy.url and origin.scheme != "unix":
+        via = proxy_via(proxy.url)
+        endpoints.append(
+            PlainEndpoint(
+                f"proxy {via.origin}",
+                prepare,
+                client,
+                hub.standing(f"proxy {via.origin}"),
+                patient.brief() if proxy.fallback else patient,
+                mirror=Origin("http", origin.host, origin.port) if proxy.use_http else None,
+                via=via,
+                ping_url=parse_url(proxy.ping_url) if proxy.ping_url else None,
+                ping_below=400,
+                last=not proxy.fallback,
+                attempts=1 if proxy.fallback else 1 + connection.retry_limit,
+                renew=renew,
+            )
+        )
+    checked = endpoints[0] if proxy.url and endpoints else None
+    if not proxy.url or proxy.fallback or origin.scheme == "unix":
+        endpoints.append(
+            PlainEndpoint(
+                f"{kind} {origin}",
+                prepare,
+                client,
+                hub.standing(str(origin)),
+                patient,
+                last=True,
+                attempts=1 + connection.retry_limit,
+                renew=renew,
+                sloppy=sloppy,
+            )
+        )
+    bucket = hub.bucket(origin, float(connection.origin_rate_limit))
+    racer = Racer(endpoints, name, extras=hub.extras, bucket=bucket, watcher=hub.prober)
+    if checked is not None:
+        hub.prober.check_proxy(checked, racer, proxy)
+    return RemoteSource(name, "oss" if kind == "s3" else kind, racer)  # upstream's metrics call both oss
