@@ -24,6 +24,7 @@ MAX_REGION = 1 << 30
 """Refuse a larger table: this one would be of a gzip layer of about 30 GB, or of 40 million chunks."""
 
 MAX_BATCH = 16 << 20
+MAX_FIRSTS = 8192
 _OWN_HEADER = toc.TAR_HEADER_SIZE
 
 
@@ -70,6 +71,7 @@ class BlobMeta:
         if len(region) < max(self._count * self._entry_size, contexts + header.ci_zran_size):
             raise FormatError("blob meta", 0, f"{len(region)} bytes hold no {self._count} entries and their contexts")
         self._batches = self._slices = 0
+        self._firsts: dict[int, int] = {}  # found by `first_of`
         if blob.features & BlobFeatures.ZRAN:
             self._contexts = Contexts(
                 region, contexts, header.ci_zran_size, header.ci_zran_count, blob.data_size or blob.compressed_size
@@ -148,6 +150,15 @@ class BlobMeta:
         if not kinds:
             return chunk.uncompressed_offset
         number = entry.data >> 32
+        slot = number << 44 | floor
+        first = self._firsts.get(slot)
+        if first is None:
+            if len(self._firsts) >= MAX_FIRSTS:
+                self._firsts.clear()
+            first = self._firsts[slot] = self._search_first(chunk, kinds, number, floor)
+        return min(first, chunk.uncompressed_offset)
+
+    def _search_first(self, chunk: Chunk, kinds: int, number: int, floor: int) -> int:
         low, high = max(0, chunk.index - (chunk.uncompressed_offset - floor) // 4096), chunk.index
         while low < high:
             middle = (low + high) >> 1
@@ -156,7 +167,7 @@ class BlobMeta:
                 high = middle
             else:
                 low = middle + 1
-        return min(self.entry(low).uncompressed_offset, chunk.uncompressed_offset)
+        return self.entry(low).uncompressed_offset
 
     def decode(self, unit: Unit, stored: bytes | memoryview, size: int) -> bytes | bytearray:
         """The first `size` bytes or more that a batch or slice decodes to, unverified. Raises CodecError."""
