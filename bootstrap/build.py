@@ -27,11 +27,12 @@ from bootstrap.chunkdict import learn_dictionary, require_like
 from bootstrap.chunktable import ChunkTable
 from bootstrap.dedup import ChunkIndex
 from bootstrap.directory import dump_order, read_file, scan
-from bootstrap.errors import BuildError
+from bootstrap.errors import BuildError, FormatError
 from bootstrap.flat import FlatTree, flatten
 from bootstrap.kinds import KINDS, Kind
 from bootstrap.layout import v5, v6
 from bootstrap.load import blob_info, load_tree
+from bootstrap.lower import LowerTree
 from bootstrap.metadata import write_bootstrap
 from bootstrap.modes import Context, Mode
 from bootstrap.options import BuildOptions, BuildResult
@@ -51,6 +52,7 @@ def build_layer(
     options: BuildOptions,
     progress: Progress | None = None,
     *,
+    parent: str | None = None,
     kind: Kind = KINDS["tar-rafs"],
 ) -> BuildResult:
     """Turn an *uncompressed* layer tar into a layer blob, written to `out` front to back; neither need be seekable.
@@ -59,10 +61,15 @@ def build_layer(
     blob, else only into the result; without any data nothing is written then. `progress` gets the uncompressed bytes of
     each piece done. Whiteouts stay ordinary files: a merge applies them. Raises BuildError naming the entry; what was
     written to `out` so far is then useless.
+
+    `parent`: a bootstrap to put the layer onto, as for `build_directory`; its whiteouts act, and its hard links may
+    lead to files of the parent.
     """
     build = Build(out, options, kind, progress)
     options = build.options
-    layer = LayerTree(build.xattr_limit)
+    if parent is not None:
+        build.load_parent(parent)
+    layer = LayerTree(build.xattr_limit, build.lower)
     stream = tar.TarStream(source)
     with build.mode as mode:
         mode.begin(source)
@@ -74,7 +81,7 @@ def build_layer(
         mode.flush()
         build.stage("dump_blob")
         build.end_of_layer(layer)
-        return build.finish(layer.root)
+        return build.finish(layer.root, "none" if parent is None else options.whiteout_spec)
 
 
 def build_directory(
@@ -134,6 +141,7 @@ class Build:
         if options.chunk_dict is not None:
             learn_dictionary(self.index, options.chunk_dict, options)
         self.below: FlatTree | None = None
+        self.lower: LowerTree | None = None
         self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
         self.times: dict[str, float] = {}
@@ -148,15 +156,19 @@ class Build:
     def load_parent(self, path: str) -> None:
         """Take a parent image below the layer; its chunks are known from now on, its blobs come first."""
         options, table = self.options, self.table
-        with open_bootstrap(path) as image:
-            require_like(image, f"parent {path}", options)
-            blobs = [blob_info(blob) for blob in image.blobs]
-            self.below = overlay([(load_tree(image, blobs), "none")])
+        try:
+            with open_bootstrap(path) as image:
+                require_like(image, f"parent {path}", options)
+                blobs = [blob_info(blob) for blob in image.blobs]
+                self.below = overlay([(load_tree(image, blobs), "none")])
+        except FormatError as error:
+            raise BuildError(f"parent {path}: {error}") from error
         for blob in blobs:
             self.index.list_blob(table.place_of(blob))
         first = len(table)
         table.extend(self.below.chunks, blobs)
         self.index.learn(range(first, len(table)))
+        self.lower = LowerTree(self.below, first, options.whiteout_spec)
 
     @property
     def xattr_limit(self) -> int:
@@ -165,7 +177,7 @@ class Build:
 
     def end_of_layer(self, layer: LayerTree) -> None:
         """All entries are there: mark directories that only lie on the way, if this bootstrap is for a merge."""
-        if self.options.inline_meta and layer.has_implied:
+        if self.options.inline_meta and layer.has_implied and self.below is None:
             for node in number(layer.root):
                 if node.implied:
                     node.mtime_nsec = IMPLIED_NSEC

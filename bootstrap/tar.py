@@ -207,6 +207,8 @@ class TarStream:
                 entry.gid = int(value)
             elif key == b"size":
                 entry.size = int(value)
+            elif key == b"mtime":
+                entry.mtime = _whole_seconds(value)
             elif key.startswith(b"SCHILY.xattr."):
                 if entry.xattrs is None:
                     entry.xattrs = {}
@@ -248,6 +250,22 @@ def _checksum_ok(header: bytes, stored: bytes) -> bool:
         return sum(header) - sum(stored) + 256 == int(stored.strip(b"\0 ") or b"x", 8)
     except ValueError:
         return False
+
+
+def _whole_seconds(value: bytes) -> int:
+    """A decimal number, rounded down: images made of tars keep whole seconds, as upstream's do.
+
+    Upstream does not look at this record, and gets 0 for times before 1970 and after 2242: archivers that write PAX
+    leave them out of the header.
+    """
+    seconds, _, fraction = value.partition(b".")
+    if fraction and not fraction.isdigit():
+        raise ValueError(f"mtime {value!r} is not a number")
+    whole = int(seconds)
+    down = whole - 1 if seconds.startswith(b"-") and fraction.strip(b"0") else whole
+    if not -(1 << 63) <= down < 1 << 63:
+        raise ValueError(f"mtime {value!r} does not fit 64 bits")
+    return down
 
 
 def _number(field: bytes) -> int:

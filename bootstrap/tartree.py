@@ -10,6 +10,7 @@ from bootstrap import tar
 from bootstrap.errors import BuildError
 from bootstrap.layout import v5
 from bootstrap.layout.v6 import encode_rdev
+from bootstrap.lower import LowerTree
 from bootstrap.tree import LinkGroup, Node, check_name, check_xattr, new_root, storable_xattr
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,12 @@ _LANDMARKS = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefe
 
 
 class LayerTree:
-    """The tree of one layer, grown entry by entry. `xattr_limit`: longest attribute value in bytes."""
+    """The tree of one layer, grown entry by entry. `xattr_limit`: longest attribute value in bytes. `lower`: the image
+    that the layer lies on, where it is known."""
 
-    def __init__(self, xattr_limit: int) -> None:
+    def __init__(self, xattr_limit: int, lower: LowerTree | None = None) -> None:
         self.root = new_root()
+        self._lower = lower
         self.root.rdev = v5.NO_RDEV
         self.has_implied = False
         """Whether some directory was made because something lies in it (some may have got their entry later)."""
@@ -100,35 +103,43 @@ class LayerTree:
     def _walk(self, parts: list[bytes], entry: tar.Entry) -> Node:
         """The directory at `parts`, made with default attributes where it is missing, through symbolic links."""
         trail = [self.root]
+        names: list[bytes] = []
         todo = list(reversed(parts))
         followed = 0
         while todo:
             part = todo.pop()
             if part == b"..":  # only from a link's target
-                if len(trail) > 1:
+                if names:
+                    names.pop()
                     trail.pop()
                 continue
             children = trail[-1].children
             assert children is not None
             child = children.get(part)
+            target = None
+            if child is not None:
+                target = child.target if child.is_symlink else None
+            elif self._lower is not None:
+                target = self._lower.link_target(self.root, [*names, part])
+            if target is not None:
+                followed += 1
+                if followed > MAX_FOLLOWED:
+                    raise BuildError(f"{entry.shown}: too many symbolic links on the way")
+                if target.startswith(b"/"):
+                    trail, names = [self.root], []
+                todo += [p for p in reversed(target.split(b"/")) if p not in (b"", b".")]
+                continue
             if child is None:
                 check_name(part, entry.shown)
                 child = children[part] = Node(part, stat.S_IFDIR | 0o755)
                 child.rdev = v5.NO_RDEV
                 child.implied = True
                 self.has_implied = True
-            if child.is_symlink:
-                followed += 1
-                if followed > MAX_FOLLOWED:
-                    raise BuildError(f"{entry.shown}: too many symbolic links on the way")
-                if child.target.startswith(b"/"):
-                    trail = [self.root]
-                todo += [p for p in reversed(child.target.split(b"/")) if p not in (b"", b".")]
-                continue
             if child.children is None:
                 shown = part.decode("utf-8", "backslashreplace")
                 raise BuildError(f"{entry.shown}: lies below {shown!r}, which is not a directory")
             trail.append(child)
+            names.append(part)
         return trail[-1]
 
     def _link(self, name: bytes, entry: tar.Entry) -> Node | None:
@@ -138,6 +149,12 @@ class LayerTree:
         target: Node | None = self.root
         for part in parts:
             target = target.children.get(part) if target is not None and target.children is not None else None
+        if target is None and self._lower is not None:
+            target = self._lower.copy_up(self.root, parts)
+            if target is not None and target.children is None:
+                children = self._walk(parts[:-1], entry).children
+                assert children is not None
+                children[target.name] = target
         if target is None:
             raise BuildError(f"{entry.shown}: hard link to {shown!r}, which is not in this layer before it")
         if target.children is not None:

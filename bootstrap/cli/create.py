@@ -224,7 +224,7 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
             if kind.source == "toc":
                 result = _build_toc(source, target.file, options, int(given["blob_data_size"], 16))
             elif layer is not None:
-                result = build_layer(layer, target.file, options, kind=kind)
+                result = build_layer(layer, target.file, options, parent=parent, kind=kind)
             else:
                 result = build_directory(source, target.file, options, parent=parent, kind=kind)
             blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
