@@ -153,9 +153,14 @@ class Blobs:
 
     def read_chunks(self, blob_index: int) -> Iterator[tuple[Chunk, bytes | memoryview]]:
         """All chunks of a blob that the image uses, in the order of their places, each unit decoded once."""
+        return ((chunk, self.decode(part)) for chunk, part in self.blob_parts(blob_index))
+
+    def blob_parts(self, blob_index: int) -> Iterator[tuple[Chunk, bytes | memoryview | Part]]:
+        """As `read_chunks`, but chunks stored alone are left for `decode`."""
         self.need_meta(self.image.blobs[blob_index])
         for row in self.chunks.blob_rows(blob_index):
-            yield self.chunks.chunk(row), self._row(blob_index, row)
+            chunk = self.chunks.chunk(row)
+            yield chunk, self._part(blob_index, row, chunk.uncompressed_offset, chunk.uncompressed_size)
 
     def read_stored(self, unit: Unit, blob: Blob) -> bytes:
         """The stored bytes of a unit, unverified."""
@@ -182,6 +187,11 @@ class Blobs:
                 for row, start, length in pieces:
                     yield self._part(extent.blob_index, row, start, length)
             offset += step
+
+    def chunk_part(self, chunk: Chunk) -> bytes | memoryview | Part:
+        """A whole chunk in the same way."""
+        row = self._find(chunk.blob_index, chunk.uncompressed_offset, chunk.uncompressed_size)
+        return self._part(chunk.blob_index, row, chunk.uncompressed_offset, chunk.uncompressed_size)
 
     def decode(self, part: bytes | memoryview | Part) -> bytes | memoryview:
         """The verified bytes of a part. Thread-safe."""

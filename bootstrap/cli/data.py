@@ -88,6 +88,24 @@ class Windows:
         self._source.close()
 
 
+class FolderFirst:
+    """Blobs in a directory, those that are not there from a backend."""
+
+    def __init__(self, folder: str, backend: BlobReader) -> None:
+        from bootstrap.blobsource import Folder
+
+        self._folder = Folder(folder)
+        self._backend = backend
+
+    def read(self, blob_id: str, offset: int, size: int) -> bytes:
+        local = os.path.exists(self._folder.path(blob_id))
+        return (self._folder if local else self._backend).read(blob_id, offset, size)
+
+    def close(self) -> None:
+        self._folder.close()
+        self._backend.close()
+
+
 def open_data(image: Bootstrap, given: dict[str, Any], needed: str) -> BlobReader:
     """The place of an image's blobs by its options; CommandError when none is given.
 
@@ -105,14 +123,14 @@ def open_data(image: Bootstrap, given: dict[str, Any], needed: str) -> BlobReade
         text, where = _backend_config(given)
         reader = importlib.import_module(_BACKENDS).open_backend(kind, text, where)
         return Windows(reader, {blob.id: blob.data_size for blob in image.blobs})
-    if given.get("config"):
-        path = given["config"]
-        reader = importlib.import_module(_BACKENDS).open_config(_text(path), path)
-        return Windows(reader, {blob.id: blob.data_size for blob in image.blobs})
     if folder:
         if not os.path.isdir(folder):
             raise CommandError(f"--blob-dir {folder} is not a directory")
         return Folder(folder, image.path)
+    if given.get("config"):
+        path = given["config"]
+        reader = importlib.import_module(_BACKENDS).open_config(_text(path), path)
+        return Windows(reader, {blob.id: blob.data_size for blob in image.blobs})
     if not image.blobs:
         return Folder(os.path.dirname(image.path) or ".", image.path)
     raise CommandError(f"invalid backend configuration, {needed} must be specified")
