@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from bootstrap import tar
 from bootstrap.blobfile import BlobFile
@@ -40,6 +40,9 @@ from bootstrap.overlay import is_whiteout, overlay
 from bootstrap.reader import open_bootstrap
 from bootstrap.tartree import LayerTree
 from bootstrap.tree import IMPLIED_NSEC, Node, clean_patterns, number
+
+if TYPE_CHECKING:
+    from bootstrap.external import ExternalFile
 
 __all__ = ["BuildOptions", "BuildResult", "build_directory", "build_layer"]
 
@@ -91,9 +94,12 @@ def build_directory(
     progress: Progress | None = None,
     *,
     parent: str | None = None,
+    external: dict[bytes, ExternalFile] | None = None,
     kind: Kind = KINDS["dir-rafs"],
 ) -> BuildResult:
     """Like `build_layer`, from a directory (`dir-rafs`).
+
+    `external`: files by path whose content lies in other stores; they make a second image, see `bootstrap.external`.
 
     `parent` is a bootstrap to put the directory onto: its whiteouts act on it, its chunks are reused, its blobs come
     first in the blob table (5.13). Without one, whiteouts are left out. Raises BuildError for files that cannot be
@@ -102,6 +108,10 @@ def build_directory(
     build = Build(out, options, kind, progress)
     options = build.options
     root = scan(source, xattr_limit=build.xattr_limit)
+    if external:
+        from bootstrap.external import build_external
+
+        build.external = build_external(root, external, options)
     if parent is not None:
         build.load_parent(parent)
     build.stage("load_from_directory")
@@ -142,6 +152,7 @@ class Build:
             learn_dictionary(self.index, options.chunk_dict, options)
         self.below: FlatTree | None = None
         self.lower: LowerTree | None = None
+        self.external: tuple[bytes | None, list[str]] = None, []
         self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
         self.times: dict[str, float] = {}
@@ -207,6 +218,8 @@ class Build:
             inode_count=count,
             timings=self.times,
             blobs=ids,
+            external_bootstrap=self.external[0],
+            external_blobs=self.external[1],
         )
 
 

@@ -157,14 +157,15 @@ def read_file(node: Node, take: Callable[[Node, _File], None]) -> None:
             node.chunks = first.chunks
             return
     node.chunks = []
-    with _open(node) as file:
+    with open_file(node) as file:
         content = _File(file, node)
         take(node, content)
         if more := _exactly(file, 1):
             content.changed(node.size + len(more))
 
 
-def _open(node: Node) -> BinaryIO:
+def open_file(node: Node) -> BinaryIO:
+    """The file a node was made from; BuildError if it cannot be opened."""
     assert node.source is not None
     try:
         return open(node.source, "rb", buffering=0)

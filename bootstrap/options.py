@@ -83,7 +83,8 @@ class BuildResult:
 
     `blob_id`: the builder's id (4.10), "" when there is no data and nothing was inlined. A layer blob in a registry is
     not known by it but by `blob_sha256`, which like `blob_size` is of all bytes written. `timings`: seconds by stage;
-    `blobs`: ids in blob table order; sizes in bytes.
+    `blobs`: ids in blob table order; sizes in bytes. `external_bootstrap`, `external_blobs`: the second image, of files
+    whose content lies elsewhere (5.15), and the ids of its blobs.
     """
 
     blob_id: str
@@ -95,3 +96,5 @@ class BuildResult:
     inode_count: int
     timings: dict[str, float]
     blobs: list[str]
+    external_bootstrap: bytes | None = None
+    external_blobs: list[str] = field(default_factory=list)

@@ -97,13 +97,6 @@ def clear_errors(doing: str) -> Iterator[None]:
         raise CommandError(f"{doing}: not enough memory") from error
 
 
-def refuse(given: dict[str, Any]) -> None:
-    """End with one line if an option is used whose feature does not exist here yet."""
-    used = [name for name, value in given.items() if value]
-    if used:
-        raise CommandError(f"not supported yet: {', '.join(used)}")
-
-
 def read_patterns(policy: str) -> list[bytes]:
     """Prefetch patterns from stdin if the policy wants some; dropped ones are logged."""
     if policy == "none":
@@ -144,6 +137,8 @@ def report(
     compressor: str,
     output_json: str | None,
     blob_size: int | None,
+    external_bootstrap: str = "",
+    external_blobs: Sequence[str] = (),
 ) -> None:
     """Say what was built, in the log and in the JSON file that callers read."""
     size = "" if blob_size is None else f"data blob size: {blob_size:#x}\n"
@@ -159,8 +154,8 @@ def report(
         "version": version(),
         "bootstrap": bootstrap,
         "blobs": list(blobs),
-        "external_bootstrap": "",
-        "external_blobs": [],
+        "external_bootstrap": external_bootstrap,
+        "external_blobs": list(external_blobs),
         "trace": {
             "consumed_time": times,
             "registered_events": {**events, "egid": str(os.getegid()), "euid": str(os.geteuid())},

@@ -69,6 +69,10 @@ def check_conflicts(given: dict[str, Any]) -> None:
 
 def _check_kind(given: dict[str, Any]) -> None:
     kind, size = given["kind"], given["blob_data_size"]
+    if given["attributes"] and kind not in ("directory", "dir-rafs"):
+        raise CommandError(f"conversion type '{kind}' conflicts with '--attributes': only directories have those")
+    if given["attributes"] and given["blob_inline_meta"] and not given["external_blob"]:
+        raise CommandError("--attributes with --blob-inline-meta makes a second file: give --external-blob FILE", 2)
     if kind == "tar-tarfs" and given["blob"]:
         raise CommandError("conversion type `tar-tarfs` conflicts with `--blob`")
     if kind not in ("estargztoc-ref", "stargz_index"):

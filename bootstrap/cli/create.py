@@ -17,7 +17,6 @@ from bootstrap.cli.building import (
     clear_errors,
     log_options,
     read_patterns,
-    refuse,
     report,
     set_up_logging,
 )
@@ -25,6 +24,7 @@ from bootstrap.cli.conflicts import InOrder, check_config, check_conflicts, chec
 
 if TYPE_CHECKING:
     from bootstrap.build import BuildOptions, BuildResult
+    from bootstrap.external import ExternalFile
     from bootstrap.kinds import Kind
 
 TYPES = (
@@ -110,14 +110,20 @@ TYPES = (
 @click.option("--parent-bootstrap", metavar="FILE", help="Build on top of this image: whiteouts of SOURCE act on it.")
 @click.option("--chunk-dict", metavar="bootstrap=FILE", help="Reuse chunks of this image: they are not stored again.")
 @click.option("-E", "--encrypt", is_flag=True, help="Encrypt the data with a new key, which the metadata holds (v6).")
-@click.option("--external-blob", metavar="FILE", help="Data of external files (not supported yet).")
+@click.option("--external-blob", metavar="FILE", help="Where --attributes puts its image with --blob-inline-meta.")
 @click.option("--blob-data-size", metavar="HEX", help="Bytes of the layer for estargztoc-ref, in hexadecimal.")
 @click.option(
     "--blob-cache-dir",
     metavar="DIR",
     help="Instead of a blob write what a daemon's cache would hold of it: ID.blob.data and ID.blob.meta (v6).",
 )
-@click.option("--attributes", metavar="FILE", help="Attributes by path (not supported yet).")
+@click.option(
+    "--attributes",
+    metavar="FILE",
+    help="Files of a directory whose content lies elsewhere, one a line: PATH type=external blob_index=N blob_id=ID "
+    "chunk_size=SIZE chunk_0_compressed_offset=N compressed_size=N [file_size=N] [crcs=0x..,0x..]. They make a second "
+    "image beside the first, FILE.external.",
+)
 @click.option("-C", "--config", metavar="FILE", help="Storage of the parent's blobs; only checked, no blob is needed.")
 @click.option("--disable-check", is_flag=True, hidden=True)
 @click.option("--blob-offset", type=int, default=0, hidden=True)
@@ -149,6 +155,7 @@ def create(source: str, **given: Any) -> None:
         check_config(given["config"])
         options = _options(kind, given)
         result, bootstrap_path = _build(source, kind, options, given)
+        external_path = _write_external(result, options, given, bootstrap_path)
         report(
             bootstrap=bootstrap_path,
             blobs=result.blobs,
@@ -158,6 +165,8 @@ def create(source: str, **given: Any) -> None:
             compressor=options.compressor.label,
             output_json=given["output_json"],
             blob_size=result.blob_size,
+            external_bootstrap=external_path,
+            external_blobs=result.external_blobs,
         )
 
 
@@ -165,7 +174,6 @@ def _kind(given: dict[str, Any]) -> Kind:
     from bootstrap.kinds import ALIASES, KINDS
 
     name = ALIASES.get(given["kind"], given["kind"])
-    refuse({"--external-blob": given["external_blob"], "--attributes": given["attributes"]})
     return KINDS[name]
 
 
@@ -211,6 +219,7 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
     from bootstrap.merge import write_file
 
     cache_dir, parent = given["blob_cache_dir"], given["parent_bootstrap"]
+    external = _external_files(given["attributes"])
     with ExitStack() as stack:
         layer = None
         if kind.source == "tar":
@@ -226,7 +235,7 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
             elif layer is not None:
                 result = build_layer(layer, target.file, options, parent=parent, kind=kind)
             else:
-                result = build_directory(source, target.file, options, parent=parent, kind=kind)
+                result = build_directory(source, target.file, options, parent=parent, external=external, kind=kind)
             blob_id = result.blob_id if result.chunk_count or options.inline_meta else ""
             target.keep(blob_id)
         except OSError as error:
@@ -242,6 +251,37 @@ def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]
         path = os.path.join(given["blob_dir"], hashlib.sha256(result.bootstrap).hexdigest())
     write_file(Path(path), result.bootstrap)
     return result, path
+
+
+def _external_files(path: str | None) -> dict[bytes, ExternalFile] | None:
+    if not path:
+        return None
+    from bootstrap.external import parse_attributes
+
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return parse_attributes(file.read())
+
+
+def _write_external(result: BuildResult, options: BuildOptions, given: dict[str, Any], bootstrap: str) -> str:
+    """The second image of a build: beside the first bootstrap, or with trailers into the file given. Its path."""
+    data, target = result.external_bootstrap, given["external_blob"]
+    if options.inline_meta:
+        if data is not None:
+            from bootstrap.blobfile import BlobFile
+
+            with open(target, "wb") as out:
+                blob = BlobFile(out, framed=True)
+                blob.add_bootstrap(data, packed=options.blob_toc)
+                if options.blob_toc:
+                    blob.add_toc()
+        return ""
+    if data is None:
+        return ""
+    from bootstrap.merge import write_file
+
+    path = Path(bootstrap).with_suffix(".external")
+    write_file(path, data)
+    return str(path)
 
 
 def _build_toc(source: str, out: BinaryIO, options: BuildOptions, blob_size: int) -> BuildResult:

@@ -23,6 +23,7 @@ from bootstrap.errors import BuildError
 from bootstrap.kinds import KINDS
 from bootstrap.layout import blobmeta
 from bootstrap.layout.common import BlobFeatures, Compressor
+from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.reader import open_bootstrap
 from bootstrap.zran import Contexts, decode_slice
 from tests.lab.paths import shared_dir
@@ -269,6 +270,21 @@ def test_tarfs_places_are_those_in_the_tar(tmp_path: Path) -> None:
         build(member(layer), "tar-tarfs")
     with pytest.raises(BuildError, match="conflicts with '--blob-inline-meta'"):
         build(layer, "tar-tarfs", inline_meta=True)
+
+
+def test_tarfs_layers_merge(tmp_path: Path) -> None:
+    """A layer over another: two tars, one image, one record each in the chunk table."""
+    sources = []
+    for number, files in enumerate(({"a": b"1" * 700, "gone": b"x"}, {"b": b"2" * 9000, ".wh.gone": b""})):
+        result, _ = build(b"".join(tar_pieces(files)), "tar-tarfs")
+        path = tmp_path / f"{result.blobs[0]}.{number}"
+        path.write_bytes(result.bootstrap)
+        sources.append(MergeSource(path))
+    merged = merge_layers(sources, tmp_path / "image.boot")
+    with open_bootstrap(str(tmp_path / "image.boot")) as image:
+        assert merged.blobs == [source.path.name.split(".")[0] for source in sources]
+        assert sorted(name for name, _ in image.walk()) == [b"a", b"b"]
+        assert [extent[:3] for extent in image.extents(image.resolve(b"/b"), 0, 9000)] == [(1, 512, 9000)]
 
 
 def nydus_image(*arguments: str | Path) -> tuple[int, str]:
