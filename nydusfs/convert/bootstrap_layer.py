@@ -7,15 +7,15 @@ and equal input must give an equal layer.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from typing import BinaryIO
 
-from bootstrap.inlined import read_toc, read_toc_entry
+from bootstrap.inlined import read_toc, read_toc_entry, sections
 from bootstrap.layout import toc
+from nydusfs.convert.gzipped import GzipWriter
 from nydusfs.errors import ConvertError
 
 BOOTSTRAP_PATHS = ("image/image.boot", "image.boot")  # the second: old v5 images
@@ -25,7 +25,6 @@ _PIECE = 1 << 20
 _MAX_META = 256 << 20
 
 _HEADER = Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
-_GZIP_HEAD = bytes.fromhex("1f8b08000000000000ff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +39,12 @@ class BootstrapLayer:
 
 def write_bootstrap_layer(bootstrap: Path, metas: Iterable[tuple[str, Path]], out: Path) -> BootstrapLayer:
     """`metas`: (layer digest hex, file with its chunk table) in layer order, each name once. Raises OSError."""
-    plain, packed = hashlib.sha256(), hashlib.sha256()
-    checksum = size = 0
-    deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     with out.open("wb") as file:
-
-        def put(data: bytes) -> None:
-            nonlocal size
-            if data:
-                packed.update(data)
-                file.write(data)
-                size += len(data)
-
-        put(_GZIP_HEAD)
-        length = 0
+        packed = GzipWriter(file)
         for piece in _tar(bootstrap, metas):
-            plain.update(piece)
-            checksum = zlib.crc32(piece, checksum)
-            length += len(piece)
-            put(deflate.compress(piece))
-        put(deflate.flush())
-        put(checksum.to_bytes(4, "little") + (length & 0xFFFFFFFF).to_bytes(4, "little"))
-    return BootstrapLayer(out, f"sha256:{packed.hexdigest()}", f"sha256:{plain.hexdigest()}", size)
+            packed.write(piece)
+        packed.finish()
+    return BootstrapLayer(out, packed.digest, packed.diff_id, packed.size)
 
 
 def _tar(bootstrap: Path, metas: Iterable[tuple[str, Path]]) -> Iterator[bytes]:
@@ -101,6 +84,15 @@ def chunk_table(blob: BinaryIO, size: int) -> bytes | None:
         return None
     plain = read_toc_entry(blob, table, _MAX_META)
     return plain + bytes(-len(plain) % 4096) + read_toc_entry(blob, head, _MAX_META)
+
+
+def toc_digest(blob: BinaryIO, size: int) -> str:
+    """SHA-256 (hex) of the entries of a layer blob's table of contents, "" if it has none. Raises RafsError."""
+    header, at = next(sections(blob, size), (None, 0))
+    if header is None or header.name != toc.BLOB_TOC:
+        return ""
+    blob.seek(at)
+    return hashlib.sha256(blob.read(header.size)).hexdigest()
 
 
 def unpack_bootstrap_layer(stream: BinaryIO, folder: Path, what: str, limit: int = 8 << 30) -> Path:

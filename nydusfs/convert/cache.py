@@ -13,21 +13,28 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.images import Descriptor, parse_layers, parse_object
-from nydusfs.convert.layers import ConvertedLayer, LayerSettings, write_tail
-from nydusfs.convert.manifests import compact, indented
+from nydusfs.convert.layers import ConvertedLayer, LayerSettings, read_tail
+from nydusfs.convert.manifests import compact, digest_of, indented
 from nydusfs.errors import ConvertError, NotFoundError, NydusError
 from nydusfs.registry import mediatypes as mt
 from nydusfs.registry.reference import SHA256_DIGEST
+
+if TYPE_CHECKING:
+    from bootstrap.base import Bootstrap
 
 log = logging.getLogger(__name__)
 
 _EMPTY_CONFIG = b"{}"
 MAX_RECORDS = 200
+_SAVE_EVERY = 2.0  # seconds between two versions of the cache image while layers come in
 # our own annotation on a record: upstream has no way to tell a v5 layer from a v6 one before it has fetched it
 ANNOTATION_SETTINGS = "containerd.io/snapshot/nydus-py-settings"
 
@@ -41,6 +48,8 @@ class BuildCache:
         self._max = max(1, min(max_records, MAX_RECORDS))
         self._records: dict[str, Descriptor] = {}
         self._loaded: list[str] = []
+        self._lock = threading.Lock()
+        self._written = 0.0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -74,30 +83,49 @@ class BuildCache:
         """The converted layer, with its bootstrap fetched by ranges into `folder`; the blob stays where it is. A record
         that does not fit these settings or cannot be read is a miss."""
         record = self._records.get(source.digest)
-        if record is None or record.annotations.get(ANNOTATION_SETTINGS, settings.key) != settings.key:
+        if record is None:
+            return None
+        plain = not settings.batch_size and not settings.dictionary  # what upstream's records, without our key, may be
+        if record.annotations.get(ANNOTATION_SETTINGS, settings.key if plain else "") != settings.key:
             return None
         from bootstrap.errors import RafsError
         from bootstrap.reader import open_bootstrap
 
         blob = self.endpoint.open_blob_ranges(record.digest, record.size)
         try:
-            bootstrap, meta = write_tail(cast(BinaryIO, blob), record.size, folder)
+            bootstrap, meta, toc_digest = read_tail(cast(BinaryIO, blob), record.size, folder)
             with contextlib.closing(open_bootstrap(str(bootstrap))) as opened:
-                compressors = {entry.compressor.name.lower() for entry in opened.blobs}
-                fits = (
-                    opened.version == settings.fs_version
-                    and (not opened.blobs or opened.chunk_size == settings.chunk_size)
-                    and compressors <= {settings.compressor}
-                )
+                fits = _fits(opened, settings)
         except (RafsError, NydusError, OSError) as error:
             log.warning("build cache record for layer %s is ignored: %s", source.digest, error)
             return None
         if not fits:
             log.debug("build cache record for layer %s was made with other settings", source.digest)
             return None
-        return ConvertedLayer(source.digest, record.digest, record.size, bootstrap, meta, None, "build cache")
+        return ConvertedLayer(
+            source.digest, record.digest, record.size, bootstrap, meta, None, "build cache", toc_digest
+        )
 
-    def add(self, layer: ConvertedLayer, settings: LayerSettings) -> None:
+    def keep(self, layer: ConvertedLayer, settings: LayerSettings, origin: Endpoint | None) -> None:
+        """Stores a layer that was built (its blob is in `origin` by now) and remembers it, so that a conversion which
+        ends early need not be done again. Raises RegistryError, ConvertError. Thread-safe."""
+        if layer.blob is None:
+            return
+        self.endpoint.push_file(layer.digest, layer.blob, origin=origin)
+        with self._lock:
+            self._add(layer, settings)
+            if time.monotonic() - self._written >= _SAVE_EVERY:
+                self._write()
+
+    def finish(self, layers: Sequence[ConvertedLayer], settings: LayerSettings) -> None:
+        """Writes the records, this conversion's first; nothing to do when every layer came from here."""
+        with self._lock:
+            for layer in reversed(layers):
+                self._add(layer, settings)
+            if list(self._records)[: self._max] != self._loaded or any(one.origin != "build cache" for one in layers):
+                self._write()
+
+    def _add(self, layer: ConvertedLayer, settings: LayerSettings) -> None:
         annotations = {
             mt.ANNOTATION_BLOB: "true",
             mt.ANNOTATION_SOURCE_DIGEST: layer.source_digest,
@@ -108,24 +136,38 @@ class BuildCache:
         record = Descriptor(mt.NYDUS_BLOB, layer.digest, layer.size, annotations)
         self._records = {layer.source_digest: record, **self._records}
 
-    def push(self, layers: list[ConvertedLayer], target: Endpoint) -> None:
-        """Stores blobs that are not there and the new manifest; nothing to do when every layer came from here."""
-        kept = dict(list(self._records.items())[: self._max])
-        if list(kept) == self._loaded and all(layer.origin == "build cache" for layer in layers):
-            return
-        for layer in layers:
-            if layer.source_digest in kept and layer.blob is not None:
-                self.endpoint.push_file(layer.digest, layer.blob, origin=target)
-        digest = f"sha256:{hashlib.sha256(_EMPTY_CONFIG).hexdigest()}"
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        kept = list(self._records.items())[: self._max]
+        digest = digest_of(_EMPTY_CONFIG)
         self.endpoint.push_bytes(digest, _EMPTY_CONFIG)
         document = {
             "schemaVersion": 2,
             "mediaType": mt.OCI_MANIFEST,
             "config": Descriptor(mt.OCI_CONFIG, digest, len(_EMPTY_CONFIG)).to_json(),
-            "layers": [record.to_json() for record in kept.values()],
+            "layers": [record.to_json() for _, record in kept],
             "annotations": {mt.ANNOTATION_CACHE_VERSION: ""},
         }
         self.endpoint.push_image(mt.OCI_MANIFEST, indented(document))
+
+
+def _fits(layer: Bootstrap, settings: LayerSettings) -> bool:
+    """Whether a layer's bootstrap is what these settings give, as far as it can be seen. RafsError if it is damaged."""
+    from bootstrap.check import check_bootstrap
+    from bootstrap.layout.common import BlobFeatures
+
+    if layer.version == 5:
+        check_bootstrap(layer)  # its blob has no table of contents with a digest of it
+    if layer.version != settings.fs_version or (layer.blobs and layer.chunk_size != settings.chunk_size):
+        return False
+    if not settings.dictionary and len(layer.blobs) > 1:
+        return False
+    compressor = "gzip" if settings.oci_ref else settings.compressor
+    return all(
+        blob.compressor.name.lower() == compressor
+        and bool(blob.features & BlobFeatures.BATCH) == bool(settings.batch_size)
+        for blob in layer.blobs[-1:]
+    )
 
 
 class LocalCache:
@@ -155,8 +197,9 @@ class LocalCache:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("local cache entry %s is ignored: %s", entry, error)
             return None
+        meta_file = meta if record["meta"] else None
         return ConvertedLayer(
-            source.digest, digest, size, bootstrap, meta if record["meta"] else None, blob, "local cache"
+            source.digest, digest, size, bootstrap, meta_file, blob, "local cache", str(record.get("toc") or "")
         )
 
     def add(self, layer: ConvertedLayer, settings: LayerSettings) -> None:
@@ -176,6 +219,7 @@ class LocalCache:
                 "digest": layer.digest,
                 "size": layer.size,
                 "meta": layer.meta is not None,
+                "toc": layer.toc_digest,
                 "files": {name: _sha256(path) for name, path in files.items() if name != "blob"},
             }
             (fresh / "layer.json").write_bytes(compact(record))

@@ -24,7 +24,7 @@ from nydusfs.convert.derive import derived_manifest, prefetch_paths
 from nydusfs.convert.endpoints import Connections, Location, RegistryEndpoint
 from nydusfs.convert.facts import shown
 from nydusfs.convert.images import Descriptor, Image
-from nydusfs.convert.layers import tail_of_blob
+from nydusfs.convert.layers import write_tail
 from nydusfs.convert.nydusimage import NydusImage, unpack_image
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
 from nydusfs.convert.pushing import Pusher, unique
@@ -218,7 +218,7 @@ class _Reading:
         try:
             with blob.open("wb") as out:
                 result = build_layer(cast(BinaryIO, PieceStream(pieces)), out, self._build)
-            boot, meta = tail_of_blob(blob, folder)
+            boot, meta, _ = write_tail(blob, folder)
         except RafsError as error:
             raise ConvertError(f"container {self._container.id}: {error}") from error
         return _Layer(f"sha256:{result.blob_sha256}", blob, boot, meta)

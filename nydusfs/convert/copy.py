@@ -19,10 +19,10 @@ from nydusfs.convert.copy_backend import filled_from_backend
 from nydusfs.convert.endpoints import Connections, Endpoint, Location, RegistryEndpoint
 from nydusfs.convert.endpoints.base import Manifest
 from nydusfs.convert.images import MAX_INDEX, Descriptor, parse_descriptor, parse_object
-from nydusfs.convert.manifests import indented
+from nydusfs.convert.manifests import digest_of, indented
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.progress import Progress
-from nydusfs.convert.pushing import Pusher, digest_of
+from nydusfs.convert.pushing import Pusher
 from nydusfs.convert.workdir import work_folder
 from nydusfs.errors import ConvertError, NotFoundError
 from nydusfs.registry import mediatypes as mt

@@ -1,56 +1,61 @@
-"""One layer: source -> decompression -> builder -> blob file, as a stream. Runs in worker processes.
-
-Everything that crosses the process border is plain data. No secret does: a worker reads docker's configuration itself.
-"""
+"""One layer: source -> decompression -> builder -> blob file, as a stream. Runs in worker processes."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from nydusfs.convert.endpoints import Connections, Endpoint, Location
 from nydusfs.convert.images import Descriptor
-from nydusfs.errors import ConvertError, NydusError
+from nydusfs.errors import ConvertError, WrongBytesError
+
+if TYPE_CHECKING:
+    from bootstrap.options import BuildOptions
 
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY = 0.1
 _PIECE = 1 << 20
-_PR_SET_PDEATHSIG = 1
+_REST = 256 << 20  # bytes that are still fetched to see whether a layer that makes no sense is damaged
+# a source whose bytes were wrong is asked again: the next time another mirror, or a connection without the fault
+_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """What changes the bytes of a converted layer; equal settings and equal source give an equal blob."""
+    """What changes the bytes of a converted layer; equal settings and equal source give an equal blob.
+
+    `oci_ref`: the blob only describes the source layer, which stays the data (zran). `dictionary`: SHA-256 of the chunk
+    dictionary's bootstrap, "" without one.
+    """
 
     fs_version: int = 6
     compressor: str = "zstd"
     chunk_size: int = 0x100000
     aligned_chunk: bool = False
+    batch_size: int = 0
+    oci_ref: bool = False
+    dictionary: str = ""
 
     @property
     def key(self) -> str:
-        """For caches. Prefetch patterns are no part of it: upstream also writes them into every layer's own table,
-        where nothing reads them; ours enter the merged bootstrap alone: layers stay equal whatever is prefetched."""
-        return f"v{self.fs_version}-{self.compressor}-{self.chunk_size:x}{'-aligned' if self.aligned_chunk else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerJob:
-    number: int
-    location: Location
-    source: Descriptor
-    settings: LayerSettings
-    folder: Path
-    threads: int = 1
+        """For caches. Prefetch patterns are no part of it: nothing reads the table of a single layer, the merged
+        bootstrap has its own. In every layer we write `/`, as upstream does when no pattern is given: layers are then
+        the same whatever is prefetched, and the same as upstream's."""
+        parts = [
+            f"v{self.fs_version}",
+            "ref" if self.oci_ref else self.compressor,
+            f"{self.chunk_size:x}",
+            "aligned" if self.aligned_chunk else "",
+            f"batch{self.batch_size:x}" if self.batch_size else "",
+            f"dict{self.dictionary[:16]}" if self.dictionary else "",
+        ]
+        return "-".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class ConvertedLayer:
     meta: Path | None
     blob: Path | None
     origin: str = "built"
+    toc_digest: str = ""
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -72,43 +78,82 @@ class ConvertedLayer:
         return self.digest.removeprefix("sha256:")
 
 
-def convert_layer(job: LayerJob, report: Callable[[int], None] | None = None) -> ConvertedLayer:
-    """`report` gets numbers of compressed bytes read. Raises NydusError that names the layer."""
-    from bootstrap.build import BuildOptions, build_layer
-    from bootstrap.errors import RafsError
-    from bootstrap.layout.common import Compressor
-    from bootstrap.tar import open_layer
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """`chunk_dict`: the dictionary's bootstrap file, with its SHA-256 in the settings."""
 
-    settings = job.settings
-    options = BuildOptions(
+    number: int
+    location: Location
+    source: Descriptor
+    settings: LayerSettings
+    folder: Path
+    chunk_dict: Path | None = None
+    threads: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def run(self, report: Callable[[int], None]) -> ConvertedLayer:
+        """Raises NydusError that names the layer."""
+        for attempt in range(_TRIES):
+            try:
+                return _convert(self, report)
+            except WrongBytesError as error:
+                if attempt == _TRIES - 1:
+                    raise
+                log.warning("%s; converting this layer again", error)
+        raise AssertionError("unreachable")
+
+
+def build_options(settings: LayerSettings, chunk_dict: Path | None = None, threads: int = 1) -> BuildOptions:
+    """What the builder is asked for (RAFS format 6.1). Raises BuildError for settings that do not fit together."""
+    from bootstrap.layout.common import Compressor
+    from bootstrap.options import BuildOptions
+
+    compressors = {"none": Compressor.NONE, "lz4_block": Compressor.LZ4_BLOCK, "zstd": Compressor.ZSTD}
+    return BuildOptions(
         fs_version=settings.fs_version,
-        compressor={"none": Compressor.NONE, "lz4_block": Compressor.LZ4_BLOCK, "zstd": Compressor.ZSTD}[
-            settings.compressor
-        ],
+        compressor=compressors[settings.compressor],
         chunk_size=settings.chunk_size,
         aligned_chunk=settings.aligned_chunk,
+        batch_size=settings.batch_size,
         whiteout_spec="none",
+        prefetch=[] if settings.oci_ref else [b"/"],
+        prefetch_policy="fs",
+        chunk_dict=chunk_dict,
         inline_meta=True,
         blob_toc=settings.fs_version == 6,
-        threads=job.threads,
+        threads=threads,
     )
-    job.folder.mkdir(parents=True, exist_ok=True)
-    blob_path = job.folder / "blob"
+
+
+def _convert(job: LayerJob, report: Callable[[int], None]) -> ConvertedLayer:
+    from bootstrap.build import build_layer
+    from bootstrap.errors import RafsError
+    from bootstrap.kinds import KINDS
+
+    settings = job.settings
     what = f"layer {job.source.digest} of {job.location}"
+    blob_path = job.folder / "blob"
     try:
-        stream = cast(BinaryIO, _endpoint(job.location).open_blob(job.source.digest, job.source.size))
-        counted = cast(BinaryIO, Counted(stream, report) if report else stream)
+        kind = KINDS["targz-ref" if settings.oci_ref else "tar-rafs"]
+        options = kind.settle(build_options(settings, job.chunk_dict, job.threads))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        stream = worker_endpoint(job.location).open_blob(job.source.digest, job.source.size)
+        counted = cast(BinaryIO, Counted(cast(BinaryIO, stream), report))
         with counted, blob_path.open("wb") as out:
-            with open_layer(counted) as tar:
-                result = build_layer(tar, out, options)
-                # What lies behind the end of the tar is part of the digest: the bytes used so far are only
-                # trustworthy once the whole blob was seen.
-                while tar.read(_PIECE):
-                    pass
-            while not counted.closed and counted.read(_PIECE):
-                pass
-        (job.folder / "image.boot").write_bytes(result.bootstrap)
-        bootstrap, meta = tail_of_blob(blob_path, job.folder)
+            try:
+                with kind.open(counted) as tar:
+                    result = build_layer(tar, out, options, kind=kind)
+                    # What lies behind the end of the tar is part of the digest: the bytes used so far are only
+                    # trustworthy once the whole blob was seen.
+                    _drain(tar)
+            except RafsError:
+                _drain(counted, _REST)  # if the bytes were wrong, that is the reason to give
+                raise
+            _drain(counted)
+        bootstrap, meta, toc_digest = write_tail(blob_path, job.folder)
     except RafsError as error:
         raise ConvertError(f"{what}: {error}") from error
     except OSError as error:
@@ -120,12 +165,18 @@ def convert_layer(job: LayerJob, report: Callable[[int], None] | None = None) ->
         bootstrap,
         meta,
         blob_path,
+        toc_digest=toc_digest,
         timings=dict(result.timings),
     )
 
 
+def _drain(stream: BinaryIO, limit: int = 1 << 62) -> None:
+    while not stream.closed and limit > 0 and (piece := stream.read(_PIECE)):
+        limit -= len(piece)
+
+
 @functools.cache
-def _endpoint(location: Location) -> Endpoint:
+def worker_endpoint(location: Location) -> Endpoint:
     """One per process and image: connections and tokens are used again for the next layer."""
     return location.open(_connections())
 
@@ -135,25 +186,27 @@ def _connections() -> Connections:
     return Connections()
 
 
-def tail_of_blob(blob: Path, folder: Path) -> tuple[Path, Path | None]:
+def write_tail(blob: Path, folder: Path) -> tuple[Path, Path | None, str]:
     with blob.open("rb") as file:
-        return write_tail(file, blob.stat().st_size, folder)
+        return read_tail(file, blob.stat().st_size, folder)
 
 
-def write_tail(blob: BinaryIO, size: int, folder: Path) -> tuple[Path, Path | None]:
-    """Takes bootstrap and chunk table out of a layer blob, as every other tool will. Raises RafsError, OSError."""
+def read_tail(blob: BinaryIO, size: int, folder: Path) -> tuple[Path, Path | None, str]:
+    """Takes bootstrap and chunk table out of a layer blob, as every other tool will, into files of `folder`; the third
+    is the SHA-256 of the table of contents' entries ("" for v5). Raises RafsError, OSError."""
     from bootstrap.merge import extract_bootstrap
-    from nydusfs.convert.bootstrap_layer import chunk_table
+    from nydusfs.convert.bootstrap_layer import chunk_table, toc_digest
 
     folder.mkdir(parents=True, exist_ok=True)
     bootstrap = folder / "image.boot"
     bootstrap.write_bytes(extract_bootstrap(blob, size))
+    entries = toc_digest(blob, size)
     table = chunk_table(blob, size)
     if table is None:
-        return bootstrap, None
+        return bootstrap, None, entries
     meta = folder / "blob.meta"
     meta.write_bytes(table)
-    return bootstrap, meta
+    return bootstrap, meta, entries
 
 
 class Counted:
@@ -190,30 +243,3 @@ class Counted:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
-
-
-# -- in worker processes
-
-_queue: Any = None
-
-
-def start_worker(queue: Any, level: int) -> None:
-    """Initializer of a worker: it dies with its parent and leaves Ctrl-C to it."""
-    global _queue
-    _queue = queue
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    for noisy in ("httpx", "httpcore"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def run_job(job: LayerJob) -> ConvertedLayer | NydusError:
-    """What the pool calls. Domain errors come back as values: exceptions with own constructors do not unpickle."""
-    try:
-        return convert_layer(job, lambda count: _queue.put((job.number, count)))
-    except NydusError as error:
-        return ConvertError(str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 from nydusfs.convert.images import Descriptor, Image
@@ -39,17 +40,20 @@ def indented(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode()
 
 
-def nydus_config(source: Image, diff_ids: list[str]) -> bytes:
-    """The source's config with other diff ids and one history item more; key order kept."""
+def nydus_config(source: Image, diff_ids: list[str], *, alone: bool = False) -> bytes:
+    """The source's config with other diff ids and one history item more, or with nothing but that (`alone`); key order
+    kept."""
     config = copy.deepcopy(source.config)
     config["rootfs"]["diff_ids"] = diff_ids
-    history = config.get("history") or []
+    history = [] if alone else config.get("history") or []
     config["history"] = [*history, {"created_by": _CREATOR, "comment": "Nydus Bootstrap Layer"}]
     return compact(config)
 
 
-def blob_descriptor(digest: str, size: int) -> Descriptor:
-    return Descriptor(mt.NYDUS_BLOB, digest, size, {mt.ANNOTATION_BLOB: "true"})
+def blob_descriptor(digest: str, size: int, reference: str = "") -> Descriptor:
+    """`reference`: digest of the layer that is the data of an OCI-ref blob."""
+    annotations = {mt.ANNOTATION_BLOB: "true"} | ({mt.ANNOTATION_REF: reference} if reference else {})
+    return Descriptor(mt.NYDUS_BLOB, digest, size, annotations)
 
 
 def bootstrap_descriptor(source: Image, digest: str, size: int, fs_version: int, oci: bool) -> Descriptor:
@@ -57,6 +61,11 @@ def bootstrap_descriptor(source: Image, digest: str, size: int, fs_version: int,
     return Descriptor(
         media_type, digest, size, {mt.ANNOTATION_BOOTSTRAP: "true", mt.ANNOTATION_FS_VERSION: str(fs_version)}
     )
+
+
+def with_diff_id(layer: Descriptor, diff_id: str) -> Descriptor:
+    """Upstream leaves this working annotation on the one layer of an image whose blobs are in a storage backend."""
+    return replace(layer, annotations={**layer.annotations, mt.ANNOTATION_UNCOMPRESSED: diff_id})
 
 
 def nydus_manifest(
@@ -101,37 +110,31 @@ def config_media_type(source: Image, *, oci: bool, merged: bool) -> str:
     return oci_type(media_type) if oci else media_type
 
 
-def oci_half(source: Image, *, oci: bool) -> tuple[bytes, str, bytes]:
-    """Config body, manifest media type and manifest body of the plain image in a merged index."""
+def oci_half(source: Image) -> tuple[bytes, str, bytes]:
+    """Config body, manifest media type and manifest body of the plain image in a merged index; its media types stay
+    whatever they are. One that was made so before gets no second empty layer."""
+    if source.layers and source.layers[0].digest == EMPTY_LAYER_DIGEST:
+        return source.config_body, source.media_type, source.manifest_body
     config = copy.deepcopy(source.config)
     config["rootfs"]["diff_ids"] = [EMPTY_LAYER_DIFF_ID, *config["rootfs"]["diff_ids"]]
     config["history"] = [{"created_by": _CREATOR, "comment": "Nydus Empty Layer"}, *(config.get("history") or [])]
     config_body = indented(config)
-
-    def translated(media_type: str) -> str:
-        return oci_type(media_type) if oci else media_type
-
-    docker = source.is_docker and not oci
     empty = Descriptor(
-        mt.DOCKER_LAYER_GZIP if docker else mt.OCI_LAYER_GZIP,
+        mt.DOCKER_LAYER_GZIP if source.is_docker else mt.OCI_LAYER_GZIP,
         EMPTY_LAYER_DIGEST,
         len(EMPTY_LAYER),
         {mt.ANNOTATION_EMPTY_LAYER: "true"},
     )
-    layers = [Descriptor(translated(one.media_type), one.digest, one.size, one.annotations) for one in source.layers]
-    media_type = translated(source.media_type)
     document = {
         "schemaVersion": 2,
-        "mediaType": media_type,
-        "config": Descriptor(
-            translated(source.config_descriptor.media_type), _digest(config_body), len(config_body)
-        ).to_json(),
-        "layers": [layer.to_json() for layer in [empty, *layers]],
+        "mediaType": source.media_type,
+        "config": Descriptor(source.config_descriptor.media_type, digest_of(config_body), len(config_body)).to_json(),
+        "layers": [layer.to_json() for layer in [empty, *source.layers]],
         "annotations": dict(
             sorted({**_texts(source.manifest.get("annotations")), mt.ANNOTATION_SOURCE_DIGEST: source.digest}.items())
         ),
     }
-    return config_body, media_type, indented(document)
+    return config_body, source.media_type, indented(document)
 
 
 def index_entry(
@@ -142,7 +145,7 @@ def index_entry(
     annotations: dict[str, str] | None = None,
     artifact_type: str = "",
 ) -> dict[str, Any]:
-    entry: dict[str, Any] = {"mediaType": media_type, "digest": _digest(body), "size": len(body)}
+    entry: dict[str, Any] = {"mediaType": media_type, "digest": digest_of(body), "size": len(body)}
     if annotations:
         entry["annotations"] = dict(sorted(annotations.items()))
     entry["platform"] = platform
@@ -158,7 +161,7 @@ def index(entries: list[dict[str, Any]], media_type: str, *, merged: bool) -> by
     return indented({"schemaVersion": 2, "mediaType": media_type, "manifests": entries})
 
 
-def _digest(body: bytes) -> str:
+def digest_of(body: bytes) -> str:
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 

@@ -64,6 +64,14 @@ class NydusImage:
     metas: list[tuple[str, Path]]
 
     @property
+    def has_data(self) -> bool:
+        """Whether its files need any blob."""
+        from bootstrap.reader import open_bootstrap
+
+        with open_bootstrap(str(self.bootstrap)) as image:
+            return bool(image.blobs)
+
+    @property
     def data_layers(self) -> list[Descriptor]:
         return self.image.layers[:-1]
 

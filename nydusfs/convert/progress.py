@@ -42,6 +42,10 @@ class Progress:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._started:7.2f}s] {text}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line for those who see no bars."""
+        self.say(text)
+
     def start(self, key: str, text: str, total: int) -> None:
         """A piece of work of `total` bytes begins."""
 
@@ -83,6 +87,9 @@ class Bars(Progress):
 
     def say(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        return None
 
     def start(self, key: str, text: str, total: int) -> None:
         with self._lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -13,9 +12,11 @@ from typing import BinaryIO, Self, TypeVar
 
 from nydusfs.convert.endpoints import Endpoint, copy_blob
 from nydusfs.convert.images import Descriptor
+from nydusfs.convert.manifests import digest_of
 from nydusfs.convert.progress import Progress
 from nydusfs.convert.threads import DaemonPool
 from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.registry.transport import RETRY_STATUS
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,6 @@ RETRIES = 3
 RETRY_DELAY = 5.0
 
 T = TypeVar("T")
-
-
-def digest_of(body: bytes) -> str:
-    return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
 class Pusher:
@@ -55,7 +52,7 @@ class Pusher:
 
     def copy(self, origin: Endpoint, blob: Descriptor) -> None:
         """A blob of another place; taken over there where the target can."""
-        self._submit(
+        self.submit(
             blob.digest,
             blob.size,
             lambda report: copy_blob(origin, self.target, blob.digest, blob.size, progress=report),
@@ -63,17 +60,17 @@ class Pusher:
 
     def file(self, digest: str, path: Path) -> None:
         size = path.stat().st_size
-        self._submit(digest, size, lambda report: self.target.push_file(digest, path, progress=report))
+        self.submit(digest, size, lambda report: self.target.push_file(digest, path, progress=report))
 
     def data(self, data: bytes) -> str:
         """Its digest."""
         digest = digest_of(data)
-        self._submit(digest, len(data), lambda report: self.target.push_bytes(digest, data))
+        self.submit(digest, len(data), lambda report: self.target.push_bytes(digest, data))
         return digest
 
     def stream(self, digest: str, size: int, opener: Callable[[], BinaryIO]) -> None:
         """`opener` gives the bytes from the start, once per try."""
-        self._submit(digest, size, lambda report: self.target.push_blob(digest, size, opener, progress=report))
+        self.submit(digest, size, lambda report: self.target.push_blob(digest, size, opener, progress=report))
 
     def knows(self, digest: str) -> bool:
         return digest in self._pushes
@@ -94,7 +91,14 @@ class Pusher:
         self.retried(lambda: self.target.push_image(media_type, body))
         return digest_of(body)
 
-    def _submit(self, digest: str, size: int, push: Callable[[Callable[[int], None]], bool]) -> None:
+    def check(self) -> None:
+        """Raises what the first failed push raised, without waiting for the others."""
+        for push in self._pushes.values():
+            if push.done():
+                push.result()
+
+    def submit(self, digest: str, size: int, push: Callable[[Callable[[int], None]], bool]) -> None:
+        """`push` is given what reports progress and says whether it sent anything. Once for each digest."""
         if digest not in self._pushes:
             self._pushes[digest] = self._pool.submit(self._push, digest, size, push)
 
@@ -115,11 +119,12 @@ class Pusher:
             except (AuthError, NotFoundError):
                 raise
             except RegistryError as error:
-                if attempt == self._retries or 400 <= error.status < 500:
+                if attempt == self._retries or (400 <= error.status < 500 and error.status not in RETRY_STATUS):
                     raise
                 attempt += 1
-                log.warning("%s; trying again in %.0f s", error, self._delay)
-                time.sleep(self._delay)
+                pause = max(self._delay, error.retry_after)
+                log.warning("%s; trying again in %.0f s", error, pause)
+                time.sleep(pause)
 
 
 def unique(blobs: Iterable[Descriptor]) -> list[Descriptor]:

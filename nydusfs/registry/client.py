@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -200,15 +201,28 @@ class RegistryClient:
             repository, digest, path.stat().st_size, lambda: path.open("rb"), mount_from=mount_from, progress=progress
         )
 
+    def require_push(self, repository: str) -> None:
+        """Begins an upload and takes it back: raises AuthError where pushing is not allowed."""
+        location = start_upload(self.transport, repository)
+        if location is not None:
+            self._cancel(repository, location)
+
     def mount_blob(self, repository: str, digest: str, source_repository: str) -> bool:
         """Makes a blob of another repository of this registry known here; False if the registry would not."""
         if self.has_blob(repository, digest, pushing=True):
             return True
         location = start_upload(self.transport, repository, digest, source_repository)
         if location is not None:
-            with self.transport.request("DELETE", location, scope=push_scope(repository), retry=False):
-                pass
+            self._cancel(repository, location)
         return location is None
+
+    def _cancel(self, repository: str, location: str) -> None:
+        """Registries drop abandoned uploads by themselves: whether this works does not matter."""
+        with (
+            contextlib.suppress(RegistryError),
+            self.transport.request("DELETE", location, scope=push_scope(repository), retry=False),
+        ):
+            pass
 
     # -- helpers
 

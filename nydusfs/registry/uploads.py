@@ -158,7 +158,7 @@ class BlobUpload:
         return 0
 
 
-def start_upload(transport: Transport, repository: str, digest: str, mount_from: str = "") -> str | None:
+def start_upload(transport: Transport, repository: str, digest: str = "", mount_from: str = "") -> str | None:
     """The address of a new upload; None if a mount from another repository made it needless."""
     path, scope = f"/v2/{repository}/blobs/uploads/", push_scope(repository)
     if mount_from and mount_from != repository:

@@ -15,11 +15,8 @@ from tests.lab.stack import program
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def nydusify(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 90, check: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Ours, with no login of the developer's; a traceback is always a failure, an exit code other than 0 one unless
-    `check` is false."""
+def start_nydusify(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Ours, with no login of the developer's."""
     script = program("nydusify")
     clean = {
         "PATH": f"{script.parent}:{_PATH}",
@@ -28,7 +25,7 @@ def nydusify(
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [str(script), *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -36,6 +33,13 @@ def nydusify(
         text=True,
         env={**clean, **(env or {})},
     )
+
+
+def nydusify(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 90, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs ours to its end; a traceback is always a failure, an exit code other than 0 one unless `check` is false."""
+    process = start_nydusify(*arguments, env=env)
     try:
         said, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -45,6 +49,14 @@ def nydusify(
     assert "Traceback" not in errors, errors
     assert not check or process.returncode == 0, said + errors
     return subprocess.CompletedProcess(list(map(str, arguments)), process.returncode, said, errors)
+
+
+def failed(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    """It ended with 1 and one line that says these."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("nydusify: error:")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    for text in said:
+        assert text in lines[0]
 
 
 def upstream_nydusify(work: Path, *arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:

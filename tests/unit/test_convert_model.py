@@ -85,7 +85,7 @@ def test_documents_equal_upstream_byte_for_byte() -> None:
     )[1]
     assert body == nydus.manifest_body
     plain = next(image for image in _images("index") if not image.is_nydus)
-    half_config, _, half = manifests.oci_half(source, oci=False)
+    half_config, _, half = manifests.oci_half(source)
     assert (half_config, half) == (plain.config_body, plain.manifest_body)
     merged = _images("index")[1]
     platform = {"architecture": "amd64", "os": "linux"}
@@ -265,7 +265,7 @@ def test_every_kind_of_difference_is_reported() -> None:
     ("arguments", "said"),
     [
         (["convert"], "--source is required"),
-        (["convert", "--source", "a"], "--target or --target-suffix"),
+        (["convert", "--source", "a"], "give --target, --target-suffix"),
         (["convert", "--source", "a", "--target", "b", "--chunk-size", "3"], "power of two"),
         (["convert", "--source", "a", "--target", "b", "--platform", "x", "--all-platforms"], "exclude"),
         (["convert", "--source", "a", "--target", "b", "--push-retry-delay", "5"], "duration"),

@@ -89,6 +89,9 @@ class Endpoint:
 
     # -- writing
 
+    def require_writable(self) -> None:
+        """Before long work: raises AuthError where pushing is known to be forbidden."""
+
     def push_blob(
         self,
         digest: str,

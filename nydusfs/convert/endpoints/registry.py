@@ -70,6 +70,9 @@ class RegistryEndpoint(Endpoint):
     def blob_size(self, digest: str) -> int:
         return self.client.blob_size(self.repository, digest)
 
+    def require_writable(self) -> None:
+        self.client.require_push(self.repository)
+
     def push_blob(
         self,
         digest: str,
