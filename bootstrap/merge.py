@@ -60,8 +60,9 @@ class MergeSource:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """`blobs`: ids in blob table order, only those still referenced; `inode_count`: paths in the merged tree; `size`,
-    `sha256`: of the bootstrap; `timings`: seconds by stage, under upstream's names."""
+    """`blobs`: ids in blob table order, only those still referenced; `compressor`: of the first layer, as upstream
+    reports it (the superblock has that of the last one); `digester`: of the last; `inode_count`: paths in the merged
+    tree; `size`, `sha256`: of the bootstrap; `timings`: seconds by stage, under upstream's names."""
 
     blobs: list[str]
     fs_version: int
@@ -139,6 +140,7 @@ class _Merge:
         self._encrypted = False
         self._shared = False
         """Some blob belongs to several layers."""
+        self._first: Bootstrap | None = None
         self._last: Bootstrap | None = None
         self._started = time.perf_counter()
 
@@ -153,7 +155,7 @@ class _Merge:
             self._fit(image, path)
             self._layers.append((load_tree(image, self._blobs_of(image, path, source)), "oci"))
             self._encrypted = self._encrypted or bool(image.flags & SuperFlags.ENCRYPT_XTS)
-            self._last = image
+            self._first, self._last = self._first or image, image
 
     def _fit(self, image: Bootstrap, path: Path) -> None:
         found = _Format(
@@ -194,8 +196,8 @@ class _Merge:
 
     def write(self, out: Path, prefetch: Sequence[bytes]) -> MergeResult:
         loaded = time.perf_counter()
-        last, expected = self._last, self._expected
-        assert last is not None and expected is not None
+        first, last, expected = self._first, self._last, self._expected
+        assert first is not None and last is not None and expected is not None
         flags = super_flags(last.compressor, last.digester)
         flags |= last.flags & (SuperFlags.EXPLICIT_UIDGID | SuperFlags.TARFS)
         if last.version == 6:
@@ -214,7 +216,7 @@ class _Merge:
         return MergeResult(
             blobs=[blob.id for blob in tree.blobs],
             fs_version=last.version,
-            compressor=last.compressor,
+            compressor=first.compressor,
             digester=last.digester,
             inode_count=len(tree.names),
             size=len(data),

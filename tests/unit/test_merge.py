@@ -171,8 +171,9 @@ def test_v5_layers_need_one_digester_and_v6_layers_do_not(tmp_path: Path) -> Non
                 merge_layers(sources, tmp_path / "out")
         else:
             result = merge_layers(sources, tmp_path / "out")
-            assert (result.digester, result.compressor) == (Digester.SHA256, Compressor.NONE)
+            assert (result.digester, result.compressor) == (Digester.SHA256, Compressor.ZSTD)
             with open_bootstrap(tmp_path / "out") as image:
+                assert (image.digester, image.compressor) == (Digester.SHA256, Compressor.NONE)
                 assert [blob.digester for blob in image.blobs] == [Digester.BLAKE3, Digester.SHA256]
 
 
