@@ -40,7 +40,18 @@ def check_bootstrap(image: Bootstrap) -> int:
 
 
 def _check_places(blob: Blob, chunks: list[Chunk]) -> None:
-    """Stored chunks lie inside the blob's data, do not overlap, and come in the order of their numbers."""
+    """Stored chunks lie inside the blob's data, do not overlap, and come in the order of their numbers.
+
+    `chunks` in the order of their uncompressed places, which do not overlap: `ChunkMap` saw to that.
+    """
+    last = -1
+    for chunk in chunks:
+        what = f"chunk {chunk.index} of blob {blob.id}"
+        if blob.features & BlobFeatures.ALIGNED and chunk.uncompressed_offset % v6.BLOCK_SIZE:
+            raise FormatError("chunk record", 0, f"{what} starts at {chunk.uncompressed_offset:#x}, inside a block")
+        if chunk.index <= last and not blob.features & BlobFeatures.EXTERNAL:
+            raise FormatError("chunk record", 0, f"{what} lies behind chunk {last} uncompressed")
+        last = chunk.index
     if blob.features & _NO_PLACE:
         return
     end, last = 0, -1
@@ -171,6 +182,17 @@ class _CheckV6(_Check):
             raise FormatError("bootstrap", 0, f"{image.size} bytes: readers want at least {v6.MIN_FILE_SIZE}")
         if image.root != v6.ROOT_NID:
             raise FormatError("v6 superblock", v6.SUPER_OFFSET + 14, f"root inode {image.root} instead of 128")
+        if image.size % v6.BLOCK_SIZE:
+            raise FormatError("bootstrap", image.size, f"{image.size} bytes are not whole blocks of {v6.BLOCK_SIZE}")
+        if sb.xattr_blkaddr:
+            raise FormatError("v6 superblock", v6.SUPER_OFFSET + 44, f"shared xattrs in block {sb.xattr_blkaddr}")
+        behind = table + v6.BLOB_ENTRY.size * count
+        if ext.prefetch_table_size and ext.prefetch_table_offset != behind:
+            raise FormatError(
+                "v6 extended superblock",
+                v6.EXT_SUPER_OFFSET + 40,
+                f"prefetch table at {ext.prefetch_table_offset:#x} instead of {behind:#x}",
+            )
         if ext.blob_table_offset != table:
             raise FormatError(
                 "v6 extended superblock", v6.EXT_SUPER_OFFSET + 8, f"blob table at {ext.blob_table_offset:#x}"
@@ -209,7 +231,8 @@ class _CheckV6(_Check):
             return
         self._spans[start] = (end, _text(path))
         self.take(end - start)
-        image.xattrs(ino)
+        if image.xattrs(ino) and not image.flags & SuperFlags.HAS_XATTR:
+            raise FormatError("inode", start, f"{_text(path)} has attributes, but the superblock says none has any")
         if attr.mode & S_IFMT == S_IFREG:
             self.check_file(ino, attr, _text(path))
         elif attr.mode & S_IFMT == S_IFLNK:
