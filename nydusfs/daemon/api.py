@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from nydusfs.daemon.errors import (
     NoCounterError,
     NoRouteError,
     UnexpectedEventError,
-    UnsupportedError,
     rust_string,
 )
 from nydusfs.daemon.http import Request, Response
@@ -44,7 +44,14 @@ class DaemonControl(Protocol):
 
     @property
     def state(self) -> State: ...
+    @property
+    def keeper_pid(self) -> int | None: ...
     def start(self) -> None: ...
+    async def send_fd(self) -> None: ...
+    async def take_over(self) -> None: ...
+    async def upgrade(self) -> Callable[[], None]:
+        """Has the keeper get ready for a worker of the installed code; the returned call retires this one."""
+
     async def exit(self) -> Callable[[], None]:
         """Change to STOPPED; the returned call ends the process without unmounting."""
 
@@ -106,6 +113,7 @@ class Api:
             ),
             "/api/v1/daemon/start": ("Configure", {("PUT", False): self._start}),
             "/api/v1/daemon/exit": ("Configure", {("PUT", False): self._exit}),
+            "/api/v1/daemon/upgrade": ("Upgrade", {("PUT", False): self._upgrade}),
             "/api/v1/daemon/events": ("Events", {("GET", False): self._events}),
             "/api/v1/daemon/backend": ("FsBackendInfo", {("GET", False): self._backend}),
             "/api/v1/daemon/fuse/sendfd": ("Upgrade", {("PUT", False): self._send_fd}),
@@ -178,6 +186,8 @@ class Api:
             "id": self._daemon.id,
             "supervisor": self._daemon.supervisor,
             "state": self._daemon.state.value,
+            "keeper_pid": self._daemon.keeper_pid,
+            "worker_pid": os.getpid(),
             "backend_collection": collection,
         }
 
@@ -199,12 +209,17 @@ class Api:
         return _json(self._daemon.events.public())
 
     async def _send_fd(self, request: Request) -> Response:
-        raise UnsupportedError()
+        await self._daemon.send_fd()
+        return Response()
 
     async def _takeover(self, request: Request) -> Response:
-        if self._daemon.state is State.INIT:
-            raise UnsupportedError()
-        raise UnexpectedEventError("Takeover")
+        if self._daemon.state is not State.INIT:
+            raise UnexpectedEventError("Takeover")
+        await self._daemon.take_over()
+        return Response()
+
+    async def _upgrade(self, request: Request) -> Response:
+        return Response(204, then=await self._daemon.upgrade())
 
     async def _backend(self, request: Request) -> Response:
         mounted = self._daemon.mounts.get(self._mountpoint(request))
@@ -239,7 +254,7 @@ class Api:
         except ConfigError as error:
             log.error("mount at %s refused: %s", mountpoint, error)
             raise MountFailedError(f"RAFS failed to handle request, Failed to load config: {error}") from None
-        return MountRequest(mountpoint, body["source"], config, tuple(prefetch))
+        return MountRequest(mountpoint, body["source"], config, tuple(prefetch), body.get("config") or "")
 
     async def _mount(self, request: Request) -> Response:
         await self._daemon.mounts.mount(self._mount_request(request))

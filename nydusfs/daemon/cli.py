@@ -85,10 +85,14 @@ def _unsupported(flag: str, why: str) -> Any:
               help="Where inside the mount the image appears.")  # fmt: skip
 @click.option("--prefetch-files", metavar="FILE", help="List of absolute paths to fetch first, one per line.")
 @click.option("--fuse-threads", "--thread-num", "threads", type=click.IntRange(1, 1024), default=4, show_default=True,
-              help="Accepted for compatibility: requests do not wait for each other here.")  # fmt: skip
+              help="Threads that take requests; reads that wait for the network keep none.")  # fmt: skip
 @click.option("--failover-policy", type=click.Choice(["none", "resend", "flush"]), default="resend", show_default=True,
-              help="Accepted for compatibility; there is no takeover in this version.")  # fmt: skip
+              help="Accepted for compatibility: what a dead worker left unanswered the next one answers.")  # fmt: skip
 @click.option("--id", "daemon_id", metavar="ID", help="Name of this daemon in its API answers.")
+@click.option("--supervisor", metavar="PATH", help="Socket to give the mount to and take it from; needs --id.")
+@click.option("--upgrade", is_flag=True, help="Do not mount: wait for the API to say what to take over.")
+@click.option("--keeper/--no-keeper", default=True, show_default=True,
+              help="Serve from a worker process that is replaced, under the mount, when it dies.")  # fmt: skip
 @click.option("-l", "--log-level", type=click.Choice(LOG_LEVELS, case_sensitive=False), default="info",
               show_default=True)  # fmt: skip
 @click.option("-L", "--log-file", metavar="PATH", help="Log here and not to stdout; '.log' is added to a bare name.")
@@ -96,9 +100,6 @@ def _unsupported(flag: str, why: str) -> Any:
               help="Rotate the log at this size, keep 10 compressed files. 0: never.")  # fmt: skip
 @click.option("--rlimit-nofile", type=click.IntRange(0), default=1_000_000, show_default=True,
               help="Open files to allow; clamped to what the machine permits. 0: leave it.")  # fmt: skip
-@click.option("--supervisor", hidden=True, callback=_unsupported("--supervisor", "it cannot hand over its mount yet"))
-@click.option("--upgrade", is_flag=True, hidden=True,
-              callback=_unsupported("--upgrade", "it cannot take over a mount yet"))  # fmt: skip
 @click.option("-s", "--shared-dir", hidden=True, callback=_unsupported("--shared-dir", "only RAFS images are served"))
 @click.option("--writable", is_flag=True, hidden=True,
               callback=_unsupported("--writable", "put an overlay file system above the mount"))  # fmt: skip
@@ -108,9 +109,7 @@ def fuse(
     log_level: str,
     log_file: str | None,
     log_rotation_size: int,
-    failover_policy: str,
-    supervisor: str | None,
-    upgrade: bool,
+    keeper: bool,
     shared_dir: str | None,
     writable: bool,
     dedup_db: str | None,
@@ -124,40 +123,21 @@ def fuse(
         raise click.UsageError("the argument '--config <FILE>' cannot be used with '--localfs-dir <DIR>'")
     if settings["prefetch_files"] and not settings["bootstrap"]:
         raise click.UsageError("--prefetch-files needs --bootstrap")
-    from nydusfs.daemon.service import Options
+    if bool(settings["supervisor"]) != bool(settings["daemon_id"]) and settings["supervisor"]:
+        raise click.UsageError("--supervisor needs --id")
+    spec = {
+        "options": settings,
+        "log_level": log_level,
+        "log_file": log_file,
+        "log_rotation_size": log_rotation_size,
+    }
+    if keeper:
+        from nydusfs.keeper import keeper as keeping
 
-    sys.exit(_run(Options(**settings), log_level, log_file, log_rotation_size))
+        sys.exit(keeping.run(spec))
+    from nydusfs.daemon import worker
 
-
-def _run(options: Any, log_level: str, log_file: str | None, rotation_mb: int) -> int:
-    import logging
-
-    import trio
-
-    from nydusfs.daemon import logs
-    from nydusfs.daemon.service import Daemon
-    from nydusfs.errors import NydusError
-
-    log = logging.getLogger("nydusfs.daemon")
-    try:
-        events = logs.set_up(log_level, log_file, rotation_mb)
-    except OSError as error:
-        click.echo(f"nydusd: log file {log_file}: {error.strerror}", err=True)
-        return 1
-    try:
-        daemon = Daemon(options, events)
-        request = daemon.prepare()
-        return trio.run(daemon.run, request)
-    except NydusError as error:
-        log.error("%s", error)
-        click.echo(f"nydusd: {error}", err=True)
-        return error.exit_code
-    except Exception as error:
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]  # type: ignore[assignment]
-        log.error("internal error: %s", error, exc_info=error)
-        click.echo(f"nydusd: internal error: {type(error).__name__}: {error} (details are in the log)", err=True)
-        return 1
+    sys.exit(worker.run(spec, None))
 
 
 def main() -> None:

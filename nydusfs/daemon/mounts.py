@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import trio
@@ -15,10 +15,18 @@ from bootstrap.errors import RafsError
 from bootstrap.layout.common import SuperFlags
 from nydusfs.config import Config, public_config
 from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedError
+from nydusfs.daemon.handover import KeptMount
 from nydusfs.daemon.process import give_back_memory
 from nydusfs.drivers.fuse import FuseDriver
 from nydusfs.drivers.stats import FsStats
-from nydusfs.drivers.volume import ImageData, Metadata, MountExistsError, MountMissingError, split_mountpoint
+from nydusfs.drivers.volume import (
+    ImageData,
+    ImageVolume,
+    Metadata,
+    MountExistsError,
+    MountMissingError,
+    split_mountpoint,
+)
 from nydusfs.errors import NydusError
 
 log = logging.getLogger("nydusfs.daemon")
@@ -50,18 +58,25 @@ class OpenImage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """`mountpoint`: path in the tree. `source`: bootstrap file. `prefetch_files`: absolute paths inside the image."""
+    """`mountpoint`: path in the tree. `source`: bootstrap file. `prefetch_files`: absolute paths inside the image.
+    `config_text`: what `config` was parsed from."""
 
     mountpoint: str
     source: str
     config: Config
     prefetch_files: tuple[str, ...] = ()
+    config_text: str = ""
+
+    def at(self, mountpoint: str) -> MountRequest:
+        return replace(self, mountpoint=mountpoint)
 
 
 Opener = Callable[[MountRequest], Awaitable[OpenImage]]
 
 
 class MountedImage:
+    volume: ImageVolume
+
     def __init__(self, request: MountRequest, image: OpenImage, stats: FsStats) -> None:
         self.request = request
         self.image = image
@@ -89,8 +104,13 @@ def canonical(mountpoint: str) -> str:
 
 
 class MountTable:
-    def __init__(self, driver: FuseDriver, opener: Opener, background: trio.Nursery) -> None:
+    """`changed` is called after each change, before its caller hears of it."""
+
+    def __init__(
+        self, driver: FuseDriver, opener: Opener, background: trio.Nursery, changed: Callable[[], None] = lambda: None
+    ) -> None:
         self._driver = driver
+        self._changed = changed
         self._opener = opener
         self._background = background
         self._busy: set[str] = set()
@@ -116,7 +136,7 @@ class MountTable:
     async def mount(self, request: MountRequest) -> MountedImage:
         """Raises `MountFailedError`; then nothing of the attempt is left."""
         where = canonical(request.mountpoint)
-        request = MountRequest(where, request.source, request.config, request.prefetch_files)
+        request = request.at(where)
         with self._claim(where):
             try:
                 self._driver.check_free(where)
@@ -126,7 +146,7 @@ class MountTable:
             mounted = await self._open(request)
             metadata = mounted.image.metadata
             try:
-                await self._driver.mount(
+                mounted.volume = await self._driver.mount(
                     where,
                     metadata,
                     mounted.image.reader,
@@ -138,6 +158,7 @@ class MountTable:
                 detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
                 raise MountFailedError(detail) from None
             self.images[where] = mounted
+            self._changed()
             self._start(mounted)
         give_back_memory()
         log.info("Rafs filesystem mounted at %s", where)
@@ -146,16 +167,17 @@ class MountTable:
     async def remount(self, request: MountRequest) -> None:
         """Swap bootstrap and configuration of a mounted image. On failure the old one stays."""
         where = canonical(request.mountpoint)
-        request = MountRequest(where, request.source, request.config, request.prefetch_files)
+        request = request.at(where)
         with self._claim(where):
             old = self.images.get(where)
             if old is None:
                 raise MountFailedError(DOES_NOT_EXIST)
             fresh = await self._open(request)
-            await self._driver.replace(
+            fresh.volume = await self._driver.replace(
                 where, fresh.image.metadata, fresh.image.reader, fresh.stats, serve_xattrs=self._serve_xattrs(fresh)
             )
             self.images[where] = fresh
+            self._changed()
             self._start(fresh)
             await self._close(old)
         log.info("Rafs filesystem remounted at %s", where)
@@ -171,9 +193,45 @@ class MountTable:
             except MountMissingError:
                 pass  # the tree lost it already; the rest must still go
             del self.images[where]
+            self._changed()
             await self._close(mounted)
             give_back_memory()
         log.info("Rafs filesystem umounted at %s", where)
+
+    async def restore(self, request: MountRequest, kept: KeptMount) -> None:
+        """Open an image that an earlier worker served, under its node numbers. One that cannot be opened any more is
+        logged and left out: its files answer ESTALE."""
+        try:
+            mounted = await self._open(request)
+        except MountFailedError as error:
+            log.error("image at %s is lost: %s", request.mountpoint, error.message)
+            return
+        mounted.mounted_ns = kept.mounted_ns
+        mounted.volume = self._driver.restore(
+            request.mountpoint,
+            kept.index,
+            kept.generation,
+            mounted.image.metadata,
+            mounted.image.reader,
+            mounted.stats,
+            serve_xattrs=self._serve_xattrs(mounted),
+        )
+        self.images[request.mountpoint] = mounted
+        self._start(mounted)
+
+    def kept(self) -> list[KeptMount]:
+        return [
+            KeptMount(
+                where,
+                mounted.request.source,
+                mounted.request.config_text,
+                mounted.request.prefetch_files,
+                mounted.volume.index,
+                mounted.volume.generation,
+                mounted.mounted_ns,
+            )
+            for where, mounted in self.images.items()
+        ]
 
     async def close_all(self) -> None:
         """At the daemon's end: the kernel no longer asks."""

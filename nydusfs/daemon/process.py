@@ -76,6 +76,14 @@ def check_privileges() -> None:
         raise NydusError("nydusd must run as root: mounting FUSE with allow_other needs CAP_SYS_ADMIN")
 
 
+def like_any_other() -> None:
+    """For a worker: the keeper it descends from hides from the kernel's out-of-memory killer, this one does not."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("0")
+    except OSError:
+        pass  # not ours to set
+
+
 def stacks_on_signal() -> None:
     """SIGUSR1 writes the stack of every thread to stderr, also while the event loop hangs: for `kill -USR1 PID`."""
     try:

@@ -1,117 +1,69 @@
-"""The daemon: start order, what ends it, and the order in which it ends."""
+"""The daemon: start order, what ends it, and the order in which it ends.
+
+A worker ends in one of three ways. It *stops* (signal, API, umount from outside): the mount goes or is left dead, and
+no other worker follows. It *retires*: a successor has the connection and answers what is unanswered. It *dies*: nothing
+is done, the keeper starts the next one, which goes on with what was saved last.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
-from nydusfs.config import CacheConfig, Config, LocalFsBackend, load_config
-from nydusfs.daemon import http, process
+from nydusfs.config import load_config
+from nydusfs.daemon import handover, http, process
 from nydusfs.daemon.api import Api
-from nydusfs.daemon.errors import MountFailedError
+from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
+from nydusfs.daemon.handover import KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.mounts import MountRequest, MountTable
+from nydusfs.daemon.options import Options, first_mount
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
 from nydusfs.drivers import kernel
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
+from nydusfs.keeper.link import KeeperLink
+from nydusfs.keeper.protocol import API, FUSE, read_memory_file
 from nydusfs.services import Services, open_services
 
 log = logging.getLogger("nydusfs.daemon")
 
 # A stop must end the process even if a thread hangs in a call that cannot be cancelled (a name lookup, a dead NFS).
 STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
+UPGRADE_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    mountpoint: str
-    apisock: str | None = None
-    bootstrap: str | None = None
-    config: str | None = None
-    localfs_dir: str | None = None
-    prefetch_files: str | None = None
-    virtual_mountpoint: str = "/"
-    daemon_id: str | None = None
-    threads: int = 4
-    rlimit_nofile: int = 1_000_000
-
-
-def first_mount(options: Options) -> MountRequest | None:
-    """The image given on the command line, None for an empty daemon. Raises `NydusError`."""
-    config: Config | None = None
-    if options.config is not None:
-        try:
-            text = Path(options.config).read_text(encoding="utf-8")
-        except OSError as error:
-            raise NydusError(f"configuration {options.config} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise NydusError(f"configuration {options.config} is not UTF-8 text") from None
-        # Without a bootstrap the file is a template for nobody: each mount brings its own configuration.
-        config = load_config(text, options.config, template=options.bootstrap is None)
-    if options.bootstrap is None:
-        return None
-    if config is None:
-        if options.localfs_dir is None:
-            raise NydusError("both --config and --localfs-dir are missing: one must say where the image's blobs are")
-        if not os.path.isdir(options.localfs_dir):
-            raise NydusError(f"--localfs-dir {options.localfs_dir} is not a directory: give the one with the blobs")
-        config = Config(id="", backend=LocalFsBackend(dir=options.localfs_dir), cache=_local_cache(options.localfs_dir))
-    return MountRequest(options.virtual_mountpoint, options.bootstrap, config, _prefetch_list(options.prefetch_files))
-
-
-def _local_cache(directory: str) -> CacheConfig:
-    """Beside the blobs, as upstream keeps it, but in a folder: the cache of a blob has the blob's own name."""
-    path = os.path.join(directory, ".nydusd-cache")
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-    except OSError as error:
-        log.warning(
-            "no cache directory can be made at %s (%s): data is decoded again when needed", path, error.strerror
-        )
-        return CacheConfig()
-    return CacheConfig(type="blobcache", work_dir=path)
-
-
-def _prefetch_list(path: str | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        raise NydusError(f"the prefetch-files arg is not a file path: {path}") from None
-    files = tuple(line.strip() for line in lines if line.strip())
-    for name in files:
-        if not name.startswith("/"):
-            raise NydusError(f"invalid prefetch file list: {path}: {name!r} is not an absolute path")
-    return files
-
-
 class Daemon:
-    """`DaemonControl` for the API."""
+    """`DaemonControl` for the API. `link`: to the keeper, None for a daemon that nobody succeeds."""
 
     mounts: MountTable
 
-    def __init__(self, options: Options, events: ErrorRing) -> None:
+    def __init__(self, options: Options, events: ErrorRing, link: KeeperLink | None = None) -> None:
         self.options = options
         self.id = options.daemon_id
-        self.supervisor: str | None = None
+        self.supervisor = options.supervisor
         self.events = events
+        self._link = link
         self._machine = StateMachine()
         self._driver: FuseDriver
         self._services: Services
+        self._kept: KeptState | None = None
         self._stopping = trio.Event()
+        self._started = trio.Event()  # RUNNING: requests are answered
+        self._refused = ""
+        self._retired = trio.Event()  # the keeper's answer to `upgrade`
         self._unmount = True
+        self._retiring = False
+        self._successor = False  # somebody else has the connection and answers what this one leaves unanswered
         self._failed = False
         self._listening = False
         self._deadline_armed = False
@@ -123,23 +75,71 @@ class Daemon:
     def state(self) -> State:
         return self._machine.state
 
+    @property
+    def keeper_pid(self) -> int | None:
+        return self._link.keeper_pid if self._link is not None else None
+
     def start(self) -> None:
         self._machine.step(Event.START)
+        self._started.set()
 
     async def exit(self) -> Callable[[], None]:
         self._machine.exit()
         log.info("exit daemon by http request")
         self._unmount = False
-        # Reads now in flight are answered before the caller is; those blocked for longer end with EIO at the stop.
+        self._successor = self.supervisor is not None
+        # Reads now in flight are answered before the caller is; those blocked for longer are the successor's, or end
+        # with EIO at the stop.
         with trio.move_on_after(2):
             await self._driver.loop.wait_idle()
         return self._stopping.set
+
+    async def send_fd(self) -> None:
+        """Give state and connection to the supervisor."""
+        if self.supervisor is None:
+            raise UnsupportedError()
+        if self._driver.connection.fd < 0:
+            raise ApiError("DaemonAbnormal(NotReady)", 503)
+        state, fd = handover.encode(self._state()), self._driver.connection.fd
+        try:
+            await trio.to_thread.run_sync(handover.send_to_supervisor, self.supervisor, state, fd)
+        except NydusError as error:
+            log.error("%s", error)
+            raise ApiError("DaemonAbnormal(SendFd)") from None
+
+    async def take_over(self) -> None:
+        """Go on with what the supervisor was given by another daemon."""
+        if self.supervisor is None:
+            raise UnsupportedError()
+        self._machine.expect(Event.TAKEOVER)
+        try:
+            data, fd = await trio.to_thread.run_sync(handover.receive_from_supervisor, self.supervisor)
+            await self._restore(handover.decode(data), fd)
+        except NydusError as error:
+            log.error("takeover failed: %s", error)
+            raise ApiError("DaemonAbnormal(RecvFd)") from None
+
+    async def upgrade(self) -> Callable[[], None]:
+        """Have a worker of the installed code follow. The returned call makes room for it."""
+        if self._link is None or self._link.keeper_pid == 0:
+            raise UnsupportedError()
+        if self._machine.state is not State.RUNNING:
+            raise ApiError("DaemonAbnormal(NotReady)", 503)
+        self._refused, self._retired = "", trio.Event()
+        self._link.upgrade()
+        with trio.move_on_after(UPGRADE_SECONDS):
+            await self._retired.wait()
+        if self._refused or not self._retired.is_set():
+            log.error("upgrade refused: %s", self._refused or f"no answer of the keeper in {UPGRADE_SECONDS:.0f} s")
+            raise ApiError("DaemonAbnormal(Upgrade)")
+        return self._retire
 
     def inflight(self) -> list[InFlightInfo]:
         return self._driver.inflight()
 
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self._runtime.setdefault(config_id, {}).update(values)
+        self._save()
         if (auth := values.get("registry_auth")) is not None:
             self._services.set_registry_auth(config_id, auth)
             log.info("new registry credentials for %s", f"configuration {config_id}" if config_id else "all images")
@@ -147,20 +147,61 @@ class Daemon:
     def runtime_config(self, config_id: str) -> dict[str, str]:
         return self._runtime.get(config_id, {})
 
+    # -- what is kept for the next worker
+
+    def _state(self) -> KeptState:
+        tree, next_node = self._driver.operations.tree.numbers()
+        return KeptState(self.mounts.kept(), self._driver.numbering, tree, next_node, self._runtime)
+
+    def _save(self) -> None:
+        if self._link is not None and FUSE in self._link.held:
+            self._link.save(handover.encode(self._state()))
+
+    async def _restore(self, kept: KeptState, fd: int) -> None:
+        driver = self._driver
+        driver.adopt(fd)
+        driver.numbering = kept.numbering
+        driver.operations.tree.restore_numbers(kept.tree, kept.next_node)
+        for config_id, values in kept.runtime.items():
+            self.set_runtime_config(config_id, values)
+        for mount in kept.mounts:
+            try:
+                config = load_config(mount.config, f"configuration of {mount.mountpoint}")
+            except NydusError as error:
+                log.error("image at %s is lost: %s", mount.mountpoint, error)
+                continue
+            request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
+            await self.mounts.restore(request, mount)
+        self._hold()
+        self._machine.step(Event.TAKEOVER)
+
+    def _hold(self) -> None:
+        if self._link is not None:
+            self._link.hold(FUSE, self._driver.connection.fd)
+            self._save()
+
     # -- life
 
-    def prepare(self) -> MountRequest | None:
-        """All checks that need no event loop. Raises `NydusError`; nothing was changed then, except a dead mount."""
+    def prepare(self, state: int = -1) -> MountRequest | None:
+        """All checks that need no event loop. `state`: a memory file of the last worker. Raises `NydusError`; nothing
+        was changed then, except a dead mount."""
         process.tame_allocator()
         process.stacks_on_signal()
         log.info(version_line())
         process.raise_nofile_limit(self.options.rlimit_nofile)
         process.check_privileges()
+        if self._link is not None and FUSE in self._link.held:
+            self._kept = handover.decode(read_memory_file(state)) if state >= 0 else KeptState()
+            self._driver = FuseDriver(os.path.realpath(self.options.mountpoint), self.options.threads)
+            return None
         kernel.check_fuse_device()
-        request = first_mount(self.options)
+        request = None if self.options.upgrade else first_mount(self.options)
         if self.options.apisock is not None:
             http.check_socket_path(self.options.apisock)
-        self._driver = FuseDriver(process.check_mountpoint(self.options.mountpoint), self.options.threads)
+        mountpoint = self.options.mountpoint
+        if not self.options.upgrade:
+            mountpoint = process.check_mountpoint(mountpoint)
+        self._driver = FuseDriver(os.path.realpath(mountpoint), self.options.threads)
         return request
 
     async def run(self, request: MountRequest | None) -> int:
@@ -170,26 +211,35 @@ class Daemon:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
-                    self.mounts = MountTable(self._driver, ImageOpener(services, self._driver.mountpoint), nursery)
+                    opener = ImageOpener(services, self._driver.mountpoint)
+                    self.mounts = MountTable(self._driver, opener, nursery, self._save)
                     nursery.start_soon(self._watch_signals, signals)
+                    if self._link is not None:
+                        nursery.start_soon(self._link.watch, self._retired.set, self._refuse_upgrade)
                     try:
                         await self._serve(nursery, request)
                     except NydusError as error:
                         refused = error  # raised below, outside the nursery's exception group
                     finally:
-                        # Also after an unexpected error: no mount may stay behind a daemon that is about to end.
+                        # Also after an unexpected error: no mount may stay behind a daemon that is about to end,
+                        # unless another one follows.
                         self._arm_deadline()
-                        if self._unmount:
+                        if self._unmount and not self._followed():
                             self._driver.detach()
                         nursery.cancel_scope.cancel()
         finally:
-            # Only now no task can answer a request any more: libfuse's session may go.
+            # Only now no task can answer a request any more.
             self._driver.close()
             self._remove_socket()
         if refused is not None:
             raise refused
         log.info("nydusd quits")
         return 1 if self._failed else 0
+
+    def _followed(self) -> bool:
+        """Whether the keeper starts another worker after this one: this one retires, or it ends unexpectedly."""
+        kept = self._link is not None and FUSE in self._link.held
+        return self._retiring or (kept and not self._stopping.is_set())
 
     async def _serve(self, nursery: trio.Nursery, request: MountRequest | None) -> None:
         if request is not None:
@@ -198,37 +248,84 @@ class Daemon:
             except MountFailedError as error:
                 raise NydusError(error.message) from None
         # Bound before the mount, so that a bad path fails the start; clients wait until the API serves.
-        listener = http.bind_socket(self.options.apisock) if self.options.apisock is not None else None
-        self._listening = listener is not None
-        self._driver.open()
-        self._machine.step(Event.MOUNT)
-        served = trio.Event()
-        await nursery.start(self._serve_fuse, served)
-        self._machine.step(Event.START)
-        log.info("start fuse servers with %d worker threads", self.options.threads)
-        log.info("Fuse daemon started!")
+        listener = self._listener()
         api = trio.CancelScope()
-        if listener is not None:
-            log.info("HTTP API server running at %s", self.options.apisock)
 
-            async def serve_api() -> None:
-                with api:
-                    await http.serve(listener, Api(self).handle)
+        async def serve_api() -> None:
+            with api:
+                assert listener is not None
+                await http.serve(listener, Api(self).handle)
 
-            nursery.start_soon(serve_api)
-            log.info("http server started")
+        def start_api() -> None:
+            if listener is not None:
+                nursery.start_soon(serve_api)
+                log.info("HTTP API server running at %s", self.options.apisock)
+                log.info("http server started")
+
+        served = trio.Event()
+        if self.options.upgrade and self._kept is None:
+            start_api()
+            await self._until_started()
+        else:
+            await self._open()
+            self.start()
+        if not self._stopping.is_set():
+            await nursery.start(self._serve_fuse, served)
+            log.info("start fuse servers with %d worker threads", self.options.threads)
+            log.info("Fuse daemon started!")
+            if self._link is not None:
+                self._link.ready()
+            if not self.options.upgrade or self._kept is not None:
+                start_api()
+        else:
+            served.set()
         await self._stopping.wait()
         self._arm_deadline()
+        if self._link is not None and not self._retiring:
+            self._link.stopping()
         api.cancel()
         self._remove_socket()
         if self._machine.state is not State.STOPPED:
             self._machine.stop()
-        await self._driver.stop(unmount=self._unmount)
+        await self._driver.stop(unmount=self._unmount, successor=self._successor)
         await served.wait()
         await self.mounts.close_all()
 
+    async def _open(self) -> None:
+        """To READY: a new mount, or the last worker's."""
+        if self._kept is not None:
+            assert self._link is not None
+            await self._restore(self._kept, os.dup(self._link.held[FUSE]))
+            return
+        self._driver.open()
+        self._hold()
+        self._machine.step(Event.MOUNT)
+
+    async def _until_started(self) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def watch(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch, self._started)
+            nursery.start_soon(watch, self._stopping)
+
+    def _listener(self) -> socket.socket | None:
+        if self.options.apisock is None:
+            return None
+        if self._link is not None and API in self._link.held:
+            listener = socket.socket(fileno=os.dup(self._link.held[API]))
+            listener.setblocking(False)
+        else:
+            listener = http.bind_socket(self.options.apisock)
+            if self._link is not None:
+                self._link.hold(API, listener.fileno())
+        self._listening = True
+        return listener
+
     def _remove_socket(self) -> None:
-        if self._listening and self.options.apisock is not None:
+        if self._listening and self.options.apisock is not None and not self._followed():
             self._listening = False
             http.remove_socket(self.options.apisock)
 
@@ -240,9 +337,21 @@ class Daemon:
         except OSError as error:
             log.error("FUSE session failed: %s", error)
             self._failed = True
+            if self._link is not None:
+                self._retire()
         finally:
             served.set()
             self._stopping.set()
+
+    def _refuse_upgrade(self, why: str) -> None:
+        self._refused = why or "refused"
+        self._retired.set()
+
+    def _retire(self) -> None:
+        log.info("making room for another worker")
+        self._unmount = False
+        self._retiring = self._successor = True
+        self._stopping.set()
 
     async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
@@ -265,7 +374,7 @@ class Daemon:
         def give_up() -> None:
             # A log that takes no more (a full pipe nobody reads) may be what keeps the stop waiting.
             kernel.call_with_deadline(say, 1.0)
-            if self._unmount:
+            if self._unmount and not self._followed():
                 kernel.call_with_deadline(self._driver.detach, 1.0)
             os._exit(1)
 

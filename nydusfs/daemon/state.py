@@ -20,6 +20,7 @@ class State(Enum):
 
 class Event(Enum):
     MOUNT = "Mount"
+    TAKEOVER = "Takeover"
     START = "Start"
     STOP = "Stop"
     EXIT = "Exit"
@@ -28,6 +29,7 @@ class Event(Enum):
 # (state, event) -> (next state, what upstream calls the action in its log line)
 _TRANSITIONS: dict[tuple[State, Event], tuple[State, str]] = {
     (State.INIT, Event.MOUNT): (State.READY, "None"),
+    (State.INIT, Event.TAKEOVER): (State.READY, "Some(Restore)"),
     (State.INIT, Event.STOP): (State.STOPPED, "None"),
     (State.READY, Event.START): (State.RUNNING, "Some(StartService)"),
     (State.READY, Event.STOP): (State.STOPPED, "Some(Umount)"),
@@ -56,6 +58,11 @@ class StateMachine:
             action,
         )
         self.state = after
+
+    def expect(self, event: Event) -> None:
+        """Raises `UnexpectedEventError` when the event has no meaning in this state; changes nothing."""
+        if (self.state, event) not in _TRANSITIONS:
+            raise UnexpectedEventError(event.value)
 
     def stop(self) -> None:
         """To STOPPED from wherever we are, by the transitions a signal causes."""

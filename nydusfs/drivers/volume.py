@@ -6,6 +6,7 @@ fresh index, so a number that outlives its image can only meet "no such image" (
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -216,6 +217,27 @@ class PseudoTree:
         self._root = _Node(ROOT_ID, None, b"")
         self._nodes: dict[int, _Node] = {ROOT_ID: self._root}
         self._next = ROOT_ID + 1
+
+    def numbers(self) -> tuple[list[tuple[str, int]], int]:
+        """Path and number of each directory, parents first, and the first unused number: for `restore_numbers`."""
+        found: list[tuple[str, int]] = []
+
+        def visit(node: _Node, path: bytes) -> None:
+            for name, child in node.children.items():
+                found.append((os.fsdecode(path + b"/" + name), child.number))
+                visit(child, path + b"/" + name)
+
+        visit(self._root, b"")
+        return found, self._next
+
+    def restore_numbers(self, numbers: Sequence[tuple[str, int]], next_number: int) -> None:
+        """Make an empty tree's directories with the numbers that an earlier process gave them."""
+        for path, number in numbers:
+            *above, name = split_mountpoint(path)
+            parent = self._walk(above)
+            if parent is not None:
+                self._nodes[number] = parent.children[name] = _Node(number, parent, name)
+        self._next = next_number
 
     @property
     def root_image(self) -> ImageVolume | None:

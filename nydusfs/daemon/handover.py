@@ -1,0 +1,104 @@
+"""What one worker leaves to the next so that a running mount goes on: through the keeper, or through a supervisor
+(`nydusd.md` 8) as upstream's snapshotter has one.
+
+The kernel remembers node numbers, so images and the directories above them keep theirs. The text holds configurations
+with their credentials: it lives in memory and in sockets only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+from nydusfs.errors import NydusError
+
+VERSION = 1
+SUPERVISOR_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMount:
+    mountpoint: str
+    source: str
+    config: str
+    prefetch_files: tuple[str, ...]
+    index: int
+    generation: int
+    mounted_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """`tree`: path of each directory above the images and its node number; `next_node`: the first unused one."""
+
+    mounts: list[KeptMount] = field(default_factory=list)
+    numbering: tuple[int, int] = (0, 0)
+    tree: list[tuple[str, int]] = field(default_factory=list)
+    next_node: int = 2
+    runtime: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def encode(state: KeptState) -> bytes:
+    mounts = [
+        {name: getattr(mount, name) for name in KeptMount.__dataclass_fields__}  # vars() needs no slots
+        for mount in state.mounts
+    ]
+    return json.dumps(
+        {
+            "version": VERSION,
+            "mounts": mounts,
+            "numbering": state.numbering,
+            "tree": state.tree,
+            "next_node": state.next_node,
+            "runtime": state.runtime,
+        }
+    ).encode()
+
+
+def decode(data: bytes) -> KeptState:
+    """Raises `NydusError` for what no nydusd of this kind wrote."""
+    try:
+        value: dict[str, Any] = json.loads(data)
+        if value["version"] != VERSION:
+            raise NydusError(f"state of version {value['version']}: this nydusd reads version {VERSION}")
+        mounts = [
+            KeptMount(**{**mount, "prefetch_files": tuple(mount["prefetch_files"])}) for mount in value["mounts"]
+        ]
+        index, generation = value["numbering"]
+        tree = [(str(path), int(number)) for path, number in value["tree"]]
+        return KeptState(mounts, (index, generation), tree, int(value["next_node"]), value["runtime"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise NydusError(f"state of another daemon cannot be read: it is not of this nydusd ({error})") from None
+
+
+def send_to_supervisor(path: str, state: bytes, fuse: int) -> None:
+    """Raises `NydusError`. For a worker thread."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(SUPERVISOR_SECONDS)
+            sock.connect(path)
+            sent = socket.send_fds(sock, [state], [fuse])
+            sock.sendall(state[sent:])
+    except OSError as error:
+        raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
+
+
+def receive_from_supervisor(path: str) -> tuple[bytes, int]:
+    """State and /dev/fuse descriptor. Raises `NydusError`. For a worker thread."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(SUPERVISOR_SECONDS)
+            sock.connect(path)
+            data, fds, _, _ = socket.recv_fds(sock, 32 << 10, 16, socket.MSG_CMSG_CLOEXEC)
+            while piece := sock.recv(256 << 10):
+                data += piece
+    except OSError as error:
+        raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
+    for fd in fds[1:]:
+        os.close(fd)
+    if not fds:
+        raise NydusError(f"supervisor {path} sent no descriptor")
+    return data, fds[0]

@@ -1,0 +1,1 @@
+"""The keeper of a worker: see `keeper.py`. Standard library only, nothing of an image is ever parsed here."""

@@ -1,0 +1,85 @@
+"""The zygote: imports all that a worker needs, then forks one whenever the keeper asks.
+
+It runs no event loop and no thread, so that a fork of it is a clean start; what it imported is shared with the worker.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+from nydusfs.keeper.protocol import receive, send
+
+
+def main(sock: socket.socket) -> int:
+    """Serve one keeper until it is gone."""
+    # Ctrl-C in a terminal reaches every process of the group: the worker stops by it, this one with the keeper.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    from nydusfs.daemon import version, worker
+
+    gc.collect()
+    gc.freeze()
+    receiving, sending = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+    send(sock, "hello", version=version.version_line())
+    while True:
+        readable = select.select([sock.fileno(), receiving], [], [])[0]
+        if receiving in readable:
+            os.read(receiving, 4096)
+            _reap(sock)
+        if sock.fileno() in readable:
+            try:
+                message, fds = receive(sock)
+            except EOFError:
+                return 0
+            if message["op"] == "start":
+                _fork(sock, message, fds, worker.main)
+            for fd in fds:
+                os.close(fd)
+
+
+def _reap(sock: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        try:
+            send(sock, "exited", pid=pid, status=status)
+        except OSError:
+            return
+
+
+def _fork(sock: socket.socket, message: dict[str, Any], fds: list[int], work: Any) -> None:
+    pid = os.fork()
+    if pid:
+        send(sock, "started", pid=pid)
+        return
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        sock.close()
+        control, *rest = fds
+        held = dict(zip(message["held"], rest, strict=False))
+        state = rest[-1] if message["state"] else -1
+        status = work(message["spec"], socket.socket(fileno=control), held, state, message["last"])
+    finally:
+        # A worker ends here whatever it raised: above are the zygote's own frames.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(socket.socket(fileno=int(sys.argv[1]))))
