@@ -215,7 +215,7 @@ class Daemon:
                     self.mounts = MountTable(self._driver, opener, nursery, self._save)
                     nursery.start_soon(self._watch_signals, signals)
                     if self._link is not None:
-                        nursery.start_soon(self._link.watch, self._retired.set, self._refuse_upgrade)
+                        nursery.start_soon(self._link.watch, self._agree, self._refuse_upgrade)
                     try:
                         await self._serve(nursery, request)
                     except NydusError as error:
@@ -342,6 +342,9 @@ class Daemon:
         finally:
             served.set()
             self._stopping.set()
+
+    def _agree(self) -> None:
+        self._retired.set()
 
     def _refuse_upgrade(self, why: str) -> None:
         self._refused = why or "refused"

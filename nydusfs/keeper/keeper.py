@@ -23,8 +23,8 @@ from typing import Any
 from nydusfs.keeper import fdstore
 from nydusfs.keeper.protocol import pair, receive, send
 
-STEADY = 1.0  # seconds of life after which a death is no sign of a worker that cannot start
-PAUSES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)  # before the next start, by deaths in a row before STEADY
+PAUSES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)  # before the next start, by deaths in a row before they were ready
+CRASHES, CRASH_SECONDS = 30, 10.0  # more deaths of ready workers in this time, and the next waits a second
 UPGRADE_SECONDS = 20.0  # for new code to import itself
 FALL_BACK = 3  # deaths in a row of new code before the old is used again
 STOP_SECONDS = 12.0  # a worker that was told to stop ends itself within 8
@@ -100,7 +100,6 @@ class Worker:
         self.control = control
         self.pid = 0
         self.pidfd = -1
-        self.born = time.monotonic()
         self.status: int | None = None  # of waitpid, from the zygote
         self.ready = False
         self.stopping = False  # it ends because it wants to
@@ -118,7 +117,8 @@ class Keeper:
         self.previous: Zygote | None = None  # of the code before an upgrade, until the new one is ready
         self.worker: Worker | None = None
         self.served = False  # a worker was ready once: from now on there is something to keep
-        self.deaths = 0
+        self.deaths = 0  # in a row, before they were ready
+        self.crashes: list[float] = []
         self.last = ""  # how the last worker ended
         self.told_to_stop = 0.0
         self.start_at: float | None = None
@@ -152,6 +152,7 @@ class Keeper:
 
     def inherit(self, sock: socket.socket) -> None:
         """Take over from a keeper that died: the worker at the other end of `sock` says what there is."""
+        select.select([sock], [], [], UPGRADE_SECONDS)
         message, fds = receive(sock)
         self.spec = message["spec"]
         for name, fd in zip(message["held"], fds, strict=False):
@@ -177,7 +178,10 @@ class Keeper:
         if self.told_to_stop:
             timeout = 1.0
         for key, _ in self.selector.select(timeout):
-            key.data(key.fileobj)
+            try:
+                key.data(key.fileobj)
+            except BlockingIOError:
+                pass  # another event of this turn took the message already
 
     def _use(self, zygote: Zygote) -> None:
         if not zygote.wait_hello(UPGRADE_SECONDS):
@@ -336,14 +340,16 @@ class Keeper:
         if worker.retiring:
             self.deaths, how = 0, ""
         else:
-            self.deaths = self.deaths + 1 if time.monotonic() - worker.born < STEADY else 0
+            self.deaths = 0 if worker.ready else self.deaths + 1
             say(f"worker {worker.pid} {how}, starting the next")
         if self.previous is not None and self.deaths >= FALL_BACK:
             say("the new code does not serve, going back to the old")
             self._swap_back()
         self.last = how and f"worker {worker.pid} {how}"
+        now = time.monotonic()
+        self.crashes = [when for when in self.crashes if now - when < CRASH_SECONDS] + [now]
         pause = PAUSES[min(self.deaths, len(PAUSES) - 1)]
-        self.start_at = time.monotonic() + pause
+        self.start_at = now + max(pause, 1.0 if len(self.crashes) > CRASHES else 0.0)
 
     def _drain(self, sock: socket.socket, handle: Any) -> None:
         while sock in self.selector.get_map() and select.select([sock], [], [], 0)[0]:

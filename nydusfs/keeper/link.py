@@ -70,6 +70,8 @@ class KeeperLink:
             await trio.lowlevel.wait_readable(self._sock)
             try:
                 message, fds = receive(self._sock)
+            except BlockingIOError:
+                continue
             except EOFError:
                 if not await self._replace_keeper():
                     return

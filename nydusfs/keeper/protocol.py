@@ -36,10 +36,15 @@ def send(sock: socket.socket, op: str, fds: Sequence[int] = (), **fields: Any) -
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message and its descriptors (close-on-exec). Raises EOFError when the other side is gone."""
+    """The next message and its descriptors (close-on-exec), without waiting.
+
+    Raises EOFError when the other side is gone, BlockingIOError when there is no message.
+    """
     try:
         data, ancillary, _, _ = sock.recvmsg(
-            MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            MAX_MESSAGE,
+            socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize),
+            socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT,
         )
     except ConnectionError:
         raise EOFError from None
