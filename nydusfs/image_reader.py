@@ -124,7 +124,10 @@ class ImageReader:
         if self._validate:
             return None
         try:
-            pieces = self._pieces(self.bootstrap.extents(ino, offset, size))
+            extents = self.bootstrap.extents(ino, offset, size)
+            if any(extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index) for extent in extents):
+                return None
+            pieces = self._pieces(extents)
             parts = []
             for piece in pieces:
                 segment = piece.segment

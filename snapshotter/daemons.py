@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 STOP_SECONDS = 10.0
+KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 # Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
 LOCK_SECONDS = 60.0
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -108,8 +109,9 @@ class Daemon:
             state, pid = "", 0
             while state != "RUNNING" and time.monotonic() < deadline:
                 try:
-                    state = self.api.info(timeout=10).get("state", "")
-                    pid = _peer_pid(self._record.socket)
+                    info = self.api.info(timeout=10)
+                    state = info.get("state", "")
+                    pid = info.get("keeper_pid") or _peer_pid(self._record.socket)
                 except (SnapshotterError, OSError):
                     if not self._processes():
                         return False
@@ -244,6 +246,8 @@ class Daemon:
         with self.lock:
             if self._record.pid != pid or self._closing.is_set():
                 return
+            if self._has_another_keeper(pid):
+                return
             self._alive = False
             self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
         consequence = "starting it again" if self._settings.restart else "recover_policy is none"
@@ -251,6 +255,26 @@ class Daemon:
         log.error("nydusd %s (pid %d) died, its last words: %s; %s", self.id, pid, _last_line(output, 0), consequence)
         if self._settings.restart:
             self._bring_back()
+
+    def _has_another_keeper(self, pid: int) -> bool:
+        """A keeper that dies is replaced by its worker: nothing happened to the mount. Watches the new one then."""
+        deadline = time.monotonic() + KEEPER_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                info = self.api.info(timeout=2)
+            except SnapshotterError:
+                return False
+            keeper = info.get("keeper_pid")
+            if not keeper:
+                return False
+            if keeper != pid and info.get("state") == "RUNNING":
+                self._record = replace(self._record, pid=keeper, started=start_time(keeper))
+                self._records.save_daemon(self._record)
+                log.warning("the keeper of nydusd %s (pid %d) died, it has another one: pid %d", self.id, pid, keeper)
+                self._live(None)
+                return True
+            time.sleep(0.05)
+        return False
 
     def _bring_back(self) -> None:
         while not self._closing.wait(BACKOFF[min(self._deaths, len(BACKOFF) - 1)]):

@@ -32,8 +32,10 @@ class KeptMount:
 
 @dataclass(frozen=True, slots=True)
 class KeptState:
-    """`tree`: path of each directory above the images and its node number; `next_node`: the first unused one."""
+    """`mountpoint`: canonical; to resolve it again would be to ask ourselves. `tree`: path of each directory above the
+    images and its node number; `next_node`: the first unused one."""
 
+    mountpoint: str
     mounts: list[KeptMount] = field(default_factory=list)
     numbering: tuple[int, int] = (0, 0)
     tree: list[tuple[str, int]] = field(default_factory=list)
@@ -49,6 +51,7 @@ def encode(state: KeptState) -> bytes:
     return json.dumps(
         {
             "version": VERSION,
+            "mountpoint": state.mountpoint,
             "mounts": mounts,
             "numbering": state.numbering,
             "tree": state.tree,
@@ -69,7 +72,8 @@ def decode(data: bytes) -> KeptState:
         ]
         index, generation = value["numbering"]
         tree = [(str(path), int(number)) for path, number in value["tree"]]
-        return KeptState(mounts, (index, generation), tree, int(value["next_node"]), value["runtime"])
+        where, next_node = str(value["mountpoint"]), int(value["next_node"])
+        return KeptState(where, mounts, (index, generation), tree, next_node, value["runtime"])
     except (ValueError, KeyError, TypeError) as error:
         raise NydusError(f"state of another daemon cannot be read: it is not of this nydusd ({error})") from None
 

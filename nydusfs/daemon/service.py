@@ -151,7 +151,8 @@ class Daemon:
 
     def _state(self) -> KeptState:
         tree, next_node = self._driver.operations.tree.numbers()
-        return KeptState(self.mounts.kept(), self._driver.numbering, tree, next_node, self._runtime)
+        driver = self._driver
+        return KeptState(driver.mountpoint, self.mounts.kept(), driver.numbering, tree, next_node, self._runtime)
 
     def _save(self) -> None:
         if self._link is not None and FUSE in self._link.held:
@@ -159,6 +160,7 @@ class Daemon:
 
     async def _restore(self, kept: KeptState, fd: int) -> None:
         driver = self._driver
+        driver.mountpoint = kept.mountpoint
         driver.adopt(fd)
         driver.numbering = kept.numbering
         driver.operations.tree.restore_numbers(kept.tree, kept.next_node)
@@ -191,17 +193,17 @@ class Daemon:
         process.raise_nofile_limit(self.options.rlimit_nofile)
         process.check_privileges()
         if self._link is not None and FUSE in self._link.held:
-            self._kept = handover.decode(read_memory_file(state)) if state >= 0 else KeptState()
-            self._driver = FuseDriver(os.path.realpath(self.options.mountpoint), self.options.threads)
+            kept = handover.decode(read_memory_file(state)) if state >= 0 else KeptState(self.options.mountpoint)
+            self._kept = kept
+            self._driver = FuseDriver(kept.mountpoint, self.options.threads)
             return None
         kernel.check_fuse_device()
         request = None if self.options.upgrade else first_mount(self.options)
         if self.options.apisock is not None:
             http.check_socket_path(self.options.apisock)
         mountpoint = self.options.mountpoint
-        if not self.options.upgrade:
-            mountpoint = process.check_mountpoint(mountpoint)
-        self._driver = FuseDriver(os.path.realpath(mountpoint), self.options.threads)
+        mountpoint = os.path.abspath(mountpoint) if self.options.upgrade else process.check_mountpoint(mountpoint)
+        self._driver = FuseDriver(mountpoint, self.options.threads)
         return request
 
     async def run(self, request: MountRequest | None) -> int:

@@ -21,10 +21,10 @@ import time
 from typing import Any
 
 from nydusfs.keeper import fdstore
-from nydusfs.keeper.protocol import pair, receive, send
+from nydusfs.keeper.protocol import name_tag, pair, receive, send
 
 PAUSES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)  # before the next start, by deaths in a row before they were ready
-CRASHES, CRASH_SECONDS = 30, 10.0  # more deaths of ready workers in this time, and the next waits a second
+CRASHES, CRASH_SECONDS = 60, 10.0  # more deaths of ready workers in this time, and the next waits a second
 UPGRADE_SECONDS = 20.0  # for new code to import itself
 FALL_BACK = 3  # deaths in a row of new code before the old is used again
 STOP_SECONDS = 12.0  # a worker that was told to stop ends itself within 8
@@ -63,10 +63,10 @@ class Zygote:
         return cls(ours, pid)
 
     @classmethod
-    def exec_new(cls) -> Zygote:
+    def exec_new(cls, spec: dict[str, Any]) -> Zygote:
         ours, theirs = pair()
         process = subprocess.Popen(
-            [sys.executable, "-m", "nydusfs.keeper.zygote", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "nydusfs.keeper.zygote", str(theirs.fileno()), *name_tag(spec)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=False,
@@ -162,7 +162,7 @@ class Keeper:
         worker = Worker(sock)
         worker.ready = self.served = True
         self.worker = worker
-        self._use(Zygote.exec_new())
+        self._use(Zygote.exec_new(self.spec))
         self._watch(worker, int(message["pid"]))
 
     def _turn(self) -> None:
@@ -178,6 +178,8 @@ class Keeper:
         if self.told_to_stop:
             timeout = 1.0
         for key, _ in self.selector.select(timeout):
+            if key not in self.selector.get_map().values():
+                continue  # an earlier event of this turn ended it
             try:
                 key.data(key.fileobj)
             except BlockingIOError:
@@ -233,7 +235,7 @@ class Keeper:
             return
         say("the zygote died, starting another one")
         self.zygote = None
-        fresh = Zygote.exec_new()
+        fresh = Zygote.exec_new(self.spec)
         if fresh.wait_hello(UPGRADE_SECONDS):
             self.zygote = fresh
             self.selector.register(fresh.sock, selectors.EVENT_READ, self._from_zygote)
@@ -244,7 +246,7 @@ class Keeper:
     def _start_worker(self) -> None:
         if self.zygote is None:
             try:
-                self._use(Zygote.exec_new())
+                self._use(Zygote.exec_new(self.spec))
             except SystemExit as error:
                 say(str(error))
                 self.start_at = time.monotonic() + PAUSES[-1]
@@ -379,7 +381,7 @@ class Keeper:
     # -- new code under a running mount
 
     def _upgrade(self, worker: Worker) -> None:
-        fresh = Zygote.exec_new()
+        fresh = Zygote.exec_new(self.spec)
         try:
             if not fresh.wait_hello(UPGRADE_SECONDS):
                 fresh.end()

@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from nydusfs.keeper.protocol import memory_file, pair, receive, send
+from nydusfs.keeper.protocol import memory_file, name_tag, pair, receive, send
 
 log = logging.getLogger("nydusfs.keeper")
 
@@ -98,7 +98,7 @@ class KeeperLink:
         ours, theirs = pair()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nydusfs.keeper.keeper", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "nydusfs.keeper.keeper", str(theirs.fileno()), *name_tag(self._spec)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd="/",

@@ -57,6 +57,12 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(data), list(fds)
 
 
+def name_tag(spec: dict[str, Any]) -> list[str]:
+    """Words for the command line of helpers, by which an operator, and the snapshotter, tell whose they are."""
+    socket_path = spec.get("options", {}).get("apisock")
+    return ["--apisock", socket_path] if socket_path else []
+
+
 def memory_file(content: bytes) -> int:
     """A descriptor of an anonymous file with this content; it never touches a disk."""
     fd = os.memfd_create("nydusd-state", os.MFD_CLOEXEC)

@@ -50,7 +50,7 @@ def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
 
 def test_stacks_of_all_threads_on_sigusr1() -> None:
     with Nydusd() as daemon:
-        os.kill(daemon.pid, signal.SIGUSR1)
+        os.kill(daemon.worker_pid, signal.SIGUSR1)
         # faulthandler writes piece by piece, the innermost frame first
         wait_until(lambda: "trio" in daemon.log_text().partition("most recent call first")[2], 10, "stacks in the log")
         assert daemon.running()

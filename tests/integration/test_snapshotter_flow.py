@@ -22,7 +22,7 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.mounted import check_mount, load_manifest
 from tests.lab.paths import ref_bin
-from tests.lab.process import mounts_below, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.process import kill_together, mounts_below, remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
@@ -185,8 +185,7 @@ def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
             check(root)
         for _ in range(2):
             old = ours.daemons()
-            for pid in old:
-                os.kill(pid, signal.SIGKILL)
+            kill_together(old)
             wait_until(lambda: served(roots), 30, "both images after the death of nydusd")
             assert not set(ours.daemons()) & set(old)
         for root in roots:
@@ -194,8 +193,7 @@ def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
         # both dead: the next start brings the mounts back before anybody asks
         old = ours.daemons()
         ours.kill()
-        for pid in old:
-            os.kill(pid, signal.SIGKILL)
+        kill_together(old)
         ours.start()
         wait_until(lambda: served(roots), 30, "both images after a start")
         with Client(ours.socket) as again:
@@ -259,7 +257,7 @@ def test_many_containers_at_once_share_one_mount(ours: Snapshotter) -> None:
             mounts = list(pool.map(lambda number: client.prepare(f"default/4/c{number}", meta), range(12)))
         lower = {option(mount, "lowerdir") for (mount,) in mounts}
         assert len(lower) == 1
-        assert len(ours.daemons()) == 1
+        assert len(ours.services()) == 1
         assert len(client.list("kind==active")) == 12
         assert log_of(ours).count(" mounted at ") == 1
         check(Path(lower.pop()))
@@ -278,4 +276,4 @@ def test_no_nydusd_is_lost_when_the_start_is_interrupted(ours: Snapshotter) -> N
         meta = pull(client, case(), ours.work, IMAGE)
         (mount,) = client.prepare("default/4/c", meta)
         check(Path(option(mount, "lowerdir")))
-    assert len(ours.daemons()) == 1
+    assert len(ours.services()) == 1

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from tests.lab.process import Child, mounts_below, remove_tree, tail, unmount_below, wait_until, work_dir
+from tests.lab.process import (
+    Child,
+    kill_together,
+    mounts_below,
+    processes_mentioning,
+    remove_tree,
+    tail,
+    unmount_below,
+    wait_until,
+    work_dir,
+)
 
 
 class Answer(NamedTuple):
@@ -77,8 +87,20 @@ class Nydusd:
 
     @property
     def pid(self) -> int:
+        """Of the process that was started: our keeper."""
         assert self.child is not None
         return self.child.pid
+
+    @property
+    def worker_pid(self) -> int:
+        """Of the process that serves."""
+        return int(self.get("daemon").body.get("worker_pid", self.pid))
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process of this daemon at one moment, so that none sees the others die."""
+        kill_together(processes_mentioning(str(self.sock)))
+        assert self.child is not None
+        self.child.process.wait(10)
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Answer:
         connection = _Unix(str(self.sock), timeout)
@@ -103,7 +125,7 @@ class Nydusd:
 
     def memory(self, field: str = "RssAnon") -> int:
         """A size of `/proc/PID/status` in kB."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.worker_pid}/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1])
         raise KeyError(field)
@@ -126,8 +148,11 @@ class Nydusd:
             raise
 
     def __exit__(self, *_: object) -> None:
-        if self.child is not None and self.child.alive():
-            self.child.stop(10)
+        if self.child is not None:
+            if self.child.alive():
+                self.child.stop(10)
+            if processes_mentioning(str(self.sock)):
+                self.kill_all()
         unmount_below(self.dir)
         remove_tree(self.dir)
 

@@ -157,16 +157,31 @@ def run(
     return done
 
 
+def parent_of(pid: int) -> int:
+    """0 when the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def kill_together(pids: Sequence[int]) -> None:
+    """SIGKILL to all at one moment: none of them sees another one die."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+
 def processes_mentioning(text: str) -> list[int]:
     """Pids whose command line holds `text` (our work directory), except this process and its ancestors."""
     own = set()
     pid = os.getpid()
     while pid > 1:
         own.add(pid)
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            break
+        pid = parent_of(pid)
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) in own:

@@ -21,6 +21,7 @@ from tests.lab.process import (
     LabError,
     can_connect,
     end_processes,
+    parent_of,
     processes_mentioning,
     remove_tree,
     run,
@@ -138,6 +139,11 @@ class Snapshotter:
     def daemons(self) -> list[int]:
         """Pids of the nydusd processes and other helpers that work for this root."""
         return [pid for pid in processes_mentioning(str(self.root)) if self._child is None or pid != self._child.pid]
+
+    def services(self) -> list[int]:
+        """Those of them that none of the others started: one for each nydusd."""
+        pids = self.daemons()
+        return [pid for pid in pids if parent_of(pid) not in pids]
 
     def stop(self) -> None:
         """SIGTERM to the snapshotter alone: by design its daemons live on."""

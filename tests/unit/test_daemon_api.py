@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from nydusfs.daemon.api import Api
-from nydusfs.daemon.errors import UnexpectedEventError
+from nydusfs.daemon.errors import UnexpectedEventError, UnsupportedError
 from nydusfs.daemon.http import Request, Response
 from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.mounts import MountedImage, MountRequest
@@ -52,6 +53,19 @@ class Control:
     async def exit(self) -> Callable[[], None]:
         self.machine.exit()
         return lambda: None
+
+    @property
+    def keeper_pid(self) -> int | None:
+        return None
+
+    async def send_fd(self) -> None:
+        raise UnsupportedError()
+
+    async def take_over(self) -> None:
+        raise UnsupportedError()
+
+    async def upgrade(self) -> Callable[[], None]:
+        raise UnsupportedError()
 
     def inflight(self) -> list[InFlightInfo]:
         return []
@@ -130,6 +144,7 @@ async def test_daemon_information_has_upstreams_shape() -> None:
     assert info["version"].keys() == {"package_ver", "git_commit", "build_time", "profile", "rustc"}
     assert {k: v for k, v in info.items() if k != "version"} == {
         "id": None, "supervisor": None, "state": "RUNNING", "backend_collection": {},
+        "keeper_pid": None, "worker_pid": os.getpid(),
     }  # fmt: skip
     second = await Api(Control()).handle(Request("GET", "/api/v2/daemon"))
     assert json.loads(second.body)["backend_collection"] is None
@@ -164,6 +179,7 @@ async def test_runtime_settings_are_kept_per_id_and_secrets_never_shown() -> Non
 def test_state_machine_allows_exactly_the_documented_transitions() -> None:
     allowed = {
         (State.INIT, Event.MOUNT): State.READY,
+        (State.INIT, Event.TAKEOVER): State.READY,
         (State.INIT, Event.STOP): State.STOPPED,
         (State.READY, Event.START): State.RUNNING,
         (State.READY, Event.STOP): State.STOPPED,

@@ -1,0 +1,240 @@
+"""Death and replacement under a running mount: of the worker, the keeper, the zygote, and by upgrade or supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cases import case as image_case
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.killing import kill_workers
+from tests.lab.mounted import check_mount
+from tests.lab.process import LabError, processes_mentioning
+from tests.lab.tiny import tiny_image
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+CASE = "v6-zstd-blake3-1m"
+
+
+def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
+    """Three images, eight readers that verify all they read, prefetch on, a mirror that lies: see `lab.killing`."""
+    report = kill_workers(40)
+    assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
+    assert report.reads > 1000
+
+
+def info(daemon: Nydusd) -> dict[str, int]:
+    body = daemon.get("daemon").body
+    return {name: body[name] for name in ("keeper_pid", "worker_pid")}
+
+
+def settled(daemon: Nydusd, before: dict[str, int], *names: str) -> dict[str, int]:
+    """Once these have other pids."""
+    try:
+        wait_until(
+            lambda: daemon.running() and all(info(daemon)[name] != before[name] for name in names), 20, "the successor"
+        )
+    except LabError as error:
+        raise LabError(f"{error}; the end of its log:\n{daemon.log_text()[-3000:]}") from None
+    return info(daemon)
+
+
+def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
+    case = image_case(CASE)
+    with Nydusd() as daemon:
+        assert daemon.mount("/a/b", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
+        first = info(daemon)
+        assert first["keeper_pid"] == daemon.pid
+        listed = sorted(os.listdir(daemon.mnt / "a" / "b"))
+        with subprocess.Popen(["sleep", "60"], cwd=daemon.mnt / "a" / "b") as inside:
+            try:
+                os.kill(first["worker_pid"], signal.SIGKILL)
+                second = settled(daemon, first, "worker_pid")
+                assert second["keeper_pid"] == first["keeper_pid"]
+                os.kill(second["keeper_pid"], signal.SIGKILL)
+                third = settled(daemon, second, "keeper_pid")
+                assert third["worker_pid"] == second["worker_pid"]
+                # the new keeper keeps as well as the old one; and without its zygote too
+                helpers = set(processes_mentioning(str(daemon.sock))) - set(third.values())
+                for pid in helpers:
+                    os.kill(pid, signal.SIGKILL)
+                os.kill(third["worker_pid"], signal.SIGKILL)
+                fourth = settled(daemon, third, "worker_pid")
+                assert sorted(os.listdir(f"/proc/{inside.pid}/cwd/")) == listed
+                assert check_mount(case, daemon.mnt / "a" / "b") == []
+                # mounts made and removed after a death are kept like those from before
+                assert daemon.mount("/a/c", case / "image.boot", localfs_config(case)).status == 204
+                assert daemon.umount("/a/b").status == 204
+                os.kill(fourth["worker_pid"], signal.SIGKILL)
+                settled(daemon, fourth, "worker_pid")
+                assert os.listdir(daemon.mnt / "a") == ["c"]
+                assert check_mount(case, daemon.mnt / "a" / "c") == []
+            finally:
+                inside.kill()
+        os.kill(info(daemon)["keeper_pid"], signal.SIGTERM)
+        wait_until(lambda: not os.path.ismount(daemon.mnt), 10, "the umount")
+        wait_until(lambda: not processes_mentioning(str(daemon.sock)), 10, "the end of all its processes")
+
+
+def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
+    case = image_case(CASE)
+    with Nydusd() as daemon:
+        assert daemon.mount("/a", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
+        before = info(daemon)
+        with (daemon.mnt / "a" / "small" / sorted(os.listdir(daemon.mnt / "a" / "small"))[0]).open("rb") as held:
+            expected = held.read()
+            assert daemon.call("PUT", "daemon/upgrade").status == 204
+            after = settled(daemon, before, "worker_pid")
+            assert after["keeper_pid"] == before["keeper_pid"]
+            held.seek(0)
+            assert held.read() == expected
+        assert check_mount(case, daemon.mnt / "a") == []
+
+
+def test_code_that_does_not_start_leaves_the_old_worker_in_place(tmp_path: Path) -> None:
+    """The installed code is broken at the moment of the upgrade."""
+    code = tmp_path / "code"
+    source = Path(__file__).resolve().parents[2]
+    code.mkdir()
+    for name in ("bootstrap", "nydusfs", "protos"):
+        (code / name).symlink_to(source / name)
+    program = tmp_path / "nydusd"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys, os\nsys.path.insert(0, {str(code)!r})\n"
+        f"os.environ['PYTHONPATH'] = {str(code)!r}\nfrom nydusfs.daemon.cli import main\nmain()\n"
+    )
+    program.chmod(0o755)
+    image = tiny_image(tmp_path, {"f": b"content"})
+    with Nydusd(binary=program) as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        before = info(daemon)
+        (code / "nydusfs").unlink()
+        (code / "nydusfs").mkdir()
+        (code / "nydusfs" / "__init__.py").write_text("raise SystemExit(3)")
+        answer = daemon.call("PUT", "daemon/upgrade")
+        assert (answer.status, answer.message) == (500, "Upgrade(DaemonAbnormal(Upgrade))")
+        assert info(daemon) == before
+        assert os.listdir(daemon.mnt / "a") == ["f"]
+
+
+@contextmanager
+def supervisor(path: Path) -> Iterator[list[tuple[bytes, int]]]:
+    """What upstream's snapshotter has: keeps what a daemon sends, gives it to the next that connects in silence."""
+    kept: list[tuple[bytes, int]] = []
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    return
+                with client:
+                    client.settimeout(1)
+                    try:
+                        data, fds, _, _ = socket.recv_fds(client, 1 << 20, 16)
+                    except TimeoutError:
+                        data, fds = b"", []
+                    if fds:
+                        while piece := client.recv(1 << 20):
+                            data += piece
+                        kept[:] = [(data, fds[0])]
+                    elif kept:
+                        socket.send_fds(client, [kept[0][0]], [kept[0][1]])
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield kept
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            for _, fd in kept:
+                os.close(fd)
+
+
+def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
+    """The sequence of upstream's smoke test (reference 8.4), and its failover: save, exit or crash, take over."""
+    case = image_case(CASE)
+    with Nydusd() as first:
+        path = first.dir / "s.sock"
+        with supervisor(path) as kept:
+            first.stop()
+            first.args = ("--supervisor", path, "--id", "d1")
+            first.start()
+            assert first.mount("/a", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
+            with subprocess.Popen(["sleep", "60"], cwd=first.mnt / "a") as inside:
+                try:
+                    assert first.call("PUT", "daemon/fuse/sendfd").status == 204
+                    wait_until(lambda: bool(kept), 10, "the state at the supervisor")
+                    second = Nydusd("--supervisor", path, "--id", "d1", "--upgrade", directory=first.dir)
+                    second.sock = first.dir / "b.sock"
+                    second.start(ready=False)
+                    wait_until(lambda: state(second) == "INIT", 20, "the second daemon")
+                    assert second.call("PUT", "daemon/start").status == 400
+                    assert first.call("PUT", "daemon/exit").status == 204
+                    assert first.child is not None
+                    assert first.child.process.wait(15) == 0
+                    assert second.call("PUT", "daemon/fuse/takeover").status == 204
+                    assert state(second) == "READY"
+                    assert second.call("PUT", "daemon/fuse/sendfd").status == 204
+                    assert second.call("PUT", "daemon/start").status == 204
+                    assert state(second) == "RUNNING"
+                    assert os.listdir(f"/proc/{inside.pid}/cwd/")
+                    assert check_mount(case, second.mnt / "a") == []
+                    second.kill_all()
+                    third = Nydusd("--supervisor", path, "--id", "d1", "--upgrade", directory=first.dir)
+                    third.sock = first.dir / "c.sock"
+                    third.start(ready=False)
+                    wait_until(lambda: state(third) == "INIT", 20, "the third daemon")
+                    assert third.call("PUT", "daemon/fuse/takeover").status == 204
+                    assert third.call("PUT", "daemon/start").status == 204
+                    assert check_mount(case, third.mnt / "a") == []
+                finally:
+                    inside.kill()
+            assert third.stop()[0] == 0
+            assert not os.path.ismount(third.mnt)
+
+
+def state(daemon: Nydusd) -> str:
+    try:
+        return str(daemon.get("daemon").body["state"])
+    except OSError:
+        return ""
+
+
+def test_secrets_of_configurations_stay_out_of_files_and_logs(tmp_path: Path) -> None:
+    case = image_case(CASE)
+    secret = "cGxhbnRlZDpzZWNyZXQ="  # base64 of user:password
+    config = (
+        '{"device": {"id": "c", "backend": {"type": "registry", "config": {"host": "127.0.0.1:1", "repo": "a/b", '
+        f'"scheme": "http", "auth": "{secret}"}}}}, "cache": {{"type": "blobcache", "config": {{"work_dir": '
+        f'"{tmp_path}"}}}}}}, "mode": "direct"}}'
+    )
+    with Nydusd("-l", "trace") as daemon:
+        assert daemon.mount("/a", case / "image.boot", config).status == 204
+        before = info(daemon)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        after = settled(daemon, before, "worker_pid")
+        planted = (secret, "planted:secret", "cGxhbnRlZDpzZWNyZXQ")
+        answers = [str(daemon.get(path).body) for path in ("daemon", "metrics/backend", "daemon/events", "config?id=c")]
+        texts = [daemon.log_text(), *answers]
+        for pid in (*after.values(), *processes_mentioning(str(daemon.sock))):
+            for name in ("cmdline", "environ"):
+                texts.append(Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace"))
+        for folder in (tmp_path, daemon.dir):
+            texts += [
+                file.read_bytes().decode(errors="replace") for file in folder.rglob("*")
+                if file.is_file() and not str(file).startswith(str(daemon.mnt))
+            ]  # fmt: skip
+        for text in texts:
+            assert not any(word in text for word in planted)

@@ -1,0 +1,196 @@
+"""SIGKILL of nydusd's worker at random moments, under readers that verify every byte: what did they notice?
+
+    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N]
+
+Several images with prefetch on, from a registry with a mirror before it that answers 503, wrong bytes and nothing in
+turn. Readers hash files in random order, drop the pages again so that each read asks the daemon, and cached segments
+are deleted all the while, so that fetches, cache writes and reads are all hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from bootstrap.build import build_directory
+from bootstrap.options import BuildOptions
+from tests.lab.daemon import Nydusd
+from tests.lab.faulty import Request, faulty_server
+from tests.lab.process import LabError, remove_tree, wait_until, work_dir
+
+_READER = """
+import errno, json, os, random, sys, time
+from hashlib import blake2b
+files = list(json.load(open(sys.argv[1])).items())
+stop, rng = sys.argv[2], random.Random(int(sys.argv[3]))
+reads = wrong = errors = 0
+slow, said = [], []
+while not os.path.exists(stop):
+    path, expected = rng.choice(files)
+    began = time.time()
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            digest = blake2b(digest_size=16)
+            while data := os.read(fd, 1 << 17): digest.update(data)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        reads += 1
+        if digest.hexdigest() != expected:
+            wrong += 1
+            said.append("wrong " + path)
+    except OSError as error:
+        errors += 1
+        said.append(f"{errno.errorcode.get(error.errno)} {path}")
+    took = time.time() - began
+    if took > 0.02: slow.append((began, began + took))
+    time.sleep(0.002)
+print(json.dumps({"reads": reads, "wrong": wrong, "errors": errors, "slow": slow, "said": said[:5]}))
+"""
+FAULTS = ("503", "wrong-bytes", "short-body", "early-close")
+
+
+@dataclass
+class Report:
+    kills: int
+    reads: int
+    wrong: int
+    errors: int
+    stuck: int
+    stall_p50_ms: float
+    stall_p99_ms: float
+    stall_max_ms: float
+    said: list[str]
+
+
+def _make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tuple[Path, dict[str, str]]:
+    """The bootstrap of a tree of 120 files, and what they hold; its blob goes to `blobs`."""
+    rng = random.Random(seed)
+    expected: dict[str, str] = {}
+    for number in range(120):
+        folder = root / f"d{number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        size = rng.choice((0, 100, 5_000, 70_000)) if number else 3 << 20
+        data = rng.randbytes(size // 2) + bytes(size - size // 2)
+        (folder / f"f{number}").write_bytes(data)
+        expected[f"d{number % 7}/f{number}"] = blake2b(data, digest_size=16).hexdigest()
+    with out.open("w+b") as file:
+        result = build_directory(os.fspath(root), file, BuildOptions(chunk_size=0x10000))
+    blobs[result.blob_id] = out.read_bytes()
+    bootstrap = out.with_suffix(".boot")
+    bootstrap.write_bytes(result.bootstrap)
+    return bootstrap, expected
+
+
+def kill_workers(kills: int, readers: int = 8, seed: int = 1, every: tuple[float, float] = (0.05, 0.4)) -> Report:
+    """`every`: bounds of the random pause between two kills, seconds."""
+    rng = random.Random(seed)
+    base = work_dir()
+    blobs: dict[str, bytes] = {}
+    try:
+        images = [_make_image(base / f"t{n}", seed + n, base / f"b{n}", blobs) for n in range(3)]
+        faults = random.Random(seed)
+
+        def choose(_: Request) -> str:
+            return faults.choice(FAULTS) if faults.random() < 0.2 else "ok"
+
+        with (
+            faulty_server(blobs) as registry,
+            faulty_server(blobs, choose=choose) as mirror,
+            Nydusd() as daemon,
+        ):
+            config = {
+                "device": {
+                    "backend": {
+                        "type": "registry",
+                        "config": {
+                            "scheme": "http", "host": registry.netloc, "repo": "a/b", "timeout": 5,
+                            "connect_timeout": 5, "retry_limit": 2, "mirrors": [{"host": mirror.url}],
+                        },
+                    },
+                    "cache": {"type": "blobcache", "config": {"work_dir": str(base / "cache")}},
+                },
+                "mode": "direct",
+                "fs_prefetch": {"enable": True, "threads_count": 4, "prefetch_all": True},
+            }  # fmt: skip
+            files: dict[str, str] = {}
+            for number, (bootstrap, expected) in enumerate(images):
+                answer = daemon.mount(f"/{number}", bootstrap, json.dumps(config))
+                assert answer.status == 204, answer
+                files |= {str(daemon.mnt / str(number) / name): value for name, value in expected.items()}
+            (base / "files.json").write_text(json.dumps(files))
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, "-c", _READER, base / "files.json", base / "stop", str(seed + number)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for number in range(readers)
+            ]
+            moments: list[float] = []
+            try:
+                time.sleep(0.5)
+                for number in range(kills):
+                    time.sleep(rng.uniform(*every))
+                    for victim in rng.sample(sorted((base / "cache").glob("*/*-*")), 1):
+                        victim.unlink(missing_ok=True)
+                    pid = daemon.worker_pid
+                    moments.append(time.time())
+                    os.kill(pid, signal.SIGKILL)
+                    # the next one answers, before it may be killed as well
+                    wait_until(lambda pid=pid: daemon.running() and daemon.worker_pid != pid, 20, "the next worker")
+                    if number % 100 == 99:
+                        print(f"{number + 1} kills", file=sys.stderr, flush=True)
+                time.sleep(0.3)
+            except LabError as error:
+                raise LabError(f"{error}; the end of its log:\n{daemon.log_text()[-4000:]}") from None
+            finally:
+                (base / "stop").touch()
+            results, stuck = [], 0
+            for process in processes:
+                try:
+                    results.append(json.loads(process.communicate(timeout=20)[0]))
+                except subprocess.TimeoutExpired:
+                    stuck += 1
+                    process.kill()
+            slow = [tuple(span) for result in results for span in result["slow"]]
+            stalls = sorted(
+                max([0.0, *(end - moment for start, end in slow if start <= moment + 0.02 and end > moment)])
+                for moment in moments
+            )
+            return Report(
+                kills=kills,
+                reads=sum(result["reads"] for result in results),
+                wrong=sum(result["wrong"] for result in results),
+                errors=sum(result["errors"] for result in results),
+                stuck=stuck,
+                stall_p50_ms=round(stalls[len(stalls) // 2] * 1000, 1),
+                stall_p99_ms=round(stalls[min(len(stalls) - 1, len(stalls) * 99 // 100)] * 1000, 1),
+                stall_max_ms=round(stalls[-1] * 1000, 1),
+                said=[line for result in results for line in result["said"]][:10],
+            )
+    finally:
+        remove_tree(base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--readers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    print(json.dumps(asdict(kill_workers(options.kills, options.readers, options.seed)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
