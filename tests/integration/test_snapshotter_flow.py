@@ -206,7 +206,10 @@ def served(roots: list[Path]) -> bool:
     for root in roots:
         if subprocess.run(["stat", "-f", root], capture_output=True, timeout=20).returncode:
             return False
-    return all(read(root / some_file(root)) for root in roots)
+    try:
+        return all(read(root / some_file(root)) for root in roots)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 @pytest.mark.parametrize("ours", ["ours"], indirect=True)
