@@ -9,8 +9,8 @@ from nydusfs.sources.standing import Standing, State
 
 # Requests in flight at which a source's answers are taken to need twice as long.
 _CROWD = 16
-# A source with as many requests as it may be trusted with comes behind the other mirrors, and before the origin.
-_CROWDED_FACTOR, _CROWDED_SECONDS = 2.0, 0.3
+# A source with as many requests as it may be trusted with comes behind the other mirrors; seconds for each of them.
+_CROWDED_SECONDS = 0.1
 # A source must be this much faster than one listed before it to be preferred: the list's order is the user's.
 _RANK_FACTOR, _RANK_SECONDS = 0.25, 0.005
 # Mirrors are there to spare the origin. It is preferred only to mirrors that take a second and ten times as long.
@@ -36,7 +36,7 @@ def score(option: Option, size: int, now: float) -> float:
     standing = option.standing
     seconds = standing.latency.estimate(size, now) * (1 + standing.in_flight / _CROWD)
     if standing.crowded():
-        seconds = seconds * _CROWDED_FACTOR + _CROWDED_SECONDS
+        seconds += _CROWDED_SECONDS * (1 + standing.in_flight)
     if option.last:
         return seconds * _ORIGIN_FACTOR + _ORIGIN_SECONDS
     return seconds * (1 + option.rank * _RANK_FACTOR) + option.rank * _RANK_SECONDS

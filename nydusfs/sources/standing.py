@@ -5,7 +5,7 @@ Three judgements that answer three questions:
   find out when it is back; then it is TRYING, with few requests at once, and soon UP.
 - the error rate: how often is an answer wrong? A source that fails one request in ten is never down for long, so the
   breaker alone would let it waste one request in ten. Its share of the requests is held so small that what fails is
-  half a percent of all.
+  a third of a percent of all.
 - the blobs: a blob that a source does not have, or has wrong, is asked for elsewhere for a while.
 """
 
@@ -25,7 +25,7 @@ MAX_BLOBS = 256
 TRIALS = 3  # good answers that make a source UP again
 PROVEN = 16  # good answers after which a source gets any number of requests at once
 START = 2  # requests at once to a source that has shown nothing yet
-WASTE = 0.005  # share of all requests that may be lost to one source's errors
+WASTE = 0.003  # share of all requests that may be lost to one source's errors
 GOOD = 0.02  # error rate below which a source is as good as any
 _ERROR_WEIGHT = 1 / 50
 

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 MODES = (
     "ok", "503", "429", "404", "hang-headers", "hang-body", "trickle", "short-body", "early-close", "empty",
     "wrong-bytes", "whole-200", "whole-206", "chunked", "chunked-200", "wrong-total", "no-range-header", "wrong-range",
-    "garbage", "endless-headers",
+    "garbage", "endless-headers", "dragonfly-429", "dragonfly-403",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ class FaultyServer:
     mode: str = "ok"
     auth: str | None = None
     redirect: str = ""
+    redirect_query: str = "sig=1"
+    ping_status: int = 200
     latency: float = 0.0
     rate: float = 0.0  # bytes per second of a body
     token_life: int = 300
@@ -143,15 +145,16 @@ class FaultyServer:
         if self.latency:
             self._pause(self.latency)
         if target.path == "/ping":
-            return _send(out, 200, b"ok")
+            return _send(out, self.ping_status, b"ok")
         if self.auth and not self._authorized(request):
-            challenge = f'Bearer realm="{self.url}/token",service="lab",scope="repository:a/b:pull"'
+            repo = target.path.removeprefix("/v2/").rpartition("/blobs/")[0]
+            challenge = f'Bearer realm="{self.url}/token",service="lab",scope="repository:{repo}:pull"'
             if self.auth == "basic":
                 challenge = 'Basic realm="lab, with a comma"'
             return _send(out, 401, b"{}", [("WWW-Authenticate", challenge)])
         blob_id = target.path.rpartition("/")[2].removeprefix("sha256:")
         if self.redirect:
-            return _send(out, 307, b"", [("Location", f"{self.redirect}/signed/blobs/{blob_id}?sig=1")])
+            return _send(out, 307, b"", [("Location", f"{self.redirect}/signed/blobs/{blob_id}?{self.redirect_query}")])
         if blob_id not in self.blobs:
             return _send(out, 404, b"no such blob")
         mode = self.choose(request) if self.choose else self.mode
@@ -171,7 +174,9 @@ class FaultyServer:
             return _send(out, 405, b"GET, please")
         if request.headers.get("authorization") != "Basic " + base64.b64encode(self.login.encode()).decode():
             return _send(out, 401, b"who?")
-        assert query["scope"] == ["repository:a/b:pull"]
+        assert re.fullmatch("repository:[a-z0-9/]+:pull", query["scope"][0])
+        if self.latency:
+            self._pause(self.latency)
         self.valid_tokens.add(token)
         return _send(out, 200, json.dumps({"token": token, "expires_in": self.token_life}).encode())
 
@@ -184,6 +189,8 @@ class FaultyServer:
         content_range = ("Content-Range", f"bytes {first}-{last}/{len(blob)}")
         if mode in ("503", "429", "404"):
             return _send(out, int(mode), b"no")
+        if mode.startswith("dragonfly-"):
+            return _send(out, int(mode[10:]), b"", [("X-Dragonfly-Error-Type", "proxy")])
         if mode == "hang-headers":
             self._pause(60)
             return False

@@ -173,7 +173,7 @@ def test_checks_of_one_read_never_run_at_the_same_time() -> None:
         busy -= 1
 
     first = known(FakeSource("first", answers(0.1, spread=0)), 0.01)
-    race = racer(first, FakeSource("second", answers(0.09, spread=0), rank=1))
+    race = racer(first, known(FakeSource("second", answers(0.09, spread=0), rank=1), 0.5))
 
     async def main() -> None:
         await race.read(WANTED, slow_check)

@@ -1,0 +1,313 @@
+"""Mirrors, proxies and tokens as they are configured: several registries behind one mirror, containerd's hosts.toml,
+Dragonfly's headers and refusals, tokens of many repositories."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import ssl
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nydusfs.config import load_config
+from nydusfs.config.model import RegistryBackend
+from nydusfs.errors import SourceError
+from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
+from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.tiny import noise
+
+BLOB_ID, BLOB = "ab" * 32, noise(200_000)
+AUTH = base64.b64encode(b"user:secret").decode()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines under test stall for seconds: no hedge shall be taken for a choice."""
+    monkeypatch.setattr(registry, "MIRROR_PATIENCE", 20.0)
+    monkeypatch.setattr(race, "UNKNOWN", 20.0)
+    monkeypatch.setattr(race, "ORIGIN_HEDGE", 20.0)
+
+
+@pytest.fixture
+def server() -> Any:
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(faulty_server({BLOB_ID: BLOB}, **settings))
+
+
+def backend(origin: FaultyServer, repo: str = "a/b", **more: Any) -> RegistryBackend:
+    options = {
+        "host": origin.netloc, "repo": repo, "scheme": "https" if origin.tls else "http", "timeout": 30,
+        "connect_timeout": 20, **more,
+    }  # fmt: skip
+    text = json.dumps({"device": {"backend": {"type": "registry", "config": options}}, "mode": "direct"})
+    found = load_config(text, "test").backend
+    assert isinstance(found, RegistryBackend)
+    return found
+
+
+def run(scenario: Callable[[SourceHub], Awaitable[None]]) -> None:
+    failures: list[BaseException] = []
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                hub = SourceHub(nursery)
+                try:
+                    await scenario(hub)
+                except Exception as error:  # not as a group
+                    failures.append(error)
+                nursery.cancel_scope.cancel()
+                hub.close()
+
+    trio.run(main)
+    if failures:
+        raise failures[0]
+
+
+async def read(source: Any, offset: int = 0, priority: Priority = Priority.DEMAND) -> None:
+    async def check(body: bytes | bytearray) -> None:
+        if bytes(body) != BLOB[offset : offset + 4096]:
+            raise WrongBytes("its digest is wrong")
+
+    await source.read(BLOB_ID, offset, 4096, priority, check)
+
+
+def test_several_registries_behind_one_mirror(server: Any) -> None:
+    """By header or by query, each request says which registry is meant; a header's placeholder is filled in."""
+    first, second, mirror = server(), server(), server()
+    by_header = {"host": mirror.url, "headers": {"X-Dragonfly-Registry": "{registry}", "X-Host": "at {host}"}}
+    by_query = {"host": mirror.url, "ns": True}
+
+    async def scenario(hub: SourceHub) -> None:
+        for origin in (first, second):
+            await read(open_source(backend(origin, mirrors=[by_header]), hub))
+            await read(open_source(backend(origin, mirrors=[by_query]), hub))
+
+    run(scenario)
+    assert not first.requests and not second.requests
+    named = [request.headers.get("x-dragonfly-registry") for request in mirror.requests]
+    assert named == [first.url, None, second.url, None]
+    assert mirror.requests[0].headers["x-host"] == f"at {first.netloc}"
+    target = f"/v2/a/b/blobs/sha256:{BLOB_ID}"
+    assert [request.target for request in mirror.requests] == [
+        target, f"{target}?ns=127.0.0.1%3A{first.port}", target, f"{target}?ns=127.0.0.1%3A{second.port}",
+    ]  # fmt: skip
+
+
+def certificates(folder: Path) -> tuple[ssl.SSLContext, Path, Path]:
+    """A server's context that wants a client certificate, and the files of its authority and of the client."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=lab"
+    for name in ("server", "client"):
+        files = ["-keyout", str(folder / f"{name}.key"), "-out", str(folder / f"{name}.pem")]
+        more = ["-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run([*command.split(), *more, *files], check=True, capture_output=True, timeout=30)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(folder / "client.pem")
+    return context, folder / "server.pem", folder / "client.pem"
+
+
+def test_containerds_hosts_are_mirrors_too(server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context, authority, client = certificates(tmp_path)
+    origin, first, second = server(), server(), server(tls=context)
+    folder = tmp_path / "certs.d" / origin.netloc
+    folder.mkdir(parents=True)
+    (folder / "hosts.toml").write_text(
+        f"""
+        server = "{origin.url}"
+        [host."{second.url}/proxy/v2"]
+        capabilities = ["pull", "resolve"]
+        override_path = true
+        ca = "{authority}"
+        client = [["{client}", "{client.with_suffix(".key")}"]]
+        [host."{second.url}/proxy/v2".header]
+        X-Registry = "{{registry}}"
+        [host."http://127.0.0.1:1"]
+        capabilities = ["push"]
+        """
+    )
+    listed = str(tmp_path / "certs.d")
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, hosts_dir=listed), hub))
+        assert not origin.requests
+        assert second.requests[0].target == f"/proxy/v2/a/b/blobs/sha256:{BLOB_ID}?ns=127.0.0.1%3A{origin.port}"
+        assert second.requests[0].headers["x-registry"] == origin.url
+        # The configuration's own mirrors come first.
+        await read(open_source(backend(origin, hosts_dir=listed, mirrors=[{"host": first.url}]), hub), 8192)
+        assert len(first.requests) == 1 and len(second.requests) == 1
+        second.mode = "503"
+        await read(open_source(backend(origin, hosts_dir=listed), hub), 4096)
+        assert len(origin.requests) == 1
+        (folder / "hosts.toml").write_text("server = [")
+        await read(open_source(backend(origin, hosts_dir=listed), hub), 4096)
+        assert "hosts.toml is not TOML" in caplog.text and "going on without it" in caplog.text
+
+    run(scenario)
+
+
+def test_a_registrys_own_certificates_come_from_certs_d(server: Any, tmp_path: Path) -> None:
+    context, authority, client = certificates(tmp_path)
+    origin = server(tls=context)
+    folder = tmp_path / "certs.d" / f"127.0.0.1_{origin.port}_"  # docker's form
+    folder.mkdir(parents=True)
+    for name, source in (("ca.crt", authority), ("me.cert", client), ("me.key", client.with_suffix(".key"))):
+        (folder / name).write_bytes(source.read_bytes())
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, hosts_dir=str(tmp_path / "certs.d")), hub))
+        with pytest.raises(SourceError, match="certificate not accepted"):
+            await read(open_source(backend(origin, hosts_dir=""), hub))
+
+    run(scenario)
+
+
+# -- proxies
+
+
+def test_a_proxy_is_told_what_dragonfly_wants_to_know(server: Any) -> None:
+    origin, proxy = server(), server()
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, proxy={"url": proxy.url}), hub)
+        await read(source)
+        await read(source, 4096, Priority.PREFETCH)
+        seen = [{k: v for k, v in request.headers.items() if k.startswith("x-dragonfly")} for request in proxy.requests]
+        common = {"x-dragonfly-use-p2p": "true", "x-dragonfly-prefetch": "true"}
+        assert seen == [{**common, "x-dragonfly-priority": "6"}, {**common, "x-dragonfly-priority": "3"}]
+        # What Dragonfly does not want to prefetch now, the registry is not asked for instead. A reader is served.
+        proxy.mode = "dragonfly-429"
+        with pytest.raises(SourceError, match="Dragonfly is at its limit"):
+            await read(source, 8192, Priority.PREFETCH)
+        assert not origin.requests
+        await read(source, 8192)
+        assert len(origin.requests) == 1
+        proxy.mode = "dragonfly-403"
+        await read(source, 12288)
+        assert "x-dragonfly-priority" not in origin.requests[-1].headers
+
+    run(scenario)
+
+
+def test_a_proxy_that_is_not_healthy_is_left_alone_until_it_is(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    origin, proxy = server(), server()
+    settings = {"url": proxy.url, "ping_url": f"{proxy.url}/ping", "check_interval": 1}
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, proxy=settings), hub)
+        await read(source)
+        assert len(proxy.data_requests) == 1 and not origin.requests
+        proxy.ping_status = 404  # healthy is 200 to 399
+        await trio.sleep(1.5)
+        await read(source, 4096)
+        assert len(proxy.data_requests) == 1 and len(origin.requests) == 1
+        proxy.ping_status = 200
+        back = time.monotonic()
+        while len(proxy.data_requests) < 5:
+            await read(source, 8192)
+            await trio.sleep(0.05)
+        assert time.monotonic() - back < 20  # 5 s and what a stalled machine adds
+        alone = open_source(backend(origin, proxy={**settings, "fallback": False}), hub)
+        proxy.mode = "503"
+        asked = len(origin.requests)
+        with pytest.raises(SourceError, match="proxy http://.*status 503"):
+            await read(alone, 4096)
+        assert len(origin.requests) == asked
+
+    run(scenario)
+
+
+# -- tokens
+
+
+def test_a_hundred_readers_are_one_refusal_and_one_token(server: Any) -> None:
+    origin = server(auth="bearer", latency=0.2)
+
+    async def scenario(hub: SourceHub) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                source = open_source(backend(origin, auth=AUTH), hub)
+                nursery.start_soon(read, source, number * 1024)
+
+    run(scenario)
+    assert sum("authorization" not in request.headers for request in origin.requests) == 1
+    assert len([request for request in origin.tokens if request.method == "GET"]) == 1
+
+
+def test_tokens_of_many_repositories_are_no_burst(server: Any) -> None:
+    origin = server(auth="bearer", latency=0.1)
+
+    async def scenario(hub: SourceHub) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                for _ in range(3):
+                    nursery.start_soon(read, open_source(backend(origin, f"r/{number}", auth=AUTH), hub), number * 64)
+
+    run(scenario)
+    granted = [request for request in origin.tokens if request.method == "GET"]
+    assert len(granted) == 16 and len({request.target for request in granted}) == 16
+    times = sorted(request.when for request in granted)
+    assert all(late - early > 0.05 for early, late in zip(times, times[4:], strict=False))  # four at once
+
+
+def test_tokens_are_renewed_before_they_end_and_only_while_used(server: Any) -> None:
+    origin = server(auth="bearer", token_life=2)
+
+    async def scenario(hub: SourceHub) -> None:
+        used = open_source(backend(origin, auth=AUTH), hub)
+        idle = open_source(backend(origin, "idle", auth=AUTH), hub)
+        await read(idle)
+        end = trio.current_time() + 4.5
+        while trio.current_time() < end:
+            await read(used)
+            await trio.sleep(0.02)
+
+    run(scenario)
+    scopes = [request.target.rpartition("=")[2] for request in origin.tokens if request.method == "GET"]
+    assert scopes.count("repository%3Aidle%3Apull") == 1
+    assert 2 <= scopes.count("repository%3Aa%2Fb%3Apull") <= 5
+    refused = [request for request in origin.data_requests if "authorization" not in request.headers]
+    assert len(refused) == 2  # the first of each: no reader met the end of a token
+
+
+def test_a_signed_redirect_is_not_used_beyond_its_time(server: Any) -> None:
+    store = server()
+    origin = server(redirect=store.url, redirect_query=f"Expires={int(time.time()) + 17}&Signature=x")
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin), hub)
+        await read(source)
+        await read(source, 4096)
+        assert len(origin.requests) == 1
+        await trio.sleep(2.5)  # it still works for 15 s, but a long read must not meet its end
+        await read(source, 8192)
+        assert len(origin.requests) == 2
+
+    run(scenario)
+
+
+def test_what_is_known_of_each_source_can_be_shown(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    origin, mirror = server(), server(mode="503")
+    headers = {"X-Secret": "do not show"}
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, mirrors=[{"host": mirror.url, "failure_limit": 2, "headers": headers}]), hub)
+        assert isinstance(source, RegistrySource)
+        for number in range(4):
+            await read(source, number * 4096)
+        report = {entry["address"]: entry for entry in hub.report()}
+        assert report[mirror.url]["state"] == "down" and report[mirror.url]["last_failure"] == "status 503"
+        assert report[origin.url]["state"] == "up" and report[origin.url]["first_byte_millis"] > 0
+        assert "do not show" not in json.dumps(hub.report()) + caplog.text
+
+    run(scenario)
