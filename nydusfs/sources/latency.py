@@ -20,6 +20,7 @@ _TRUSTED = 8  # samples before quantiles mean something
 _RISE, _FALL = 0.3, 0.1  # weights of a sample above and below the average: bad news counts sooner
 _RATE_SIZE = 32 * 1024  # smaller bodies say nothing about the rate
 _FORGET = 60.0  # seconds in which an unused source's estimate loses half of its distance to the prior
+_FORGIVE = 1.5  # and in which one that was late is given half of its lateness: soon somebody looks again
 # A request is late behind the 95th percentile, and never before this much above the median: else a steady source,
 # whose p95 is a hair above its median, would see one request in twenty doubled for nothing.
 _ABOVE_MEDIAN = 1.3
@@ -35,6 +36,7 @@ class Latency:
     _median: float = 1.0
     _late: float = 1.0
     _touched: float = 0.0
+    _lateness: float = 0.0
 
     def expected(self, size: int) -> float:
         """Seconds that a request for `size` bytes takes."""
@@ -42,11 +44,13 @@ class Latency:
 
     def estimate(self, size: int, now: float) -> float:
         """`expected`, drawn to the prior the longer the source was not used: an old grudge is looked into again."""
+        unused = max(0.0, now - self._touched)
+        late: float = self._lateness * 0.5 ** (unused / _FORGIVE)
         if not self.samples:
-            return self.expected(size)
-        faith: float = 0.5 ** (max(0.0, now - self._touched) / _FORGET)
+            return self.expected(size) + late
+        faith: float = 0.5 ** (unused / _FORGET)
         prior = min(self.expected(size), PRIOR_FIRST + size / PRIOR_RATE)
-        return faith * self.expected(size) + (1 - faith) * prior
+        return faith * self.expected(size) + (1 - faith) * prior + late
 
     def observe(self, first: float, total: float, size: int, now: float) -> None:
         """A complete answer: seconds to its first byte and to its last."""
@@ -60,6 +64,7 @@ class Latency:
             rate = size / max(total - first, 1e-4)
             self.rate += 0.2 * (min(rate, 1e9) - self.rate)
         self._touched = now
+        self._lateness = 0.0
         if self._ratios and (self.samples <= _TRUSTED or self.samples % _EVERY == 0):
             ordered = sorted(self._ratios)
             self._median = ordered[len(ordered) // 2]
@@ -67,9 +72,7 @@ class Latency:
 
     def exceed(self, elapsed: float, size: int, now: float) -> None:
         """A request that was given up after `elapsed` seconds: it would have taken at least that."""
-        over = elapsed - size / self.rate
-        if over > self.first:
-            self.first += _RISE * (over - self.first)
+        self._lateness = max(self._lateness, elapsed)
         self._touched = now
 
     def hedge_after(self, size: int) -> float | None:

@@ -22,6 +22,7 @@ FIRST_PAUSE = 1.0
 MAX_PAUSE = 3.0  # a source that is back carries traffic within 5 s
 BLOB_PAUSE = 30.0
 MAX_BLOBS = 256
+OVERTAKEN = 2  # requests in a row that others overtook
 TRIALS = 3  # good answers that make a source UP again
 PROVEN = 16  # good answers after which a source gets any number of requests at once
 START = 2  # requests at once to a source that has shown nothing yet
@@ -51,6 +52,7 @@ class Standing:
     _updated: float = 0.0
     _pause: float = 0.0
     _proven: int = 0
+    _overtaken: int = 0  # in a row
     _credit: float = 1.0
     _blobs: dict[str, float] = field(default_factory=dict)
 
@@ -92,6 +94,7 @@ class Standing:
     def success(self, now: float) -> bool:
         """True when the source was not UP and is now."""
         self._weight = 0.0
+        self._overtaken = 0
         self._proven += 1
         self._count(0.0, now)
         if self.state is State.UP or (self.state is State.TRYING and self._proven < TRIALS):
@@ -120,12 +123,17 @@ class Standing:
         return was_up
 
     def slow(self, elapsed: float, size: int, now: float) -> bool:
-        """A request that another source overtook. True when this takes the source down: one that never answered
-        anything is taken to hang. Half an error: the tail of a good source, which is what hedges are for, must not look
-        like one."""
-        known = bool(self.latency.samples)
+        """A request that another source overtook. True when this takes the source down, as it does one that never
+        answered anything, or that this happens to time after time: probes are better than readers at finding out. Half
+        an error: the tail of a good source, which is what hedges are for, must not look like one."""
+        self._overtaken += 1
+        hangs = self._overtaken >= OVERTAKEN or not self.latency.samples
         self.latency.exceed(elapsed, size, now)
-        return self.failure(now, f"no answer within {elapsed:.3g} s", hung=not known, error=0.5)
+        down = self.failure(now, f"no answer within {elapsed:.3g} s", error=0.5)
+        if down or not hangs or self.state is State.DOWN:
+            return down
+        self._down(now)
+        return True
 
     def wrong(self, blob: str, now: float, *, errors: bool) -> None:
         """It does not have this blob or, with `errors`, has it wrong."""
@@ -156,6 +164,7 @@ class Standing:
         if passed:
             if self.state is State.DOWN:
                 self.state = State.TRYING
+                self.latency = Latency()  # how long it took before says nothing about it now
                 self._proven = 0
                 self._weight = 0.0
             return

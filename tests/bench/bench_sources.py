@@ -1,6 +1,6 @@
-"""Chunk reads over four sources, of which one is well: errors, latency beside the good one alone, extra requests, recovery.
+"""Chunk reads over four sources of which one is well: errors, latency beside the good one alone, extra requests.
 
-    python -m tests.bench.bench_sources [--reads 100000] [--readers 64] [--latency 0.2] [--good origin|mirror] [--json F]
+    python -m tests.bench.bench_sources [--reads 100000] [--readers 64] [--latency 0.2] [--good origin|mirror]
 
 The sources are real servers in a process of their own: nobody listens on the first, the second hangs after its headers,
 the third answers one request in ten with 503 and one in a hundred with a flipped byte (after half of the latency), the
@@ -35,7 +35,7 @@ BLOBS = 64  # a source with a wrong byte is left alone for that blob: few blobs 
 
 @dataclass
 class Result:
-    """Seconds; `extra`: requests beyond one per read, as a share of the reads; `alone_p99`: the good source by itself."""
+    """Seconds; `extra`: requests beyond one per read, as a share of the reads; `alone_p99`: of the good source."""
 
     reads: int
     errors: int
@@ -108,10 +108,13 @@ async def _recovery(source: RegistrySource, servers: BlobServers, readers: int) 
 
 
 async def _measure(reads: int, readers: int, latency: float, good: str) -> Result:
-    with blob_servers(f"hang:{latency / 10}", f"sick:{latency / 2}", f"healthy:{latency}") as servers, dead_port() as dead:
+    with (
+        blob_servers(f"hang:{latency / 10}", f"sick:{latency / 2}", f"healthy:{latency}") as servers,
+        dead_port() as dead,
+    ):
         hang, sick, healthy = (f"127.0.0.1:{port}" for port in servers.ports)
         async with trio.open_nursery() as nursery:
-            alone, _ = await _many(_source(SourceHub(nursery), [], healthy), max(1000, 8 * readers), readers)
+            alone, _ = await _many(_source(SourceHub(nursery), [], healthy), max(200, 10 * readers), readers)
             mirrors = [dead, hang, sick]
             if good == "origin":
                 source = _source(SourceHub(nursery), mirrors, healthy)

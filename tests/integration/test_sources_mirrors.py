@@ -219,7 +219,7 @@ def test_a_proxy_that_is_not_healthy_is_left_alone_until_it_is(server: Any, capl
         alone = open_source(backend(origin, proxy={**settings, "fallback": False}), hub)
         proxy.mode = "503"
         asked = len(origin.requests)
-        with pytest.raises(SourceError, match="proxy http://.*status 503"):
+        with pytest.raises(SourceError, match=r"proxy http://.*status 503"):
             await read(alone, 4096)
         assert len(origin.requests) == asked
 
@@ -301,7 +301,9 @@ def test_what_is_known_of_each_source_can_be_shown(server: Any, caplog: pytest.L
     headers = {"X-Secret": "do not show"}
 
     async def scenario(hub: SourceHub) -> None:
-        source = open_source(backend(origin, mirrors=[{"host": mirror.url, "failure_limit": 2, "headers": headers}]), hub)
+        source = open_source(
+            backend(origin, mirrors=[{"host": mirror.url, "failure_limit": 2, "headers": headers}]), hub
+        )
         assert isinstance(source, RegistrySource)
         for number in range(4):
             await read(source, number * 4096)

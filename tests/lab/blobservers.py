@@ -2,10 +2,10 @@
 
     python -m tests.lab.blobservers healthy:0.2 sick:0.1 hang:0.2
 
-Prints a JSON line with the ports in order. A line `NUMBER CHARACTER` on stdin changes one of them; the process ends with
-its stdin. Every server has every blob: the bytes of `BLOB`. Characters: `healthy`; `sick` (10 % of the answers 503, 1 %
-with a flipped byte); `hang` (headers, then nothing). A protocol of asyncio and no HTTP library: a request costs 40 us, so
-that the client under test has the processor.
+Prints a JSON line with the ports in order. A line `NUMBER CHARACTER SECONDS` on stdin changes one of them; the process
+ends with its stdin. Every server has every blob: the bytes of `BLOB`. Characters: `healthy`; `sick` (10 % are
+503, 1 % with a flipped byte); `hang` (headers, then nothing). A protocol of asyncio and no HTTP library: a request
+costs 40 us, so that the client under test has the processor.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class _Server(asyncio.Protocol):
             self._answer(b"HTTP/1.1 503 S\r\nContent-Length: 4\r\n\r\nsick")
             return
         body = BLOB[first : last + 1]
-        head = f"HTTP/1.1 206 P\r\nContent-Range: bytes {first}-{last}/{len(BLOB)}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"HTTP/1.1 206 P\r\nContent-Range: bytes {first}-{last}/{len(BLOB)}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         if character == "hang":
             self._answer(head.encode())
             return

@@ -52,7 +52,7 @@ def test_a_late_request_is_doubled_and_the_loser_is_cancelled() -> None:
     assert seconds == pytest.approx(0.13 + 0.05, abs=0.02)  # 1.3 of its median, then the other one's time
     assert slow.running == fast.running == 0
     assert slow.standing.in_flight == fast.standing.in_flight == 0
-    assert slow.standing.latency.first > 0.1  # it would have taken longer than it was given
+    assert slow.standing.latency.estimate(8, 0.2) > 0.2  # it would have taken longer than it was given
 
 
 def test_the_first_one_may_still_win() -> None:
@@ -194,9 +194,10 @@ def test_a_reader_that_goes_away_takes_its_requests_along() -> None:
     virtual(main)
 
 
-def test_probes_find_out_and_readers_do_not_pay() -> None:
+@pytest.mark.parametrize("other", ["origin", "mirror"])
+def test_probes_find_out_and_readers_do_not_pay(other: str) -> None:
     """A source that answers its ping and then hangs stays down; once it serves, it carries traffic within 5 s."""
-    mirror, origin = FakeSource("mirror", hangs), FakeSource("origin", answers(0.05), rank=1, last=True)
+    mirror, origin = FakeSource("mirror", hangs), FakeSource(other, answers(0.05), rank=1, last=other == "origin")
 
     async def main() -> None:
         async with trio.open_nursery() as background:
@@ -206,6 +207,7 @@ def test_probes_find_out_and_readers_do_not_pay() -> None:
                 started = trio.current_time()
                 await race.read(WANTED, check)
                 slow += trio.current_time() - started > 0.1
+                assert trio.current_time() - started < 1.1
             assert mirror.standing.state is State.DOWN
             assert slow <= 3 and mirror.pings >= 8
             mirror.behave = answers(0.01)

@@ -70,12 +70,15 @@ def test_old_failures_fade_and_hangs_weigh_more() -> None:
     assert [hanging.failure(float(now), "t", hung=True) for now in (0, 3)] == [False, True]
 
 
-def test_a_source_that_never_answered_and_was_overtaken_twice_is_down() -> None:
-    standing = Standing()
-    assert [standing.slow(0.5, 4096, now) for now in (1.0, 1.1)] == [False, True]
+def test_a_source_that_is_overtaken_is_down_soon_if_it_shows_nothing_else() -> None:
+    assert Standing().slow(0.5, 4096, 1.0)  # it never answered anything
     known = Standing()
     known.latency.observe(0.01, 0.01, 4096, 0.0)
-    assert not any(known.slow(0.5, 4096, now) for now in (1.0, 1.1, 1.2))
+    for now in (1.0, 1.1, 1.2):
+        assert not known.slow(0.5, 4096, now)
+        assert known.latency.estimate(4096, now) > 0.5 > known.latency.estimate(4096, now + 3)
+        known.success(now)
+    assert [known.slow(0.5, 4096, now) for now in (2.0, 2.1)] == [False, True]
 
 
 def test_a_missing_blob_is_the_blobs_matter() -> None:
