@@ -56,6 +56,7 @@ _MAX_PATTERNS = 64 << 20
     "--fs-align-chunk",
     "--backend-aligned-chunk",
     "align_chunk",
+    env=["FS_ALIGN_CHUNK", "BACKEND_ALIGNED_CHUNK"],
     is_flag=True,
     help="Align chunks to 4096 (RAFS 5 only).",
 )

@@ -21,7 +21,7 @@ from nydusfs.convert.datalayers import DataLayers
 from nydusfs.convert.dictionary import Dictionary, DictionaryChoice, load_dictionary
 from nydusfs.convert.endpoints import Connections, Endpoint, Location
 from nydusfs.convert.images import Descriptor, Image, ImageSet, load_images
-from nydusfs.convert.layers import LayerSettings
+from nydusfs.convert.layers import LayerSettings, build_options
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
 from nydusfs.convert.pushing import RETRIES, RETRY_DELAY, Pusher
@@ -209,7 +209,7 @@ class _Conversion:
         platforms, settings = options.platforms, options.settings
         platform = platforms[0] if platforms and len(platforms) == 1 else None
         folder = self.folder / "dictionary"
-        self.dictionary = load_dictionary(options.chunk_dict, connections, folder, platform, settings.fs_version)
+        self.dictionary = load_dictionary(options.chunk_dict, connections, folder, platform, build_options(settings))
         return replace(settings, dictionary=self.dictionary.checksum)
 
     # -- blobs that are not made here

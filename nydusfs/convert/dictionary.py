@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nydusfs.convert.backends import BlobStore
 from nydusfs.convert.endpoints import Connections, Endpoint, Location, parse_location
@@ -20,6 +21,9 @@ from nydusfs.convert.nydusimage import pick_nydus, unpack_image
 from nydusfs.convert.platforms import Platform
 from nydusfs.errors import ConvertError, NotFoundError
 from nydusfs.registry.hosts import ClientOptions
+
+if TYPE_CHECKING:
+    from bootstrap.options import BuildOptions
 
 _FORMS = "bootstrap:registry:REFERENCE or bootstrap:local:FILE"
 
@@ -80,34 +84,33 @@ class Dictionary:
 
 
 def load_dictionary(
-    choice: DictionaryChoice, connections: Connections, folder: Path, platform: Platform | None, version: int
+    choice: DictionaryChoice, connections: Connections, folder: Path, platform: Platform | None, options: BuildOptions
 ) -> Dictionary:
-    """Fetches a dictionary below `folder` and looks whether a build of this RAFS version can use it; the builder knows
-    the rest. Raises NydusError."""
+    """Fetches a dictionary below `folder` and looks whether builds with these options can use it. Raises NydusError."""
     if choice.file is not None:
-        return Dictionary(str(choice), choice.file, _checked(choice.file, str(choice), version))
+        return Dictionary(str(choice), choice.file, _checked(choice.file, str(choice), options))
     assert choice.location is not None
     endpoint = choice.location.open(connections)
     image, _ = pick_nydus(load_images(endpoint, [platform] if platform else None))
     unpacked = unpack_image(image, folder)
-    checksum = _checked(unpacked.bootstrap, str(choice), version)
+    checksum = _checked(unpacked.bootstrap, str(choice), options)
     blobs = {layer.hex: layer for layer in unpacked.data_layers}
     return Dictionary(str(choice), unpacked.bootstrap, checksum, endpoint, blobs)
 
 
-def _checked(path: Path, name: str, version: int) -> str:
-    from bootstrap.errors import RafsError
+def _checked(path: Path, name: str, options: BuildOptions) -> str:
+    """SHA-256 of the bootstrap."""
+    from bootstrap.chunkdict import require_like
+    from bootstrap.errors import BuildError, RafsError
     from bootstrap.reader import open_bootstrap
 
     try:
         with contextlib.closing(open_bootstrap(str(path))) as image:
-            if image.version != version:
-                raise ConvertError(
-                    f"chunk dictionary {name} has RAFS version {image.version}, the image is to have {version} "
-                    "(--fs-version)"
-                )
+            require_like(image, f"chunk dictionary {name}", options)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except BuildError as error:
+        raise ConvertError(str(error)) from error
     except RafsError as error:
         raise ConvertError(f"chunk dictionary {name}: {error}") from error
     except OSError as error:

@@ -28,6 +28,7 @@ from tests.lab.forward import forwarding
 from tests.lab.httpd import Handler, body_of, reply
 from tests.lab.images import Image, ImageLayout, entry, fetch_manifest
 from tests.lab.nydusify import failed, nydusify, start_nydusify, upstream_nydusify
+from tests.lab.objects import object_server
 from tests.lab.registry import Registry, find_program
 
 pytestmark = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
@@ -71,6 +72,7 @@ def image(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Image
         layer["mediaType"] = mt.DOCKER_LAYER_GZIP
     with RegistryClient(registry.host) as client:
         client.push_manifest("lab/app", "docker", mt.DOCKER_MANIFEST, json.dumps(document).encode())
+    convert(registry, tmp_path_factory.mktemp("5"), "app:oci", "app:5", "--fs-version", "5")
     return built
 
 
@@ -307,6 +309,48 @@ def _docker_save(image: Image, path: Path) -> None:
         archive.addfile(info, io.BytesIO(body))
 
 
+@pytest.mark.parametrize("kind", ["s3", "oss"])
+def test_blobs_in_buckets(kind: str, registry: Registry, image: Image, tmp_path: Path) -> None:
+    """There, not sent again unless forced, and read back."""
+    with object_server(kind) as bucket:
+        config = json.dumps(bucket.config(object_prefix="nydus/"))
+        flags = ("--backend-type", kind, "--backend-config", config)
+
+        def puts() -> int:
+            return sum(one.method == "PUT" for one in bucket.requests)
+
+        convert(registry, tmp_path, "app:oci", f"app:{kind}", *flags)
+        assert len(bucket.objects) == puts() == 3 and all(key.startswith("nydus/") for key in bucket.objects)
+        convert(registry, tmp_path, "app:oci", f"app:{kind}", *flags)
+        assert puts() == 3
+        convert(registry, tmp_path, "app:oci", f"app:{kind}", *flags, "--backend-force-push")
+        assert puts() == 6
+        source = ("--source-backend-type", kind, "--source-backend-config", config)
+        convert(registry, tmp_path, f"app:{kind}", f"app:plain-{kind}", "--reverse", *source)
+    assert len(fetch_manifest(registry.host, "lab/app", kind)[1]["layers"]) == 1
+    assert tree(f"{registry.host}/lab/app:plain-{kind}") == tree(f"{registry.host}/lab/app:oci")
+
+
+def test_the_source_knows_its_nydus_image(registry: Registry, image: Image, tmp_path: Path) -> None:
+    convert(registry, tmp_path, "app:oci", "app:referring", "--with-referrer")
+    with RegistryClient(registry.host) as client:
+        found = client.referrers("lab/app", image.manifest.digest)
+        assert [one["digest"] for one in found] == [client.manifest_digest("lab/app", "referring")]
+
+
+def test_a_layer_may_come_twice(registry: Registry, tmp_path: Path) -> None:
+    layout = ImageLayout(tmp_path / "image")
+    one, other = layout.add_layer([entry("a", "1" * 9000)]), layout.add_layer([entry(".wh.a", "")])
+    layout.finish([one, other, one]).push(registry.host, "lab/twice", "oci")
+    convert(registry, tmp_path, "twice:oci", "twice:n")
+    digests = [layer["digest"] for layer in fetch_manifest(registry.host, "lab/twice", "n")[1]["layers"]]
+    assert digests[0] == digests[2] and len(digests) == 4
+    nydusify("check", "--no-mount", "--source", f"{registry.host}/lab/twice:oci", "--target",
+             f"{registry.host}/lab/twice:n", "--work-dir", tmp_path / "o")  # fmt: skip
+    convert(registry, tmp_path, "twice:n", "twice:r", "--reverse")
+    assert tree(f"{registry.host}/lab/twice:r") == tree(f"{registry.host}/lab/twice:oci")
+
+
 def test_references_elsewhere_take_the_layers_along(registry: Registry, image: Image, tmp_path: Path) -> None:
     """Upstream leaves an OCI-ref image in another repository without its data."""
     convert(registry, tmp_path, "app:oci", "elsewhere:ref", "--oci-ref")
@@ -450,6 +494,12 @@ def test_wrong_bytes_of_a_source_are_fetched_again(registry: Registry, image: Im
         (["--chunk-dict", "x"], "bootstrap:registry:REFERENCE or bootstrap:local:FILE"),
         (["--chunk-dict", "bootstrap:local:/nonexistent"], "/nonexistent"),
         (["--chunk-dict", f"bootstrap:local:{sys.executable}"], "chunk dictionary"),
+        (["--chunk-dict", "bootstrap:registry:{host}/lab/app:5"], "RAFS version 5 instead of 6"),
+        (
+            ["--chunk-dict", "bootstrap:registry:{host}/lab/app:5", "--fs-version", "5", "--chunk-size", "0x1000"],
+            "chunk size 0x100000 instead of 0x1000",
+        ),
+        (["--chunk-dict", "bootstrap:registry:{host}/lab/app:oci"], "is not a Nydus image"),
         (["--backend-type", "tape"], "oss, s3, localfs"),
         (["--backend-type", "oss"], "--backend-config"),
         (["--backend-type", "oss", "--backend-config", "{"], "JSON"),
@@ -470,6 +520,7 @@ def test_bad_input_is_one_clear_sentence(
     from nydusfs.convert.cli import cli
     from nydusfs.errors import NydusError
 
+    flags = [flag.replace("{host}", registry.host) for flag in flags]
     arguments = ["convert", "--source", f"{registry.host}/lab/app:oci", "--target", f"{registry.host}/lab/bad:x",
                  "--work-dir", str(tmp_path / "w"), *flags]  # fmt: skip
     done = CliRunner().invoke(cli, arguments)

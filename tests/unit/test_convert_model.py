@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import stat
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from nydusfs.convert import manifests, rules
 from nydusfs.convert.bootstrap_layer import chunk_table, unpack_bootstrap_layer, write_bootstrap_layer
 from nydusfs.convert.cli import cli
+from nydusfs.convert.cmd_convert import command
 from nydusfs.convert.compare import compare
 from nydusfs.convert.endpoints import Connections, Endpoint, LayoutLocation
 from nydusfs.convert.images import Descriptor, Image, load_images, parse_descriptor
@@ -25,7 +28,7 @@ from nydusfs.convert.views import TreeView
 from nydusfs.errors import ConvertError
 from nydusfs.registry import mediatypes as mt
 from tests.lab.images import entry
-from tests.lab.paths import shared_dir
+from tests.lab.paths import ref_bin, shared_dir
 
 NOWHERE = Endpoint()
 NOWHERE.name = NOWHERE.image = "localhost:5000/app:oci"
@@ -259,6 +262,28 @@ def test_every_kind_of_difference_is_reported() -> None:
 
 
 # -- the command line
+
+
+@pytest.mark.interop
+def test_convert_has_upstreams_flags() -> None:
+    """Names, aliases, environment variables, as upstream's help lists them."""
+    program = ref_bin("nydusify")
+    if program is None:
+        pytest.skip("interop: no reference programs here")
+    text = subprocess.run([str(program), "convert", "--help"], capture_output=True, text=True, timeout=20).stdout
+    theirs = {}
+    for line in text.splitlines():
+        names = re.match(r"\s+(--[\w-]+(?:, --[\w-]+)*)", line)
+        if names and "--help" not in line:
+            variable = re.search(r"\[\$(\w+)\]", line)
+            for name in names[1].split(", "):
+                theirs[name] = variable and variable[1]
+    ours: dict[str, list[str]] = {}
+    for option in command.params:
+        variables = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or [])
+        ours.update(dict.fromkeys(option.opts, variables))
+    assert len(theirs) > 40
+    assert {name: variable for name, variable in theirs.items() if variable not in (ours.get(name) or [None])} == {}
 
 
 @pytest.mark.parametrize(
