@@ -6,15 +6,59 @@ Reference: RAFS format 4.7 - 4.10. What the sections hold is the mode's business
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from bootstrap.chunktable import BlobInfo
-from bootstrap.codec import compress
+from bootstrap.codec import compress, zstd_stream
 from bootstrap.layout import blobmeta, toc
 from bootstrap.layout.common import Compressor
+from bootstrap.spool import Spool
 
 Seal = Callable[[bytes], bytes]
+
+IN_ONE_PIECE = 64 << 20
+"""Larger regions are compressed as a stream: the restart points of a layer of 4 GB take 256 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Chunk entries, batch or zran contexts, dictionaries of the latter: what is compressed as a whole (4.7)."""
+
+    entries: bytes
+    contexts: bytes = b""
+    context_count: int = 0
+    dictionaries: Spool | None = None
+
+    def __len__(self) -> int:
+        tail = 0 if self.dictionaries is None else len(self.dictionaries)
+        return len(self.entries) + len(self.contexts) + tail
+
+    def _pieces(self) -> Iterator[bytes]:
+        yield self.entries
+        yield self.contexts
+        if self.dictionaries is not None:
+            yield from self.dictionaries.pieces()
+
+    def pack(self, kind: Compressor) -> tuple[Compressor, Iterable[bytes], int, bytes]:
+        """How it is stored, the stored bytes and their number, and the SHA-256 of the plain ones."""
+        if len(self) <= IN_ONE_PIECE or kind != Compressor.ZSTD:
+            plain = b"".join(self._pieces())
+            digest = hashlib.sha256(plain).digest()
+            stored = compress(kind, plain)
+            if stored is None:
+                return Compressor.NONE, [plain], len(plain), digest
+            return kind, [stored], len(stored), digest
+        packed, sha256 = Spool(), hashlib.sha256()
+        packer = zstd_stream(len(self))
+        for piece in self._pieces():
+            sha256.update(piece)
+            packed.append(packer.compress(piece))
+        packed.append(packer.flush())
+        if len(packed) >= len(self):
+            return Compressor.NONE, self._pieces(), len(self), sha256.digest()
+        return kind, packed.pieces(), len(packed), sha256.digest()
 
 
 class BlobFile:
@@ -56,22 +100,18 @@ class BlobFile:
         self._frame(toc.IMAGE_BLOB, size)
         self._entry(toc.IMAGE_BLOB, Compressor.NONE, self.sha256.digest(), 0, size, uncompressed_size)
 
-    def add_meta(
-        self, info: BlobInfo, entries: bytes, contexts: bytes, context_count: int, kind: Compressor, seal: Seal | None
-    ) -> None:
-        """The blob meta (4.7): chunk entries and batch or zran contexts, compressed with `kind`, then the header.
+    def add_meta(self, info: BlobInfo, region: Region, kind: Compressor, seal: Seal | None) -> None:
+        """The blob meta (4.7): the region, compressed with `kind` where that makes it smaller, then the header.
 
-        Fills in the ci_ fields of `info`. `seal` encrypts region and header each.
+        Fills in the ci_ fields of `info`. `seal` encrypts region and header each; such regions have no dictionaries.
         """
-        plain = entries + contexts
-        stored = compress(kind, plain)
-        if stored is None:
-            stored, kind = plain, Compressor.NONE
+        kind, pieces, stored_size, digest = region.pack(kind)
         if seal is not None:
-            stored = seal(stored)
+            sealed = seal(b"".join(pieces))
+            pieces, stored_size = [sealed], len(sealed)
         at = self.size
         info.ci_compressor, info.ci_offset = kind, at
-        info.ci_compressed_size, info.ci_uncompressed_size = len(stored), len(plain)
+        info.ci_compressed_size, info.ci_uncompressed_size = stored_size, len(region)
         header = blobmeta.HEADER.pack(
             *blobmeta.Header(
                 blobmeta.MAGIC,
@@ -79,21 +119,22 @@ class BlobFile:
                 kind,
                 info.chunk_count,
                 at,
-                len(stored),
-                len(plain),
-                ci_zran_offset=len(entries) if context_count else 0,
-                ci_zran_size=len(contexts),
-                ci_zran_count=context_count,
+                stored_size,
+                len(region),
+                ci_zran_offset=len(region.entries) if region.context_count else 0,
+                ci_zran_size=len(region) - len(region.entries),
+                ci_zran_count=region.context_count,
             )
         )
         self.meta_header = header
-        self.write(stored)
+        for piece in pieces:
+            self.write(piece)
         self.write(header if seal is None else seal(header))
         size = len(header)
-        self._frame(toc.BLOB_META, len(stored) + size)
-        self._entry(toc.BLOB_META, kind, hashlib.sha256(plain).digest(), at, len(stored), len(plain))
+        self._frame(toc.BLOB_META, stored_size + size)
+        self._entry(toc.BLOB_META, kind, digest, at, stored_size, len(region))
         digest = hashlib.sha256(header).digest()
-        self._entry(toc.BLOB_META_HEADER, Compressor.NONE, digest, at + len(stored), size, size)
+        self._entry(toc.BLOB_META_HEADER, Compressor.NONE, digest, at + stored_size, size, size)
 
     def add_digests(self, digests: bytes | bytearray) -> None:
         """The array of chunk digests; the blob's id does not depend on these bytes (4.10)."""

@@ -31,6 +31,11 @@ def _zstd_compressor() -> zstandard.ZstdCompressor:
     return cast("zstandard.ZstdCompressor", found)
 
 
+def zstd_stream(size: int) -> zstandard.ZstdCompressionObj:
+    """Compresses `size` bytes given piece by piece into one frame."""
+    return _zstd_compressor().compressobj(size=size)
+
+
 def _zstd_decompressor() -> zstandard.ZstdDecompressor:
     found = getattr(_local, "decompressor", None)
     if found is None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bootstrap import crypt
 from bootstrap.base import Chunk
-from bootstrap.blobfile import BlobFile
+from bootstrap.blobfile import BlobFile, Region
 from bootstrap.blobsource import Blobs, Part
 from bootstrap.chunktable import BlobInfo
 from bootstrap.codec import compress
@@ -107,7 +107,7 @@ class _Repacker:
         info = self.info
         if self._v6 and info.chunk_count:
             seal = None if self._secret is None else self._encrypt
-            self._file.add_meta(info, bytes(self._entries), b"", 0, info.compressor, seal)
+            self._file.add_meta(info, Region(bytes(self._entries)), info.compressor, seal)
         info.compressed_size = self._file.size
         info.id = self._file.id_hash()
         return NewBlob(info, np.array(self._rows, CHUNK))

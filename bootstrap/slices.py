@@ -16,6 +16,7 @@ from bootstrap.layout.zran import (
     pack_context,
 )
 from bootstrap.original import Border, GzipLayer
+from bootstrap.spool import Spool
 
 __all__ = ["SliceMaker"]
 
@@ -29,7 +30,8 @@ class SliceMaker:
     def __init__(self, layer: GzipLayer) -> None:
         self._layer = layer
         self._done: list[ZranContext] = []
-        self._dictionaries = bytearray()
+        self.dictionaries = Spool()
+        """Those of all slices, one after the other."""
         self._border: Border | None = None  # where the current slice starts
         self._in_len = self._out_len = 0  # of the current slice, to the end of its last chunk
         self._chunk_in = self._chunk_out = 0
@@ -46,7 +48,7 @@ class SliceMaker:
             self._border = border
         else:
             return
-        self._dictionaries += layer.window()
+        self.dictionaries.append(layer.window())
 
     def _is_full(self, start: Border, chunk_size: int) -> bool:
         compressed = self._chunk_in - start.in_offset
@@ -72,12 +74,12 @@ class SliceMaker:
 
     def _close(self, start: Border) -> None:
         at, out, byte, bits, dict_size = start
-        dict_offset = len(self._dictionaries) - dict_size
+        dict_offset = len(self.dictionaries) - dict_size
         self._done.append(ZranContext(at, out, dict_offset, self._in_len, self._out_len, dict_size, byte, bits))
 
     def finish(self) -> tuple[bytes, int]:
-        """No chunk follows: all contexts and then all dictionaries, and the number of contexts."""
+        """No chunk follows: all contexts, and their number. Behind them belong the `dictionaries`."""
         if self._border is not None:
             self._close(self._border)
             self._border = None
-        return b"".join(map(pack_context, self._done)) + self._dictionaries, len(self._done)
+        return b"".join(map(pack_context, self._done)), len(self._done)

@@ -17,7 +17,8 @@ from `Mode` in a new module here and name it in `bootstrap.kinds.KINDS`. What a 
 * `add_file(node, content)`: the content of one regular file, in build order. For each chunk a row of `self.table`
   (`ChunkTable.add`) has to be in `node.chunks` when `flush` returns, own or found in `self.index` (dedup). The mode
   counts in `self.info` (chunk_count, compressed_size, uncompressed_size), and fills `self.entries` (blob meta, 16 or 24
-  bytes a chunk), `self.contexts` with `self.context_count` (behind the entries), `self.digests` (32 bytes a chunk).
+  bytes a chunk), `self.contexts` with `self.context_count` (behind the entries), `self.dictionaries` (behind those),
+  `self.digests` (32 bytes a chunk).
   `content.position` is the offset in the tar of the next byte `content.read` gives (-1 for directories).
 * class attributes `has_data` (the blob starts with chunk data), `meta_compressor`, `super_flags`, and
   `features()`.
@@ -32,12 +33,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, ClassVar, Protocol
 
-from bootstrap.blobfile import BlobFile, Seal
+from bootstrap.blobfile import BlobFile, Region, Seal
 from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.dedup import ChunkIndex
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import INLINE_BLOB_ID, BlobFeatures, Compressor, SuperFlags
 from bootstrap.options import BuildOptions
+from bootstrap.spool import Spool
 from bootstrap.tree import Node
 
 MAX_INDEX = 0xFFFFFF
@@ -92,6 +94,7 @@ class Mode(ABC):
         self.place = self.table.place_of(self.info)
         self.entries = bytearray()
         self.contexts = bytearray()
+        self.dictionaries: Spool | None = None
         self.context_count = 0
         self.digests = bytearray()
         self.seal: Seal | None = None
@@ -177,9 +180,8 @@ class Mode(ABC):
         if self.has_data:
             file.end_data(info.uncompressed_size)
         if options.fs_version == 6:
-            file.add_meta(
-                info, bytes(self.entries), bytes(self.contexts), self.context_count, self.meta_compressor, self.seal
-            )
+            region = Region(bytes(self.entries), bytes(self.contexts), self.context_count, self.dictionaries)
+            file.add_meta(info, region, self.meta_compressor, self.seal)
         if options.blob_toc:
             file.add_digests(self.digests)
         if self.has_data:

@@ -164,4 +164,5 @@ class RefMode(Referring):
         if self._slices is not None:
             contexts, self.context_count = self._slices.finish()
             self.contexts += contexts
+            self.dictionaries = self._slices.dictionaries
         super().finish_data()

@@ -1,4 +1,4 @@
-"""Our nydusd and upstream's serve images that refer to layers as they are, some of which upstream's builder fails on."""
+"""Our nydusd and upstream's serve images that refer to layers as they are, some of which its builder fails on."""
 
 from __future__ import annotations
 

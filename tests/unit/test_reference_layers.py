@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bootstrap import blobfile, spool
 from bootstrap.build import BuildOptions, BuildResult, build_layer
 from bootstrap.cli.create import create
 from bootstrap.codec import decompress
@@ -153,6 +154,17 @@ def test_any_layer_is_found_again(tmp_path: Path, sizes: list[int], kind: str, c
     layer = pack(kind, tar_pieces(files))
     result, meta = build(layer, chunk_size=chunk_size)
     assert read_back(result, meta, layer, tmp_path) == files
+
+
+def test_a_large_blob_meta_is_written_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"f{i}": content(i, 1_500_000) for i in range(4)}
+    layer = member(b"".join(tar_pieces(files)))
+    _, whole = build(layer)
+    monkeypatch.setattr(blobfile, "IN_ONE_PIECE", 1000)
+    monkeypatch.setattr(spool, "IN_MEMORY", 1000)
+    result, meta = build(layer)
+    assert read_back(result, meta, layer, tmp_path) == files
+    assert abs(len(meta) - len(whole)) < 2000
 
 
 def test_a_layer_without_data_has_no_blob() -> None:
