@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bootstrap import blobfile, spool
+from bootstrap import blobfile, spool, zlibstream
 from bootstrap.build import BuildOptions, BuildResult, build_layer
 from bootstrap.cli.create import create
 from bootstrap.codec import decompress
@@ -140,6 +140,18 @@ def test_every_chunk_is_found_again(kind: str, tmp_path: Path) -> None:
     assert read_back(result, meta, layer, tmp_path) == files
     again, same = build(layer, chunk_size=0x10000, threads=1)
     assert (again.bootstrap, same) == (result.bootstrap, meta)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_GZIP[1:])
+def test_every_zlib_gives_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"f{i:03}": content(i + 9, size) for i, size in enumerate([3, 700_000, 40_000, 1, 900_000, 70_001])}
+    layer = pack(kind, tar_pieces(files))
+    found = {}
+    for engine in zlibstream.engines():
+        monkeypatch.setattr(zlibstream, "_engine", lambda engine=engine: engine)
+        result, meta = build(layer, chunk_size=0x10000)
+        found[engine.name] = (result.bootstrap, meta)
+    assert len(found) >= 2 and len(set(found.values())) == 1, list(found)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

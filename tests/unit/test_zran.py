@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bootstrap import zlibstream
 from bootstrap.errors import CodecError, FormatError, RafsError
 from bootstrap.layout.zran import CONTEXT, ZranContext
 from bootstrap.zlibstream import BLOCK, GZIP, Inflate
@@ -46,7 +48,9 @@ def _borders(file: bytes, plain: bytes) -> list[tuple[ZranContext, bytes]]:
     return found
 
 
-def test_every_block_border_is_an_entrance() -> None:
+@pytest.mark.parametrize("engine", list(zlibstream.engines()), ids=lambda engine: Path(engine.name).name)
+def test_every_block_border_is_an_entrance(engine: zlibstream.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zlibstream, "_engine", lambda: engine)
     plain = _text(700_000)
     file = _gzip(plain)
     borders = _borders(file, plain)
