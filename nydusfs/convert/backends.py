@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
-from nydusfs.convert.tarwrite import PieceStream
+from nydusfs.convert.streams import PieceStream
 from nydusfs.errors import ConfigError, ConvertError, os_reason
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from nydusfs.convert.nydusimage import NydusImage, unpack_image
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
 from nydusfs.convert.pushing import Pusher, unique
 from nydusfs.convert.stored import StoredImage
-from nydusfs.convert.tarwrite import PieceStream
+from nydusfs.convert.streams import PieceStream
 from nydusfs.convert.upperdir import ChangedError, Choice, folder_layer, upper_layer
 from nydusfs.convert.workdir import work_folder
 from nydusfs.errors import ConvertError

@@ -17,7 +17,7 @@ from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.images import load_image
 from nydusfs.convert.nydusimage import unpack_image
 from nydusfs.convert.pushing import Pusher
-from nydusfs.convert.tarwrite import PieceStream
+from nydusfs.convert.streams import PieceStream
 from nydusfs.errors import ConvertError
 from nydusfs.registry.client import Manifest
 

@@ -12,14 +12,13 @@ import errno
 import logging
 import os
 import stat
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
+from bootstrap import tarwrite
+from bootstrap.tarwrite import Member, pack_member, padding
 from nydusfs.convert.facts import shown
-from nydusfs.convert.tarwrite import END, entry_header, padding
 from nydusfs.errors import ConvertError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 TRUSTED, USER = b"trusted.overlay.", b"user.overlay."  # overlayfs' attributes; the second with the option userxattr
 _PIECE = 1 << 20
-_KINDS = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
+_KINDS = {stat.S_IFCHR: tarwrite.CHAR, stat.S_IFBLK: tarwrite.BLOCK_DEVICE, stat.S_IFIFO: tarwrite.FIFO}
 
 
 class ChangedError(ConvertError):
@@ -81,14 +80,14 @@ def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: by
     for path in choice.replaced:
         head, _, last = path.rpartition(b"/")
         yield writer.whiteout(head, last)
-    yield END
+    yield tarwrite.END_OF_ARCHIVE
 
 
 def folder_layer(top: int, path: bytes, choice: Choice) -> Iterator[bytes]:
     """Pieces of the layer tar for all there is below `path` of the directory `top`, or for the one file it names.
     Mounts below are taken with it. Raises ConvertError that names the path."""
     yield from _tree(top, path, _Writer(), choice)
-    yield END
+    yield tarwrite.END_OF_ARCHIVE
 
 
 def _tree(top: int, path: bytes, writer: _Writer, choice: Choice, *, opaque: bool = False) -> Iterator[bytes]:
@@ -127,7 +126,7 @@ class _Writer:
 
     def whiteout(self, directory: bytes, name: bytes) -> bytes:
         path = b"/".join(part for part in (directory, _WHITEOUT + name) if part)
-        return entry_header(path, tarfile.REGTYPE, 0o600)
+        return pack_member(Member(path, tarwrite.FILE, 0o600))
 
     def entry(self, directory: int, name: bytes, path: bytes, found: os.stat_result) -> Iterator[bytes]:
         if name.startswith(_WHITEOUT):
@@ -139,25 +138,28 @@ class _Writer:
         if kind == stat.S_IFSOCK:
             log.info("/%s is a socket: layers have no place for it, it is left out", shown(path))
             return
-        head = partial(entry_header, uid=found.st_uid, gid=found.st_gid, mtime=found.st_mtime_ns // 10**9)
-        mode = stat.S_IMODE(found.st_mode)
+        member = Member(path, b"", stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        member.mtime = found.st_mtime_ns // 10**9
         if kind != stat.S_IFDIR and found.st_nlink > 1:
             first = self._links.setdefault((found.st_dev, found.st_ino), path)
             if first != path:
-                yield head(path, tarfile.LNKTYPE, mode, link=first)
+                member.kind, member.link = tarwrite.HARD_LINK, first
+                yield pack_member(member)
                 return
-        xattrs = self._xattrs(directory, name, path)
+        member.xattrs = self._xattrs(directory, name, path)
         if kind == stat.S_IFREG:
-            yield head(path, tarfile.REGTYPE, mode, size=found.st_size, xattrs=xattrs)
+            member.kind, member.size = tarwrite.FILE, found.st_size
+            yield pack_member(member)
             yield from _content(directory, name, path, found.st_size)
-        elif kind == stat.S_IFDIR:
-            yield head(path + b"/", tarfile.DIRTYPE, mode, xattrs=xattrs)
+            return
+        if kind == stat.S_IFDIR:
+            member.kind, member.name = tarwrite.DIRECTORY, path + b"/"
         elif kind == stat.S_IFLNK:
-            target = os.readlink(name, dir_fd=directory)
-            yield head(path, tarfile.SYMTYPE, mode, link=target, xattrs=xattrs)
+            member.kind, member.link = tarwrite.SYMLINK, os.readlink(name, dir_fd=directory)
         else:
-            device = os.major(found.st_rdev), os.minor(found.st_rdev)
-            yield head(path, _KINDS[kind], mode, device=device, xattrs=xattrs)
+            member.kind = _KINDS[kind]
+            member.major, member.minor = os.major(found.st_rdev), os.minor(found.st_rdev)
+        yield pack_member(member)
 
     def _xattrs(self, directory: int, name: bytes, path: bytes) -> dict[bytes, bytes]:
         place = b"/proc/self/fd/%d/%s" % (directory, name)

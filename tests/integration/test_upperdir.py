@@ -15,7 +15,7 @@ import pytest
 
 from nydusfs.convert.compare import compare
 from nydusfs.convert.sourcetree import apply_layer, new_root, read_layer
-from nydusfs.convert.tarwrite import PieceStream
+from nydusfs.convert.streams import PieceStream
 from nydusfs.convert.upperdir import ChangedError, Choice, folder_layer, upper_layer
 from nydusfs.convert.views import MountView, TreeView
 from nydusfs.errors import ConvertError
