@@ -1,8 +1,9 @@
 """What to fetch ahead, in which order, how fast.
 
-Order as upstream's (`nydusd.md` 5.6): the given files, else the bootstrap's table (directories stand for all files
-below, "/" for everything), then with `prefetch_all` every blob front to back. Different from upstream: a demand read
-never waits for prefetch (see `fetch.FetchScheduler`), and `bandwidth_rate` is obeyed as written.
+Order: blobs that `optimize` made for this, then as upstream's (`nydusd.md` 5.6): the given files, else the bootstrap's
+table (directories stand for all files below, "/" for everything), then with `prefetch_all` every blob front to back.
+Different from upstream: a demand read never waits for prefetch (see `fetch.FetchScheduler`), and `bandwidth_rate` is
+obeyed as written.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from bootstrap.base import HOLE
+from bootstrap.base import HOLE, Blob
 from bootstrap.errors import RafsError
+from bootstrap.layout.common import BlobFeatures
 from nydusfs.errors import CacheError, SourceError
 from nydusfs.segments import SEGMENT_SIZE, Segment
 from nydusfs.sources import Priority
@@ -161,6 +163,9 @@ class Prefetcher:
                     log.warning("image %s: prefetch file %r is not in the image", self._reader.name, path)
         else:
             inodes = list(bootstrap.prefetch_inodes())
+        for blob in bootstrap.blobs:
+            if blob.features & BlobFeatures.IS_SEPARATED_WITH_PREFETCH_FILES:
+                yield from self._blob(blob)
         everything = bool(inodes) and all(ino == bootstrap.root for ino in inodes)
         if not everything:
             for ino in inodes:
@@ -190,14 +195,17 @@ class Prefetcher:
                         yield from self._once(extent.blob_index, row)
 
     def _all(self) -> Iterator[Segment | None]:
-        chunks = self._reader.chunks
         for blob in self._reader.bootstrap.blobs:
-            rows = chunks.blob_rows(blob.index)
-            row = rows.stop if chunks.lacks_meta(blob.index) else rows.start
-            while row < rows.stop:
-                yield from self._once(blob.index, row)
-                yield None
-                row = max(row + 1, self._reader.segment_of(blob.index, row).rows.stop)
+            yield from self._blob(blob)
+
+    def _blob(self, blob: Blob) -> Iterator[Segment | None]:
+        chunks = self._reader.chunks
+        rows = chunks.blob_rows(blob.index)
+        row = rows.stop if chunks.lacks_meta(blob.index) else rows.start
+        while row < rows.stop:
+            yield from self._once(blob.index, row)
+            yield None
+            row = max(row + 1, self._reader.segment_of(blob.index, row).rows.stop)
 
     def _once(self, blob_index: int, row: int) -> Iterator[Segment]:
         number = self._reader.chunks.anchor(blob_index, row) // SEGMENT_SIZE

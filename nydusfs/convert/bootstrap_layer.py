@@ -7,7 +7,7 @@ and equal input must give an equal layer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -37,20 +37,24 @@ class BootstrapLayer:
     size: int
 
 
-def write_bootstrap_layer(bootstrap: Path, metas: Iterable[tuple[str, Path]], out: Path) -> BootstrapLayer:
-    """`metas`: (layer digest hex, file with its chunk table) in layer order, each name once. Raises OSError."""
+def write_bootstrap_layer(
+    bootstrap: Path, metas: Iterable[tuple[str, Path]], out: Path, extras: Sequence[tuple[str, Path]] = ()
+) -> BootstrapLayer:
+    """`metas`: (layer digest hex, file with its chunk table) in layer order, each name once; `extras`: (name, file) of
+    what else goes into `image/`. Raises OSError."""
     with out.open("wb") as file:
         packed = GzipWriter(file)
-        for piece in _tar(bootstrap, metas):
+        for piece in _tar(bootstrap, metas, extras):
             packed.write(piece)
         packed.finish()
     return BootstrapLayer(out, packed.digest, packed.diff_id, packed.size)
 
 
-def _tar(bootstrap: Path, metas: Iterable[tuple[str, Path]]) -> Iterator[bytes]:
+def _tar(bootstrap: Path, metas: Iterable[tuple[str, Path]], extras: Sequence[tuple[str, Path]]) -> Iterator[bytes]:
     yield tar_header("image", 0o755, 0, b"5")
     files = [("image/image.boot", bootstrap)]
     files += [(f"image/{digest}.blob.meta", path) for digest, path in dict(metas).items()]
+    files += [(f"image/{name}", path) for name, path in extras]
     for name, path in files:
         size = path.stat().st_size
         yield tar_header(name, 0o444, size, b"0")

@@ -15,9 +15,11 @@ _COMMANDS = {
     "check": ("nydusfs.convert.cmd_check", "Check a Nydus image, and compare it with its source entry by entry"),
     "copy": ("nydusfs.convert.cmd_copy", "Copy an image between registries and archives"),
     "mount": ("nydusfs.convert.cmd_mount", "Mount a Nydus image as a folder until Ctrl-C"),
+    "build": ("nydusfs.convert.cmd_build", "Make a Nydus image of a directory: a bootstrap and a blob"),
+    "optimize": ("nydusfs.convert.cmd_optimize", "Put what a container reads first into a blob of its own"),
     "commit": ("nydusfs.convert.cmd_commit", "Make a new image of what a container changed"),
 }
-_ALIASES = {"view": "mount"}
+_ALIASES = {"view": "mount", "pack": "build"}
 _LEVELS = {
     "trace": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -82,6 +84,9 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
         )
     except OSError as error:
         raise click.ClickException(f"log file {log_file} cannot be written: {error.strerror}") from error
+    if level > logging.DEBUG:  # what the daemon says of itself is not for here
+        logging.getLogger("nydusfs").setLevel(max(level, logging.WARNING))
+        logging.getLogger("nydusfs.convert").setLevel(level)
     for noisy in ("httpx", "httpcore"):  # never more: they would log header fields
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -28,8 +28,8 @@ from nydusfs.convert.options import backend_flags, client_options, flag
 @flag("--mount/--no-mount", "mount", env=None, default=None, show_default=False,
       help="Mount both images, or read them without nydusd, FUSE and root. Default: mount if possible.")  # fmt: skip
 @flag("--nydus-image", default="nydus-image", help="Accepted for compatibility; bootstraps are checked in process.")
-@backend_flags("source-", "the source's blobs, if it is a Nydus image")
-@backend_flags("target-", "the target's blobs")
+@backend_flags("source-", "the source's blobs are, if not in layers")
+@backend_flags("target-", "the target's blobs are, if not in layers")
 def command(**given: Any) -> None:
     """Check a Nydus image: manifest rules, bootstrap, and with --source every entry of the file system.
 

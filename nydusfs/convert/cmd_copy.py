@@ -26,7 +26,7 @@ from nydusfs.convert.options import Size, backend_flags, client_options, flag
 @flag("--referrers/--no-referrers", "referrers", default=True, env=None,
       help="Between registries, copy what refers to the image, too: signatures, referring Nydus images.")  # fmt: skip
 @flag("--push-chunk-size", default="0MB", type=Size(), env=None, help="Send blobs in requests of this size; 0: in one.")
-@backend_flags("source-", "blobs of a Nydus image")
+@backend_flags("source-", "the blobs of a Nydus image are, if not in layers")
 @flag("--work-dir", default="./tmp", type=click.Path(file_okay=False), help="Folder for intermediate files.")
 @flag("--nydus-image", default="nydus-image", help="Accepted for compatibility; bootstraps are read in process.")
 def command(**given: Any) -> None:

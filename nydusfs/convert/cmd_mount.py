@@ -25,7 +25,7 @@ from nydusfs.convert.options import backend_flags, client_options, flag
 @flag("--prefetch", is_flag=True, help="Fetch all data in the background.")
 @flag("--work-dir", default="./tmp", type=click.Path(file_okay=False), help="Folder for bootstrap and cache; emptied.")
 @flag("--nydusd", default="nydusd", help="Program that mounts.")
-@backend_flags("", "the image's blobs")
+@backend_flags("", "the image's blobs are, if not in layers")
 def command(**given: Any) -> None:
     """Mount a Nydus image as a folder; Ctrl-C or SIGTERM unmounts it. Data is fetched when it is read. Needs root."""
     if not given["target"]:

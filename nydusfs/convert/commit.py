@@ -20,14 +20,14 @@ from nydusfs.containerd.pausing import paused
 from nydusfs.convert import manifests
 from nydusfs.convert.bootstrap_layer import write_bootstrap_layer
 from nydusfs.convert.container import Layers, image_of, layers_of, merged_view, root_of
-from nydusfs.convert.derive import derived_manifest, prefetch_paths
-from nydusfs.convert.endpoints import Connections, Location, RegistryEndpoint
+from nydusfs.convert.derive import derived_manifest, prefetch_paths, push_layers
+from nydusfs.convert.endpoints import Connections, Location
 from nydusfs.convert.facts import shown
 from nydusfs.convert.images import Descriptor, Image
 from nydusfs.convert.layers import write_tail
 from nydusfs.convert.nydusimage import NydusImage, unpack_image
 from nydusfs.convert.progress import Progress, elapsed_text, size_text
-from nydusfs.convert.pushing import Pusher, unique
+from nydusfs.convert.pushing import Pusher
 from nydusfs.convert.stored import StoredImage
 from nydusfs.convert.streams import PieceStream
 from nydusfs.convert.upperdir import ChangedError, Choice, folder_layer, upper_layer
@@ -106,7 +106,7 @@ def commit(options: CommitOptions, progress: Progress) -> CommitResult:
         pusher = stack.enter_context(Pusher(target, progress))
         endpoint = image.endpoint
         assert isinstance(endpoint, StoredImage)
-        _push_lower(pusher, endpoint.registry, image)
+        push_layers(pusher, endpoint.registry, image)
         stack.enter_context(containers.lease())
         containers.hold(f"snapshots/{container.snapshotter}", container.snapshot_key)
 
@@ -125,15 +125,6 @@ def commit(options: CommitOptions, progress: Progress) -> CommitResult:
 def _committed(image: Image) -> list[str]:
     text = image.layers[-1].annotations.get(mt.ANNOTATION_COMMIT_BLOBS, "")
     return [one for one in text.split(",") if one]
-
-
-def _push_lower(pusher: Pusher, registry: RegistryEndpoint, image: Image) -> None:
-    """Data layers of the image, and the plain layers that zran layers refer to."""
-    for layer in unique(image.layers[:-1]):
-        pusher.copy(registry, layer)
-        if reference := layer.annotations.get(mt.ANNOTATION_REF):
-            size = registry.blob_size(reference)
-            pusher.copy(registry, Descriptor("", reference, size))
 
 
 class _Reading:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nydusfs.convert import manifests
+from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.images import Descriptor, Image
-from nydusfs.convert.pushing import Pusher
+from nydusfs.convert.pushing import Pusher, unique
 from nydusfs.registry import mediatypes as mt
 
 
@@ -35,6 +36,14 @@ def derived_manifest(
     manifest["config"] = Descriptor(config_type, digest, len(body)).to_json()
     manifest["layers"] = [layer.to_json() for layer in [*image.layers[:-1], *new, last]]
     return image.media_type, manifests.indented(manifest)
+
+
+def push_layers(pusher: Pusher, origin: Endpoint, image: Image) -> None:
+    """Data layers of the image, and the plain layers that reference layers point to."""
+    for layer in unique(image.layers[:-1]):
+        pusher.copy(origin, layer)
+        if reference := layer.annotations.get(mt.ANNOTATION_REF):
+            pusher.copy(origin, Descriptor("", reference, origin.blob_size(reference)))
 
 
 def prefetch_paths(bootstrap: Path) -> list[bytes]:

@@ -32,7 +32,7 @@ def flag(*names: str, env: str | list[str] | None = "", **attributes: Any) -> Ca
     return click.option(*names, envvar=env, show_envvar=env is not None, **attributes)
 
 
-def backend_flags(prefix: str, what: str) -> Callable[[F], F]:
+def backend_flags(prefix: str, what: str, default: str | None = None) -> Callable[[F], F]:
     """--{prefix}backend-type, -config and -config-file; `what` lies there. See `backends.chosen_backend`."""
 
     def add(command: F) -> F:
@@ -41,7 +41,8 @@ def backend_flags(prefix: str, what: str) -> Callable[[F], F]:
             command
         )
         command = flag(f"{name}config", help="Its configuration: JSON, as nydusd has it.")(command)
-        return flag(f"{name}type", help=f"Where {what} are, if not in layers: oss, s3 or localfs.")(command)
+        extra = {"default": default} if default else {}
+        return flag(f"{name}type", help=f"Where {what}: oss, s3 or localfs.", **extra)(command)
 
     return add
 

@@ -18,6 +18,7 @@ from nydusfs.convert.check import can_mount
 from nydusfs.registry import mediatypes as mt
 from tests.lab.images import ImageLayout, entry
 from tests.lab.nydusify import nydusify, upstream_nydusify
+from tests.lab.objects import object_server
 from tests.lab.paths import ref_bin, shared_dir
 from tests.lab.process import mounts_below
 from tests.lab.stack import program
@@ -115,6 +116,25 @@ def test_images_with_blobs_in_a_directory(tmp_path: Path, name: str, how: str) -
     done = check(f"oci:{layout}", tmp_path, "--source", f"oci:{fixtures() / 'oci' / 'oci'}", how, *backend)
     assert "compared 31 entries" in done.stderr
     assert not mounts_below(tmp_path)
+
+
+@pytest.mark.interop
+def test_an_image_with_blobs_in_a_bucket(tmp_path: Path) -> None:
+    case = fixtures() / "v6-merged3"
+    layout = bare_image(tmp_path / "image", case)
+    source = f"oci:{fixtures() / 'oci' / 'oci'}"
+    with object_server("s3") as store:
+        store.objects.update({f"blobs/{path.name}": path.read_bytes() for path in case.glob("?" * 64)})
+        config = tmp_path / "backend.json"
+        config.write_text(json.dumps(store.config(object_prefix="blobs/")))
+        backend = ["--target-backend-type", "s3", "--target-backend-config-file", config]
+        assert (
+            "compared 31 entries" in check(f"oci:{layout}", tmp_path, "--source", source, "--no-mount", *backend).stderr
+        )
+        store.objects.clear()
+        done = check(f"oci:{layout}", tmp_path, "--source", source, "--no-mount", *backend, check=False)
+        assert done.returncode == 1
+        assert "cannot be read in the target" in done.stdout
 
 
 @pytest.mark.interop
