@@ -107,7 +107,7 @@ def _prefetched(registry: Registry, repository: str, digest: str, work: Path) ->
             "cache": {"type": "blobcache", "config": {"work_dir": str(work / "cache")}},
         },
         "mode": "direct",
-        "fs_prefetch": {"enable": True, "threads_count": 2},
+        "fs_prefetch": {"enable": True, "threads_count": 2, "prefetch_all": False},
     }
     boot = work / "output" / "target" / "nydus_bootstrap" / "image" / "image.boot"
     mark = registry.mark()
