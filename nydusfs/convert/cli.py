@@ -77,6 +77,7 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
     from docker's config.json ($DOCKER_CONFIG, ~/.docker) and its credential helpers. Every flag can also be given by
     an environment variable, shown in brackets.
     """
+    mine = bool(logging.getLogger().handlers)  # of a program that calls this in its own process
     level = logging.DEBUG if debug else _LEVELS[log_level.lower()]
     try:
         logging.basicConfig(
@@ -84,11 +85,16 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
         )
     except OSError as error:
         raise click.ClickException(f"log file {log_file} cannot be written: {error.strerror}") from error
-    if level > logging.DEBUG:  # what the daemon says of itself is not for here
-        logging.getLogger("nydusfs").setLevel(max(level, logging.WARNING))
-        logging.getLogger("nydusfs.convert").setLevel(level)
+    if level > logging.DEBUG and not mine:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_of_this_program)
     for noisy in ("httpx", "httpcore"):  # never more: they would log header fields
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _of_this_program(record: logging.LogRecord) -> bool:
+    """What the daemon's modules say of themselves (`check` reads with them) is for nydusd's log."""
+    return record.levelno >= logging.WARNING or not record.name.startswith("nydusfs") or "convert" in record.name
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
