@@ -1,5 +1,6 @@
 """Daemon configuration: `load_config(text, where) -> Config`, for version 1 JSON and version 2 TOML or JSON."""
 
+from nydusfs.config.backends import bad_auth
 from nydusfs.config.model import (
     BackendConfig,
     CacheConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "PrefetchConfig",
     "ProxyConfig",
     "RegistryBackend",
+    "bad_auth",
     "connection_debug",
     "load_backend",
     "load_config",

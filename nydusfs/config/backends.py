@@ -64,8 +64,8 @@ def _registry(options: Section, template: bool) -> RegistryBackend:
         for key in ("host", "repo"):
             if not getattr(backend, key):
                 raise options.error(key, "is missing: a registry needs its host and repository")
-    if backend.auth:
-        _check_auth(options, backend.auth)
+    if backend.auth and (reason := bad_auth(backend.auth)):
+        raise options.error("auth", reason)
     return backend
 
 
@@ -128,13 +128,13 @@ def _objects(options: Section, kind: str, template: bool) -> ObjectBackend:
     return backend
 
 
-def _check_auth(options: Section, auth: str) -> None:
+def bad_auth(auth: str) -> str:
+    """What is wrong with the base64 of user:password, "" for nothing."""
     try:
         decoded = base64.b64decode(auth, validate=True)
     except (binascii.Error, ValueError):
-        raise options.error("auth", "is not base64 of user:password") from None
-    if b":" not in decoded:
-        raise options.error("auth", "has no colon between user and password")
+        return "is not base64 of user:password"
+    return "" if b":" in decoded else "has no colon between user and password"
 
 
 def _connection(options: Section, scheme: str = "") -> ConnectionConfig:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nydusfs.config import load_config
+from nydusfs.config import Config, RegistryBackend, bad_auth, load_config
 from nydusfs.daemon.mounts import MountRequest
-from nydusfs.errors import NydusError
+from nydusfs.errors import ConfigError, NydusError
 
 log = logging.getLogger("nydusfs.daemon")
 
@@ -54,7 +54,18 @@ def first_mount(options: Options) -> MountRequest | None:
         text = _local_config(options.localfs_dir)
         config = load_config(text, "--localfs-dir")
     files = _prefetch_list(options.prefetch_files)
-    return MountRequest(options.virtual_mountpoint, options.bootstrap, config, files, text)
+    return MountRequest(options.virtual_mountpoint, options.bootstrap, pull_auth(config), files, text)
+
+
+def pull_auth(config: Config) -> Config:
+    """The command line's image with the credentials of $IMAGE_PULL_AUTH, if it is set (reference 1.8): no file holds
+    them. Raises `ConfigError`."""
+    auth = os.environ.get("IMAGE_PULL_AUTH", "")
+    if not auth or not isinstance(config.backend, RegistryBackend):
+        return config
+    if reason := bad_auth(auth):
+        raise ConfigError("IMAGE_PULL_AUTH", reason, "environment")
+    return replace(config, backend=replace(config.backend, auth=auth))
 
 
 def _local_config(directory: str) -> str:

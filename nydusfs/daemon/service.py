@@ -24,7 +24,7 @@ from nydusfs.daemon.handover import KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.mounts import MountRequest, MountTable
-from nydusfs.daemon.options import Options, first_mount
+from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
 from nydusfs.drivers import kernel
@@ -172,6 +172,8 @@ class Daemon:
             except NydusError as error:
                 log.error("image at %s is lost: %s", mount.mountpoint, error)
                 continue
+            if self.options.bootstrap and mount.mountpoint == self.options.virtual_mountpoint:
+                config = pull_auth(config)
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
             await self.mounts.restore(request, mount)
         self._hold()

@@ -44,15 +44,15 @@ class Authenticator:
         self._fixed = f"Bearer {registry_token}" if registry_token else ""
         self._key: TokenKey | None = None
         self._old: TokenKey | None = None  # of replaced credentials: its token is used up first
-        self._settled = bool(registry_token)
+        self.settled = bool(registry_token)  # what to send is known: no need for `first`
         self._lock = trio.Lock()
         self._leader: trio.Event | None = None  # set when the first request has found out what is to be sent
 
     def take_over(self, other: Authenticator) -> None:
         """Go on with the token of another one for the same repository; the next is fetched with our credentials."""
-        if self._settled:
+        if self.settled:
             return  # others have it in use already
-        self._settled = other._settled
+        self.settled = other.settled
         self._fixed = self._basic if other._fixed.startswith("Basic ") else other._fixed
         if other._key is not None:
             self._old = other._key
@@ -61,7 +61,7 @@ class Authenticator:
     @asynccontextmanager
     async def first(self) -> AsyncIterator[None]:
         """Around a request: lets the first one to an unknown registry go ahead of the others."""
-        if self._settled:
+        if self.settled:
             yield
         elif self._leader is not None:
             with trio.move_on_after(_FIRST_ALONE):
@@ -87,7 +87,7 @@ class Authenticator:
 
     def accepted(self) -> None:
         """The head of an answer that is no 401 is here: what is sent is right."""
-        self._settled = True
+        self.settled = True
         if self._leader is not None:
             self._leader.set()
 

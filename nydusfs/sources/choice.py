@@ -56,7 +56,7 @@ def choose(
         and option.standing.admits(blob, now)
         and not (proven and option.standing.state is not State.UP)
     ]
-    ranked = sorted(possible, key=lambda option: score(option, size, now))
+    ranked = possible if len(possible) < 2 else sorted(possible, key=lambda option: score(option, size, now))
     for option in ranked:
         if option.standing.share():
             return option

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import trio
@@ -31,6 +33,20 @@ def seconds(value: int) -> float:
     return float(value) if value else NO_LIMIT
 
 
+def environment_headers(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Headers for every request to a source: NYDUS_HEADER_<Name>=value (reference 1.8). Illegal ones are left out."""
+    found = []
+    for variable, value in environment.items():
+        name = variable.removeprefix("NYDUS_HEADER_")
+        if name == variable:
+            continue
+        if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) and value.isprintable() and value.isascii():
+            found.append((name, value))
+        else:
+            log.warning("environment: %s is no legal header, it is not sent", variable)
+    return tuple(found)
+
+
 class SourceHub:
     """Keyed by settings, so that two mounts with different credentials or roots share nothing they should not.
 
@@ -42,6 +58,7 @@ class SourceHub:
         self.tokens = TokenStore()
         self.extras = ExtraBudget()
         self.prober = Prober(nursery)
+        self.headers = environment_headers(os.environ)
         self._clients: dict[Tls, HttpClient] = {}
         self._authenticators: dict[tuple[object, ...], Authenticator] = {}
         self._standings: dict[tuple[object, ...], Standing] = {}
@@ -81,12 +98,17 @@ class SourceHub:
         self._authenticators = {key: one for key, one in self._authenticators.items() if one is not authenticator}
 
     def standing(
-        self, address: str, headers: Iterable[tuple[str, str]] = (), failure_limit: int = 5, interval: float = 0.0
+        self,
+        address: str,
+        headers: Iterable[tuple[str, str]] = (),
+        failure_limit: int = 5,
+        interval: float = 0.0,
+        idle: float = 300.0,
     ) -> Standing:
         """Of one server as it is used: with other headers a mirror may serve from another registry."""
-        key = (address, tuple(sorted(headers)), failure_limit, interval)
+        key = (address, tuple(sorted(headers)), failure_limit, interval, idle)
         if key not in self._standings:
-            self._standings[key] = Standing(failure_limit, interval)
+            self._standings[key] = Standing(failure_limit, interval, idle)
         return self._standings[key]
 
     def mirror_standing(
@@ -94,7 +116,8 @@ class SourceHub:
     ) -> Standing:
         """`health_check_interval` counts where it is written down; ours is shorter than upstream's default."""
         interval = float(max(1, mirror.health_check_interval)) if mirror.health_keys_given else 0.0
-        return self.standing(f"{origin}{query}", headers, mirror.failure_limit, interval)
+        idle = float(mirror.health_check_pause_elapsed)
+        return self.standing(f"{origin}{query}", headers, mirror.failure_limit, interval, idle)
 
     def bucket(self, origin: Origin, rate: float) -> TokenBucket:
         key = (origin, rate)

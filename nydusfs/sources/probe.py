@@ -19,14 +19,12 @@ from nydusfs.sources.standing import State
 log = logging.getLogger("nydusfs.sources")
 
 PATIENCE = 1.0  # of a probe, in seconds without progress; as a whole three times that
-IDLE = 300.0  # nobody has read for this long: no probes until somebody does (upstream's health_check_pause_elapsed)
 
 
 @dataclass(slots=True)
 class _Watched:
     endpoint: Endpoint
     racer: Racer
-    idle: float
 
 
 class Prober:
@@ -43,7 +41,7 @@ class Prober:
         if known is not None:
             known.endpoint, known.racer = endpoint, racer
             return
-        self._watched[key] = watched = _Watched(endpoint, racer, IDLE)
+        self._watched[key] = watched = _Watched(endpoint, racer)
         self._nursery.start_soon(self._until_back, watched, key)
 
     async def _until_back(self, watched: _Watched, key: int) -> None:
@@ -51,7 +49,7 @@ class Prober:
             standing = watched.endpoint.standing
             while standing.state is State.DOWN:
                 await trio.sleep_until(standing.probe_at)
-                if trio.current_time() - watched.racer.last_read > watched.idle:
+                if trio.current_time() - watched.racer.last_read > standing.idle:
                     return  # the next read starts this anew
                 await _probe(watched.endpoint, watched.racer)
         except Exception:  # a bug here must not end the worker that serves every mount
@@ -68,13 +66,14 @@ class Prober:
         if known is not None:
             known.endpoint, known.racer = endpoint, racer
             return
-        self._watched[key] = watched = _Watched(endpoint, racer, float(proxy.check_pause_elapsed))
-        self._nursery.start_soon(self._check_forever, watched, float(max(1, proxy.check_interval)))
+        self._watched[key] = watched = _Watched(endpoint, racer)
+        times = float(max(1, proxy.check_interval)), float(proxy.check_pause_elapsed)
+        self._nursery.start_soon(self._check_forever, watched, *times)
 
-    async def _check_forever(self, watched: _Watched, interval: float) -> None:
+    async def _check_forever(self, watched: _Watched, interval: float, idle: float) -> None:
         while True:
             await trio.sleep(interval)
-            if trio.current_time() - watched.racer.last_read > watched.idle:
+            if trio.current_time() - watched.racer.last_read > idle:
                 continue
             standing = watched.endpoint.standing
             if standing.state is State.DOWN:

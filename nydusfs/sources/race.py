@@ -120,16 +120,17 @@ class Racer:
     async def _raced(self, turns: _Turns, check: Check | None) -> Buffer:
         lock = trio.Lock()
         running: dict[Endpoint, float] = {}
+        outcomes: list[tuple[Endpoint, Buffer | Refused]] = []
+        news = trio.Event()
         body: Buffer | None = None
         async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[tuple[Endpoint, Buffer | Refused]](math.inf)
 
             async def run(endpoint: Endpoint) -> None:
                 try:
-                    outcome: Buffer | Refused = await self._attempt(endpoint, turns, check, lock)
+                    outcomes.append((endpoint, await self._attempt(endpoint, turns, check, lock)))
                 except Refused as reason:
-                    outcome = reason
-                send.send_nowait((endpoint, outcome))
+                    outcomes.append((endpoint, reason))
+                news.set()
 
             def launch(endpoint: Endpoint) -> None:
                 running[endpoint] = trio.current_time()
@@ -143,17 +144,18 @@ class Racer:
                         break
                     await self._wait(turns, following)
                     launch(following)
-                latest = next(reversed(running))
-                outcome = None
-                with trio.CancelScope(deadline=self._late_at(turns, running, latest)):
-                    outcome = await receive.receive()
-                if outcome is None:
+                if not outcomes:
+                    latest = next(reversed(running))
+                    with trio.CancelScope(deadline=self._late_at(turns, running, latest)):
+                        await news.wait()
+                if not outcomes:
                     hedge = self._hedge(turns, running)
                     if hedge is not None:
                         self.tally.hedges += 1
                         launch(hedge)
                     continue
-                endpoint, result = outcome
+                news = trio.Event()
+                endpoint, result = outcomes.pop(0)
                 started = running.pop(endpoint)
                 if isinstance(result, Refused):
                     turns.note(endpoint, result)
@@ -312,6 +314,8 @@ class _Turns:
         if self._over:
             return None
         endpoints = self.racer.endpoints
+        if not self.attempts and len(endpoints) == 1:
+            return endpoints[0]
         best = choose(endpoints, self.blob, self.wanted.size, trio.current_time(), self.attempts)
         if best is not None:
             return best

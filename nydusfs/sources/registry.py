@@ -58,6 +58,7 @@ class Way:
     dragonfly: bool = False
     api: str = "/v2"  # before the repository's name
     ping_below: int = 500  # answers of the ping from this status on mean that it is not well
+    foreign: str = ""  # another registry that the headers name: a Dragonfly peer will look there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,9 @@ class RegistryEndpoint:
         origin: RegistryEndpoint | None = None,
         last: bool = False,
         attempts: int = 1,
+        extra: Headers = (),
     ) -> None:
+        """`extra`: headers of every request, also to where redirects lead."""
         self.name = way.name
         self.address = str(way.via.origin if way.via else way.base.origin)
         self.way = way
@@ -99,12 +102,14 @@ class RegistryEndpoint:
         self.attempts = attempts
         self.patience = times.patience
         self._base = way.base
+        self._extra = extra
         self._backend = backend
         self._client = client
         self._origin = origin
         self._connect_timeout = times.connect
         self._blobs = parse_url(f"http://x{way.api}/{backend.repo}/blobs/").target
         self._redirects = Redirects()
+        self._told = False
 
     # -- Endpoint
 
@@ -118,6 +123,15 @@ class RegistryEndpoint:
         except AuthError as error:
             raise Refused(str(error), retry=False, blame=False) from None
         self._judge_proxy(response, wanted)
+        if response.status == 404 and self.way.foreign and not self._told:
+            self._told = True
+            log.warning(
+                "%s looks for blobs of %s/%s in %s: write {registry} in its header to let it serve every registry",
+                self.name,
+                self._backend.host,
+                self._backend.repo,
+                self.way.foreign,
+            )
         judge(response)
         total = trio.current_time() - started
         return Answer(response.body, max(0.0, total - response.body_seconds))
@@ -163,8 +177,11 @@ class RegistryEndpoint:
             self._redirects.drop(wanted.blob_id)
             log.info("The redirected link has expired: %s, will retry read", known)
         url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{wanted.blob_id}{self.way.query}")
-        async with self.authenticator.first():
+        if self.authenticator.settled:
             response = await self._authorized(url, wanted, patience)
+        else:
+            async with self.authenticator.first():
+                response = await self._authorized(url, wanted, patience)
         for _ in range(MAX_REDIRECTS):
             location = response.get("location")
             if not 300 <= response.status < 400 or not location:
@@ -231,8 +248,8 @@ class RegistryEndpoint:
         return (*self.way.headers, ("Authorization", authorization)) if authorization else self.way.headers
 
     async def _get(self, url: Url, headers: Headers, wanted: Range, patience: float) -> Response:
-        given = {name.lower() for name, _ in headers}
-        merged = [(name, value) for name, value in headers if name.lower() not in _OURS]
+        given = {name.lower() for name, _ in (*headers, *self._extra)}
+        merged = [(name, value) for name, value in (*headers, *self._extra) if name.lower() not in _OURS]
         if "user-agent" not in given:
             merged.append(("User-Agent", USER_AGENT))
         if self.way.dragonfly:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from nydusfs.config import MirrorConfig, RegistryBackend
 from nydusfs.errors import ConfigError
@@ -79,7 +79,7 @@ class RegistrySource(RemoteSource):
         if own is not None:
             ca_files = (*connection.ca_cert_files, *own.ca_files)
             self._tls = Tls(ca_files, connection.skip_verify or not own.verify, own.client)
-        shared = self._authenticator(backend.auth)
+        shared = self._authenticator(self._auth)
         client = self._hub.client(self._tls)
         patient = Times(seconds(connection.connect_timeout), seconds(connection.timeout))
         brief = patient.brief()
@@ -92,24 +92,30 @@ class RegistrySource(RemoteSource):
             patient,
             last=True,
             attempts=1 + connection.retry_limit,
+            extra=self._hub.headers,
         )
         if connection.proxy.url:
             proxy = self._proxy(client, shared, brief if connection.proxy.fallback else patient)
             return [proxy, origin] if connection.proxy.fallback else [proxy]
         endpoints: list[RegistryEndpoint] = []
+        extra = self._hub.headers
         for mirror in connection.mirrors:
             way = self._mirror_way(mirror)
             through = way.base.origin if mirror.auth_through else None
-            auth = self._authenticator(backend.auth, through) if through else shared
+            auth = self._authenticator(self._auth, through) if through else shared
             standing = self._hub.mirror_standing(way.base.origin, way.query, way.headers, mirror)
             rank = len(endpoints)
-            endpoints.append(RegistryEndpoint(way, backend, client, auth, standing, brief, rank=rank, origin=origin))
+            endpoints.append(
+                RegistryEndpoint(way, backend, client, auth, standing, brief, rank=rank, origin=origin, extra=extra)
+            )
         for entry in listed:
             way = self._listed_way(entry)
             standing = self._hub.standing(way.base.full + way.query, way.headers)
             client = self._hub.client(Tls(entry.ca_files, not entry.verify, entry.client))
             rank = len(endpoints)
-            endpoints.append(RegistryEndpoint(way, backend, client, shared, standing, brief, rank=rank, origin=origin))
+            endpoints.append(
+                RegistryEndpoint(way, backend, client, shared, standing, brief, rank=rank, origin=origin, extra=extra)
+            )
         return [*endpoints, origin]
 
     def _mirror_way(self, mirror: MirrorConfig) -> Way:
@@ -118,6 +124,7 @@ class RegistrySource(RemoteSource):
             f"mirror {base.origin}",
             Url(base.origin, "/"),
             self._filled(tuple(mirror.headers.items())),
+            foreign=self._foreign(mirror),
             query=self._ns() if mirror.ns else "",
             ping=parse_url(mirror.ping_url) if mirror.ping_url else None,
             asks_origin=not mirror.auth_through,
@@ -156,6 +163,7 @@ class RegistrySource(RemoteSource):
             self._hub.standing(f"proxy {via.origin}"),
             times,
             last=not proxy.fallback,
+            extra=self._hub.headers,
             attempts=1 if proxy.fallback else 1 + self._backend.connection.retry_limit,
         )
 
@@ -165,6 +173,16 @@ class RegistrySource(RemoteSource):
         """`{registry}` in a value stands for this image's registry with its scheme, `{host}` for its host[:port]."""
         registry, host = str(self._origin), self._origin.netloc
         return tuple((name, value.replace("{registry}", registry).replace("{host}", host)) for name, value in headers)
+
+    def _foreign(self, mirror: MirrorConfig) -> str:
+        """The registry that the mirror is told to serve from, if it is another machine than the image's."""
+        for name, value in mirror.headers.items():
+            if name.lower() != "x-dragonfly-registry" or "{" in value:
+                continue
+            host = urlsplit(value).hostname or ""
+            both_hub = host in DOCKER_HUB_HOSTS and self._origin.host in DOCKER_HUB_HOSTS
+            return "" if host == self._origin.host or both_hub else value
+        return ""
 
     def _ns(self) -> str:
         host = self._origin.netloc

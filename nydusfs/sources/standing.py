@@ -41,6 +41,7 @@ class State(Enum):
 class Standing:
     failure_limit: int = 5
     interval: float = 0.0  # seconds between probes as configured, 0: ours
+    idle: float = 300.0  # nobody has read for this long: no probes until somebody does
     latency: Latency = field(default_factory=Latency)
     state: State = State.UP
     in_flight: int = 0

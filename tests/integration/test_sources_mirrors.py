@@ -21,8 +21,9 @@ from nydusfs.config import load_config
 from nydusfs.config.model import RegistryBackend
 from nydusfs.errors import SourceError
 from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
+from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.faulty import FaultyServer, faulty_server
-from tests.lab.tiny import noise
+from tests.lab.tiny import noise, tiny_image
 
 BLOB_ID, BLOB = "ab" * 32, noise(200_000)
 AUTH = base64.b64encode(b"user:secret").decode()
@@ -100,6 +101,39 @@ def test_several_registries_behind_one_mirror(server: Any) -> None:
     assert [request.target for request in mirror.requests] == [
         target, f"{target}?ns=127.0.0.1%3A{first.port}", target, f"{target}?ns=127.0.0.1%3A{second.port}",
     ]  # fmt: skip
+
+
+def test_a_mirror_that_looks_in_another_registry_is_told_about(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    origin, mirror = server(), server(mode="404")
+    headers = {"X-Dragonfly-Registry": "https://index.docker.io"}
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, mirrors=[{"host": mirror.url, "headers": headers}]), hub)
+        await read(source)
+        await read(source, 4096)
+
+    run(scenario)
+    lines = [record.getMessage() for record in caplog.records if "{registry}" in record.getMessage()]
+    assert len(lines) == 1 and "in https://index.docker.io: write {registry} in its header" in lines[0]
+
+
+@pytest.mark.root
+def test_credentials_and_headers_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := can_mount_fuse():
+        pytest.skip(reason)
+    image = tiny_image(tmp_path, {"hello": b"hello, world\n"})
+    monkeypatch.setenv("IMAGE_PULL_AUTH", AUTH)
+    monkeypatch.setenv("NYDUS_HEADER_X-Tenant", "blue")
+    monkeypatch.setenv("NYDUS_HEADER_Bad name", "not sent")
+    with faulty_server({image.blob_id: image.blob}, auth="bearer") as origin:
+        config = tmp_path / "config.json"
+        options = {"host": origin.netloc, "repo": "a/b", "scheme": "http", "auth": base64.b64encode(b"o:ld").decode()}
+        config.write_text(json.dumps({"device": {"backend": {"type": "registry", "config": options}}, "mode": "direct"}))
+        with Nydusd("--config", config, "--bootstrap", image.bootstrap) as daemon:
+            code = "import sys; sys.stdout.write(open(sys.argv[1]).read())"
+            assert reader(code, daemon.mnt / "hello").stdout == "hello, world\n"
+            assert AUTH not in daemon.log_text()
+        assert all(request.headers["x-tenant"] == "blue" for request in origin.data_requests)
 
 
 def certificates(folder: Path) -> tuple[ssl.SSLContext, Path, Path]:
