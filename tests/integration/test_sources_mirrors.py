@@ -128,7 +128,8 @@ def test_credentials_and_headers_from_the_environment(tmp_path: Path, monkeypatc
     with faulty_server({image.blob_id: image.blob}, auth="bearer") as origin:
         config = tmp_path / "config.json"
         options = {"host": origin.netloc, "repo": "a/b", "scheme": "http", "auth": base64.b64encode(b"o:ld").decode()}
-        config.write_text(json.dumps({"device": {"backend": {"type": "registry", "config": options}}, "mode": "direct"}))
+        device = {"backend": {"type": "registry", "config": options}}
+        config.write_text(json.dumps({"device": device, "mode": "direct"}))
         with Nydusd("--config", config, "--bootstrap", image.bootstrap) as daemon:
             code = "import sys; sys.stdout.write(open(sys.argv[1]).read())"
             assert reader(code, daemon.mnt / "hello").stdout == "hello, world\n"
