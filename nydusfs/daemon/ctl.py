@@ -76,6 +76,7 @@ def cli(ctx: click.Context, sock: str, raw: bool) -> None:
       nydusctl --sock /run/nydusd.sock metrics fsstats
       nydusctl --sock /run/nydusd.sock mount -s image.boot -c nydusd.json -m /img -t rafs
       nydusctl --sock /run/nydusd.sock umount /img
+      nydusctl --sock /run/nydusd.sock upgrade
     """
     ctx.obj = (Client(sock), raw)
 
@@ -212,6 +213,14 @@ def umount(obj: tuple[Client, bool], path: str | None, mountpoint: str | None, r
     if (path is None) == (mountpoint is None):
         raise click.UsageError("name the mountpoint once: `nydusctl umount /img` or `nydusctl umount -m /img`")
     obj[0].call("DELETE", "mount", mountpoint=path or mountpoint or "")
+
+
+@cli.command()
+@_raw
+@click.pass_obj
+def upgrade(obj: tuple[Client, bool], raw_too: bool) -> None:
+    """Have the installed code serve in place of the running one; mounts and open files go on."""
+    obj[0].call("PUT", "daemon/upgrade")
 
 
 def main() -> None:
