@@ -4,6 +4,7 @@
   scheduler's own nursery: a reader that is cancelled leaves it running for the others.
 - Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and starts nothing while a demand
   read is in flight or was a moment ago; a demand read that meets a waiting prefetch of its segment makes it urgent.
+- What an image's profile says (LEARNED) is on its way to a reader: it is not held up by demand reads.
 - Missing neighbours of one read are one request.
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
   are decoded in place, where the two switches (about 100 us) would cost more than the work.
@@ -150,7 +151,8 @@ class FetchScheduler:
 
     async def _run(self, group: list[_Flight], priority: Priority) -> None:
         try:
-            if priority is Priority.DEMAND:
+            if priority is not Priority.PREFETCH:
+                # LEARNED too: its callers bound themselves, and a reader is about to wait for it.
                 async with self._slots_of(group[0].job.source):
                     await self._fetch_group(group, priority)
             else:

@@ -21,7 +21,9 @@ from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
+from nydusfs.learning import Learner
 from nydusfs.prefetch import Prefetcher
+from nydusfs.profile import ProfileStore, Recorder
 from nydusfs.segments import SEGMENT_SIZE, Segment, make_segment
 from nydusfs.sources import Priority, Source
 from nydusfs.tables import Tables
@@ -86,6 +88,8 @@ class ImageReader:
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         self._paths: dict[int, str] = {}
         self._closed = False
+        self.profiles: ProfileStore | None = None
+        self.recorder: Recorder | None = None
 
     @property
     def backend_counters(self) -> BackendCounters:
@@ -101,6 +105,8 @@ class ImageReader:
             extents = self.bootstrap.extents(ino, offset, size)
             await self._need_tables(extents)
             pieces = self._pieces(extents)
+            if (recorder := self.recorder) is not None:
+                recorder.note(ino, [piece.segment for piece in pieces])
         except SourceError as error:
             raise self._failed(ino, str(error)) from None
         except (RafsError, KeyError, ValueError, IndexError) as error:
@@ -128,6 +134,8 @@ class ImageReader:
             if any(extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index) for extent in extents):
                 return None
             pieces = self._pieces(extents)
+            if (recorder := self.recorder) is not None:
+                recorder.note(ino, [piece.segment for piece in pieces])
             parts = []
             for piece in pieces:
                 segment = piece.segment
@@ -408,6 +416,11 @@ class ImageReader:
         `files`: absolute paths that replace the bootstrap's own table.
         """
         await Prefetcher(self, self._scheduler).run(files, stop)
+
+    async def learn(self) -> None:
+        """Fetch ahead what earlier starts of this image read, and record what this one does, for about a minute."""
+        if self.profiles is not None:
+            await Learner(self, self._scheduler, self.profiles).run()
 
     def close(self) -> None:
         if not self._closed:

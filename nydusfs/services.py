@@ -25,6 +25,7 @@ from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
 from nydusfs.fetch import FetchScheduler
 from nydusfs.image_reader import ImageReader
+from nydusfs.profile import ProfileStore
 from nydusfs.sources import RegistrySource, SourceHub, open_source
 
 log = logging.getLogger("nydusfs")
@@ -77,7 +78,10 @@ class Services:
             log.info("%s", line)
         store = self.store(config.cache.work_dir) if config.cache.persistent else None
         bootstrap, chunks = await trio.to_thread.run_sync(_open, bootstrap_path, store)
-        return ImageReader(name, bootstrap, chunks, source, self.scheduler, store, config, counters)
+        reader = ImageReader(name, bootstrap, chunks, source, self.scheduler, store, config, counters)
+        if store is not None and config.prefetch.learn:
+            reader.profiles = ProfileStore(config.cache.work_dir)
+        return reader
 
     async def aclose(self) -> None:
         self.hub.close()

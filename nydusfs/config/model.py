@@ -152,6 +152,7 @@ class PrefetchConfig:
     merging_size: int = MIB
     bandwidth_rate: int = 0  # 0: unlimited; smaller values are obeyed as they are (upstream raises them to 16 MiB/s)
     prefetch_all: bool = True
+    learn: bool = True  # record what starts read, fetch it ahead at the next cold one; whether or not `enable`
 
 
 @dataclass(frozen=True, slots=True)

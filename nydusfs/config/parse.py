@@ -102,6 +102,7 @@ def _version1(root: Section, template: bool) -> Config:
             merging_size=section.number("merging_size", MIB, high=MAX_BATCH),
             bandwidth_rate=section.number("bandwidth_rate", 0),
             prefetch_all=section.flag("prefetch_all", True),
+            learn=section.flag("learn", True),
         )
         section.known("stream_prefetch")
         _check_threads(section, "threads_count", prefetch)
@@ -176,6 +177,7 @@ def _prefetch2(section: Section | None) -> PrefetchConfig | None:
         merging_size=section.number("batch_size", MIB, high=MAX_BATCH),
         bandwidth_rate=section.number("bandwidth_limit", 0),
         prefetch_all=section.flag("prefetch_all"),
+        learn=section.flag("learn", True),
     )
     section.known("stream_prefetch")
     _check_threads(section, "threads", prefetch)

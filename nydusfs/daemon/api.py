@@ -27,7 +27,7 @@ from nydusfs.daemon.state import State
 from nydusfs.daemon.superblock import superblock_info
 from nydusfs.daemon.version import build_info
 from nydusfs.drivers.fuse import InFlightInfo
-from nydusfs.errors import ConfigError
+from nydusfs.errors import ConfigError, NydusError
 
 log = logging.getLogger("nydusfs.api")
 
@@ -131,6 +131,10 @@ class Api:
             "/api/v1/config": (
                 "Configure",
                 {("GET", False): self._get_config, ("PUT", True): self._put_config},
+            ),
+            "/api/v1/profile": (
+                "Profile",
+                {("GET", False): self._profile, ("PUT", True): self._set_profile},
             ),
             "/api/v2/daemon": (
                 "DaemonInfo",
@@ -298,6 +302,19 @@ class Api:
 
     async def _cache_metrics(self, request: Request) -> Response:
         return _json(self._counted(request, by_config=True).image.cache_metrics())
+
+    async def _profile(self, request: Request) -> Response:
+        try:
+            return _json(await self._counted(request).image.profile())
+        except NydusError as error:
+            raise ApiError(f"Other({rust_string(str(error))})", 404) from None
+
+    async def _set_profile(self, request: Request) -> Response:
+        try:
+            await self._counted(request).image.set_profile(request.body)
+        except NydusError as error:
+            raise ApiError(f"Other({rust_string(str(error))})", 400) from None
+        return Response()
 
     async def _inflight(self, request: Request) -> Response:
         requests = [

@@ -216,6 +216,35 @@ def umount(obj: tuple[Client, bool], path: str | None, mountpoint: str | None, r
 
 
 @cli.command()
+@click.option("-m", "--mountpoint", metavar="PATH", help="Of the image, when there are several.")
+@click.option("--files", is_flag=True, help="Only the paths of the files read, one per line: a prefetch list.")
+@click.option("--import", "source", type=click.File("rb"), metavar="FILE", help="Take the profile of another node.")
+@click.pass_obj
+def profile(obj: tuple[Client, bool], mountpoint: str | None, files: bool, source: Any) -> None:
+    """Show or replace what starts of an image read first, which its next cold start is given ahead.
+
+    \b
+      nydusctl --sock S profile -m /4 > python.profile       to carry it to other nodes
+      nydusctl --sock S profile -m /4 --import python.profile
+      nydusctl --sock S profile -m /4 --files | nydusify convert --prefetch-patterns ...
+    """
+    query = {"id": mountpoint} if mountpoint else {}
+    if source is not None:
+        try:
+            value = json.loads(source.read())
+        except ValueError as error:
+            raise click.ClickException(f"{source.name} is not a profile: {error}") from None
+        obj[0].call("PUT", "profile", value, **query)
+        return
+    value = obj[0].call("GET", "profile", **query)
+    if files:
+        for path in value["files"]:
+            click.echo(path.encode("utf-8", "surrogateescape"))
+    else:
+        _echo_json(value)
+
+
+@cli.command()
 @_raw
 @click.pass_obj
 def upgrade(obj: tuple[Client, bool], raw_too: bool) -> None:

@@ -12,6 +12,7 @@ from nydusfs.config import LocalDiskBackend, LocalFsBackend
 from nydusfs.daemon.mounts import MountRequest, OpenImage
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
+from nydusfs.profile import decode, export, identity
 from nydusfs.services import Services
 
 
@@ -33,7 +34,27 @@ class ReaderImage:
         return self.reader.cache_counters.as_json()
 
     async def prefetch(self) -> None:
-        await self.reader.prefetch(self._prefetch_files or None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.reader.learn)
+            await self.reader.prefetch(self._prefetch_files or None)
+
+    async def profile(self) -> dict[str, Any]:
+        """What starts of this image read, `files` in order; see `nydusfs.profile`. Raises `NydusError` without one."""
+        store = self.reader.profiles
+        if store is None:
+            raise NydusError("this image keeps no profile: it has no cache directory, or `learn` is off")
+        return await trio.to_thread.run_sync(export, self.reader.bootstrap, store)
+
+    async def set_profile(self, value: bytes) -> None:
+        """Replace it. Raises `NydusError`."""
+        store = self.reader.profiles
+        if store is None:
+            raise NydusError("this image keeps no profile: it has no cache directory, or `learn` is off")
+        try:
+            profile = decode(value)
+        except ValueError as error:
+            raise NydusError(f"not a profile: {error}") from None
+        await trio.to_thread.run_sync(store.save, identity(self.reader.bootstrap), profile)
 
     async def aclose(self) -> None:
         self.reader.close()

@@ -53,6 +53,12 @@ class OpenImage(Protocol):
     async def prefetch(self) -> None:
         """Fetch ahead what the configuration asks for; cancelled at umount."""
 
+    async def profile(self) -> dict[str, Any]:
+        """Raises `NydusError` where none is kept."""
+
+    async def set_profile(self, value: bytes) -> None:
+        """Raises `NydusError`."""
+
     async def aclose(self) -> None: ...
 
 

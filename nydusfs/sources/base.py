@@ -15,6 +15,7 @@ Check: TypeAlias = Callable[[Buffer], Awaitable[None]]
 class Priority(IntEnum):
     DEMAND = 0
     PREFETCH = 1
+    LEARNED = 2  # ahead of readers that will ask for it, as their last starts did
 
 
 class WrongBytes(Exception):

@@ -1,0 +1,109 @@
+"""Replays an image's profile when it is mounted, and records the run that follows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from bootstrap.errors import RafsError
+from nydusfs.errors import CacheError, SourceError
+from nydusfs.fetch import MERGE
+from nydusfs.profile import Profile, ProfileStore, Recorder, identity
+from nydusfs.sources import Priority
+
+if TYPE_CHECKING:
+    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.image_reader import ImageReader
+    from nydusfs.segments import Segment
+
+log = logging.getLogger("nydusfs.profile")
+
+REQUESTS = 4  # in flight: enough to keep a link of 200 ms full, few enough to let a stranger through
+FIRST_WINDOW, WINDOW = 8, 64  # segments ordered by place at once: small first, so that the first reader waits least
+MAX_FAILURES = 8
+
+
+class Learner:
+    def __init__(self, reader: ImageReader, scheduler: FetchScheduler, store: ProfileStore) -> None:
+        self._reader = reader
+        self._scheduler = scheduler
+        self._store = store
+        self._name = identity(reader.bootstrap)
+        self._failures = 0
+
+    async def run(self) -> None:
+        """Until the run is over or this is cancelled; what was learned is saved either way."""
+        profile = await trio.to_thread.run_sync(self._store.load, self._name)
+        recorder = self._reader.recorder = Recorder(profile)
+        try:
+            if profile is not None and profile.segments:
+                await self._replay(recorder, list(profile.segments))
+            while (seconds := recorder.over()) > 0:  # noqa: ASYNC110 - readers' threads note, they must not wake us
+                await trio.sleep(seconds)
+        finally:
+            self._reader.recorder = None
+            if recorder.segments:
+                # The file may have been replaced meanwhile: by an import, or by another mount of the image.
+                base = self._store.load(self._name) or profile or Profile()
+                self._store.save(self._name, base.merged(list(recorder.segments), list(recorder.inodes)))
+
+    async def _replay(self, recorder: Recorder, keys: list[tuple[str, int]]) -> None:
+        groups = self._groups(keys)
+        slots = trio.Semaphore(REQUESTS)
+        fetched = 0
+
+        async def fetch(group: list[Job]) -> None:
+            try:
+                await self._scheduler.fetch(group, Priority.LEARNED, MERGE)
+            except SourceError as error:
+                self._failures += 1
+                log.info("image %s: replay: %s", self._reader.name, error)
+            finally:
+                slots.release()
+
+        async with trio.open_nursery() as nursery:
+            for group in groups:
+                await slots.acquire()
+                if recorder.astray or self._failures >= MAX_FAILURES:
+                    slots.release()
+                    log.info("image %s: this start does not follow its profile, replay given up", self._reader.name)
+                    break
+                fetched += len(group)
+                nursery.start_soon(fetch, group)
+        if fetched:
+            log.info("image %s: %d segments of its profile fetched ahead", self._reader.name, fetched)
+
+    def _groups(self, keys: list[tuple[str, int]]) -> Iterator[list[Job]]:
+        """Requests, in the order of need by windows, in the order of places within one."""
+        begin, size = 0, FIRST_WINDOW
+        while begin < len(keys):
+            segments = sorted(
+                self._segments(keys[begin : begin + size]), key=lambda s: (s.blob.index, s.compressed_start)
+            )
+            begin, size = begin + size, WINDOW
+            group: list[Job] = []
+            for segment in segments:
+                if group:
+                    first, last = group[0].segment, group[-1].segment
+                    if not segment.adjoins(last) or segment.compressed_end - first.compressed_start > MERGE:
+                        yield group
+                        group = []
+                group.append(self._reader.job(segment))
+            if group:
+                yield group
+
+    def _segments(self, keys: list[tuple[str, int]]) -> Iterator[Segment]:
+        indexes = {blob.id: blob.index for blob in self._reader.bootstrap.blobs}
+        for blob_id, number in keys:
+            index = indexes.get(blob_id)
+            if index is None:
+                continue
+            try:
+                segment = self._reader.segment(index, number)
+                if not self._reader.is_ready(segment):
+                    yield segment
+            except (RafsError, CacheError, KeyError, ValueError):
+                continue  # of another image, or of a table that is not here

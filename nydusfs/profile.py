@@ -1,0 +1,185 @@
+"""What starts of an image read first: recorded by itself, kept on the node, fetched ahead at the next cold start.
+
+A run records the segments that readers ask for, in order, from the first read until nothing new was asked for during
+`SETTLED` seconds, for `WINDOW` seconds at most. Runs are merged: the order of the last cold run, weights that fade for
+what it did not read. The file lies beside the cache and outlives it; it names segments by blob and number, so it fits
+every node and may be copied to others. What it says is only ever fetched, never believed: each byte is verified as
+usual, segments that the image does not have are left out, and a replay that readers do not follow is given up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from bootstrap.base import Bootstrap
+from bootstrap.errors import RafsError
+from nydusfs.segments import Segment
+
+log = logging.getLogger("nydusfs.profile")
+
+VERSION = 1
+WINDOW = 60.0
+SETTLED = 5.0
+FADE = 0.6  # weight of a segment that the last cold run did not read, against before
+FORGET = 0.3  # below: three cold runs without it
+COLD = 0.5  # of the known segments read: less, and the run says nothing of those it did not read (pages were cached)
+MAX_FILE = 8 << 20
+MAX_ENTRIES = 65_536
+# A replay is given up when readers asked for this many segments that it does not hold, and for more of them than of
+# those it does: the image runs something else today. Costs these fetches' share of the link and no more.
+STRANGERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`segments`: (blob id, number) -> weight, in the order of reading. `inodes`: files read, in order."""
+
+    runs: int = 0
+    segments: dict[tuple[str, int], float] = field(default_factory=dict)
+    inodes: tuple[int, ...] = ()
+
+    def merged(self, segments: Sequence[tuple[str, int]], inodes: Iterable[int]) -> Profile:
+        """With one more run."""
+        seen = dict.fromkeys(segments)
+        known = self.segments
+        cold = not known or sum(key in seen for key in known) >= COLD * len(known)
+        if cold:
+            result = {key: min(known.get(key, 0.0) * FADE + 1.0, 2.5) for key in seen}
+            rest = {key: weight * FADE for key, weight in known.items() if key not in seen and weight * FADE >= FORGET}
+        else:
+            result = dict(known)
+            rest = {key: 1.0 for key in seen if key not in known}
+        result |= rest
+        files = tuple(dict.fromkeys([*inodes, *self.inodes] if cold else [*self.inodes, *inodes]))
+        return Profile(self.runs + 1, dict(list(result.items())[:MAX_ENTRIES]), files[:MAX_ENTRIES])
+
+    def encode(self) -> bytes:
+        segments = [[blob, number, round(weight, 3)] for (blob, number), weight in self.segments.items()]
+        value = {"version": VERSION, "runs": self.runs, "segments": segments, "inodes": self.inodes}
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> Profile:
+    """Raises ValueError for what is no profile."""
+    try:
+        value = json.loads(data)
+        if value["version"] != VERSION:
+            raise ValueError(f"version {value['version']}, this program reads {VERSION}")
+        segments: dict[tuple[str, int], float] = {}
+        for blob, number, weight in value["segments"][:MAX_ENTRIES]:
+            if not isinstance(blob, str) or not isinstance(number, int) or not 0 <= number < 1 << 32:
+                raise ValueError("a segment is not [blob id, number, weight]")
+            segments[blob, number] = min(max(float(weight), 0.0), 2.5)
+        inodes = tuple(int(ino) for ino in value["inodes"][:MAX_ENTRIES])
+        return Profile(min(max(int(value["runs"]), 0), 1 << 30), segments, inodes)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a profile ({type(error).__name__}: {error})") from None
+
+
+def identity(bootstrap: Bootstrap) -> str:
+    """The same for every copy of an image's metadata."""
+    hasher = blake2b(b"%d %d %d" % (bootstrap.version, bootstrap.size, bootstrap.inode_count), digest_size=16)
+    for blob in bootstrap.blobs:
+        hasher.update(b"\0" + blob.id.encode())
+    return hasher.hexdigest()
+
+
+class ProfileStore:
+    """A directory of profiles, one file per image."""
+
+    def __init__(self, work_dir: str) -> None:
+        self.path = Path(f"{os.path.normpath(work_dir)}.profiles")
+
+    def load(self, name: str) -> Profile | None:
+        """None when there is none; a damaged one is deleted."""
+        path = self.path / f"{name}.json"
+        try:
+            if path.stat().st_size > MAX_FILE:
+                raise ValueError("larger than any profile")
+            return decode(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            log.warning("profile %s is of no use (%s): starting a new one", path, error)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("profile %s cannot be read: %s", path, error.strerror)
+        return None
+
+    def save(self, name: str, profile: Profile) -> None:
+        """Failure costs the next start its head start, nothing else."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".new-", delete=False) as file:
+                file.write(profile.encode())
+            os.rename(file.name, self.path / f"{name}.json")
+        except OSError as error:
+            log.info("profile of %s is not kept: %s", name, error.strerror)
+
+
+def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:
+    """The profile of an image as a JSON value, with the paths of its files in the order of reading: the list that
+    `nydusify convert --prefetch-patterns` and `nydus-image create --prefetch-policy fs` take."""
+    profile = store.load(identity(bootstrap)) or Profile()
+    wanted = set(profile.inodes)
+    paths: dict[int, str] = {}
+    try:
+        for path, entry in bootstrap.walk():
+            if entry.ino in wanted and entry.ino not in paths:
+                paths[entry.ino] = "/" + os.fsencode(path).decode("utf-8", "surrogateescape")
+                if len(paths) == len(wanted):
+                    break
+    except RafsError as error:
+        log.warning("not all files of the profile can be named: %s", error)
+    value: dict[str, Any] = json.loads(profile.encode())
+    value["files"] = [paths[ino] for ino in profile.inodes if ino in paths]
+    return value
+
+
+class Recorder:
+    """What one run reads. `note` from any thread: dictionary operations only. Times are of time.monotonic."""
+
+    def __init__(self, expected: Profile | None) -> None:
+        self.segments: dict[tuple[str, int], None] = {}
+        self.inodes: dict[int, None] = {}
+        self.expected = expected.segments if expected is not None else {}
+        self.familiar = self.strangers = 0
+        self.born = time.monotonic()
+        self.first = self.last = 0.0  # of the first read and of the last new segment
+
+    def note(self, ino: int, segments: Iterable[Segment | None]) -> None:
+        self.inodes.setdefault(ino, None)
+        for segment in segments:
+            if segment is None:
+                continue
+            key = (segment.blob.id, segment.number)
+            if key in self.segments:
+                continue
+            self.segments[key] = None
+            self.last = time.monotonic()
+            self.first = self.first or self.last
+            if key in self.expected:
+                self.familiar += 1
+            else:
+                self.strangers += 1
+
+    @property
+    def astray(self) -> bool:
+        """Whether readers do something else than the profile says."""
+        return self.strangers >= STRANGERS and self.strangers > self.familiar
+
+    def over(self) -> float:
+        """Seconds until this run may end; 0: it is over."""
+        now = time.monotonic()
+        if not self.first:
+            return SETTLED if now < self.born + WINDOW else 0.0
+        return max(0.0, min(self.first + WINDOW, self.last + SETTLED) - now)

@@ -1,0 +1,107 @@
+"""A second cold start asks for what the first one read before the reader does. Real daemon, real mount."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
+from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.tiny import TinyImage, noise, tiny_image
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+FILES = {f"f{number:02}": noise(300_000, number) for number in range(40)}
+READ = [f"f{number:02}" for number in (31, 2, 17, 5, 22, 30, 9)]
+_READ = "import sys\nfor path in sys.argv[1:]: print(len(open(path, 'rb').read()))"
+
+
+def config(server: FaultyServer, work: Path) -> str:
+    backend = {"scheme": "http", "host": server.netloc, "repo": "a/b"}
+    device = {
+        "backend": {"type": "registry", "config": backend},
+        "cache": {"type": "blobcache", "config": {"work_dir": str(work)}},
+    }
+    return json.dumps({"device": device, "mode": "direct"})
+
+
+def read(daemon: Nydusd, names: list[str]) -> None:
+    paths = [str(daemon.mnt / "a" / name) for name in names]
+    done = subprocess.run([sys.executable, "-c", _READ, *paths], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["300000"] * len(names), done.stderr
+
+
+def asked(server: FaultyServer) -> int:
+    return sum(last - first + 1 for first, last in (request.span or (0, -1) for request in server.data_requests))
+
+
+@contextmanager
+def start(image: TinyImage, server: FaultyServer, work: Path) -> Iterator[Nydusd]:
+    with Nydusd() as daemon:
+        assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
+        yield daemon
+        daemon.stop()
+
+
+def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
+        with start(image, server, work) as daemon:
+            read(daemon, READ)
+            needed = asked(server)
+        (saved,) = (tmp_path / "cache.profiles").glob("*.json")
+        for _ in range(2):
+            shutil.rmtree(work)
+            server.requests.clear()
+            with start(image, server, work) as daemon:
+                wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
+                ahead, requests = asked(server), len(server.data_requests)
+                assert needed * 0.95 <= ahead <= needed * 1.1
+                read(daemon, READ)
+                assert len(server.data_requests) == requests, "the reader had to wait for nothing"
+                value = daemon.get("profile?id=/a").body
+                assert [path for path in value["files"] if path[1:] in READ] == value["files"]
+        # carried to another node
+        exported = json.dumps(value)
+        shutil.rmtree(work)
+        saved.unlink()
+        server.requests.clear()
+        with start(image, server, work) as daemon:
+            assert daemon.call("PUT", "profile?id=/a", exported).status == 204
+            assert daemon.umount("/a").status == 204
+            assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
+            wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
+            assert daemon.call("PUT", "profile?id=/a", '{"version": 7}').status == 400
+
+
+def test_a_profile_of_something_else_is_given_up(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    with faulty_server({image.blob_id: image.blob}) as server:
+        with start(image, server, work) as daemon:
+            read(daemon, sorted(FILES)[20:])
+        shutil.rmtree(work)
+        server.requests.clear()
+        server.rate = 300_000
+        with start(image, server, work) as daemon:
+            read(daemon, sorted(FILES)[:6])
+            wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
+
+
+def test_learning_can_be_switched_off(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, FILES)
+    with faulty_server({image.blob_id: image.blob}) as server:
+        text = json.loads(config(server, tmp_path / "cache"))
+        text["fs_prefetch"] = {"enable": False, "learn": False}
+        with Nydusd() as daemon:
+            assert daemon.mount("/a", image.bootstrap, json.dumps(text)).status == 204
+            read(daemon, READ)
+            assert daemon.get("profile?id=/a").status == 404
+        assert not (tmp_path / "cache.profiles").exists()
