@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def test_a_profile_of_something_else_is_given_up(tmp_path: Path) -> None:
         server.requests.clear()
         server.rate = 300_000
         with start(image, server, work) as daemon:
-            read(daemon, sorted(FILES)[:6])
+            with ThreadPoolExecutor(8) as readers:
+                list(readers.map(lambda name: read(daemon, [name]), sorted(FILES)[:8]))
             wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
 
 
