@@ -46,6 +46,23 @@ def test_lazy_start_then_all_data(stack: Stack) -> None:
     assert stack.registry.since(mark).count == 0
 
 
+def test_original_layers_run_lazily(stack: Stack, nerdctl: Path) -> None:
+    """nydusify --oci-ref: the gzip layers stay in the registry as they are, and only the slices that are read move."""
+    stack.convert("lab/small:oci", "lab/small:ref", "--oci-ref")
+    ref = f"{stack.host}/lab/small:ref"
+    mark = stack.registry.mark()
+    assert "3 left to nydus, 1 downloaded" in stack.rpull(ref)
+    check_content(stack, ref)
+    assert 0 < stack.registry.since(mark).blobs().bytes < PAYLOAD // 2
+    run_it = ("run", "--rm", "-q", "--net", "host", ref, "sh", "-c", "sha256sum < /payload; cat /payload.sha256")
+    sums = stack.containerd.nerdctl(nerdctl, *run_it).stdout.split()
+    assert sums[0] == sums[2]
+    assert stack.registry.since(mark).blobs().bytes >= PAYLOAD
+    mark = stack.registry.mark()
+    stack.ctr_run(ref, "sh", "-c", "sha256sum < /payload")
+    assert stack.registry.since(mark).count == 0
+
+
 def test_data_came_through_the_mirror(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from bootstrap.estargz import layer_bootstrap
+from bootstrap.merge import MergeSource, merge_layers
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
-from tests.lab.estargz import file, write_estargz
+from tests.lab.estargz import digest, file, write_estargz
 from tests.lab.paths import ref_bin
 from tests.unit.test_reference_layers import content, pack, tar_pieces
 
@@ -112,3 +115,30 @@ def test_estargz_by_its_table(nydusd: Nydusd, tmp_path: Path) -> None:
     nydus_image("create", "-l", "warn", "-t", "estargztoc-ref", *options, "-B", boot, "-D", tmp_path, table)
     assert json.loads(report.read_text())["blobs"] == [name]
     serve(nydusd, boot, tmp_path, FILES)
+
+
+@pytest.mark.parametrize("nydusd", ["ours"], indirect=True)
+def test_estargz_that_nobody_converted(nydusd: Nydusd, tmp_path: Path) -> None:
+    """Two layers as a registry has them: bootstraps from their tables, one image; chunks come with their digests."""
+    sources = []
+    for files in (FILES, UPPER):
+        layer, text = write_estargz([file(name, data) for name, data in files.items()], 0x10000)
+        name = hashlib.sha256(layer).hexdigest()
+        (tmp_path / name).write_bytes(layer)
+        boot = tmp_path / f"{name}.boot"
+        with (tmp_path / name).open("rb") as stored:
+            boot.write_bytes(
+                layer_bootstrap(
+                    lambda offset, size, stored=stored: os.pread(stored.fileno(), size, offset),
+                    len(layer), name, chunk_size=0x10000, toc_digest=digest(text),
+                )
+            )  # fmt: skip
+        sources.append(MergeSource(boot, original_blob_id=name))
+    merge_layers(sources, tmp_path / "plain.boot")
+    serve(nydusd, tmp_path / "plain.boot", tmp_path, MERGED)
+    with (tmp_path / name).open("r+b") as stored:  # and a wrong byte is found out
+        stored.seek(len(layer) // 3)
+        stored.write(b"\xff\xff\xff")
+    merge_layers(sources[1:], tmp_path / "damaged.boot")
+    with pytest.raises(subprocess.CalledProcessError):
+        serve(nydusd, tmp_path / "damaged.boot", tmp_path, UPPER)
