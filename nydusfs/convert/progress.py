@@ -70,7 +70,7 @@ class Bars(Progress):
         self._bars = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(bar_width=28),
-            bars.DownloadColumn(),
+            bars.DownloadColumn(binary_units=True),
             bars.TransferSpeedColumn(),
             console=rich.console.Console(stderr=True),
             transient=True,

@@ -84,7 +84,8 @@ class BlobStream(io.RawIOBase):
             return piece
 
     def _connect(self) -> Iterator[bytes]:
-        headers = {"Range": f"bytes={self._position}-"} if self._position else {}
+        end = self._size - 1 if self._size else ""
+        headers = {"Range": f"bytes={self._position}-{end}"} if self._position else {}
         while True:
             endpoint = self._endpoints[0]
             try:
@@ -101,12 +102,13 @@ class BlobStream(io.RawIOBase):
                 self._open.close()
                 self._endpoints.pop(0)
         pieces = response.iter_raw()
+        start = 0
         if response.status_code == 206 and self._position:
-            start = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
-            if start != str(self._position):
-                raise RegistryError(f"{self._name}: asked from byte {self._position}, got from byte {start!r}")
-            return pieces
-        return _skip(pieces, self._position)
+            text = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
+            if not text.isdecimal() or int(text) > self._position:
+                raise RegistryError(f"{self._name}: asked from byte {self._position}, got from byte {text!r}")
+            start = int(text)
+        return _skip(pieces, self._position - start)
 
     def _broken(self, reason: str) -> None:
         self._failures = 1 if self._position - self._broke_at >= _PROGRESS else self._failures + 1

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.errors import AuthError, NotFoundError, RegistryError, WrongBytesError
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
+from tests.lab.faulty import faulty_server
 from tests.lab.httpd import Handler, reply, serve
 from tests.lab.process import free_port
 from tests.lab.registry import Registry, find_program
@@ -167,6 +168,36 @@ def test_server_errors_are_retried_and_then_told() -> None:
         failures = 99
         with pytest.raises(RegistryError, match=r"answers 503 \(BUSY: later\)"):
             client.blob("r", DIGEST, len(DATA))
+
+
+FAULTS = ["503", "429", "hang-headers", "hang-body", "early-close", "empty", "garbage", "short-body", "wrong-bytes"]
+
+
+@pytest.mark.parametrize("mode", FAULTS)
+def test_faults_of_a_while_are_lived_through_and_lasting_ones_end(mode: str) -> None:
+    """The lab's fault server: two bad answers, then good ones; then nothing but bad ones."""
+    blob = DATA[:3_000_000]
+    digest = f"sha256:{hashlib.sha256(blob).hexdigest()}"
+    answers = [mode, mode]
+    patience = ClientOptions(retries=2, retry_delay=0.01, connect_timeout=5, read_timeout=0.4)
+
+    def choose(request: object) -> str:
+        return answers.pop() if answers else "ok"
+
+    with (
+        faulty_server({digest[7:]: blob}, choose=choose) as server,
+        RegistryClient(server.netloc, patience, lambda: None) as client,
+    ):
+        # a body that ends early and says so, or is wrong to its last byte, cannot be told before its end
+        for _ in range(3 if mode in ("short-body", "wrong-bytes") else 1):
+            try:
+                assert client.blob("a/b", digest, len(blob)) == blob
+            except WrongBytesError:
+                assert mode in ("short-body", "wrong-bytes")
+        assert not answers
+        answers += [mode] * 50
+        with pytest.raises(RegistryError, match=digest[7:] if mode in ("short-body", "wrong-bytes") else server.netloc):
+            client.blob("a/b", digest, len(blob))
 
 
 def test_redirects_lose_the_credentials_and_may_not_ask_for_them() -> None:
