@@ -113,6 +113,8 @@ def command(**given: Any) -> None:
     """
     from nydusfs.convert.progress import make_progress
 
+    if given["output_json"] and not Path(given["output_json"]).absolute().parent.is_dir():
+        raise click.UsageError(f"--output-json {given['output_json']}: there is no such directory")
     if given["nydus_image"] != "nydus-image":
         log.debug("--nydus-image %s is not used: layers are built in this process", given["nydus_image"])
     if given["reverse"]:

@@ -125,6 +125,8 @@ class _Conversion:
         progress.say(f"pulling image {options.source}")
         found = load_images(self.source, options.platforms)
         images = plain_images(found, options.platforms if options.explicit_platforms else None)
+        if options.settings.oci_ref:
+            _require_gzip(images)
         self.target.require_writable()
         self._load_cache()
         settings = self._load_dictionary(connections)
@@ -298,6 +300,17 @@ def plain_images(found: ImageSet, wanted: tuple[Platform, ...] | None) -> list[I
             if layer.media_type.endswith("+encrypted"):
                 raise ConvertError(f"{image.name}: layer {layer.digest} is encrypted; decrypt the image first")
     return images
+
+
+def _require_gzip(images: list[Image]) -> None:
+    """Before others are converted; the builder looks at the bytes themselves."""
+    for image in images:
+        for layer in image.layers:
+            if layer.media_type.endswith(("+zstd", ".zstd")):
+                raise ConvertError(
+                    f"{image.name}: layer {layer.digest} is compressed with zstd, which has no random access: "
+                    "--oci-ref needs gzip (or plain) layers"
+                )
 
 
 def _platform_of(image: Image) -> dict[str, Any]:

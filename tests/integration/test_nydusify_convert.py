@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,21 @@ def test_a_layer_may_come_twice(registry: Registry, tmp_path: Path) -> None:
     assert tree(f"{registry.host}/lab/twice:r") == tree(f"{registry.host}/lab/twice:oci")
 
 
+def test_references_need_gzip(registry: Registry, tmp_path: Path) -> None:
+    """Told by the media type, and by the bytes where that lies."""
+    layout = ImageLayout(tmp_path / "image")
+    layer = layout.add_layer([entry("a", "x" * 9000)], "zstd")
+    layout.finish([layer]).push(registry.host, "lab/zstd", "honest")
+    lying = replace(layer, blob=replace(layer.blob, media_type=mt.OCI_LAYER_GZIP))
+    layout.finish([lying]).push(registry.host, "lab/zstd", "lying")
+    for name in ("honest", "lying"):
+        done = nydusify(
+            "convert", "--source", f"{registry.host}/lab/zstd:{name}", "--target", f"{registry.host}/lab/zstd:n",
+            "--work-dir", tmp_path / "w", "--oci-ref", check=False,
+        )  # fmt: skip
+        failed(done, layer.blob.digest, "zstd", "no random access")
+
+
 def test_references_elsewhere_take_the_layers_along(registry: Registry, image: Image, tmp_path: Path) -> None:
     """Upstream leaves an OCI-ref image in another repository without its data."""
     convert(registry, tmp_path, "app:oci", "elsewhere:ref", "--oci-ref")
@@ -507,6 +523,7 @@ def test_wrong_bytes_of_a_source_are_fetched_again(registry: Registry, image: Im
         (["--build-cache", "a", "--build-cache-tag", "b"], "exclude"),
         (["--reverse"], "not a Nydus image"),
         (["--reverse", "--oci-ref"], "exclude"),
+        (["--output-json", "/nonexistent/x"], "no such directory"),
         (["--source-archive", "/nonexistent.tar"], "/nonexistent.tar"),
         (["--source-archive", sys.executable], "not a tar archive"),
         (["--target-archive", "/nonexistent/x.tar"], "/nonexistent"),

@@ -84,8 +84,6 @@ class RegistryEndpoint(Endpoint):
     ) -> bool:
         mount_from = ""
         if isinstance(origin, RegistryEndpoint) and origin.client.host == self.client.host:
-            if origin.repository == self.repository:
-                return False
             mount_from = origin.repository
         return self.client.push_blob(
             self.repository,
