@@ -9,6 +9,7 @@ import stat
 from bootstrap import tar
 from bootstrap.errors import BuildError
 from bootstrap.layout import v5
+from bootstrap.layout.common import MAX_NAME
 from bootstrap.layout.v6 import encode_rdev
 from bootstrap.lower import LowerTree
 from bootstrap.tree import LinkGroup, Node, check_name, check_xattr, new_root, storable_xattr
@@ -27,6 +28,7 @@ _TYPES = {
     tar.FIFO: stat.S_IFIFO,
 }
 
+_DOTS = (b".", b"..")
 _LANDMARKS = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"))
 """Files at the root that eStargz adds; they are no content of the image."""
 
@@ -44,7 +46,7 @@ class LayerTree:
         self._xattr_limit = xattr_limit
         self._foreign: set[bytes] = set()
         # Entries of one directory follow each other: remembering it saves the walk for most of them.
-        self._last_path = b""
+        self._last_head: bytes | None = None
         self._last = self.root
 
     def add(self, entry: tar.Entry) -> Node | None:
@@ -52,17 +54,24 @@ class LayerTree:
 
         Raises BuildError, naming the entry, for paths with "..", links to nothing, unusable names and long attributes.
         """
-        parts = _split(entry.name, entry)
-        if not parts:
-            if entry.type != tar.DIRECTORY:
-                raise BuildError(f"{entry.shown}: the root of the layer is not a directory")
-            self._fill(self.root, entry)
-            return self.root
-        if len(parts) == 1 and parts[0] in _LANDMARKS:
+        head, _, name = entry.name.rpartition(b"/")
+        if head == self._last_head and name and name not in _DOTS:
+            directory = self._last
+        else:
+            parts = _split(entry.name, entry)
+            if not parts:
+                if entry.type != tar.DIRECTORY:
+                    raise BuildError(f"{entry.shown}: the root of the layer is not a directory")
+                self._fill(self.root, entry)
+                return self.root
+            last = parts.pop()
+            directory = self._walk(parts, entry)
+            self._last_head, self._last = head if last == name else None, directory
+            name = last
+        if directory is self.root and name in _LANDMARKS:
             return None
-        name = parts.pop()
-        check_name(name, entry.shown)
-        directory = self._directory(parts, entry)
+        if len(name) > MAX_NAME or b"\0" in name:
+            check_name(name, entry.shown)
         children = directory.children
         assert children is not None
         old = children.get(name)
@@ -75,29 +84,21 @@ class LayerTree:
             self._fill(node, entry)
             return node
         else:
-            node = Node(name, _TYPES[entry.type] | entry.mode)
+            node = Node(name, _TYPES[entry.type])
             self._fill(node, entry)
-            if entry.type == tar.SYMLINK:
+            if entry.type == tar.REGULAR:
+                node.size = entry.size
+                node.chunks = []
+            elif entry.type == tar.SYMLINK:
                 if not 0 < len(entry.linkname) <= MAX_SYMLINK or b"\0" in entry.linkname:
                     raise BuildError(
                         f"{entry.shown}: link target of {len(entry.linkname)} bytes (1 to {MAX_SYMLINK}, no NUL)"
                     )
                 node.target = entry.linkname
                 node.size = len(entry.linkname)
-            elif entry.type == tar.REGULAR:
-                node.size = entry.size
-                node.chunks = []
         if old is not None:  # the remembered directory may be below it, or behind it if it was a symbolic link
-            self._last_path, self._last = b"", self.root
+            self._last_head = None
         children[name] = node
-        return node
-
-    def _directory(self, parts: list[bytes], entry: tar.Entry) -> Node:
-        path = b"/".join(parts)
-        if path == self._last_path:
-            return self._last
-        node = self._walk(parts, entry)
-        self._last_path, self._last = path, node
         return node
 
     def _walk(self, parts: list[bytes], entry: tar.Entry) -> Node:
@@ -172,7 +173,7 @@ class LayerTree:
         return node
 
     def _fill(self, node: Node, entry: tar.Entry) -> None:
-        node.mode = stat.S_IFMT(node.mode) | entry.mode
+        node.mode = node.mode & 0o170000 | entry.mode
         node.implied = False
         node.uid = entry.uid
         node.gid = entry.gid
