@@ -11,7 +11,7 @@ from typing import TypeAlias
 import trio
 
 from nydusfs.http import wire
-from nydusfs.http.connection import Connection, Tls, tls_context
+from nydusfs.http.connection import Connection, Progress, Tls, tls_context
 from nydusfs.http.errors import HttpError, HttpTimeout, ProtocolViolation, StaleConnection
 from nydusfs.http.url import Origin, Url
 
@@ -80,6 +80,7 @@ class HttpClient:
         via: Via | None = None,
         on_status: Callable[[int], None] | None = None,
         sloppy: bool = False,
+        progress: Progress | None = None,
     ) -> Response:
         """GET bytes `offset` to `offset + size - 1`.
 
@@ -90,7 +91,7 @@ class HttpClient:
         `timeout` + `size / slowest` seconds (`slowest` in bytes per second). With `patient` (there is no other source)
         a peer that sends the whole blob gets the time to reach the range. `on_status` hears of the status before the
         body is here. `sloppy`: a 200 with just the range is taken as well (small servers on unix sockets do that).
-        Raises `HttpError`.
+        `progress` is kept up to date. Raises `HttpError`.
         """
 
         async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
@@ -108,7 +109,7 @@ class HttpClient:
 
         request = [*headers, ("Range", f"bytes={offset}-{offset + size - 1}"), ("Accept-Encoding", "identity")]
         hard = timeout + size / slowest
-        return await self._exchange("GET", url, request, b"", receive, connect_timeout, timeout, hard, via)
+        return await self._exchange("GET", url, request, b"", receive, connect_timeout, timeout, hard, via, progress)
 
     async def request(
         self,
@@ -136,6 +137,7 @@ class HttpClient:
         timeout: float,
         hard: float,
         via: Via | None,
+        progress: Progress | None = None,
     ) -> Response:
         target = url.target
         key = via
@@ -155,7 +157,7 @@ class HttpClient:
             if waiting.cancelled_caught:
                 raise HttpTimeout(f"no free connection within {hard:g} s") from None
         try:
-            limits = (connect_timeout, timeout, hard)
+            limits = (connect_timeout, timeout, hard, progress)
             try:
                 return await self._attempt(pool, url.origin, message, receive, limits, via, reuse=True)
             except StaleConnection:
@@ -169,19 +171,19 @@ class HttpClient:
         origin: Origin,
         message: bytes,
         receive: _Receive,
-        limits: tuple[float, float, float],
+        limits: tuple[float, float, float, Progress | None],
         via: Via | None,
         *,
         reuse: bool,
     ) -> Response:
-        connect_timeout, timeout, hard = limits
+        connect_timeout, timeout, hard, progress = limits
         connection = self._take_idle(pool) if reuse else None
         if connection is None:
             connection = await self._connect(origin, connect_timeout, via)
         keep = False
         try:
             with trio.CancelScope() as scope:
-                connection.limit(scope, timeout, trio.current_time() + hard)
+                connection.limit(scope, timeout, trio.current_time() + hard, progress)
                 await connection.send(message)
                 head = await connection.read_head()
                 begun = trio.current_time()
@@ -270,4 +272,4 @@ async def _small(connection: Connection, head: wire.Head) -> tuple[Response, boo
     return Response(head.status, head.headers, await connection.read_exact(length), length), True
 
 
-__all__ = ["HttpClient", "HttpError", "Response", "Tls", "Via"]
+__all__ = ["HttpClient", "HttpError", "Progress", "Response", "Tls", "Via"]

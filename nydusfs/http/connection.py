@@ -46,8 +46,20 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
+class Progress:
+    """When an exchange last moved, by trio's clock, and whether an answer has begun. For who waits for it; coarse."""
+
+    __slots__ = ("begun", "moved")
+
+    def __init__(self, now: float) -> None:
+        self.moved = now
+        self.begun = False
+
+
 class Connection:
-    __slots__ = ("_buffer", "_hard", "_moved", "_scope", "_stall", "_transport", "idle_since", "origin", "reused")
+    __slots__ = (
+        "_buffer", "_hard", "_moved", "_progress", "_scope", "_stall", "_transport", "idle_since", "origin", "reused",
+    )  # fmt: skip
 
     def __init__(self, origin: Origin, transport: Transport) -> None:
         self.origin = origin
@@ -56,6 +68,7 @@ class Connection:
         self._scope: trio.CancelScope | None = None
         self._stall = self._hard = float("inf")
         self._moved = 0.0
+        self._progress: Progress | None = None
         self.idle_since = 0.0
         self.reused = False
 
@@ -90,16 +103,19 @@ class Connection:
         """Whether an idle connection can be used: bytes or an end waiting on it mean that it cannot. About 2 us."""
         return not self._buffer and self._transport.quiet()
 
-    def limit(self, scope: trio.CancelScope, stall: float, hard: float) -> None:
+    def limit(self, scope: trio.CancelScope, stall: float, hard: float, progress: Progress | None = None) -> None:
         """Let `scope` end after `stall` seconds without progress and at the clock time `hard` in any case."""
         self._scope = scope
+        self._progress = progress
         self._stall = stall
         self._hard = hard
         self._moved = trio.current_time()
         scope.deadline = min(self._moved + stall, hard)
 
-    def _progress(self) -> None:
+    def _advance(self) -> None:
         now = trio.current_time()
+        if self._progress is not None:
+            self._progress.moved = now
         if self._scope is not None and now - self._moved > _PROGRESS_STEP:
             self._moved = now
             self._scope.deadline = min(now + self._stall, self._hard)
@@ -122,7 +138,7 @@ class Connection:
             data = await self._transport.receive_some(_RECEIVE)
         except IO_ERRORS as error:
             raise ProtocolViolation(f"connection lost ({_reason(error)})") from None
-        self._progress()
+        self._advance()
         self._buffer += data
         return bool(data)
 
@@ -144,6 +160,8 @@ class Connection:
             head = wire.parse_head(bytes(self._buffer[:end]))
             del self._buffer[:end]
             if head.status >= 200:
+                if self._progress is not None:
+                    self._progress.begun = True
                 return head
             if head.status == 101:
                 raise ProtocolViolation("switches protocols without being asked")
@@ -162,7 +180,7 @@ class Connection:
                 if not got:
                     raise ProtocolViolation(f"body ends after {have} of {size} bytes")
                 have += got
-                self._progress()
+                self._advance()
         except IO_ERRORS as error:
             raise ProtocolViolation(f"connection lost after {have} of {size} bytes ({_reason(error)})") from None
         return body
@@ -217,7 +235,7 @@ class Connection:
         raise ProtocolViolation("endless trailers")
 
     def park(self) -> None:
-        self._scope = None
+        self._scope = self._progress = None
         self.reused = True
         self.idle_since = time.monotonic()
 

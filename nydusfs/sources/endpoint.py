@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nydusfs.http import HttpError, HttpTimeout, ProtocolViolation, Response
+from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Priority
 from nydusfs.sources.standing import Standing
 
@@ -70,8 +71,8 @@ class Endpoint(Protocol):
     attempts: int
     patience: float
 
-    async def fetch(self, wanted: Range, patience: float) -> Answer:
-        """One attempt. Raises `Refused`."""
+    async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
+        """One attempt; `progress` is kept up to date. Raises `Refused`."""
 
     async def ping(self) -> None:
         """A cheap look whether somebody answers. Raises `Refused`."""

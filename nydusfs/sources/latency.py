@@ -1,8 +1,9 @@
 """How long a source takes, and when a request to it is late. No clock and no I/O here: seconds and bytes come in.
 
 A request's time is its wait for the first byte plus its size at the source's rate, so that requests of 4 KiB and of
-4 MiB teach the same two numbers. What is left over is kept as a ratio (taken to expected), whose rolling quantiles say
-how far this source strays from its own average.
+4 MiB teach the same two numbers. The wait is also kept as a ratio (taken to expected), whose rolling quantiles say how
+far this source strays from its own average. Only waiting makes a request late: a body that moves, however slowly, would
+only move slower if it were asked for twice over the same link.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Latency:
         if self.samples == 1:
             self.first = first
         else:
-            self._ratios.append(total / max(self.expected(size), 1e-6))
+            self._ratios.append(first / max(self.first, 1e-6))
             self.first += (_RISE if first > self.first else _FALL) * (first - self.first)
         if size >= _RATE_SIZE:
             rate = size / max(total - first, 1e-4)
@@ -75,8 +76,8 @@ class Latency:
         self._lateness = max(self._lateness, elapsed)
         self._touched = now
 
-    def hedge_after(self, size: int) -> float | None:
-        """Seconds after which a request is late; None while too little is known."""
+    def hedge_after(self) -> float | None:
+        """Seconds without a byte after which a request is late; None while too little is known."""
         if self.samples < _TRUSTED:
             return None
-        return max(MIN_HEDGE, self.expected(size) * max(self._late, _ABOVE_MEDIAN * self._median))
+        return max(MIN_HEDGE, self.first * max(self._late, _ABOVE_MEDIAN * self._median))

@@ -11,7 +11,7 @@ from nydusfs.config import ConnectionConfig, HttpProxyBackend, ObjectBackend
 from nydusfs.errors import ObjectStoreError
 from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.http.client import Via
-from nydusfs.http.connection import Tls
+from nydusfs.http.connection import Progress, Tls
 from nydusfs.objects import Bucket
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.hub import SourceHub, seconds
@@ -67,12 +67,12 @@ class PlainEndpoint:
         self._renew = renew
         self._sloppy = sloppy
 
-    async def fetch(self, wanted: Range, patience: float) -> Answer:
+    async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         started = trio.current_time()
         try:
-            response = await self._get(wanted, patience)
+            response = await self._get(wanted, patience, progress)
             if response.status in (400, 401, 403) and self._renew is not None and self._renew():
-                response = await self._get(wanted, patience)
+                response = await self._get(wanted, patience, progress)
         except HttpError as error:
             raise refusal(error) from None
         except ObjectStoreError as error:
@@ -82,7 +82,7 @@ class PlainEndpoint:
         total = trio.current_time() - started
         return Answer(response.body, max(0.0, total - response.body_seconds))
 
-    async def _get(self, wanted: Range, patience: float) -> Response:
+    async def _get(self, wanted: Range, patience: float, progress: Progress | None) -> Response:
         url, headers = self._prepare(wanted.blob_id)
         if self._mirror is not None:
             url = Url(self._mirror, url.target)
@@ -98,6 +98,7 @@ class PlainEndpoint:
             patient=self.last,
             via=self._via,
             sloppy=self._sloppy,
+            progress=progress,
         )
 
     async def ping(self) -> None:

@@ -12,10 +12,11 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import trio
 
+from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 from nydusfs.sources.choice import choose
 from nydusfs.sources.endpoint import Endpoint, Range, Refused
@@ -28,11 +29,15 @@ UNKNOWN = 0.5  # seconds until a request to a source without history counts as l
 # A registry behind mirrors is not asked twice for what a mirror is about to deliver: a cold peer-to-peer mirror takes
 # ten times as long as a warm one.
 ORIGIN_HEDGE = 1.0
+STALLED = 0.3  # an answer that has begun is given at least this from one byte to the next
 MAX_RUNNING = 3
 RETRY_PAUSE = 0.2  # doubles per attempt at the origin, plus jitter
 MAX_RETRY_PAUSE = 5.0
 SAMPLE_SIZE = 4096
 SAMPLE_AGE = 60.0
+
+
+_Running: TypeAlias = dict[Endpoint, Progress]  # in the order in which they were started
 
 
 class ReadFailed(Exception):
@@ -119,7 +124,7 @@ class Racer:
 
     async def _raced(self, turns: _Turns, check: Check | None) -> Buffer:
         lock = trio.Lock()
-        running: dict[Endpoint, float] = {}
+        running: _Running = {}
         outcomes: list[tuple[Endpoint, Buffer | Refused]] = []
         news = trio.Event()
         body: Buffer | None = None
@@ -127,14 +132,13 @@ class Racer:
 
             async def run(endpoint: Endpoint) -> None:
                 try:
-                    outcomes.append((endpoint, await self._attempt(endpoint, turns, check, lock)))
+                    outcomes.append((endpoint, await self._attempt(endpoint, turns, check, lock, running[endpoint])))
                 except Refused as reason:
                     outcomes.append((endpoint, reason))
                 news.set()
 
             def launch(endpoint: Endpoint) -> None:
-                running[endpoint] = trio.current_time()
-                self._begin(endpoint, turns)
+                running[endpoint] = Progress(self._begin(endpoint, turns))
                 nursery.start_soon(run, endpoint)
 
             while body is None:
@@ -145,8 +149,7 @@ class Racer:
                     await self._wait(turns, following)
                     launch(following)
                 if not outcomes:
-                    latest = next(reversed(running))
-                    with trio.CancelScope(deadline=self._late_at(turns, running, latest)):
+                    with trio.CancelScope(deadline=self._late_at(turns, running)):
                         await news.wait()
                 if not outcomes:
                     hedge = self._hedge(turns, running)
@@ -156,15 +159,16 @@ class Racer:
                     continue
                 news = trio.Event()
                 endpoint, result = outcomes.pop(0)
-                started = running.pop(endpoint)
+                del running[endpoint]
                 if isinstance(result, Refused):
                     turns.note(endpoint, result)
                     continue
                 body = result
-                for other, since in running.items():
-                    if since < started:
+                for other in running:
+                    elapsed = trio.current_time() - turns.started[other]
+                    if turns.started[other] < turns.started[endpoint]:
                         self.tally.hedges_won += 1
-                        self._overtaken(other, trio.current_time() - since, turns.wanted)
+                        self._overtaken(other, elapsed, turns.wanted)
             nursery.cancel_scope.cancel()
         if body is None:
             raise turns.failure()
@@ -172,41 +176,48 @@ class Racer:
 
     # -- lateness
 
-    def _late_at(self, turns: _Turns, running: dict[Endpoint, float], latest: Endpoint) -> float:
+    def _late_at(self, turns: _Turns, running: _Running) -> float:
         """When the request that was started last counts as late; never when nobody could help."""
         if len(running) >= MAX_RUNNING:
             return math.inf
         helper = turns.helper(running)
         if helper is None:
             return math.inf
-        return max(running[latest] + self._patience(latest, helper, turns.wanted.size), turns.no_hedge_before)
+        return max(self._patience(running, helper), turns.no_hedge_before)
 
-    def _patience(self, endpoint: Endpoint, helper: Endpoint, size: int) -> float:
-        delay = endpoint.standing.latency.hedge_after(size)
-        delay = UNKNOWN if delay is None else delay
-        return max(delay, ORIGIN_HEDGE) if helper.last else delay
-
-    def _hedge(self, turns: _Turns, running: dict[Endpoint, float]) -> Endpoint | None:
-        now = trio.current_time()
-        size = turns.wanted.size
+    def _patience(self, running: _Running, helper: Endpoint) -> float:
         latest = next(reversed(running))
-        helper = choose(self.endpoints, turns.blob, size, now, {**running, **turns.attempts}, proven=True)
+        progress = running[latest]
+        delay = latest.standing.latency.hedge_after()
+        delay = UNKNOWN if delay is None else delay
+        if progress.begun:
+            delay = max(delay, STALLED)
+        if helper.last:
+            delay = max(delay, ORIGIN_HEDGE)
+        return progress.moved + delay
+
+    def _hedge(self, turns: _Turns, running: _Running) -> Endpoint | None:
+        """Who shall have a go at a late request too. None: nobody now, see `no_hedge_before`."""
+        now = trio.current_time()
+        latest = next(reversed(running))
+        helper = choose(self.endpoints, turns.blob, turns.wanted.size, now, {**running, **turns.attempts}, proven=True)
         if helper is None:
             turns.no_hedge_before = now + UNKNOWN
             return None
-        turns.no_hedge_before = running[latest] + self._patience(latest, helper, size)
-        if turns.no_hedge_before > now:  # only the origin is left: wait for its time
+        turns.no_hedge_before = self._patience(running, helper)
+        if turns.no_hedge_before > now:  # it has moved meanwhile, or only the origin is left: wait for its time
             return None
-        if helper.last and self._bucket is not None and self._bucket.delay(now) > 0:
-            turns.no_hedge_before = now + max(0.1, self._bucket.delay(now))
+        bucket = self._bucket if helper.last else None
+        if bucket is not None and (delay := bucket.delay(now)) > 0:
+            turns.no_hedge_before = now + max(0.1, delay)
             return None
         if latest.standing.state is State.DOWN:
             self._extras.spend()  # others have found out that it hangs: no hedge but a retry
         elif not self._extras.take():
-            turns.no_hedge_before = now + max(0.05, self._patience(latest, helper, size) / 4)
+            turns.no_hedge_before = now + 0.05
             return None
-        if helper.last and self._bucket is not None:
-            self._bucket.take(now)
+        if bucket is not None:
+            bucket.take(now)
         turns.helpers.add(helper)
         return helper
 
@@ -235,21 +246,31 @@ class Racer:
         while not self._bucket.take(trio.current_time()):  # noqa: ASYNC110 - time passes, nothing happens
             await trio.sleep(self._bucket.delay(trio.current_time()))
 
-    def _begin(self, endpoint: Endpoint, turns: _Turns) -> None:
+    def _begin(self, endpoint: Endpoint, turns: _Turns) -> float:
+        """The time of it."""
         self.tally.requests += 1
         if turns.asked and endpoint not in turns.helpers:
             self.tally.retries += 1
             self._extras.spend()
         turns.asked += 1
         turns.attempts[endpoint] = turns.attempts.get(endpoint, 0) + 1
-        endpoint.standing.begin(trio.current_time())
+        now = turns.started[endpoint] = trio.current_time()
+        endpoint.standing.begin(now)
+        return now
 
-    async def _attempt(self, endpoint: Endpoint, turns: _Turns, check: Check | None, lock: trio.Lock) -> Buffer:
+    async def _attempt(
+        self,
+        endpoint: Endpoint,
+        turns: _Turns,
+        check: Check | None,
+        lock: trio.Lock,
+        progress: Progress | None = None,
+    ) -> Buffer:
         """Records how it went. Raises `Refused`."""
         standing, wanted = endpoint.standing, turns.wanted
         started = trio.current_time()
         try:
-            answer = await endpoint.fetch(wanted, endpoint.patience)
+            answer = await endpoint.fetch(wanted, endpoint.patience, progress)
             total = trio.current_time() - started
             if check is not None:
                 async with lock:
@@ -297,6 +318,7 @@ class _Turns:
     wanted: Range
     tried: list[tuple[str, str]] = field(default_factory=list)
     attempts: dict[Endpoint, int] = field(default_factory=dict)
+    started: dict[Endpoint, float] = field(default_factory=dict)
     helpers: set[Endpoint] = field(default_factory=set)
     damaged: bool = False
     asked: int = 0
@@ -328,7 +350,7 @@ class _Turns:
             return next((endpoint for endpoint in endpoints if endpoint not in self.attempts), None)
         return None
 
-    def helper(self, running: dict[Endpoint, float]) -> Endpoint | None:
+    def helper(self, running: _Running) -> Endpoint | None:
         """Whether somebody could take over a late request, mirrors first. Takes nothing."""
         now = trio.current_time()
         free = [

@@ -18,7 +18,7 @@ from nydusfs.config import RegistryBackend
 from nydusfs.errors import AuthError
 from nydusfs.http import HttpClient, HttpError, ProtocolViolation, Response, Url, parse_url
 from nydusfs.http.client import Via
-from nydusfs.http.connection import basic_auth
+from nydusfs.http.connection import Progress, basic_auth
 from nydusfs.http.errors import TlsFailed
 from nydusfs.http.url import parse_authority
 from nydusfs.sources.auth import Authenticator
@@ -113,11 +113,11 @@ class RegistryEndpoint:
 
     # -- Endpoint
 
-    async def fetch(self, wanted: Range, patience: float) -> Answer:
+    async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         """One attempt, redirects and a token dance included."""
         started = trio.current_time()
         try:
-            response = await self._fetch(wanted, patience)
+            response = await self._fetch(wanted, patience, progress)
         except HttpError as error:
             raise refusal(error) from None
         except AuthError as error:
@@ -163,11 +163,11 @@ class RegistryEndpoint:
     def _prefixed(self, path: str) -> str:
         return self._base.target.rstrip("/") + path
 
-    async def _fetch(self, wanted: Range, patience: float) -> Response:
+    async def _fetch(self, wanted: Range, patience: float, progress: Progress | None) -> Response:
         known = self._redirects.get(wanted.blob_id)
         if known is not None:
             try:
-                response = await self._get(known, (), wanted, patience)
+                response = await self._get(known, (), wanted, patience, progress)
             except HttpError:
                 self._redirects.drop(wanted.blob_id)
                 raise
@@ -178,10 +178,10 @@ class RegistryEndpoint:
             log.info("The redirected link has expired: %s, will retry read", known)
         url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{wanted.blob_id}{self.way.query}")
         if self.authenticator.settled:
-            response = await self._authorized(url, wanted, patience)
+            response = await self._authorized(url, wanted, patience, progress)
         else:
             async with self.authenticator.first():
-                response = await self._authorized(url, wanted, patience)
+                response = await self._authorized(url, wanted, patience, progress)
         for _ in range(MAX_REDIRECTS):
             location = response.get("location")
             if not 300 <= response.status < 400 or not location:
@@ -190,7 +190,7 @@ class RegistryEndpoint:
             headers: Headers = ()
             if target.origin == url.origin and (value := await self.authenticator.header()):
                 headers = (*self.way.headers, ("Authorization", value))  # still the same server
-            response = await self._get(target, headers, wanted, patience)
+            response = await self._get(target, headers, wanted, patience, progress)
             url = target
             if response.status in (200, 206):
                 if not headers:
@@ -214,9 +214,9 @@ class RegistryEndpoint:
             return Url(parse_authority(scheme, netloc), target.target)
         return target
 
-    async def _authorized(self, url: Url, wanted: Range, patience: float) -> Response:
+    async def _authorized(self, url: Url, wanted: Range, patience: float, progress: Progress | None) -> Response:
         sent = await self.authenticator.header()
-        response = await self._get(url, self._headers(sent), wanted, patience)
+        response = await self._get(url, self._headers(sent), wanted, patience, progress)
         for _ in range(2):
             if response.status != 401:
                 return response
@@ -226,7 +226,7 @@ class RegistryEndpoint:
                 return await self._origin_challenge(wanted, patience) if self.way.asks_origin else refused
 
             value = await self.authenticator.answer(sent, challenge, url)
-            response = await self._get(url, self._headers(value), wanted, patience)
+            response = await self._get(url, self._headers(value), wanted, patience, progress)
             sent = value
         return response
 
@@ -235,7 +235,7 @@ class RegistryEndpoint:
         origin = self._origin
         assert origin is not None
         url = Url(origin._base.origin, f"{origin._prefixed(origin._blobs)}sha256:{wanted.blob_id}")
-        response = await origin._get(url, origin.way.headers, Range(wanted.blob_id, 0, 1), patience)
+        response = await origin._get(url, origin.way.headers, Range(wanted.blob_id, 0, 1), patience, None)
         if response.status != 401:
             raise AuthError(f"{self.name}: 401, though the registry wants no credentials", url=str(url))
         return response
@@ -247,7 +247,9 @@ class RegistryEndpoint:
     def _headers(self, authorization: str) -> Headers:
         return (*self.way.headers, ("Authorization", authorization)) if authorization else self.way.headers
 
-    async def _get(self, url: Url, headers: Headers, wanted: Range, patience: float) -> Response:
+    async def _get(
+        self, url: Url, headers: Headers, wanted: Range, patience: float, progress: Progress | None
+    ) -> Response:
         given = {name.lower() for name, _ in (*headers, *self._extra)}
         merged = [(name, value) for name, value in (*headers, *self._extra) if name.lower() not in _OURS]
         if "user-agent" not in given:
@@ -267,6 +269,7 @@ class RegistryEndpoint:
                 patient=self.last,
                 via=self.way.via,
                 on_status=self._note_status,
+                progress=progress,
             )
         except TlsFailed:
             # Upstream's rule (since 2.3): plain HTTP instead of TLS only where certificates are not checked anyway.
@@ -275,7 +278,7 @@ class RegistryEndpoint:
                 raise
             log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
             self._base = Url(parse_authority("http", self._backend.host), self._base.target)
-            return await self._get(Url(self._base.origin, url.target), headers, wanted, patience)
+            return await self._get(Url(self._base.origin, url.target), headers, wanted, patience, progress)
 
 
 async def ping(

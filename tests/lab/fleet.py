@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, WrongBytes
 from nydusfs.sources.endpoint import Answer, Range, Refused
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
@@ -67,18 +68,19 @@ class FakeSource:
     requests: int = 0
     pings: int = 0
     running: int = 0
+    moves: Callable[[Range, Progress | None], Awaitable[Buffer]] | None = None
 
     @property
     def address(self) -> str:
         return self.name
 
-    async def fetch(self, wanted: Range, patience: float) -> Answer:
+    async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         self.requests += 1
         self.running += 1
         started = trio.current_time()
         try:
             with trio.move_on_after(patience):
-                body = await self.behave(wanted)
+                body = await (self.moves(wanted, progress) if self.moves else self.behave(wanted))
                 return Answer(body, trio.current_time() - started)
             raise Refused("no progress", hung=True)
         finally:

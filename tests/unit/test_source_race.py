@@ -9,11 +9,12 @@ import pytest
 import trio
 import trio.testing
 
+from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Priority
 from nydusfs.sources.endpoint import Range, Refused
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
 from nydusfs.sources.probe import Prober
-from nydusfs.sources.race import ORIGIN_HEDGE, UNKNOWN, Racer, ReadFailed
+from nydusfs.sources.race import ORIGIN_HEDGE, STALLED, UNKNOWN, Racer, ReadFailed
 from nydusfs.sources.standing import PROVEN, State
 from tests.lab.fleet import GOOD, FakeSource, answers, check, hangs, lies, read_many, refused
 
@@ -74,6 +75,28 @@ def test_the_origin_is_given_more_time_before_it_is_asked_too() -> None:
 def test_a_source_nobody_knows_gets_half_a_second() -> None:
     seconds, _ = timed(racer(FakeSource("a", hangs), FakeSource("b", answers(0.1, spread=0), rank=1)))
     assert seconds == pytest.approx(UNKNOWN + 0.1)
+
+
+def test_a_body_that_moves_is_not_late() -> None:
+    """Over a slow link a second request would only take the first one's bytes away. One that stops is late."""
+
+    def trickle(stop: int) -> Callable[[Range, Progress | None], Awaitable[Buffer]]:
+        async def moves(wanted: Range, progress: Progress | None) -> Buffer:
+            assert progress is not None
+            for piece in range(20):
+                await trio.sleep(0.2)
+                if piece == stop:
+                    await trio.sleep_forever()
+                progress.begun, progress.moved = True, trio.current_time()
+            return GOOD * wanted.size
+
+        return moves
+
+    for stop, expected in ((99, 4.0), (10, 10 * 0.2 + STALLED + 0.1)):
+        slow = known(FakeSource("slow", hangs, patience=9.0, moves=trickle(stop)), 0.2)
+        other = known(FakeSource("other", answers(0.1, spread=0), rank=1), 0.5)
+        seconds, _ = timed(racer(slow, other))
+        assert seconds == pytest.approx(expected) and other.requests == (stop == 10)
 
 
 def test_prefetch_is_never_doubled() -> None:
