@@ -130,8 +130,8 @@ def _file(values: dict[str, str], where: str) -> ExternalFile:
         return value
 
     blob_id = values.get("blob_id", "")
-    if not 0 < len(blob_id.encode("utf-8", "surrogateescape")) <= MAX_BLOB_ID:
-        raise BuildError(f"{where}: blob_id={blob_id} has not 1 to {MAX_BLOB_ID} bytes")
+    if not blob_id.isprintable() or not 0 < len(blob_id.encode()) <= MAX_BLOB_ID:
+        raise BuildError(f"{where}: blob_id={blob_id!r} is no text of 1 to {MAX_BLOB_ID} bytes")
     crcs = values.get("crcs", "")
     pieces = crcs.split(",") if crcs else []
     if not all(_NUMBER.fullmatch(piece) for piece in pieces):
