@@ -17,6 +17,7 @@ _COMMANDS = {
     "mount": ("nydusfs.convert.cmd_mount", "Mount a Nydus image as a folder until Ctrl-C"),
     "build": ("nydusfs.convert.cmd_build", "Make a Nydus image of a directory: a bootstrap and a blob"),
     "optimize": ("nydusfs.convert.cmd_optimize", "Put what a container reads first into a blob of its own"),
+    "chunkdict": ("nydusfs.convert.cmd_chunkdict", "Find chunks that many Nydus images have"),
     "commit": ("nydusfs.convert.cmd_commit", "Make a new image of what a container changed"),
 }
 _ALIASES = {"view": "mount", "pack": "build"}

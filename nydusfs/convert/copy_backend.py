@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 import re
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from nydusfs.convert import manifests
 from nydusfs.convert.backends import BlobStore
 from nydusfs.convert.endpoints import Endpoint
 from nydusfs.convert.images import load_image
 from nydusfs.convert.nydusimage import unpack_image
-from nydusfs.convert.pushing import Pusher
-from nydusfs.convert.streams import PieceStream
+from nydusfs.convert.pushing import Pusher, verified_stream
 from nydusfs.errors import ConvertError
 from nydusfs.registry.client import Manifest
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _OLD_LIST = "containerd.io/snapshot/nydus-blob-ids"  # named all blobs, before v1.0; clients of today stumble over it
-_PIECE = 1 << 20
 
 
 def filled_from_backend(
@@ -46,7 +42,7 @@ def filled_from_backend(
         if size is None:
             raise ConvertError(f"{image.name}: blob {blob_id} does not exist in {store.name}")
         digest = f"sha256:{blob_id}"
-        pusher.stream(digest, size, lambda blob_id=blob_id: _Verified(store, blob_id).stream())  # type: ignore[misc]
+        pusher.stream(digest, size, partial(verified_stream, store, blob_id))
         layers.append(manifests.blob_descriptor(digest, size).to_json())
     document = copy.deepcopy(image.manifest)
     for layer in document["layers"]:
@@ -68,26 +64,3 @@ def _blob_ids(bootstrap: Path, name: str) -> list[str]:
             return list(dict.fromkeys(blob.id for blob in image.blobs))
     except RafsError as error:
         raise ConvertError(f"{name}: bootstrap: {error}") from error
-
-
-class _Verified:
-    """A blob whose end is only reached if its name is its digest."""
-
-    def __init__(self, store: BlobStore, blob_id: str) -> None:
-        self._store = store
-        self._blob_id = blob_id
-
-    def stream(self) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(PieceStream(self._pieces()), _PIECE))
-
-    def _pieces(self) -> Iterator[bytes]:
-        digest = hashlib.sha256()
-        with self._store.open(self._blob_id) as source:
-            while piece := source.read(_PIECE):
-                digest.update(piece)
-                yield piece
-        if digest.hexdigest() != self._blob_id:
-            raise ConvertError(
-                f"blob {self._blob_id} of {self._store.name} has the digest {digest.hexdigest()}: "
-                "layers are named by their digest, this blob cannot become one"
-            )

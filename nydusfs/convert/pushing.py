@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypeVar
+from typing import BinaryIO, Self, TypeVar, cast
 
+from nydusfs.convert.backends import BlobStore
 from nydusfs.convert.endpoints import Endpoint, copy_blob
 from nydusfs.convert.images import Descriptor
 from nydusfs.convert.manifests import digest_of
 from nydusfs.convert.progress import Progress
+from nydusfs.convert.streams import PieceStream
 from nydusfs.convert.threads import DaemonPool
-from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.errors import AuthError, ConvertError, NotFoundError, RegistryError
 from nydusfs.registry.transport import RETRY_STATUS
 
 log = logging.getLogger(__name__)
 
 _THREADS = 3
+_PIECE = 1 << 20
 RETRIES = 3
 RETRY_DELAY = 5.0
 
@@ -125,6 +130,25 @@ class Pusher:
                 pause = max(self._delay, error.retry_after)
                 log.warning("%s; trying again in %.0f s", error, pause)
                 time.sleep(pause)
+
+
+def verified_stream(store: BlobStore, blob_id: str) -> BinaryIO:
+    """A blob of a backend as a layer. Its end is only reached if its name is its digest, else reading raises
+    ConvertError."""
+
+    def pieces() -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        with store.open(blob_id) as source:
+            while piece := source.read(_PIECE):
+                digest.update(piece)
+                yield piece
+        if digest.hexdigest() != blob_id:
+            raise ConvertError(
+                f"blob {blob_id} of {store.name} has the digest {digest.hexdigest()}: "
+                "layers are named by their digest, this blob cannot become one"
+            )
+
+    return cast(BinaryIO, io.BufferedReader(PieceStream(pieces()), _PIECE))
 
 
 def unique(blobs: Iterable[Descriptor]) -> list[Descriptor]:
