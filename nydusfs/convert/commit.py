@@ -71,7 +71,7 @@ class CommitResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class NewLayer:
     """`meta` is None for a layer without chunk table."""
 
     digest: str
@@ -115,7 +115,7 @@ def commit(options: CommitOptions, progress: Progress) -> CommitResult:
         for layer in fresh:
             pusher.file(layer.digest, layer.blob)
         progress.say(f"pushing image {options.target}")
-        media_type, body = _assemble(base, fresh, committed, folder, pusher)
+        media_type, body = assemble(base, fresh, committed, folder, pusher)
         pusher.wait()
         digest = pusher.image(media_type, body)
         progress.say(f"committed container {container.id} as {options.target}@{digest}")
@@ -145,7 +145,7 @@ class _Reading:
         self._layers = layers
         self._folder = folder
         self._progress = progress
-        self._build = _build_options(base)
+        self._build = layer_options(base)
         self._with = [path.strip(b"/") for path in options.with_paths]
         self._without = [path.strip(b"/") for path in options.without_paths]
         if b"" in self._with:
@@ -153,7 +153,7 @@ class _Reading:
                 "--with-path /: what a container changed below / is committed anyway; name mounted folders"
             )
 
-    def read(self) -> tuple[list[_Layer], float]:
+    def read(self) -> tuple[list[NewLayer], float]:
         """New layers, lowest first, and for how many seconds the container stood still."""
         task = self._containers.task(self._container.id)
         if self._with and not task.pid:
@@ -169,7 +169,7 @@ class _Reading:
             self._progress.say(f"resumed container {name}, it stood still for {elapsed_text(stopped)}")
         return found, stopped
 
-    def _upper(self) -> _Layer:
+    def _upper(self) -> NewLayer:
         choice = Choice(left_out=self._without, replaced=self._with)
         upper = os.open(self._layers.upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -180,12 +180,12 @@ class _Reading:
         finally:
             os.close(upper)
 
-    def _mounted(self, pid: int, number: int) -> _Layer:
+    def _mounted(self, pid: int, number: int) -> NewLayer:
         path, choice = self._with[number], Choice(left_out=self._without)
         with root_of(self._container, pid) as root:
             return self._layer(f"mount-{number}", f"/{shown(path)}", lambda: folder_layer(root, path, choice))
 
-    def _layer(self, name: str, what: str, pieces: Callable[[], Iterator[bytes]]) -> _Layer:
+    def _layer(self, name: str, what: str, pieces: Callable[[], Iterator[bytes]]) -> NewLayer:
         for attempt in range(1, _TRIES + 1):
             began = time.monotonic()
             try:
@@ -200,7 +200,7 @@ class _Reading:
             return layer
         raise AssertionError("the loop returns or raises")
 
-    def _written(self, folder: Path, pieces: Iterator[bytes]) -> _Layer:
+    def _written(self, folder: Path, pieces: Iterator[bytes]) -> NewLayer:
         from bootstrap.build import build_layer
         from bootstrap.errors import RafsError
 
@@ -212,10 +212,10 @@ class _Reading:
             boot, meta, _ = write_tail(blob, folder)
         except RafsError as error:
             raise ConvertError(f"container {self._container.id}: {error}") from error
-        return _Layer(f"sha256:{result.blob_sha256}", blob, boot, meta)
+        return NewLayer(f"sha256:{result.blob_sha256}", blob, boot, meta)
 
 
-def _build_options(base: NydusImage) -> BuildOptions:
+def layer_options(base: NydusImage) -> BuildOptions:
     """Layers that go with the image's."""
     from bootstrap.errors import RafsError
     from bootstrap.layout.common import BlobFeatures, Compressor
@@ -239,8 +239,8 @@ def _build_options(base: NydusImage) -> BuildOptions:
         raise ConvertError(f"{base.image.name}: bootstrap: {error}") from error
 
 
-def _assemble(
-    base: NydusImage, fresh: list[_Layer], committed: list[str], folder: Path, pusher: Pusher
+def assemble(
+    base: NydusImage, fresh: list[NewLayer], committed: list[str], folder: Path, pusher: Pusher
 ) -> tuple[str, bytes]:
     """Media type and body of the new manifest; what it names is being pushed."""
     from bootstrap.errors import RafsError

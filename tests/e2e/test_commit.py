@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.images import fetch_manifest
+from tests.lab.nydusify import upstream_nydusify
 from tests.lab.process import run, wait_until
 from tests.lab.stack import Stack, program
 
@@ -103,19 +104,36 @@ def test_commit_and_commit_again(stack: Stack, tmp_path: Path) -> None:
     assert run(check, timeout=60).returncode == 0
 
 
+@pytest.mark.interop
+def test_upstreams_stack_takes_it(stack: Stack, tmp_path: Path) -> None:
+    """Its check mounts the committed image with its nydusd and reads everything, twice."""
+    base, target = f"{stack.host}/lab/small:nydus", f"{stack.host}/lab/committed:upstream"
+    stack.rpull(base)
+    with container(stack, base) as name:
+        inside(stack, name, "echo changed > /marker; rm -r /shadowed; mkdir /made; ln /marker /made/link")
+        commit(stack, name, target)
+    done = upstream_nydusify(
+        tmp_path, "check", "--source", target, "--target", target, "--source-insecure", "--target-insecure",
+        "--work-dir", tmp_path / "up",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "verified image" in done.stderr
+
+
 def test_a_stopped_container_and_what_cannot_be_committed(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)
     name = f"s{time.monotonic_ns()}"
     ctr = stack.containerd.ctr
-    ctr("run", "--net-host", "--snapshotter", "nydus", ref, name, "sh", "-c", "echo stopped > /marker")
+    flags = ["--net-host", "--snapshotter", "nydus", "--label", f"nerdctl/name=web-{name}"]
+    ctr("run", *flags, ref, name, "sh", "-c", "echo stopped > /marker")
     ctr("tasks", "rm", name, check=False)
     target = f"{stack.host}/lab/stopped:1"
     try:
         assert "--with-path has nothing to look into" in commit(
             stack, name, target, "--with-path", "/data", check=False
         )
-        assert "pausing" not in commit(stack, name, target)
+        assert "pausing" not in commit(stack, f"web-{name}", target), "nerdctl's name for it"
     finally:
         ctr("containers", "rm", name)
     stack.rpull(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from nydusfs.registry import mediatypes as mt
 from nydusfs.registry.client import RegistryClient
 from tests.lab.images import ImageLayout, entry, fetch_manifest
 from tests.lab.nydusify import nydusify, upstream_nydusify
+from tests.lab.paths import shared_dir
 from tests.lab.process import wait_until
 from tests.lab.registry import Registry, find_program
 
@@ -118,6 +120,26 @@ def _prefetched(registry: Registry, repository: str, digest: str, work: Path) ->
     with mounted(find_nydusd("nydusd"), boot, config, work / "mnt", work):
         wait_until(lambda: fetched(True) >= 300_000, 30, "prefetch")
     assert fetched(False) < 50_000, "of other blobs only tables"
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("form", ["index", "zran"])
+def test_batched_and_reference_images_of_upstream(tmp_path: Path, form: str) -> None:
+    shared = shared_dir()
+    if shared is None:
+        pytest.skip("interop: no reference fixtures here")
+    oci = shared / "fixtures" / "reference" / "oci"
+    source = tmp_path / "source"
+    shutil.copytree(oci / form, source)
+    shutil.copytree(oci / "oci" / "blobs", source / "blobs", dirs_exist_ok=True)
+    files = tmp_path / "list"
+    files.write_text("/etc\n/big1\n")
+    target = f"oci:{tmp_path / 'made'}"
+    optimize(f"oci:{source}", target, files, tmp_path)
+    done = nydusify(
+        "check", "--source", f"oci:{oci / 'oci'}", "--target", target, "--no-mount", "--work-dir", tmp_path / "output"
+    )
+    assert "compared 31 entries" in done.stderr
 
 
 @pytest.mark.interop
