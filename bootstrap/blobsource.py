@@ -96,7 +96,8 @@ def local_meta(image: Bootstrap, blob: Blob) -> blobmeta.BlobMeta | None:
         path = os.path.join(folder, name + META_SUFFIX)
         try:
             with open(path, "rb") as file:
-                data = file.read(blobmeta.MAX_REGION)
+                # read() takes memory for as much as it is asked for
+                data = file.read(min(blobmeta.MAX_REGION, os.fstat(file.fileno()).st_size))
         except OSError:
             continue
         try:

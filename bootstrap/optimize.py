@@ -72,7 +72,10 @@ def parse_list(text: bytes) -> list[Wanted]:
 def _wanted(item: Any, where: str) -> Wanted:
     if not isinstance(item, dict) or not isinstance(item.get("path"), str):
         raise BuildError(f"prefetch file: {where} has no path")
-    path = _path(item["path"].encode("utf-8", "surrogateescape"), where)
+    try:
+        path = _path(item["path"].encode("utf-8", "surrogateescape"), where)
+    except UnicodeEncodeError:
+        raise BuildError(f"prefetch file: {where}: {item['path']!r} is no file name") from None
     given = item.get("ranges")
     if given is None:
         return Wanted(path)
