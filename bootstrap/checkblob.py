@@ -5,28 +5,33 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from typing import BinaryIO
 
 from bootstrap import blobmeta
-from bootstrap.base import Blob, Bootstrap
-from bootstrap.blobsource import Blobs, Folder, open_blobs
+from bootstrap.base import Blob, Bootstrap, Chunk
+from bootstrap.blobsource import Blobs, Folder, Part, open_blobs
 from bootstrap.chunkmap import iter_chunks
-from bootstrap.decode import NO_DIGEST, is_legacy_stargz, verify_crc
+from bootstrap.decode import NO_DIGEST, is_legacy_stargz, verify_crc, where
 from bootstrap.errors import DigestMismatch, FormatError, RafsError
 from bootstrap.inlined import read_toc, read_toc_entry, sections
 from bootstrap.layout import toc
 from bootstrap.layout.blobmeta import HEADER, HEADER_SIZE, V2_ENCRYPTED
 from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor
+from bootstrap.packing import Packer
 
 _MAX_SECTION = 1 << 30
 _READ = 1 << 22
 
 
-def check_blobs(image: Bootstrap, folder: str) -> int:
+def check_blobs(
+    image: Bootstrap, folder: str, *, threads: int = 2, progress: Callable[[int], None] | None = None
+) -> int:
     """Check the data of all blobs; the number of chunks decoded.
 
-    Each blob is a file in `folder` named by its id (or the file the bootstrap itself lies in). Raises FormatError,
-    CodecError or DigestMismatch at the first flaw, RafsError when a blob is not there; all name the blob's file.
+    Each blob is a file in `folder` named by its id (or the file the bootstrap itself lies in). `progress` is called
+    with uncompressed bytes. Raises FormatError, CodecError or DigestMismatch at the first flaw, RafsError when a blob
+    is not there; all name the blob's file.
     """
     total = 0
     files = Folder(folder, image.path)
@@ -34,7 +39,7 @@ def check_blobs(image: Bootstrap, folder: str) -> int:
         for blob in image.blobs:
             path = files.path(blob.id)
             try:
-                total += _check_blob(blobs, files, blob)
+                total += _check_blob(blobs, files, blob, threads, progress)
             except FormatError as error:
                 raise FormatError(f"{path}: {error.structure}", error.offset, error.message) from error
             except RafsError as error:
@@ -44,7 +49,12 @@ def check_blobs(image: Bootstrap, folder: str) -> int:
     return total
 
 
-def _check_blob(blobs: Blobs, files: Folder, blob: Blob) -> int:
+_Item = tuple[Chunk, "bytes | memoryview | Part"]
+
+
+def _check_blob(
+    blobs: Blobs, files: Folder, blob: Blob, threads: int, progress: Callable[[int], None] | None
+) -> int:
     size = _size(files.path(blob.id))
     if size is not None and size < blob.data_size:
         raise FormatError("data blob", size, f"{size} bytes, shorter than its data of {blob.data_size}")
@@ -55,12 +65,30 @@ def _check_blob(blobs: Blobs, files: Folder, blob: Blob) -> int:
     digests = _check_framing(meta_blob, blob, {toc.BLOB_META: region, toc.BLOB_META_HEADER: header})
     _look_at_id(files.path(blob.id), blob, len(digests))
     count = 0
-    for chunk, plain in blobs.read_chunks(blob.index):
-        if chunk.flags & ChunkFlags.HAS_CRC and chunk.digest != NO_DIGEST:
-            verify_crc(chunk, blob, plain)
-        if digests and digests[32 * chunk.index : 32 * chunk.index + 32] != chunk.digest:
-            raise DigestMismatch(f"chunk {chunk.index}: the blob's own list has another digest than the bootstrap")
-        count += 1
+
+    def verify(items: list[_Item]) -> list[int]:
+        sizes = []
+        for chunk, part in items:
+            plain = blobs.decode(part)
+            if chunk.flags & ChunkFlags.HAS_CRC and chunk.digest != NO_DIGEST:
+                verify_crc(chunk, blob, plain)
+            if digests and digests[32 * chunk.index : 32 * chunk.index + 32] != chunk.digest:
+                raise DigestMismatch(
+                    f"{where(chunk, blob)}: the blob's own list has another digest than the bootstrap"
+                )
+            sizes.append(len(plain))
+        return sizes
+
+    def count_in(_: list[_Item], sizes: list[int]) -> None:
+        nonlocal count
+        count += len(sizes)
+        if progress is not None:
+            progress(sum(sizes))
+
+    with Packer(verify, count_in, threads) as packer:
+        for chunk, part in blobs.blob_parts(blob.index):
+            packer.add((chunk, part), chunk.uncompressed_size)
+        packer.flush()
     return count
 
 
@@ -81,8 +109,8 @@ def _meta_blob(blob: Blob, own: str) -> str:
 
 def _check_meta(blobs: Blobs, blob: Blob) -> tuple[bytes, bytes]:
     """The blob meta says the same as the blob table and the chunk records (4.7); its plain region and header."""
-    where = blobmeta.meta_range(blob, os.path.basename(blobs.image.path).split(".", 1)[0])
-    region, header = blobmeta.read_meta(blob, where, blobs.source.read(*where[:3]))
+    span = blobmeta.meta_range(blob, os.path.basename(blobs.image.path).split(".", 1)[0])
+    region, header = blobmeta.read_meta(blob, span, blobs.source.read(*span[:3]))
     meta = blobmeta.BlobMeta(blob, region, header)
     for chunk in iter_chunks(blobs.chunks, blob.index):
         unit, _ = meta.place(chunk)

@@ -81,23 +81,22 @@ def members(image: Bootstrap) -> Iterator[tuple[Member, int]]:
         if kind is None or _is_implied(image, entry.ino, attr):
             continue
         member = Member(path, kind, attr.mode, attr.uid, attr.gid, 0, attr.mtime, attr.mtime_nsec)
-        if kind == tarwrite.SYMLINK:
+        member.xattrs = image.xattrs(entry.ino)
+        linked = attr.nlink > 1 and kind != tarwrite.DIRECTORY
+        first = names.setdefault(_identity(image, entry.ino), path) if linked else path
+        if first is not path:
+            member.kind, member.link = tarwrite.HARD_LINK, first
+        elif kind == tarwrite.SYMLINK:
             member.link = image.readlink(entry.ino)
         elif kind in _DEVICES:
             member.major, member.minor = os.major(attr.rdev), os.minor(attr.rdev)
         elif kind == tarwrite.FILE:
-            # Only regular files: builders refuse a link to anything else (reference 5.8).
-            first = path if attr.nlink < 2 else names.setdefault(_identity(image, entry.ino), path)
-            if first is path:
-                member.size = attr.size
-            else:
-                member.kind, member.link = tarwrite.HARD_LINK, first
-        member.xattrs = image.xattrs(entry.ino)
+            member.size = attr.size
         yield member, entry.ino
 
 
 def _identity(image: Bootstrap, ino: int) -> int:
-    """The same for all names of a file. Images of 2022 store it once per name, with equal inode numbers (1.11)."""
+    """The same for all names of a file. Some v6 files are stored once per name, with equal inode numbers (1.11)."""
     return image.inode_number(ino) if isinstance(image, BootstrapV6) else ino
 
 

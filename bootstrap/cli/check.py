@@ -75,8 +75,10 @@ def _run(path: str, blob_dir: str | None, verbose: bool, output_json: str | None
         check_bootstrap(image)
         if blob_dir is not None:
             from bootstrap.checkblob import check_blobs
+            from bootstrap.cli.progress import bar
 
-            check_blobs(image, blob_dir)
+            with bar("checking", sum(blob.uncompressed_size for blob in image.blobs)) as progress:
+                check_blobs(image, blob_dir, progress=progress)
         if verbose:
             from bootstrap.cli.listing import listing
 

@@ -40,15 +40,17 @@ def tar_entries(path: Path) -> list[dict[str, Any]]:
                 "gid": member.gid,
                 "mtime": _time(member),
             }
-            if member.isreg():
+            if not member.isdir():
+                entry["nlink"] = 1
+            if member.islnk():
+                first = "/" + member.linkname
+                entry |= {key: found[first][key] for key in ("type", "size", "sha256", "target", "rdev")
+                          if key in found[first]}  # fmt: skip
+                names.setdefault(first, [first]).append(name)
+            elif member.isreg():
                 file = archive.extractfile(member)
                 assert file is not None
                 entry |= {"size": member.size, "sha256": hashlib.sha256(file.read()).hexdigest()}
-                names[name] = [name]
-            elif member.islnk():
-                first = "/" + member.linkname
-                entry |= {"size": found[first]["size"], "sha256": found[first]["sha256"]}
-                names[first].append(name)
             elif member.issym():
                 entry["target"] = member.linkname
             elif member.isdev() and not member.isfifo():
@@ -62,8 +64,9 @@ def tar_entries(path: Path) -> list[dict[str, Any]]:
                 entry["xattrs"] = xattrs
             found[name] = entry
     for group in names.values():
-        if len(group) > 1:
-            for name in group:
+        for name in group:
+            found[name]["nlink"] = len(group)
+            if found[name]["type"] == "file":
                 found[name]["group"] = min(group, key=os.fsencode)
     return list(found.values())
 
@@ -78,14 +81,12 @@ def _time(member: tarfile.TarInfo) -> list[int]:
 
 
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest without what a tar does not hold: the root, sockets, link counts, links between special files."""
+    """The manifest without what a tar does not hold: the root, sockets, link counts of directories."""
     entries = []
     for entry in manifest["entries"]:
         if entry["path"] == "/" or entry["type"] == "sock":
             continue
-        entry = {key: value for key, value in entry.items() if key != "nlink"}
-        if entry["type"] != "file":
-            entry.pop("group", None)
+        entry = {key: value for key, value in entry.items() if key != "nlink" or entry["type"] != "dir"}
         if entry.get("target") is not None:
             entry.pop("size", None)
         entries.append(entry)
