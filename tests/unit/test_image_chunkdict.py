@@ -93,6 +93,28 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "dict.boot").exists()
 
 
+@pytest.mark.parametrize("version", [5, 6])
+def test_our_builder_takes_it(version: int, tmp_path: Path) -> None:
+    made = [image(tmp_path, f"a:{n}", {"s": SHARED, "o": noise(4_000, n)}, version) for n in (1, 2)]
+    blobs, source = tmp_path / "blobs", tmp_path / "source"
+    blobs.mkdir(), source.mkdir()
+    for one in made:
+        (blobs / one.blob_id).write_bytes(one.blob)
+    given = tmp_path / "dict.boot"
+    assert ours("-l", "warn", "chunkdict", "generate", "-B", given, *[one.bootstrap for one in made]).exit_code == 0
+    (source / "again").write_bytes(SHARED)
+    (source / "new").write_bytes(noise(12_345, 9))
+    done = ours("-l", "warn", "create", "-t", "dir-rafs", "-v", str(version), "-D", blobs, "-B", tmp_path / "new.boot",
+                "--chunk-size", "0x2000", "--chunk-dict", f"bootstrap={given}", source)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    with open_bootstrap(tmp_path / "new.boot") as opened:
+        known = {one.blob_id for one in made}
+        assert len(opened.blobs) == 2 and len({blob.id for blob in opened.blobs} & known) == 1
+        own = next(blob for blob in opened.blobs if blob.id not in known)
+        assert own.data_size <= 12_345
+    assert ours("check", "-D", blobs, tmp_path / "new.boot").exit_code == 0
+
+
 @pytest.mark.interop
 @pytest.mark.skipif(ref_bin("nydus-image") is None, reason="interop: the reference nydus-image is not here")
 @pytest.mark.parametrize("version", [5, 6])
