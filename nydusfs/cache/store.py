@@ -41,7 +41,7 @@ MAX_SIDE_STORES = 64
 INLINE_READ = 128 * 1024  # bytes; larger reads wait for the disk in a thread
 SLOW_DISK = 0.001  # seconds a read may keep the loop, on average
 SLOW_PAUSE = 5.0  # seconds without such reads after the disk was found slow
-MAX_MAPS = 256  # derived chunk maps kept, 80 bytes per chunk each
+MAX_MAPS = 1024  # derived chunk maps (12 bytes per chunk) and tables of blobs (1 to 4 % of a gzip layer) kept
 _NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 

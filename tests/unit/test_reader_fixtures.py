@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import stat
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from crc32c import crc32c
 
+from bootstrap.base import Blob, Chunk
+from bootstrap.blobmeta import open_cache_form
+from bootstrap.blobsource import open_blobs
 from bootstrap.check import check_bootstrap
 from bootstrap.checkblob import check_blobs
 from bootstrap.chunkmap import ChunkMap, iter_chunks
 from bootstrap.decode import decode_chunk
 from bootstrap.errors import CodecError, DigestMismatch, FormatError, RafsError
+from bootstrap.layout import blobmeta, zran
+from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from bootstrap.reader import Bootstrap, open_bootstrap
 from tests.lab.manifest import FolderReader, check_image, load_manifest
-from tests.lab.paths import reference_cases, shared_dir
+from tests.lab.paths import ref_bin, reference_cases, shared_dir
 
 pytestmark = [
     pytest.mark.interop,
@@ -131,6 +141,92 @@ def test_images_of_earlier_releases(tmp_path: Path) -> None:
     with open_bootstrap(layer) as image:
         assert image.blobs[0].id == layer.name  # its own id is of before 2.2
         assert check_blobs(image, str(blobs / "toc")) == 3
+
+
+def test_trees_of_earlier_releases_are_those_their_listings_name() -> None:
+    def paths(entries: list[dict[str, Any]], above: str = "") -> Iterator[tuple[str, str]]:
+        for entry in entries:
+            if entry["type"] != "report":
+                if entry["name"]:
+                    yield above + entry["name"], entry["type"]
+                yield from paths(entry.get("contents", []), f"{above}{entry['name']}/".lstrip("/"))
+
+    kinds = {"directory": 4, "file": 8, "link": 10}
+    for name in ("sha256-nocompress-repeatable", "blake3-lz4_block-non_repeatable"):
+        path = FIXTURES / "upstream" / "nydus" / "repeatable" / name
+        text = path.with_name(f"{name}.result").read_text()
+        listing, end = json.JSONDecoder().raw_decode(text)
+        sums = dict(reversed(line.split("  ")) for line in text[end:].split("\n") if line)
+        with open_bootstrap(path) as image, open_blobs(image, path.parent / "blobs") as blobs:
+            found = {os.fsdecode(path): entry for path, entry in image.walk()}
+            assert {path: entry.dtype for path, entry in found.items()} == {
+                path: kinds[kind] for path, kind in paths(listing)
+            }
+            files = {f"/{path}": entry.ino for path, entry in found.items() if entry.dtype == 8}
+            assert sums == {
+                path: hashlib.md5(b"".join(blobs.read_file(ino))).hexdigest() for path, ino in files.items()
+            }
+            assert len(sums) == 23  # and 4 links
+
+
+def test_a_cached_table_of_upstreams_nydusd() -> None:
+    """The gzip layer is not here: entries, contexts and dictionaries must fit each other."""
+    path = next((FIXTURES / "upstream" / "nydus" / "zran").glob("*.blob.meta"))
+    data = path.read_bytes()
+    header = blobmeta.unpack_header(data[-4096:], len(data) - 4096)
+    contexts = [
+        zran.unpack_context(data, header.ci_zran_offset + number * zran.CONTEXT.size)
+        for number in range(header.ci_zran_count)
+    ]
+    end = max(context.in_offset + context.in_len for context in contexts)
+    entries = [blobmeta.unpack_v2(data, 24 * number) for number in range(header.ci_entries)]
+    last = entries[-1]
+    blob = Blob(
+        0, path.name, 1 << 20, header.ci_entries, Compressor.GZIP, Digester.SHA256, BlobFeatures(0x1D), end,
+        last.uncompressed_offset + last.uncompressed_size, end, ci_compressor=header.ci_compressor,
+        ci_offset=header.ci_offset, ci_compressed_size=header.ci_compressed_size,
+        ci_uncompressed_size=header.ci_uncompressed_size,
+    )  # fmt: skip
+    meta = open_cache_form(blob, data)
+    assert (len(meta), len(contexts)) == (163, 21)
+    seen = set()
+    for number, entry in enumerate(entries):
+        chunk = Chunk(bytes(32), 0, 1, 1, entry.uncompressed_size, 0, entry.uncompressed_offset, 0, number, 0)
+        unit, offset = meta.place(chunk)
+        assert unit.kind == "slice" and 0 <= offset <= contexts[unit.number].out_len - entry.uncompressed_size
+        assert meta.first_of(chunk, 0) == min(e.uncompressed_offset for e in entries if e.data >> 32 == unit.number)
+        seen.add(unit.number)
+    assert seen == set(range(21))
+
+
+@pytest.mark.skipif(ref_bin("nydus-image") is None, reason="interop: no nydus-image of upstream")
+def test_external_files_begin_anywhere(tmp_path: Path) -> None:
+    """As a tar would hold them, behind a header of 512 bytes: the chunk addresses have only blocks of 4096."""
+    program = ref_bin("nydus-image")
+    assert program is not None
+    content = random.Random(5).randbytes(100_000)
+    crcs = ",".join(hex(crc32c(content[at : at + 0x8000])) for at in range(0, len(content), 0x8000))
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "big").write_bytes(content)
+    blob = "e" * 64
+    (tmp_path / blob).write_bytes(bytes(512) + content + bytes(300))
+    (tmp_path / "attributes").write_text(
+        f"/big type=external blob_index=0 blob_id={blob} chunk_size=32KiB chunk_0_compressed_offset=512 "
+        f"compressed_size={512 + len(content) + 300} crcs={crcs}\n"
+    )
+    command = [program, "create", "--type", "dir-rafs", "--chunk-size", "0x8000", "--attributes", "attributes"]
+    command += ["--bootstrap", "image.boot", "--blob-dir", ".", "--external-blob", "x", "src"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    with open_bootstrap(tmp_path / "image.external") as image, open_blobs(image, tmp_path) as blobs:
+        ino = image.resolve(b"big")
+        assert b"".join(blobs.read_file(ino)) == content
+        assert image.extents(ino, 40_000, 10)[0].blob_offset == 40_512
+        assert check_blobs(image, str(tmp_path)) == 4
+        data = bytearray((tmp_path / blob).read_bytes())
+        data[50_000] ^= 1
+        (tmp_path / blob).write_bytes(data)
+        with pytest.raises(DigestMismatch, match="CRC"):
+            check_blobs(image, str(tmp_path))
 
 
 # ---- chunk maps and damage
