@@ -6,6 +6,7 @@ import errno
 import io
 import os
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -200,7 +201,6 @@ def _options(kind: Kind, given: dict[str, Any]) -> BuildOptions:
         inline_meta=given["blob_inline_meta"],
         blob_toc=bool(given["features"]),
         prefetch_policy=policy,
-        prefetch=read_patterns(policy),
         blob_id=given["blob_id"] or None,
         repeatable=given["repeatable"],
         threads=max(1, min(4, len(os.sched_getaffinity(0)))),
@@ -210,7 +210,8 @@ def _options(kind: Kind, given: dict[str, Any]) -> BuildOptions:
         chunk_dict=dictionary_path(given["chunk_dict"]),
         cache_dir=Path(given["blob_cache_dir"]) if given["blob_cache_dir"] else None,
     )
-    return kind.settle(options)
+    # stdin last: whoever uses the options wrongly need not type patterns first
+    return replace(kind.settle(options), prefetch=read_patterns(policy))
 
 
 def _build(source: str, kind: Kind, options: BuildOptions, given: dict[str, Any]) -> tuple[BuildResult, str]:

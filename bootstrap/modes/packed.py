@@ -20,6 +20,9 @@ from bootstrap.modes import Content, Context, Mode
 from bootstrap.packing import Packer
 from bootstrap.tree import Node
 
+MAX_STORED_SIZE = 1 << 40
+"""Entries of the blob meta have 40 bits for offsets (4.7.2, 4.7.3)."""
+
 _COMPRESSED = int(ChunkFlags.COMPRESSED)
 _ENCRYPTED = int(ChunkFlags.ENCRYPTED)
 _HAS_CRC = int(ChunkFlags.HAS_CRC)
@@ -174,6 +177,8 @@ class PackedMode(Mode):
         if crc:  # readers refuse the flag together with 0
             flags |= _HAS_CRC
         at, stored_size, size = self._at, len(stored), len(data)
+        if at + stored_size > MAX_STORED_SIZE:
+            raise BuildError(f"more than {MAX_STORED_SIZE} bytes of compressed data in one layer: split it")
         row = self.table.add(name, self.place, flags, stored_size, size, at, plain_at, number, crc)
         if self._v1:
             self.entries += blobmeta.pack_v1(at, stored_size, plain_at, size)
