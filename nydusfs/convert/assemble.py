@@ -52,8 +52,10 @@ def assemble(
     form: ImageForm,
     folder: Path,
     foreign_blob: Callable[[str], Descriptor],
+    source_digest: str = "",
 ) -> NydusPlatform:
-    """`layers` are those of `image`, in order; `foreign_blob` finds a blob of the chunk dictionary by its hex digest.
+    """`layers` are those of `image`, in order; `foreign_blob` finds a blob of the chunk dictionary by its hex digest;
+    `source_digest` is what to record as the source, if not the image's own.
     Files go to `folder`. Raises ConvertError, OSError."""
     from bootstrap.errors import RafsError
     from bootstrap.merge import merge_layers
@@ -97,6 +99,7 @@ def assemble(
         builder_version=form.builder_version,
         oci=form.oci,
         referrer=form.referrer,
+        source_digest=source_digest,
     )
     size = len(config) + packed.size + sum(blob.size for blob in data)
     return NydusPlatform(image, media_type, body, config, packed, size)

@@ -147,11 +147,11 @@ def _options(given: dict[str, Any]) -> ConvertOptions:
 
     settings = _settings(given)
     source, target = _places(given)
+    if given["backend_type"] and given["oci_ref"]:
+        raise click.UsageError("--oci-ref and --backend-type exclude each other: the data stays in the registry")
     backend = chosen_backend(given)
     if given["source_backend_type"] in ("modelfile", "model-artifact"):
         raise click.UsageError(f"--source-backend-type {given['source_backend_type']}: models cannot be converted")
-    if backend is not None and given["oci_ref"]:
-        raise click.UsageError("--oci-ref and --backend-type exclude each other: the data stays in the registry")
     if given["chunk_dict"] and given["oci_ref"]:
         raise click.UsageError("--oci-ref and --chunk-dict exclude each other: no chunk is stored")
     dictionary = None

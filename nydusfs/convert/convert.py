@@ -164,11 +164,15 @@ class _Conversion:
                 options.prefetch,
                 self.dictionary.bootstrap if self.dictionary else None,
             )
+            # upstream records what the reference names, but for each of several platforms its own manifest
+            source_digest = found.digest if len(images) == 1 else ""
             nydus = []
             for number, image in enumerate(images):
                 converted = [layers[layer.digest] for layer in image.layers]
                 folder = self.folder / f"image-{number}"
-                one = assemble(image, converted, settings, form, folder, lambda blob: self._foreign(blob, data))
+                one = assemble(
+                    image, converted, settings, form, folder, lambda blob: self._foreign(blob, data), source_digest
+                )
                 pusher.file(one.bootstrap.digest, one.bootstrap.path)
                 pusher.data(one.config)
                 nydus.append(one)
@@ -255,9 +259,11 @@ class _Conversion:
             return
         for one in nydus:
             pusher.manifest(one.media_type, one.body)
-        docker = found.index_media_type == mt.DOCKER_LIST and not options.oci and not options.merge_platform
-        media_type = mt.DOCKER_LIST if docker else mt.OCI_INDEX
-        result.digest = pusher.image(media_type, manifests.index(entries, media_type, merged=options.merge_platform))
+        if options.merge_platform:
+            result.digest = pusher.image(mt.OCI_INDEX, manifests.merged_index(entries))
+            return
+        media_type = manifests.oci_type(found.index_media_type) if options.oci else found.index_media_type
+        result.digest = pusher.image(media_type, manifests.converted_index(entries, media_type, found.index))
 
     def _push_oci_half(self, image: Image, pusher: Pusher) -> tuple[str, bytes, dict[str, Any]]:
         """The plain image of a merged index: its layers copied, an empty one below them. Media type, manifest and index
@@ -286,6 +292,12 @@ def plain_images(found: ImageSet, wanted: tuple[Platform, ...] | None) -> list[I
     images = [image for image in found.images if not image.artifact_type and not image.is_nydus]
     if not images:
         raise ConvertError(f"{found.name} is a Nydus image already: nothing to convert (--reverse makes it plain)")
+    others = [image for image in images if image.platform.os not in ("", "linux")]
+    for image in others:
+        log.warning("%s is left out: only Linux images can be converted", image.name)
+    images = [image for image in images if image not in others]
+    if not images:
+        raise ConvertError(f"{found.name}: only Linux images can be converted")
     for image in images:
         actual = image.platform
         if found.index is None and wanted and actual.architecture and not any(one.matches(actual) for one in wanted):

@@ -85,9 +85,11 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """What a location names: one image, or an index with the images that were asked for."""
+    """What a location names: one image, or an index with the images that were asked for. `digest` is that of the
+    manifest or index itself."""
 
     name: str
+    digest: str
     images: list[Image]
     index: dict[str, Any] | None = None
     index_media_type: str = ""
@@ -98,7 +100,7 @@ def load_images(endpoint: Endpoint, platforms: Sequence[Platform] | None) -> Ima
     name = endpoint.name
     found = endpoint.manifest()
     if found.media_type not in mt.INDEXES:
-        return ImageSet(name, [load_image(endpoint, found)])
+        return ImageSet(name, found.digest, [load_image(endpoint, found)])
     index = parse_object(found.body, f"index of {name}")
     entries = index.get("manifests")
     if not isinstance(entries, list) or len(entries) > MAX_INDEX:
@@ -127,7 +129,7 @@ def load_images(endpoint: Endpoint, platforms: Sequence[Platform] | None) -> Ima
             f"{name} has no image for {wanted_text or 'any platform'}; it has: "
             f"{', '.join(sorted(set(seen))) or 'none'} (choose with --platform)"
         )
-    return ImageSet(name, images, index, found.media_type)
+    return ImageSet(name, found.digest, images, index, found.media_type)
 
 
 def load_image(

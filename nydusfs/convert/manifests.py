@@ -77,14 +77,15 @@ def nydus_manifest(
     builder_version: str,
     oci: bool,
     referrer: bool = False,
+    source_digest: str = "",
 ) -> tuple[str, bytes]:
-    """Media type and body."""
+    """Media type and body. `source_digest`: the one to record, if not the source manifest's own."""
     media_type = oci_type(source.media_type) if oci else source.media_type
     annotations = {
         **_texts(source.manifest.get("annotations")),
         mt.ANNOTATION_BUILDER_VERSION: builder_version,
         mt.ANNOTATION_FS_VERSION: str(fs_version),
-        mt.ANNOTATION_SOURCE_DIGEST: source.digest,
+        mt.ANNOTATION_SOURCE_DIGEST: source_digest or source.digest,
         mt.ANNOTATION_SOURCE_REFERENCE: source.endpoint.image,
     }
     document: dict[str, Any] = {
@@ -154,11 +155,17 @@ def index_entry(
     return entry
 
 
-def index(entries: list[dict[str, Any]], media_type: str, *, merged: bool) -> bytes:
-    """Upstream's merged indexes do not name their own type (seen with v2.4.4); Docker's lists must."""
-    if merged and media_type == mt.OCI_INDEX:
-        return indented({"schemaVersion": 2, "manifests": entries})
-    return indented({"schemaVersion": 2, "mediaType": media_type, "manifests": entries})
+def merged_index(entries: list[dict[str, Any]]) -> bytes:
+    """Upstream's merged indexes do not name their own type (seen with v2.4.4)."""
+    return indented({"schemaVersion": 2, "manifests": entries})
+
+
+def converted_index(entries: list[dict[str, Any]], media_type: str, source: dict[str, Any] | None) -> bytes:
+    """The index of several converted platforms; `source` is the one that named their sources."""
+    document: dict[str, Any] = {"schemaVersion": 2, "mediaType": media_type, "manifests": entries}
+    if annotations := _texts((source or {}).get("annotations")):
+        document["annotations"] = dict(sorted(annotations.items()))
+    return compact(document)
 
 
 def digest_of(body: bytes) -> str:

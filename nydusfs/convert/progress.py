@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import rich.progress
@@ -67,6 +67,7 @@ class Bars(Progress):
 
         self._lock = threading.Lock()
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._logging: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._bars = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(bar_width=28),
@@ -78,12 +79,21 @@ class Bars(Progress):
 
     def __enter__(self) -> Self:
         self._bars.start()
+        # log lines go above the bars, through what stands for stderr while they are shown
+        self._logging = [
+            (handler, handler.setStream(sys.stderr))
+            for handler in logging.getLogger().handlers
+            if type(handler) is logging.StreamHandler
+        ]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        for handler, stream in self._logging:
+            if stream is not None:
+                handler.setStream(stream)
 
     def say(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False)

@@ -221,6 +221,5 @@ def _push(found: ImageSet, done: list[tuple[Image, str, bytes]], pusher: Pusher,
     for image, media_type, body in done:
         pusher.manifest(media_type, body)
         entries.append(manifests.index_entry(media_type, body, image.platform_json or {}))
-    docker = found.index_media_type == mt.DOCKER_LIST and not oci
-    media_type = mt.DOCKER_LIST if docker else mt.OCI_INDEX
-    return pusher.image(media_type, manifests.index(entries, media_type, merged=False))
+    media_type = manifests.oci_type(found.index_media_type) if oci else found.index_media_type
+    return pusher.image(media_type, manifests.converted_index(entries, media_type, found.index))

@@ -381,7 +381,6 @@ def test_errors_are_one_line(registry: Registry, image: Image, tmp_path: Path) -
     _failed(run(f"{registry.host}/lab/app:none"), "lab/app:none", "does not exist")
     _failed(run("Not A Reference"), "Not A Reference")
     _failed(run(good, good + "@sha256:" + "0" * 64), "digest")
-    _failed(run(good, f"{registry.host}/lab/t:1", "--oci-ref", "--backend-type", "oss"), "--oci-ref", "--backend-type")
     _failed(run(good, f"{registry.host}/lab/t:1", "--work-dir", "/dev/null/x"), "/dev/null/x", "--work-dir")
     convert(registry, tmp_path, "app:nydus")
     _failed(run(f"{registry.host}/lab/app:nydus"), "Nydus image already")

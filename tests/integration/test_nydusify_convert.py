@@ -71,10 +71,28 @@ def image(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Image
     document["config"]["mediaType"] = mt.DOCKER_CONFIG
     for layer in document["layers"]:
         layer["mediaType"] = mt.DOCKER_LAYER_GZIP
+    arm = ImageLayout(tmp_path_factory.mktemp("arm"))
+    other = arm.finish([arm.add_layer([entry("arm", "64")])], architecture="arm64")
+    other.push(registry.host, "lab/app", "arm64")
+    listed = [(built, "amd64"), (other, "arm64")]
     with RegistryClient(registry.host) as client:
-        client.push_manifest("lab/app", "docker", mt.DOCKER_MANIFEST, json.dumps(document).encode())
+        body = json.dumps(document).encode()
+        docker = client.push_manifest("lab/app", "docker", mt.DOCKER_MANIFEST, body)
+        entries = [
+            {**one.manifest.descriptor(), "platform": {"architecture": name, "os": "linux"}} for one, name in listed
+        ]
+        _push_index(client, "multi", mt.OCI_INDEX, entries)
+        entry_ = {"mediaType": mt.DOCKER_MANIFEST, "size": len(body), "digest": docker}
+        _push_index(
+            client, "docker-list", mt.DOCKER_LIST, [{**entry_, "platform": {"architecture": "amd64", "os": "linux"}}]
+        )
     convert(registry, tmp_path_factory.mktemp("5"), "app:oci", "app:5", "--fs-version", "5")
     return built
+
+
+def _push_index(client: RegistryClient, tag: str, media_type: str, entries: list[dict[str, Any]]) -> None:
+    document = {"schemaVersion": 2, "mediaType": media_type, "manifests": entries, "annotations": {"a": "b"}}
+    client.push_manifest("lab/app", tag, media_type, json.dumps(document).encode())
 
 
 def convert(registry: Registry, work: Path, source: str, target: str, *flags: str | Path) -> None:
@@ -103,9 +121,12 @@ class Seen:
     def image(self, selector: str) -> Any:
         found = self.client.manifest(self.repository, selector)
         document = json.loads(found.body)
-        assert found.body == json.dumps(document, indent=2, ensure_ascii=False).encode(), "upstream's form"
+        compact = "manifests" in document and "mediaType" in document  # but a merged index is not
+        form = {"separators": (",", ":")} if compact else {"indent": 2}
+        assert found.body == json.dumps(document, ensure_ascii=False, **form).encode(), "upstream's form"  # type: ignore[arg-type]
         if "manifests" in document:
-            return {"mediaType": found.media_type, "manifests": [self._listed(one) for one in document["manifests"]]}
+            listed = [self._listed(one) for one in document["manifests"]]
+            return {**document, "mediaType": found.media_type, "manifests": listed}
         config = document["config"]
         body = self.blob(config.pop("digest"))
         config["content"], config["size"] = json.loads(body), len(body)
@@ -140,6 +161,10 @@ SAME = {
     "merged": ["--compressor", "none", "--merge-platform", "--with-referrer"],
     "docker": ["--compressor", "none", "--merge-platform"],
     "docker-to-oci": ["--compressor", "none", "--oci", "--merge-platform"],
+    "multi": ["--compressor", "none", "--all-platforms"],
+    "multi-merged": ["--compressor", "none", "--all-platforms", "--merge-platform"],
+    "docker-list": ["--compressor", "none", "--all-platforms"],
+    "docker-list-to-oci": ["--compressor", "none", "--all-platforms", "--oci"],
     "backend": ["--compressor", "none", "--backend-type", "localfs"],
     "dictionary": ["--compressor", "none", "--chunk-dict"],
 }
@@ -150,7 +175,8 @@ SAME = {
 def test_upstream_makes_the_same_image(case: str, registry: Registry, image: Image, tmp_path: Path) -> None:
     """Blobs, manifests, configs, indexes: the same but for the compression of the bootstrap layer. `/` is upstream's
     list of what to fetch ahead when none is given; ours is empty."""
-    source = "app:docker" if case.startswith("docker") else "app:oci"
+    sources = {"docker-list": "app:docker-list", "docker": "app:docker", "multi": "app:multi"}
+    source = next((source for start, source in sources.items() if case.startswith(start)), "app:oci")
     made: list[Any] = []
     for number, (run, more) in enumerate(((upstream, ()), (convert, ("--prefetch-dir", "/")))):
         flags: list[str | Path] = [*more, *SAME[case]]
@@ -516,6 +542,7 @@ def test_wrong_bytes_of_a_source_are_fetched_again(registry: Registry, image: Im
             "chunk size 0x100000 instead of 0x1000",
         ),
         (["--chunk-dict", "bootstrap:registry:{host}/lab/app:oci"], "is not a Nydus image"),
+        (["--oci-ref", "--backend-type", "oss"], "exclude"),
         (["--backend-type", "tape"], "oss, s3, localfs"),
         (["--backend-type", "oss"], "--backend-config"),
         (["--backend-type", "oss", "--backend-config", "{"], "JSON"),

@@ -93,15 +93,13 @@ def test_documents_equal_upstream_byte_for_byte() -> None:
     merged = _images("index")[1]
     platform = {"architecture": "amd64", "os": "linux"}
     notes = {mt.ANNOTATION_SOURCE_DIGEST: source.digest}
-    index = manifests.index(
+    index = manifests.merged_index(
         [
             manifests.index_entry(mt.OCI_MANIFEST, half, platform, annotations=notes),
             manifests.index_entry(
                 mt.OCI_MANIFEST, merged.manifest_body, platform, artifact_type=mt.NYDUS_MANIFEST_ARTIFACT
             ),
-        ],
-        mt.OCI_INDEX,
-        merged=True,
+        ]
     )
     layout = _oci("index")
     assert index == _blob(layout, json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])

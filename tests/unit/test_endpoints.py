@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import json
+import logging
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from nydusfs.convert.endpoints import (
     parse_location,
 )
 from nydusfs.convert.images import load_images
+from nydusfs.convert.progress import Bars
 from nydusfs.errors import ConvertError, NotFoundError, NydusError
 from nydusfs.registry import mediatypes as mt
 
@@ -181,6 +184,23 @@ def test_nothing_is_written_into_a_folder_of_other_things(tmp_path: Path) -> Non
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ConvertError, match="neither empty nor an OCI layout"):
         LayoutLocation(tmp_path).open(HERE, create=True)
+
+
+def test_log_lines_go_above_the_bars(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    before, root.handlers = root.handlers, [handler]
+    try:
+        bars, stream = Bars(), handler.stream
+        with bars:
+            bars.start("k", "layer", 10)
+            assert handler.stream is not stream, "rich's own"
+            root.warning("a warning")
+            bars.finish("k")
+        assert handler.stream is stream
+    finally:
+        root.handlers = before
+    assert "a warning" in capsys.readouterr().err
 
 
 def test_what_people_write(tmp_path: Path) -> None:
