@@ -201,6 +201,7 @@ def source_tree(source: Image, progress: Progress) -> Node:
             raise ConvertError(f"{what}: {error}") from error
         apply_layer(root, upper)
         progress.finish(layer.digest)
+        progress.note(f"read layer {layer.hex[:12]} ({size_text(layer.size)})")
     return root
 
 

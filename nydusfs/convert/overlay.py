@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from nydusfs.convert.facts import kept_xattrs
 from nydusfs.convert.images import Image
-from nydusfs.convert.progress import Progress
+from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.sourcetree import MAX_FOLLOWED
 from nydusfs.errors import ConvertError, os_reason
 
@@ -64,6 +64,7 @@ def overlay_mounted(image: Image, folder: Path, progress: Progress) -> Iterator[
                 raise ConvertError(f"{what}: {error}") from error
             done.append(layers / str(number))
             progress.finish(layer.digest)
+            progress.note(f"unpacked layer {layer.hex[:12]} ({size_text(layer.size)})")
         _mount(done, layers, mountpoint, image.name)
         try:
             yield mountpoint

@@ -16,7 +16,7 @@ from nydusfs.convert.backends import BlobStore
 from nydusfs.convert.endpoints import Endpoint, copy_blob
 from nydusfs.convert.images import Descriptor
 from nydusfs.convert.manifests import digest_of
-from nydusfs.convert.progress import Progress
+from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.streams import PieceStream
 from nydusfs.convert.threads import DaemonPool
 from nydusfs.errors import AuthError, ConvertError, NotFoundError, RegistryError
@@ -111,9 +111,11 @@ class Pusher:
         key = f"push {digest}"
         self._progress.start(key, f"push  {digest.removeprefix('sha256:')[:12]}", size)
         try:
-            return self.retried(lambda: push(lambda count: self._progress.advance(key, count)))
+            sent = self.retried(lambda: push(lambda count: self._progress.advance(key, count)))
         finally:
             self._progress.finish(key)
+        self._progress.note(f"{'pushed' if sent else 'kept'} {digest.removeprefix('sha256:')[:12]} ({size_text(size)})")
+        return sent
 
     def retried(self, push: Callable[[], T]) -> T:
         """The client retries single requests; this repeats a whole push, with a fresh upload session."""
