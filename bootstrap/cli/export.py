@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ def _run(path: str, given: dict[str, Any]) -> None:
     from bootstrap.blobsource import open_blobs
     from bootstrap.cli.data import open_data
     from bootstrap.cli.images import opened
+    from bootstrap.cli.output import output_file
     from bootstrap.cli.progress import bar
     from bootstrap.export import export_block
     from bootstrap.verity import append_tree
@@ -63,15 +63,14 @@ def _run(path: str, given: dict[str, Any]) -> None:
     with opened(path) as image:
         source = open_data(image, {"blob_dir": given["localfs_dir"], "config": given["config"]}, "--localfs-dir")
         total = sum(blob.uncompressed_size for blob in image.blobs)
-        partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        try:
-            with open_blobs(image, source) as blobs, bar("exporting", total) as progress, open(partial, "x+b") as file:
-                size, unit = export_block(blobs, file, threads=given["threads"], progress=progress)
-                if given["verity"]:
-                    options = append_tree(file, size, unit)
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            open_blobs(image, source) as blobs,
+            bar("exporting", total) as progress,
+            output_file(out) as file,
+        ):
+            size, unit = export_block(blobs, file, threads=given["threads"], progress=progress)
+            if given["verity"]:
+                options = append_tree(file, size, unit)
     if options is not None:
         click.echo(f"dm-verity options: {options.as_options()}")
 

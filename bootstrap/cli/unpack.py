@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -47,6 +44,7 @@ def unpack(bootstrap: str | None, named: str | None, **given: Any) -> None:
         from bootstrap.blobsource import open_blobs
         from bootstrap.cli.data import open_data
         from bootstrap.cli.images import opened
+        from bootstrap.cli.output import output_file
         from bootstrap.cli.progress import bar
         from bootstrap.unpack import unpack as write_tar
 
@@ -56,23 +54,6 @@ def unpack(bootstrap: str | None, named: str | None, **given: Any) -> None:
             with (
                 open_blobs(image, source) as blobs,
                 bar("unpacking", total) as progress,
-                output_stream(given["output"]) as out,
+                output_file(Path(given["output"]), pipes=True) as out,
             ):
                 write_tar(blobs, out, progress=progress)
-
-
-@contextmanager
-def output_stream(where: str) -> Iterator[BinaryIO]:
-    """A stream to a file that appears when all is written, or straight to what is no regular file."""
-    path = Path("/dev/stdout" if where == "-" else where)
-    if path.exists() and not path.is_file():
-        with open(path, "wb") as out:
-            yield out
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "xb") as out:
-            yield out
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

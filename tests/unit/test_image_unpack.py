@@ -138,6 +138,11 @@ def test_wrong_bytes_and_missing_data_leave_no_tar(image: TinyImage, tmp_path: P
         assert done.exit_code == 1 and text in done.output, done.output
         assert len(done.output.splitlines()) == 1
         assert {path.name for path in tmp_path.iterdir()} == {image.bootstrap.name, image.blob_id}
+    blob.write_bytes(image.blob)
+    done = ours("unpack", "-D", tmp_path, "--output", "/dev/full", image.bootstrap)
+    assert done.exit_code == 1 and "/dev/full: No space left on device" in done.output
+    done = ours("unpack", "-D", tmp_path, "--output", tmp_path / "no" / "tar", image.bootstrap)
+    assert done.exit_code == 1 and f"{tmp_path}/no/tar: No such file or directory" in done.output
     assert "invalid empty --output option" in ours("unpack", "-D", tmp_path, "--output", "", image.bootstrap).output
     assert "missing parameter `bootstrap`" in ours("unpack", "-D", tmp_path, "--output", target).output
 

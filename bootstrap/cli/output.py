@@ -1,0 +1,34 @@
+"""Files that commands write: they appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def output_file(path: Path, *, pipes: bool = False) -> Iterator[BinaryIO]:
+    """A file open for reading and writing that gets its name when all is written, and is gone after a failure.
+
+    `pipes`: what is there and no regular file (a FIFO, a terminal) is written directly, front to back. An OSError
+    names `path`, unless it is of another file.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if pipes and path.exists() and not path.is_file():
+            with open(path, "wb") as out:
+                yield out
+            return
+        try:
+            with open(partial, "x+b") as out:
+                yield out
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
