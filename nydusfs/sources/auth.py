@@ -39,6 +39,8 @@ class Authenticator:
         self._basic = f"Basic {auth}" if auth else ""
         self._connect_timeout = connect_timeout
         self._timeout = timeout
+        # A token server that hangs, with hundreds waiting for it, must not hold a reader longer than this.
+        self._limit = connect_timeout + 2 * timeout
         self.through = through
         # What is sent when there is no bearer token: nothing, the configured token, or user and password.
         self._fixed = f"Bearer {registry_token}" if registry_token else ""
@@ -83,7 +85,9 @@ class Authenticator:
             if value := self._tokens.current(self._old):
                 return value
             self._old = None
-        return await self._tokens.fresh(self._key)
+        with trio.move_on_after(self._limit):
+            return await self._tokens.fresh(self._key)
+        return self._tokens.current(self._key)
 
     def accepted(self) -> None:
         """The head of an answer that is no 401 is here: what is sent is right."""
@@ -96,6 +100,11 @@ class Authenticator:
 
         `refusal` gives the answer with the challenge; it is called only when nobody else has dealt with it meanwhile.
         """
+        with trio.move_on_after(self._limit):
+            return await self._answer(sent, refusal, where)
+        raise AuthError(f"{where}: no token within {self._limit:g} s", url=str(where))
+
+    async def _answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url) -> str:
         async with self._lock:
             self._old = None
             value = await self.header()

@@ -116,8 +116,13 @@ class RegistryEndpoint:
     async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         """One attempt, redirects and a token dance included."""
         started = trio.current_time()
+        # Each exchange has its limits; this one is for redirects and tokens one after the other.
+        limit = 4 * patience + (wanted.offset + wanted.size) / SLOWEST
         try:
-            response = await self._fetch(wanted, patience, progress)
+            with trio.fail_after(limit):
+                response = await self._fetch(wanted, patience, progress)
+        except trio.TooSlowError:
+            raise Refused(f"not done within {limit:.3g} s", hung=True) from None
         except HttpError as error:
             raise refusal(error) from None
         except AuthError as error:

@@ -348,3 +348,22 @@ def test_what_is_known_of_each_source_can_be_shown(server: Any, caplog: pytest.L
         assert "do not show" not in json.dumps(hub.report()) + caplog.text
 
     run(scenario)
+
+
+def test_a_token_server_that_hangs_holds_nobody_for_ever(server: Any) -> None:
+    """Twenty repositories at once, four may ask, and nobody is answered: each read ends in its own time."""
+    origin = server(auth="bearer", hang_tokens=True)
+
+    async def one(hub: SourceHub, number: int) -> None:
+        source = open_source(backend(origin, f"r/{number}", auth=AUTH, timeout=1, connect_timeout=1), hub)
+        with pytest.raises(SourceError, match=r"no token within|no progress"):
+            await read(source)
+
+    async def scenario(hub: SourceHub) -> None:
+        started = time.monotonic()
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(one, hub, number)
+        assert time.monotonic() - started < 4 + 15  # a stalled machine
+
+    run(scenario)

@@ -48,6 +48,7 @@ class FaultyServer:
     latency: float = 0.0
     rate: float = 0.0  # bytes per second of a body
     token_life: int = 300
+    hang_tokens: bool = False
     login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
     choose: Callable[[Request], str] | None = None  # a mode per request
@@ -175,6 +176,8 @@ class FaultyServer:
         if request.headers.get("authorization") != "Basic " + base64.b64encode(self.login.encode()).decode():
             return _send(out, 401, b"who?")
         assert re.fullmatch("repository:[a-z0-9/]+:pull", query["scope"][0])
+        if self.hang_tokens:
+            self._pause(60)
         if self.latency:
             self._pause(self.latency)
         self.valid_tokens.add(token)
