@@ -25,6 +25,7 @@ import trio
 from bootstrap.chunkmap import ChunkMap, Member
 from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
+from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.counters import CacheCounters
 from nydusfs.errors import SourceError
 from nydusfs.segments import BadChunk, Segment, UnitMembers, decode, runs
@@ -199,6 +200,25 @@ class FetchScheduler:
             await trio.lowlevel.checkpoint()
 
     async def _fetch_group(self, group: list[_Flight], priority: Priority) -> None:
+        missing = [flight for flight in group if not await self._adopt(flight)]
+        if len(missing) < len(group):  # what is left is no run of neighbours any more
+            for flight in missing:
+                await self._fetch_group_from_source([flight], priority)
+        else:
+            await self._fetch_group_from_source(group, priority)
+
+    async def _adopt(self, flight: _Flight) -> bool:
+        """Take a segment over from the cache files of another nydusd, where there are any."""
+        cache = flight.job.cache
+        if cache is None or cache.foreign is None:
+            return False
+        found = await trio.to_thread.run_sync(_take, cache, cache.foreign, flight.job, limiter=self._threads)
+        if found is None:
+            return False
+        self._finish(flight, *found)
+        return True
+
+    async def _fetch_group_from_source(self, group: list[_Flight], priority: Priority) -> None:
         try:
             if len(group) == 1:
                 await self._fetch_one(group[0], priority)
@@ -285,6 +305,12 @@ def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool
     if not store:
         return False
     return all(job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts)
+
+
+def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[bytearray, bool] | None:
+    """The segment's bytes and whether the cache keeps them."""
+    plain = foreign.take(job.chunks, job.segment)
+    return None if plain is None else (plain, cache.write(job.segment, plain))
 
 
 async def fetch_chunk(job: Job, member: Member) -> bytes | memoryview:

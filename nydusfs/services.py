@@ -20,7 +20,7 @@ from bootstrap.base import Bootstrap
 from bootstrap.chunkmap import ChunkMap
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
-from nydusfs.cache import CacheStore
+from nydusfs.cache import CacheStore, Limit
 from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
 from nydusfs.fetch import FetchScheduler
@@ -77,6 +77,8 @@ class Services:
         if line := connection_debug(config):
             log.info("%s", line)
         store = self.store(config.cache.work_dir) if config.cache.persistent else None
+        if store is not None and (config.cache.limit or config.cache.min_free):
+            await trio.to_thread.run_sync(store.set_limit, Limit(config.cache.limit, config.cache.min_free))
         bootstrap, chunks = await trio.to_thread.run_sync(_open, bootstrap_path, store)
         reader = ImageReader(name, bootstrap, chunks, source, self.scheduler, store, config, counters)
         if store is not None and config.prefetch.learn:

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import trio
 
+from nydusfs.cache.foreign import ForeignBlob
+from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
 from nydusfs.segments import KEY_SIZE, Segment
 
@@ -107,7 +109,36 @@ class CacheStore:
         self._full = False
         self._sync_until = float("inf")
         self.nowait = bool(_RWF_NOWAIT)
+        self.quota: Quota | None = None
         self.disk = _Disk()
+
+    def set_limit(self, limit: Limit) -> None:
+        """From now on; what is too much goes at once. For a worker thread: it looks at every file."""
+        if self.quota is not None:
+            self.quota.limit = limit
+        elif limit.size or limit.floor:
+            quota = Quota(self.path, limit, self._evict)
+            for folder in os.scandir(self.path):
+                if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
+                    continue
+                for entry in os.scandir(folder):
+                    match = _NAME.fullmatch(entry.name)
+                    if match is not None and match[3] in (None, self.boot):
+                        facts = entry.stat(follow_symlinks=False)
+                        name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
+                        quota.found((folder.name, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
+            self.quota = quota
+        if self.quota is not None:
+            self.quota.trim()
+
+    def _evict(self, slot: tuple[str, bytes], name: str) -> None:
+        blob_id, key = slot
+        blob = self._blobs.get(blob_id)
+        if blob is not None:
+            blob.evicted(key)
+        self.drop_open(blob_id, key)
+        for ending in ("", f".{self.boot}"):
+            _unlink(self.path / blob_id / f"{name}{ending}")
 
     def blob(self, blob_id: str) -> BlobCache:
         """The cache of a blob, one object for all mounts. Raises `CacheError` for an id that is no file name."""
@@ -183,6 +214,8 @@ class CacheStore:
                 os.fdatasync(fd)
                 os.rename(blob.path / f"{name}.{self.boot}", blob.path / name)
                 blob.durable(key)
+            except FileNotFoundError:
+                pass  # evicted meanwhile
             except OSError as error:
                 log.warning("cache %s: segment %s is dropped, it cannot be made durable: %s", blob.path, name, error)
                 blob.forget(key)
@@ -213,6 +246,8 @@ class CacheStore:
 
     def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> _OpenFile | None:
         """An open segment file, to be given back by `release`; None when there is none. From any thread."""
+        if self.quota is not None:
+            self.quota.used((blob.blob_id, key))
         with self._files:
             return self._acquire(blob, (blob.blob_id, key), names)
 
@@ -279,6 +314,7 @@ class BlobCache:
         self.store = store
         self.blob_id = blob_id
         self.path = store.path / blob_id
+        self.foreign = ForeignBlob.find(store.path, blob_id)
         self._ready: dict[bytes, bool] = {}  # key -> durable
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
@@ -314,6 +350,11 @@ class BlobCache:
             self._ready[key] = True
 
     def forget(self, key: bytes) -> None:
+        self._ready.pop(key, None)
+        if self.store.quota is not None:
+            self.store.quota.gone((self.blob_id, key))
+
+    def evicted(self, key: bytes) -> None:
         self._ready.pop(key, None)
 
     def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
@@ -379,6 +420,9 @@ class BlobCache:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
         if not self.store.may_write():
             return False
+        quota, slot = self.store.quota, (self.blob_id, segment.key)
+        if quota is not None and not quota.reserve(slot, segment.name, len(plain)):
+            return False
         part = self.path / f"{segment.name}.part"
         try:
             try:
@@ -395,6 +439,8 @@ class BlobCache:
             os.rename(part, self.path / f"{segment.name}.{self.store.boot}")
         except OSError as error:
             _unlink(part)
+            if quota is not None:
+                quota.gone(slot)
             self.store.note_write(error)
             return False
         self.store.note_write(None)

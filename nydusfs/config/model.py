@@ -139,6 +139,8 @@ class CacheConfig:
     # True: cached data is hashed again when read. Data from a source is always verified, whatever this says.
     validate: bool = False
     compressed: bool = False
+    limit: int = 0  # bytes that segments may take; 0: as much as there is
+    min_free: int = 0  # bytes of the file system to leave free
 
     @property
     def persistent(self) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from typing import Any
 
+from nydusfs.config.amount import parse_amount
 from nydusfs.config.backends import KINDS, parse_backend
 from nydusfs.config.model import MIB, BackendConfig, CacheConfig, Config, PrefetchConfig
 from nydusfs.config.section import Section
@@ -88,10 +90,7 @@ def _version1(root: Section, template: bool) -> Config:
     cache = CacheConfig()
     if (section := device.section("cache")) is not None:
         kind = section.text("type")
-        work_dir = "."
-        if (inner := section.section("config")) is not None:
-            work_dir = _cache_options(inner)
-        cache = _cache(section, kind, work_dir)
+        cache = _cache(section, kind, section.section("config"))
         section.warn_unknown()
 
     prefetch = PrefetchConfig()
@@ -142,12 +141,8 @@ def _version2(root: Section, template: bool) -> Config:
     prefetch = PrefetchConfig(prefetch_all=False)
     if (section := root.section("cache")) is not None:
         kind = section.text("type")
-        work_dir = "."
-        table = "fscache" if kind == "fscache" else "filecache"
-        if (options := section.section(table)) is not None:
-            work_dir = _cache_options(options)
+        cache = _cache(section, kind, section.section("fscache" if kind == "fscache" else "filecache"))
         section.known("filecache", "fscache")
-        cache = _cache(section, kind, work_dir)
         prefetch = _prefetch2(section.section("prefetch")) or prefetch
         section.warn_unknown()
 
@@ -232,21 +227,28 @@ def _rafs(
     )
 
 
-def _cache(section: Section, kind: str, work_dir: str) -> CacheConfig:
+def _cache(section: Section, kind: str, options: Section | None) -> CacheConfig:
     if kind not in _CACHE_TYPES:
         raise section.error("type", f"{kind!r} is not a cache type, expected one of {', '.join(_CACHE_TYPES[1:])}")
-    return CacheConfig(
-        type=kind,
-        work_dir=work_dir,
-        validate=section.flag("validate"),
-        compressed=section.flag("compressed"),
-    )
-
-
-def _cache_options(section: Section) -> str:
-    work_dir = section.text("work_dir", ".")
+    cache = CacheConfig(type=kind, validate=section.flag("validate"), compressed=section.flag("compressed"))
+    if options is None:
+        return cache
+    work_dir = options.text("work_dir", ".")
     if not work_dir:
-        raise section.error("work_dir", "is empty")
-    section.known("disable_indexed_map", "enable_encryption", "enable_convergent_encryption", "encryption_key")
-    section.warn_unknown()
-    return work_dir
+        raise options.error("work_dir", "is empty")
+    limit, floor = _amount(options, "limit", work_dir), _amount(options, "min_free", work_dir)
+    options.known("disable_indexed_map", "enable_encryption", "enable_convergent_encryption", "encryption_key")
+    options.warn_unknown()
+    return replace(cache, work_dir=work_dir, limit=limit, min_free=floor)
+
+
+def _amount(section: Section, key: str, work_dir: str) -> int:
+    value = section.take(key)
+    if value is None:
+        return 0
+    try:
+        if not isinstance(value, (int, str)) or isinstance(value, bool):
+            raise ValueError(value)
+        return parse_amount(value, work_dir)
+    except ValueError:
+        raise section.error(key, f'{value!r} is not a number of bytes, "20GiB" or "80%" of the disk') from None

@@ -1,0 +1,154 @@
+"""How much disk the segments of a cache may take, and which of them go when it is reached.
+
+A segment is charged before it is written, so the limit holds at every moment, however many images run. What goes
+first is what was used longest ago, with ten minutes' grace for each doubling of its uses: a base layer's interpreter
+outlives the pages of a file that was read once. Readers lose nothing: who has the file open reads on, and a segment
+that is gone is fetched again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("nydusfs.cache")
+
+BLOCK = 4096
+BATCH = 0.01  # of the limit, freed at once: choosing victims sorts all segments
+GRACE = 600.0  # seconds of recency that each doubling of uses is worth
+FLOOR_EVERY = 8 << 20  # bytes written between two looks at the free space
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`size`: bytes all segments may take; `floor`: bytes of the file system to leave free. 0: not bounded."""
+
+    size: int = 0
+    floor: int = 0
+
+
+@dataclass(slots=True)
+class _Entry:
+    name: str
+    size: int
+    used: float
+    uses: int = 1
+
+    def worth(self) -> float:
+        return self.used + GRACE * math.log2(self.uses)
+
+
+Slot = tuple[str, bytes]  # blob id, segment key
+
+
+class Quota:
+    """`evict` deletes a segment's file; it is called from the thread that writes. All methods from any thread."""
+
+    def __init__(self, path: Path, limit: Limit, evict: Callable[[Slot, str], None]) -> None:
+        self.limit = limit
+        self._path = path
+        self._evict = evict
+        self._lock = threading.Lock()
+        self._entries: dict[Slot, _Entry] = {}
+        self._total = 0
+        self._unlooked = FLOOR_EVERY
+        self._too_small = False
+        self.evictions = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes charged: whole blocks of 4 KiB."""
+        return self._total
+
+    def found(self, slot: Slot, name: str, size: int, used: float) -> None:
+        """A segment of an earlier process. `used`: seconds since the epoch."""
+        with self._lock:
+            if slot not in self._entries:
+                self._charge(slot, name, size, used)
+
+    def _charge(self, slot: Slot, name: str, size: int, used: float) -> None:
+        charged = -(-size // BLOCK) * BLOCK
+        old = self._entries.get(slot)
+        if old is not None:
+            self._total -= old.size
+        self._entries[slot] = _Entry(name, charged, used, 1 if old is None else old.uses)
+        self._total += charged
+
+    def used(self, slot: Slot) -> None:
+        """A reader got something of it. Without the lock: a lost count does no harm."""
+        entry = self._entries.get(slot)
+        if entry is not None:
+            entry.used = time.time()
+            entry.uses += 1
+
+    def gone(self, slot: Slot) -> None:
+        with self._lock:
+            entry = self._entries.pop(slot, None)
+            if entry is not None:
+                self._total -= entry.size
+
+    def reserve(self, slot: Slot, name: str, size: int) -> bool:
+        """Room for a segment about to be written, made if need be; it is charged then. False: it cannot be kept."""
+        with self._lock:
+            if not self._make_room(size):
+                return False
+            self._charge(slot, name, size, time.time())
+            self._unlooked += size
+            return True
+
+    def trim(self) -> None:
+        """Down to the limit: after it was lowered, or at the start."""
+        with self._lock:
+            self._unlooked = FLOOR_EVERY
+            self._make_room(0)
+
+    def _make_room(self, size: int) -> bool:
+        need = -(-size // BLOCK) * BLOCK
+        limit, floor = self.limit.size, self.limit.floor
+        short = 0
+        if limit:
+            if need > limit:
+                if not self._too_small:
+                    self._too_small = True
+                    log.warning("cache %s: a limit of %d is less than one segment, nothing is kept", self._path, limit)
+                return False
+            if self._total + need > limit:
+                short = self._total + need - limit + int(limit * BATCH)
+        if floor and self._unlooked >= FLOOR_EVERY:
+            free = self._free()
+            if free - need < floor:
+                short = max(short, floor + need - free + (4 << 20))
+            else:
+                self._unlooked = 0
+        if short > 0:
+            freed = self._free_up(short)
+            if limit and self._total + need > limit:
+                return False
+            if floor and freed < short and self._free() - need < floor:
+                return False
+        return True
+
+    def _free(self) -> int:
+        try:
+            info = os.statvfs(self._path)
+        except OSError:
+            return 1 << 62
+        return info.f_bavail * info.f_frsize
+
+    def _free_up(self, short: int) -> int:
+        freed = 0
+        for slot, entry in sorted(self._entries.items(), key=lambda item: item[1].worth()):
+            if freed >= short:
+                break
+            self._evict(slot, entry.name)
+            del self._entries[slot]
+            self._total -= entry.size
+            freed += entry.size
+            self.evictions += 1
+        return freed

@@ -1,0 +1,172 @@
+"""The cache's limit: held at every moment, what is used stays; amounts; files of upstream's cache taken over."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nydusfs.cache.quota import BLOCK, Limit, Quota
+from nydusfs.config import load_config
+from nydusfs.config.amount import parse_amount
+from nydusfs.errors import ConfigError
+from nydusfs.services import open_services
+from tests.integration.test_sources_faults import config_text
+from tests.lab.faulty import faulty_server
+from tests.lab.tiny import noise, tiny_image
+
+Steps = list[tuple[str, int, int]]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from(["write", "use", "gone"]), st.integers(0, 30), st.integers(1, 40_000))),
+    st.integers(1, 40),
+)
+def test_the_limit_holds_after_every_step(steps: Steps, blocks: int) -> None:
+    gone: list[bytes] = []
+    quota = Quota(Path("/"), Limit(blocks * BLOCK), lambda slot, name: gone.append(slot[1]))
+    there: dict[bytes, int] = {}
+    for what, number, size in steps:
+        key = b"%d" % number
+        if what == "write":
+            kept = quota.reserve(("b", key), "n", size)
+            assert kept == (-(-size // BLOCK) <= blocks)
+            for old in gone:  # before it was charged
+                there.pop(old)
+            gone.clear()
+            if kept:
+                there[key] = -(-size // BLOCK) * BLOCK
+        elif what == "use":
+            quota.used(("b", key))
+        else:
+            quota.gone(("b", key))
+            there.pop(key, None)
+        assert quota.total == sum(there.values()) <= blocks * BLOCK
+
+
+def test_what_is_used_often_or_lately_stays() -> None:
+    gone: list[bytes] = []
+    quota = Quota(Path("/"), Limit(10 * BLOCK), lambda slot, name: gone.append(slot[1]))
+    for number in range(10):
+        quota.found(("b", b"%d" % number), "n", BLOCK, 1_000_000.0 + number)
+    for _ in range(40):
+        quota.used(("b", b"0"))
+    quota.used(("b", b"1"))
+    for number in range(20, 25):
+        assert quota.reserve(("b", b"%d" % number), "n", BLOCK)
+    assert gone == [b"2", b"3", b"4", b"5", b"6", b"7"], "five, and one in advance"
+
+
+def test_threads_together_hold_the_limit() -> None:
+    quota = Quota(Path("/"), Limit(50 * BLOCK), lambda slot, name: None)
+    most = [0]
+
+    def work(seed: int) -> None:
+        for number in range(300):
+            quota.reserve(("b", b"%d-%d" % (seed, number)), "n", 3000)
+            most[0] = max(most[0], quota.total)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most[0] <= 50 * BLOCK
+
+
+def test_a_floor_of_free_space_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [100 * BLOCK]
+    quota = Quota(Path("/"), Limit(0, 60 * BLOCK), lambda slot, name: free.__setitem__(0, free[0] + BLOCK))
+    monkeypatch.setattr(quota, "_free", lambda: free[0])
+    monkeypatch.setattr("nydusfs.cache.quota.FLOOR_EVERY", 1)
+    for number in range(500):
+        if quota.reserve(("b", b"%d" % number), "n", BLOCK):
+            free[0] -= BLOCK
+        assert free[0] >= 60 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(5, 5), ("5", 5), ("1KiB", 1024), ("2k", 2048), ("1.5 GiB", 3 << 29), ("3MB", 3 << 20), ("1T", 1 << 40)],
+)
+def test_amounts(text: str | int, size: int) -> None:
+    assert parse_amount(text, "/") == size
+
+
+def test_percent_is_of_the_disk_and_nonsense_names_the_key(tmp_path: Path) -> None:
+    half = parse_amount("50%", str(tmp_path / "not" / "yet"))
+    assert half == pytest.approx(parse_amount("100%", str(tmp_path)) / 2, abs=1)
+    for value in ('"many"', '"-5"', '"120%"', '"5 parsecs"', "true", "[]"):
+        text = (
+            '{"device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}, "cache": {"type": "blobcache", '
+            f'"config": {{"work_dir": "/c", "limit": {value}}}}}}}, "mode": "direct"}}'
+        )
+        with pytest.raises(ConfigError, match=r"device\.cache\.config\.limit"):
+            load_config(text, "test")
+
+
+FILES = {f"f{number}": noise(600_000, number) for number in range(6)}
+
+
+def sizes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.glob("*/*-*"))
+
+
+def test_images_read_through_a_small_cache(tmp_path: Path) -> None:
+    """Every byte right, the limit held on the disk, and again after a restart with a lower one."""
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    limit = 1_500_000
+
+    async def read_all(limit: int) -> None:
+        text = config_text(work, server.netloc).replace('"work_dir"', f'"limit": {limit}, "work_dir"')
+        async with open_services() as services:
+            reader = await services.open_image(str(image.bootstrap), load_config(text, "t"), name="i")
+            assert sizes(work) <= limit
+            for _ in range(2):
+                for name, data in FILES.items():
+                    ino = reader.bootstrap.resolve(name.encode())
+                    for offset in range(0, len(data), 131072):
+                        assert await reader.read(ino, offset, 131072) == data[offset : offset + 131072]
+                        assert sizes(work) <= limit
+            reader.close()
+
+    with faulty_server({image.blob_id: image.blob}) as server:
+        trio.run(read_all, limit)
+        assert sizes(work) > limit // 2
+        trio.run(read_all, 700_000)
+
+
+def test_upstreams_cache_files_are_taken_over(tmp_path: Path) -> None:
+    """As upstream's nydusd leaves them: plain data at its place, holes elsewhere, and one chunk damaged."""
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    work.mkdir()
+
+    async def run() -> None:
+        async with open_services() as services:
+            config = load_config(config_text(work, server.netloc), "t")
+            reader = await services.open_image(str(image.bootstrap), config, name="i")
+            with (work / f"{image.blob_id}.blob.data").open("wb") as data:
+                data.truncate(reader.bootstrap.blobs[0].uncompressed_size)
+                places = {}
+                for name, content in FILES.items():
+                    (ref,) = reader.bootstrap.chunk_refs(reader.bootstrap.resolve(name.encode()))
+                    places[name] = ref.uncompressed_offset
+                    if name != "f3":
+                        data.seek(ref.uncompressed_offset)
+                        data.write(content if name != "f4" else b"\0" + content[1:])
+            for name, content in FILES.items():
+                ino = reader.bootstrap.resolve(name.encode())
+                before = len(server.data_requests)
+                assert await reader.read(ino, 0, len(content)) == content
+                assert (len(server.data_requests) > before) == (name in ("f3", "f4")), name
+            reader.close()
+
+    with faulty_server({image.blob_id: image.blob}) as server:
+        trio.run(run)
