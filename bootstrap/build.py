@@ -39,7 +39,7 @@ from bootstrap.options import BuildOptions, BuildResult
 from bootstrap.overlay import is_whiteout, overlay
 from bootstrap.reader import open_bootstrap
 from bootstrap.tartree import LayerTree
-from bootstrap.tree import IMPLIED_NSEC, Node, clean_patterns, number
+from bootstrap.tree import IMPLIED_NSEC, Node, clean_patterns, dismantle, no_collector, number
 
 if TYPE_CHECKING:
     from bootstrap.external import ExternalFile
@@ -74,7 +74,7 @@ def build_layer(
         build.load_parent(parent)
     layer = LayerTree(build.xattr_limit, build.lower)
     stream = tar.TarStream(source)
-    with build.mode as mode:
+    with no_collector(), build.mode as mode:
         mode.begin(source)
         add_entry, add_file, regular = layer.add, mode.add_file, tar.REGULAR
         while (entry := stream.next()) is not None:
@@ -117,7 +117,7 @@ def build_directory(
     build.stage("load_from_directory")
     order = _content(number(root), options.whiteout_spec)
     patterns = clean_patterns(options.prefetch)[0] if options.prefetch_policy != "none" else []
-    with build.mode as mode:
+    with no_collector(), build.mode as mode:
         ahead, rest = dump_order(order, patterns)
         for node in ahead:
             read_file(node, mode.add_file)
@@ -194,10 +194,12 @@ class Build:
                     node.mtime_nsec = IMPLIED_NSEC
 
     def finish(self, root: Node, spec: str = "none") -> BuildResult:
-        """`spec`: of the whiteouts among the nodes."""
+        """`spec`: of the whiteouts among the nodes, which are used up."""
         mode, options = self.mode, self.options
         mode.finish_data()
+        self.index.forget()
         tree = flatten(root, self.table, self.index.blobs)
+        dismantle(number(root))
         if self.below is not None:
             tree = overlay([(self.below, "none"), (tree, spec)])
         elif spec != "none":

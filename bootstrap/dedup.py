@@ -47,6 +47,10 @@ class ChunkIndex:
         self.list_blob(table.address(row)[0])
         return row
 
+    def forget(self) -> None:
+        """Nothing will be looked up any more: 200 bytes a chunk."""
+        self._rows.clear()
+
     def add(self, digest: bytes, row: int) -> None:
         """A chunk of this build, found by all equal ones that follow."""
         self._rows.setdefault(digest, row)

@@ -178,13 +178,18 @@ def ragged(counts: Ints) -> Ints:
     return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+_ROWS_AT_ONCE = 4096
+
+
 def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo]) -> FlatTree:
     """The tables of a tree of nodes, in G-order. `blobs`: the blob table; every chunk that is used has its blob there.
 
     The size of a directory is that of its own layer's names: it stays when other layers come below or above.
     """
     order = number(root)
-    rows = []
+    inodes = np.zeros(len(order), INODE)
+    rows: list[tuple[int, ...]] = []  # the next ones of `inodes`
+    done = 0
     refs: list[int] = []
     xattrs: list[dict[bytes, bytes]] = []
     targets: list[bytes] = []
@@ -221,13 +226,18 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo]) -> FlatTre
                 LINKED * node.linked | IMPLIED * node.implied,
             )
         )
+        if len(rows) == _ROWS_AT_ONCE:
+            inodes[done : done + len(rows)] = rows
+            done += len(rows)
+            rows.clear()
+    inodes[done:] = rows
     chunks = np.frombuffer(table.records, CHUNK).copy()
     if len(chunks):
         places = {blob: place for place, blob in enumerate(blobs)}
         chunks["blob"] = np.array([places.get(blob, NO_BLOB) for blob in table.blobs], np.uint32)[chunks["blob"]]
     return FlatTree(
         names=[node.name for node in order],
-        inodes=np.array(rows, INODE),
+        inodes=inodes,
         refs=np.array(refs, np.int64),
         chunks=chunks,
         blobs=list(blobs),

@@ -6,7 +6,10 @@ writing) works on the tables of `flat`, which `flat.flatten` makes of it. Servin
 
 from __future__ import annotations
 
+import gc
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME
@@ -98,6 +101,19 @@ always lets the made-up attributes win.
 """
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep the collector of cycles away while a tree grows: it would look at all nodes again and again, and find
+    nothing. 12 to 25 % of the processor time of a layer of small files."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def new_root() -> Node:
     """The root a layer has that does not describe it: 0755, root, epoch."""
     return Node(b"/", stat.S_IFDIR | 0o755)
@@ -133,6 +149,13 @@ def number(root: Node) -> list[Node]:
         subdirs.reverse()
         stack += subdirs
     return order
+
+
+def dismantle(order: Sequence[Node]) -> None:
+    """Take a numbered tree apart, so that its memory is free at once and needs no search for cycles."""
+    for node in order:
+        node.parent = None
+        node.children = None
 
 
 def path_of(node: Node) -> str:
