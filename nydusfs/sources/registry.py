@@ -117,7 +117,8 @@ class RegistryEndpoint:
         """One attempt, redirects and a token dance included."""
         started = trio.current_time()
         # Each exchange has its limits; this one is for redirects and tokens one after the other.
-        limit = 4 * patience + (wanted.offset + wanted.size) / SLOWEST
+        body = (wanted.offset + wanted.size) / SLOWEST if self.last else wanted.size / MIRROR_SLOWEST
+        limit = 4 * patience + body
         try:
             with trio.fail_after(limit):
                 response = await self._fetch(wanted, patience, progress)
