@@ -56,6 +56,9 @@ class DaemonControl(Protocol):
         """Change to STOPPED; the returned call ends the process without unmounting."""
 
     def inflight(self) -> list[InFlightInfo]: ...
+    def sources(self) -> list[dict[str, Any]]:
+        """What is known of each mirror, proxy and origin in use."""
+
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None: ...
     def runtime_config(self, config_id: str) -> dict[str, str]: ...
 
@@ -127,6 +130,7 @@ class Api:
             "/api/v1/metrics/pattern": ("Pattern", {("GET", False): self._pattern_metrics}),
             "/api/v1/metrics/backend": ("BackendMetrics", {("GET", False): self._backend_metrics}),
             "/api/v1/metrics/blobcache": ("BlobcacheMetrics", {("GET", False): self._cache_metrics}),
+            "/api/v1/metrics/sources": ("SourcesMetrics", {("GET", False): self._sources}),
             "/api/v1/metrics/inflight": ("InflightMetrics", {("GET", False): self._inflight}),
             "/api/v1/config": (
                 "Configure",
@@ -299,6 +303,9 @@ class Api:
 
     async def _backend_metrics(self, request: Request) -> Response:
         return _json(self._counted(request).image.backend_metrics())
+
+    async def _sources(self, request: Request) -> Response:
+        return _json(self._daemon.sources())
 
     async def _cache_metrics(self, request: Request) -> Response:
         return _json(self._counted(request, by_config=True).image.cache_metrics())

@@ -130,7 +130,7 @@ def set_value(obj: tuple[Client, bool], kind: str, value: str) -> None:
 
 
 @cli.command()
-@click.argument("category", type=click.Choice(["backend", "cache", "blobcache", "fsstats"]))
+@click.argument("category", type=click.Choice(["backend", "cache", "blobcache", "fsstats", "sources"]))
 @click.option("-I", "--interval", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Print again and again, this many seconds apart.")  # fmt: skip
 @click.option("--id", "instance", metavar="ID", help="Mountpoint (for cache: id of the configuration) of the image.")
@@ -139,16 +139,19 @@ def set_value(obj: tuple[Client, bool], kind: str, value: str) -> None:
 def metrics(
     obj: tuple[Client, bool], category: str, interval: float | None, instance: str | None, raw_too: bool
 ) -> None:
-    """Counters of the storage backend, the cache or the file system."""
+    """Counters of the storage backend, the cache or the file system, or what is known of each mirror and registry."""
     import time
 
     client, raw = obj
-    path = {"backend": "metrics/backend", "fsstats": "metrics"}.get(category, "metrics/blobcache")
+    paths = {"backend": "metrics/backend", "fsstats": "metrics", "sources": "metrics/sources"}
+    path = paths.get(category, "metrics/blobcache")
     query = {} if instance is None else {"id": instance}
     while True:
         value = client.call("GET", path, **query)
         if raw or raw_too:
             _echo_json(value)
+        elif isinstance(value, list):
+            _print_sources(value)
         else:
             _print_metrics(value)
         if interval is None:
@@ -188,6 +191,17 @@ def _print_metrics(value: dict[str, Any]) -> None:
         width = max(len(key) for key in value)
         for key, item in value.items():
             click.echo(f"{key:<{width}}  {', '.join(map(str, item)) if isinstance(item, list) else item}")
+
+
+def _print_sources(sources: list[dict[str, Any]]) -> None:
+    for source in sources:
+        wait = source["first_byte_millis"]
+        speed = "not used yet" if wait is None else f"{wait} ms, {source['bytes_per_second'] / 1e6:.1f} MB/s"
+        failure = f", last failure: {source['last_failure']}" if source["last_failure"] else ""
+        click.echo(
+            f"{source['address']}  {source['state']}, {speed}, {source['in_flight']} in flight, "
+            f"{100 * source['error_rate']:.1f} % errors{failure}"
+        )
 
 
 @cli.command()

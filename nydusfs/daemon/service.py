@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import trio
 
@@ -136,6 +137,9 @@ class Daemon:
 
     def inflight(self) -> list[InFlightInfo]:
         return self._driver.inflight()
+
+    def sources(self) -> list[dict[str, Any]]:
+        return self._services.hub.report()
 
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self._runtime.setdefault(config_id, {}).update(values)

@@ -8,6 +8,7 @@ import json
 import logging
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -134,6 +135,11 @@ def test_credentials_and_headers_from_the_environment(tmp_path: Path, monkeypatc
             code = "import sys; sys.stdout.write(open(sys.argv[1]).read())"
             assert reader(code, daemon.mnt / "hello").stdout == "hello, world\n"
             assert AUTH not in daemon.log_text()
+            known = daemon.get("metrics/sources").body
+            assert [(one["address"], one["state"]) for one in known] == [(origin.url, "up")]
+            command = [sys.executable, "-m", "nydusfs.daemon.ctl", "--sock", str(daemon.sock), "metrics", "sources"]
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+            assert shown.startswith(f"{origin.url}  up, ")
         assert all(request.headers["x-tenant"] == "blue" for request in origin.data_requests)
 
 

@@ -70,6 +70,9 @@ class Control:
     def inflight(self) -> list[InFlightInfo]:
         return []
 
+    def sources(self) -> list[dict[str, Any]]:
+        return [{"address": "http://127.0.0.1:65001", "state": "up"}]
+
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self.values.setdefault(config_id, {}).update(values)
 
