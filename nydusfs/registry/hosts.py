@@ -141,8 +141,12 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
 
 def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOptions) -> Endpoint:
     text = url if "://" in url else f"https://{url}"
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # port may raise as well
+    except ValueError:
+        usable = False
+    if not usable:
         raise ConfigError("host", f"{url!r} is not an http or https address", str(path))
     capabilities = entry.get("capabilities", ["pull", "resolve", "push"])
     certificates = entry.get("ca", [])
