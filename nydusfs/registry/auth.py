@@ -80,8 +80,12 @@ class Authenticator:
 
     def _token(self, challenge: Challenge, scope: str) -> tuple[str, float]:
         realm = challenge.get("realm")
-        parts = urlsplit(realm)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(realm)
+            usable = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
             raise AuthError(f"registry {self._host}: names {realm!r} as its token server, which is no address")
         where = f"token server {parts.netloc} of registry {self._host}"
         credentials = self.credentials()

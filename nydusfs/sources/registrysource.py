@@ -179,7 +179,10 @@ class RegistrySource(RemoteSource):
         for name, value in mirror.headers.items():
             if name.lower() != "x-dragonfly-registry" or "{" in value:
                 continue
-            host = urlsplit(value).hostname or ""
+            try:
+                host = urlsplit(value).hostname or ""
+            except ValueError:
+                return value
             both_hub = host in DOCKER_HUB_HOSTS and self._origin.host in DOCKER_HUB_HOSTS
             return "" if host == self._origin.host or both_hub else value
         return ""
