@@ -143,7 +143,7 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     text = url if "://" in url else f"https://{url}"
     try:
         parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # port may raise as well
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:
