@@ -145,6 +145,13 @@ def test_export_says_what_is_wrong(tmp_path: Path) -> None:
     done = ours("export", "--block", "-C", tmp_path / "entry", "-O", tmp_path / "disk")
     assert done.exit_code == 0, done.output
     assert noise(9_000) in (tmp_path / "disk").read_bytes()
+    # Images of before 2.2 name no place for their blobs: they get the one a builder of today gives.
+    old_disk, boot = (tmp_path / "disk").read_bytes(), bytearray(image.bootstrap.read_bytes())
+    boot[v6.DEVICE_TABLE_OFFSET + 68 : v6.DEVICE_TABLE_OFFSET + 72] = bytes(4)
+    assert boot != image.bootstrap.read_bytes()
+    (tmp_path / "old.boot").write_bytes(boot)
+    assert ours("export", "--block", "-B", tmp_path / "old.boot", "-D", tmp_path).exit_code == 0
+    assert (tmp_path / "old.boot.disk").read_bytes() == old_disk
     assert "are missing" in ours("export", "--block", "-B", image.bootstrap).output
     assert ours("export", "-B", image.bootstrap, "-D", tmp_path).exit_code == 2
     old = tiny_image(tmp_path, {"f": b"x"}, BuildOptions(fs_version=5))
