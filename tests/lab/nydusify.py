@@ -61,9 +61,24 @@ def failed(done: subprocess.CompletedProcess[str], *said: str) -> None:
 
 def upstream_nydusify(work: Path, *arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
     """Upstream's, with its nydusd and nydus-image; skips where they are not."""
+    command = upstream_command(work)
+    if command is None:
+        pytest.skip("interop: no reference programs here")
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={"PATH": f"{work / 'upstream-bin'}:{_PATH}", "HOME": str(work), "DOCKER_CONFIG": str(work)},
+    )
+
+
+def upstream_command(work: Path) -> list[str] | None:
+    """How to start upstream's, given `work`/upstream-bin in PATH, which is made here; None where it is not."""
     programs = {name: ref_bin(name) for name in ("nydusify", "nydusd", "nydus-image")}
     if not all(programs.values()):
-        pytest.skip("interop: no reference programs here")
+        return None
     folder = work / "upstream-bin"
     folder.mkdir(exist_ok=True)
     wrapper = folder / "nydusd"
@@ -72,11 +87,4 @@ def upstream_nydusify(work: Path, *arguments: str | Path, timeout: float = 100) 
     wrapper.chmod(0o755)
     (folder / "nydus-image").unlink(missing_ok=True)
     (folder / "nydus-image").symlink_to(str(programs["nydus-image"]))
-    return subprocess.run(
-        [str(programs["nydusify"]), *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={"PATH": f"{folder}:{_PATH}", "HOME": str(work), "DOCKER_CONFIG": str(work)},
-    )
+    return [str(programs["nydusify"])]
