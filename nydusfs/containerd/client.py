@@ -175,7 +175,7 @@ class Containerd(Connection):
 
     def image_names(self, digest: str) -> list[str]:
         """Names of all images with this target."""
-        request = images_pb2.ListImagesRequest(filters=[f"target.digest=={digest}"])
+        request = images_pb2.ListImagesRequest(filters=[f'target.digest=="{digest}"'])
         return [image.name for image in self.call("listing images", self._images.List, request).images]
 
     def record_image(self, name: str, target: Described) -> None:

@@ -18,7 +18,7 @@ from nydusfs.convert.backends import BackendChoice, BlobStore
 from nydusfs.convert.copy_backend import filled_from_backend
 from nydusfs.convert.endpoints import Connections, Endpoint, Location, RegistryEndpoint
 from nydusfs.convert.endpoints.base import Manifest
-from nydusfs.convert.images import MAX_INDEX, Descriptor, parse_descriptor, parse_object
+from nydusfs.convert.images import MAX_INDEX, MAX_LAYERS, Descriptor, parse_descriptor, parse_object
 from nydusfs.convert.manifests import digest_of, indented
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.progress import Progress
@@ -181,11 +181,14 @@ class _Copy:
             if filled is not None:
                 body = indented(filled)
                 found, document = Manifest(digest_of(body), found.media_type, body), filled
-        config = document.get("config")
-        layers = [*(document.get("layers") or []), *(document.get("blobs") or [])]
-        for value in [config, *layers] if config is not None else layers:
-            blob = parse_descriptor(value, what)
-            self._collect_blob(blob)
+        named = [document["config"]] if document.get("config") is not None else []
+        for key in ("layers", "blobs"):  # the second: artifacts of before OCI 1.1
+            values = document.get(key) or []
+            if not isinstance(values, list) or len(values) > MAX_LAYERS:
+                raise ConvertError(f"{what} has no usable list of {key}")
+            named += values
+        for value in named:
+            self._collect_blob(parse_descriptor(value, what))
         return found
 
     def _collect_blob(self, blob: Descriptor) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nydusfs.image_reader import ImageReader
 
 _PIECE = 1 << 20
+_STOP = 30.0  # seconds for requests that are under way
 
 
 class ReaderView:
@@ -110,7 +111,7 @@ def reader_view(bootstrap: Path, config: dict[str, Any], name: str) -> Iterator[
         yield view[0]
     finally:
         view[0]._token.run_sync_soon(ended[0].set)
-        thread.join()
+        thread.join(_STOP)
 
 
 def _cause(error: BaseException) -> BaseException:

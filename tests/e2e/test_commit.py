@@ -126,7 +126,9 @@ def test_a_stopped_container_and_what_cannot_be_committed(stack: Stack) -> None:
     name = f"s{time.monotonic_ns()}"
     ctr = stack.containerd.ctr
     flags = ["--net-host", "--snapshotter", "nydus", "--label", f"nerdctl/name=web-{name}"]
-    ctr("run", *flags, ref, name, "sh", "-c", "echo stopped > /marker")
+    nameless = f"sha256:{time.monotonic_ns():064x}"  # as Kubernetes also names images
+    ctr("images", "tag", ref, nameless)
+    ctr("run", *flags, nameless, name, "sh", "-c", "echo stopped > /marker")
     ctr("tasks", "rm", name, check=False)
     target = f"{stack.host}/lab/stopped:1"
     try:

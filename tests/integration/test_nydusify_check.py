@@ -228,10 +228,22 @@ def test_without_privileges_nothing_is_mounted(pair: tuple[Path, Path], tmp_path
 @pytest.mark.interop
 def test_drivable_as_upstreams(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """The flags of upstream's help are all there, command by command."""
-    for name in ("check", "mount", "copy", "commit"):
-        theirs = upstream_nydusify(tmp_path, name, "--help").stdout
-        ours = nydusify(name, "--help").stdout
+    for name in ("check", "mount", "view", "copy", "build", "pack", "optimize", "commit", "chunkdict generate"):
+        theirs = upstream_nydusify(tmp_path, *name.split(), "--help").stdout
+        ours = nydusify(*name.split(), "--help").stdout
         for line in theirs.splitlines():
             for word in line.replace(",", " ").split():
                 if word.startswith("--"):
                     assert word in ours, f"{name} {word}"
+
+
+def test_everything_from_the_environment(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As upstream's: the flag's name in capitals, one name for all backends, lists with commas."""
+    env = {"TARGET": str(pair[1]), "SOURCE": f"oci:{pair[0]}", "WORK_DIR": str(tmp_path / "o")}
+    assert "compared 11 entries" in nydusify("check", "--no-mount", env=env).stderr
+    bad = nydusify("check", "--no-mount", env={**env, "BACKEND_TYPE": "nfs"}, check=False)
+    assert "--target-backend-type 'nfs' is not one of" in bad.stderr
+    env = {"CONTAINER": "c", "TARGET": "x:1", "WITH_PATH": "/a,relative", "CONTAINERD_ADDR": "/nowhere"}
+    assert "'relative': give an absolute path" in nydusify("commit", env=env, check=False).stderr
+    env["WITH_PATH"] = "/a,!/b"
+    assert "/nowhere" in nydusify("commit", env=env, check=False).stderr or os.geteuid() != 0

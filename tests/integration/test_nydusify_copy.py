@@ -242,3 +242,38 @@ def test_wrong_use_is_one_clear_line(registry: Registry, sample: Sample, tmp_pat
         done = nydusify("copy", *flags, "--work-dir", tmp_path / "w", check=False)
         assert done.returncode == code, done.stderr
         assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"layers": {"a": 1}},
+        {"layers": [5]},
+        {"config": 5},
+        {"config": {"digest": "sha256:0", "size": 1}},
+        {"layers": [{"mediaType": "x", "digest": f"sha256:{'0' * 64}", "size": -1}]},
+        {"manifests": {}},
+        {"manifests": [{"mediaType": mt.OCI_MANIFEST, "digest": f"sha256:{'0' * 64}", "size": 2, "annotations": 3}]},
+        {"schemaVersion": 1, "fsLayers": []},
+        [],
+    ],
+)
+def test_hostile_manifests_are_one_clear_line(document: Any, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from nydusfs.convert.cli import cli
+    from nydusfs.errors import NydusError
+
+    layout = ImageLayout(tmp_path / "layout")
+    kind = mt.OCI_INDEX if isinstance(document, dict) and "manifests" in document else mt.OCI_MANIFEST
+    layout.finish([])
+    blob = layout.add_blob(json.dumps(document).encode(), kind)
+    (tmp_path / "layout" / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [blob.descriptor()]}))
+    target = tmp_path / "target"
+    done = CliRunner().invoke(
+        cli,
+        ["copy", "--source", f"oci:{layout.directory}", "--target", f"oci:{target}", "--work-dir", str(tmp_path / "w")],
+    )
+    assert isinstance(done.exception, NydusError), done.exception
+    assert str(layout.directory) in str(done.exception)
+    assert not (target / "index.json").exists()
