@@ -85,6 +85,11 @@ class Services:
             reader.profiles = ProfileStore(config.cache.work_dir)
         return reader
 
+    async def drop_blob(self, blob_id: str) -> None:
+        """Delete what all caches hold of a blob that no image uses any more."""
+        for store in self.stores():
+            await trio.to_thread.run_sync(store.remove_blob, blob_id)
+
     async def aclose(self) -> None:
         self.hub.close()
         for store in self._stores.values():

@@ -86,14 +86,17 @@ class Snapshotter:
 
         One failure stops nothing.
         """
+        images = False
         for identity, path in self._store.leftovers():
             try:
-                self._images.release(identity)
+                images |= self._images.release(identity)
                 self._trash.put(path)
             except FileNotFoundError:
                 pass  # two Cleanups at once
             except (SnapshotterError, OSError) as error:
                 log.warning("%s is left for the next clean-up: %s", path, error)
+        if images:
+            self._images.collect()
         self._trash.empty(CLEANUP_PATIENCE)
 
     # ----

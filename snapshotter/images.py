@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapshotter import cachegc
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.labels import image_ref
@@ -52,6 +53,7 @@ class Images:
         self._serving: set[int] = set()
         self._daemons: dict[str, Daemon] = {}
         self._recovered = threading.Event()
+        self._collecting = threading.Lock()
 
     # ---- what the flow needs
 
@@ -86,10 +88,10 @@ class Images:
             log.info("image %s mounted at %s", record.image, self.mountpoint(record))
             return self.mountpoint(record)
 
-    def release(self, snapshot: int) -> None:
-        """Unmounts an image whose meta layer was removed; a daemon of its own ends."""
+    def release(self, snapshot: int) -> bool:
+        """Unmounts an image whose meta layer was removed; a daemon of its own ends. False: none was mounted."""
         if not self._recovered.wait(RECOVERY_SECONDS):
-            return
+            return False
         with self._one(snapshot):
             record = self._instances.get(snapshot)
             if record is not None:
@@ -97,6 +99,27 @@ class Images:
                 log.info("image %s unmounted from %s", record.image, self.mountpoint(record))
         with self._lock:
             self._image_locks.pop(snapshot, None)
+        return record is not None
+
+    def collect(self) -> None:
+        """In the background: what the blob cache holds of removed images goes."""
+        threading.Thread(target=self._collect, name="cache-gc", daemon=True).start()
+
+    def _collect(self) -> None:
+        """Blobs of the cache that no image here names any more go; see `cachegc`."""
+        with self._collecting:
+            blobs = cachegc.orphans(self._settings.cache_dir, self._store.directory)
+            log.debug("blob cache: %d blobs are of no image any more", len(blobs))
+            for blob in blobs:
+                with self._lock:
+                    daemons = [daemon for daemon in self._daemons.values() if daemon.alive]
+                try:
+                    for daemon in daemons:
+                        daemon.api.drop_blob(blob)
+                    # what no daemon, or one that knows nothing of this, left
+                    cachegc.remove(self._settings.cache_dir, blob)
+                except SnapshotterError as error:
+                    log.warning("blob %s stays in the cache: %s", blob, error)
 
     def mountpoint(self, record: InstanceRecord) -> Path:
         if self._settings_shared(record):

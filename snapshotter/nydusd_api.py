@@ -76,6 +76,10 @@ class NydusdApi:
         body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
         self._call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
 
+    def drop_blob(self, blob_id: str) -> None:
+        """Have what is cached of a blob deleted, unless an image mounted there uses it."""
+        self._call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
+
     def umount(self, mountpoint: str, timeout: float = REQUEST_SECONDS) -> None:
         self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}", timeout=timeout)
 

@@ -18,6 +18,7 @@ from nydusfs.segments import Segment
 log = logging.getLogger("nydusfs.cache")
 
 DATA_SUFFIX = ".blob.data"
+FOREIGN_SUFFIXES = (DATA_SUFFIX, ".blob.data.chunk_map", ".blob.raw", ".blob.raw.chunk_map", ".blob.meta", ".chunk_map")
 
 
 class ForeignBlob:

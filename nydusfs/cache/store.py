@@ -29,7 +29,7 @@ from pathlib import Path
 
 import trio
 
-from nydusfs.cache.foreign import ForeignBlob
+from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
 from nydusfs.segments import KEY_SIZE, Segment
@@ -147,6 +147,35 @@ class CacheStore:
                 raise CacheError(f"cache {self.path}: blob id {blob_id!r} is not usable as a directory name")
             self._blobs[blob_id] = BlobCache(self, blob_id)
         return self._blobs[blob_id]
+
+    def remove_blob(self, blob_id: str) -> None:
+        """Delete everything of a blob, upstream's files too. For a worker thread; nobody may be using the blob."""
+        if not blob_id or blob_id.startswith(".") or "/" in blob_id:
+            return
+        cache = self._blobs.pop(blob_id, None)
+        folder = self.path / blob_id
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            names = []
+        for name in names:
+            match = _NAME.fullmatch(name)
+            if match is not None:
+                key = bytes.fromhex(match[2])
+                self.drop_open(blob_id, key)
+                if self.quota is not None:
+                    self.quota.gone((blob_id, key))
+            _unlink(folder / name)
+        try:
+            folder.rmdir()
+        except OSError:
+            pass  # not there, or not empty: what is not ours stays
+        for ending in FOREIGN_SUFFIXES:
+            _unlink(self.path / f"{blob_id}{ending}")
+        if cache is not None and cache.foreign is not None:
+            cache.foreign.close()
+        if names:
+            log.info("cache %s: blob %s removed, %d segments", self.path, blob_id, len(names))
 
     def map_path(self, name: str) -> str:
         """Where to keep a derived chunk map of that name; the ones used longest ago make room. For a worker thread."""

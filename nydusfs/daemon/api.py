@@ -56,6 +56,9 @@ class DaemonControl(Protocol):
         """Change to STOPPED; the returned call ends the process without unmounting."""
 
     def inflight(self) -> list[InFlightInfo]: ...
+    async def drop_blob(self, blob_id: str) -> None:
+        """Delete what is cached of a blob, unless a mounted image has it."""
+
     def sources(self) -> list[dict[str, Any]]:
         """What is known of each mirror, proxy and origin in use."""
 
@@ -361,5 +364,6 @@ class Api:
         if "domain_id" in request.query:
             return self._failure(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
         if "blob_id" in request.query:
+            await self._daemon.drop_blob(request.query["blob_id"])
             return Response()
         raise BadRequestError("BadRequest")

@@ -38,6 +38,9 @@ class ReaderImage:
             nursery.start_soon(self.reader.learn)
             await self.reader.prefetch(self._prefetch_files or None)
 
+    def blob_ids(self) -> set[str]:
+        return {blob.id for blob in self.reader.bootstrap.blobs}
+
     async def profile(self) -> dict[str, Any]:
         """What starts of this image read, `files` in order; see `nydusfs.profile`. Raises `NydusError` without one."""
         store = self.reader.profiles

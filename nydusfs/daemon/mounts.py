@@ -53,6 +53,7 @@ class OpenImage(Protocol):
     async def prefetch(self) -> None:
         """Fetch ahead what the configuration asks for; cancelled at umount."""
 
+    def blob_ids(self) -> set[str]: ...
     async def profile(self) -> dict[str, Any]:
         """Raises `NydusError` where none is kept."""
 

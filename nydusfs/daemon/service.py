@@ -141,6 +141,12 @@ class Daemon:
     def sources(self) -> list[dict[str, Any]]:
         return self._services.hub.report()
 
+    async def drop_blob(self, blob_id: str) -> None:
+        if any(blob_id in mounted.image.blob_ids() for mounted in self.mounts.images.values()):
+            log.info("blob %s is kept: a mounted image has it", blob_id)
+            return
+        await self._services.drop_blob(blob_id)
+
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self._runtime.setdefault(config_id, {}).update(values)
         self._save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -126,6 +127,8 @@ class Snapshotter:
         path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         # An empty docker configuration: a developer's logins must not leak into tests.
         env = {"PATH": path, "HOME": str(self.work), "DOCKER_CONFIG": str(self.work / "docker"), **self.env}
+        if "PYTHONPATH" in os.environ:  # the code under test, where it is not what is installed
+            env.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
         self._child = Child("containerd-nydus-grpc", self.argv(), self.log, env=env)
         self._child.wait_ready(lambda: can_connect(self.socket), timeout)
         return self

@@ -1,0 +1,62 @@
+"""Which blobs of the cache nobody needs, and that removing one leaves the others as they are."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import trio
+
+from nydusfs.config import load_config
+from nydusfs.services import open_services
+from snapshotter.cachegc import orphans
+from tests.integration.test_sources_faults import config_text
+from tests.lab.faulty import faulty_server
+from tests.lab.tiny import noise, tiny_image
+
+
+def test_only_blobs_that_no_bootstrap_names_are_orphans(tmp_path: Path) -> None:
+    cache, snapshots = tmp_path / "cache", tmp_path / "snapshots"
+    images = [tiny_image(tmp_path, {"f": noise(5000, seed)}) for seed in range(3)]
+    for number, image in enumerate(images[:2]):
+        place = snapshots / str(number) / "fs" / ("image" if number else "")
+        place.mkdir(parents=True)
+        (place / "image.boot").write_bytes(image.bootstrap.read_bytes())
+    for name in (*(image.blob_id for image in images), ".maps", "not-ours", "c" * 64):
+        (cache / name).mkdir(parents=True)
+    (cache / f"{'d' * 64}.blob.data").touch()
+    assert orphans(cache, snapshots) == [], "all of it is young"
+    old = time.time() - 3600
+    for path in cache.iterdir():
+        os.utime(path, (old, old))
+    assert orphans(cache, snapshots) == sorted([images[2].blob_id, "c" * 64, "d" * 64])
+    (snapshots / "0" / "fs" / "image.boot").write_bytes(b"damaged")
+    assert orphans(cache, snapshots) == [], "a bootstrap that cannot be read may name anything"
+    assert orphans(tmp_path / "none", snapshots) == []
+
+
+def test_a_removed_blob_is_fetched_again_when_it_is_needed(tmp_path: Path) -> None:
+    one, two = (tiny_image(tmp_path, {"f": noise(300_000, seed)}) for seed in (1, 2))
+    work = tmp_path / "cache"
+
+    async def run() -> None:
+        async with open_services() as services:
+            config = load_config(config_text(work, server.netloc), "t")
+            readers = [await services.open_image(str(i.bootstrap), config, name="i") for i in (one, two)]
+            for reader, image in zip(readers, (one, two), strict=True):
+                assert await reader.read(reader.bootstrap.resolve(b"f"), 0, 300_000) == image.files["f"]
+            await services.drop_blob(one.blob_id)
+            assert not (work / one.blob_id).exists()
+            assert (work / two.blob_id).exists()
+            await services.drop_blob("../" + two.blob_id)
+            await services.drop_blob(".maps")
+            again = await services.open_image(str(one.bootstrap), config, name="again")
+            before = len(server.data_requests)
+            assert await again.read(again.bootstrap.resolve(b"f"), 0, 300_000) == one.files["f"]
+            assert len(server.data_requests) > before
+            for reader in (*readers, again):
+                reader.close()
+
+    with faulty_server({one.blob_id: one.blob, two.blob_id: two.blob}) as server:
+        trio.run(run)
