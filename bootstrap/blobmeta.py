@@ -23,6 +23,7 @@ __all__ = ["BlobMeta", "MetaRange", "Unit", "meta_range", "needs_meta", "pack_ca
 MAX_REGION = 1 << 30
 """Refuse a larger table: this one would be of a gzip layer of about 30 GB, or of 40 million chunks."""
 
+MAX_BLOB_SIZE = 1 << 40
 MAX_BATCH = 16 << 20
 MAX_FIRSTS = 8192
 _OWN_HEADER = toc.TAR_HEADER_SIZE
@@ -45,6 +46,11 @@ def alone(chunk: Chunk) -> Unit:
 def needs_meta(blob: Blob) -> bool:
     """Whether reading the blob takes its blob meta."""
     return bool(blob.features & (BlobFeatures.BATCH | BlobFeatures.ZRAN))
+
+
+def _data_end(blob: Blob) -> int:
+    """Where the chunk data ends; generated dictionaries do not say (1.4)."""
+    return blob.data_size or blob.compressed_size or MAX_BLOB_SIZE
 
 
 class BlobMeta:
@@ -74,7 +80,7 @@ class BlobMeta:
         self._firsts: dict[int, int] = {}  # found by `first_of`
         if blob.features & BlobFeatures.ZRAN:
             self._contexts = Contexts(
-                region, contexts, header.ci_zran_size, header.ci_zran_count, blob.data_size or blob.compressed_size
+                region, contexts, header.ci_zran_size, header.ci_zran_count, _data_end(blob)
             )
             self._slices = header.ci_zran_count
         elif blob.features & BlobFeatures.BATCH:
@@ -124,7 +130,7 @@ class BlobMeta:
             raise FormatError(
                 "blob meta entry", where, f"chunk {chunk.index} ends at {offset + chunk.uncompressed_size} of {size}"
             )
-        limit = self.blob.data_size or self.blob.compressed_size
+        limit = _data_end(self.blob)
         if unit.end > limit:
             raise FormatError("blob meta entry", where, f"{unit.kind} {number} ends at {unit.end:#x} of {limit:#x}")
         return unit, offset
@@ -232,6 +238,8 @@ def meta_range(blob: Blob, own_name: str) -> MetaRange:
         raise FormatError("blob table entry", 0, f"blob {blob.id} has no blob meta")
     if blob.ci_uncompressed_size > MAX_REGION or blob.ci_compressed_size > blob.ci_uncompressed_size:
         raise FormatError("blob table entry", 0, f"blob meta of {blob.ci_uncompressed_size} bytes: blob {blob.id}")
+    if blob.ci_offset > MAX_BLOB_SIZE:
+        raise FormatError("blob table entry", 0, f"blob meta at {blob.ci_offset:#x}: blob {blob.id}")
     if blob.features & BlobFeatures.SEPARATE:
         if not any(blob.meta_digest):
             return MetaRange(own_name, blob.ci_offset, core)

@@ -6,6 +6,7 @@ with open_bootstrap(path) as image, open_blobs(image, folder) as blobs:
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -96,9 +97,8 @@ def local_meta(image: Bootstrap, blob: Blob) -> blobmeta.BlobMeta | None:
         path = os.path.join(folder, name + META_SUFFIX)
         try:
             with open(path, "rb") as file:
-                # read() takes memory for as much as it is asked for
-                data = file.read(min(blobmeta.MAX_REGION, os.fstat(file.fileno()).st_size))
-        except OSError:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # not there, or empty
             continue
         try:
             return blobmeta.open_cache_form(blob, data)

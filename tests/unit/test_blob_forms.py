@@ -296,6 +296,20 @@ def test_headers_that_contradict_the_bootstrap(field: str, value: int, message: 
             open_cache_form(blob, blobmeta_file(made.region, made.header)[4096:])
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ci_offset": 1 << 63}, "blob meta at 0x8000000000000000"),
+        ({"ci_uncompressed_size": 2 << 30}, "blob meta of 2147483648 bytes"),
+        ({"ci_uncompressed_size": 0}, "has no blob meta"),
+        ({"ci_compressed_size": 1 << 20}, "blob meta of"),
+    ],
+)
+def test_places_that_cannot_be_are_not_asked_for(fields: dict[str, int], message: str, tmp_path: Path) -> None:
+    with open_bootstrap(make("batch", tmp_path / "image").boot) as image, pytest.raises(FormatError, match=message):
+        meta_module.meta_range(replace(image.blobs[0], **fields), "")  # type: ignore[arg-type]
+
+
 def test_a_meta_blob_is_known_by_both_digests_builders_give_it(tmp_path: Path) -> None:
     """The digest of the file, or that without the list of chunk digests (reference 4.10); anything else is refused."""
     made = make("zran", tmp_path / "image")
