@@ -6,6 +6,14 @@ import os
 import signal
 
 import pytest
+from hypothesis import Phase, settings
+
+# In CI the same examples every time and few; `--hypothesis-profile=long` looks for new ones for hours. Failures are not
+# explained: that may take as long as a hundred times the examples.
+_PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, phases=_PHASES)
+settings.register_profile("long", max_examples=100 * 500, deadline=None, phases=_PHASES)
+settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
