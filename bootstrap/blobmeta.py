@@ -68,7 +68,8 @@ class BlobMeta:
         check_header(blob, header)
         contexts = header.ci_zran_offset
         if needs_meta(blob):
-            if not wide or contexts != self._count * self._entry_size:
+            misplaced = header.ci_zran_count and contexts != self._count * self._entry_size
+            if not wide or misplaced:
                 raise FormatError(
                     "blob meta header", 40, f"contexts at {contexts:#x} behind {self._count} entries of blob {blob.id}"
                 )

@@ -188,7 +188,8 @@ class Build:
 
     def end_of_layer(self, layer: LayerTree) -> None:
         """All entries are there: mark directories that only lie on the way, if this bootstrap is for a merge."""
-        if self.options.inline_meta and layer.has_implied and self.below is None:
+        for_merge = self.options.inline_meta or self.options.whiteout_spec == "none"
+        if for_merge and layer.has_implied and self.below is None:
             for node in number(layer.root):
                 if node.implied:
                     node.mtime_nsec = IMPLIED_NSEC
@@ -198,7 +199,7 @@ class Build:
         mode, options = self.mode, self.options
         mode.finish_data()
         self.index.forget()
-        tree = flatten(root, self.table, self.index.blobs)
+        tree = flatten(root, self.table, self.index.blobs, options.chunk_size)
         dismantle(number(root))
         if self.below is not None:
             tree = overlay([(self.below, "none"), (tree, spec)])

@@ -252,7 +252,8 @@ def generate(database: ChunkDatabase, form: Form) -> Dictionary:
         secret = any(blob.features & BlobFeatures.ENCRYPTED for blob in table.blobs)
         flags |= SuperFlags.ENCRYPT_XTS if secret else SuperFlags.ENCRYPT_NONE
     write = write_v6 if form.version == 6 else write_v5
-    data = write(flatten(root, table, table.blobs), chunk_size=form.chunk_size, flags=flags, prefetch=[])
+    tree = flatten(root, table, table.blobs, form.chunk_size)
+    data = write(tree, chunk_size=form.chunk_size, flags=flags, prefetch=[])
     return Dictionary(
         data,
         [blob.id for blob in table.blobs],

@@ -177,7 +177,7 @@ def build_external(root: Node, files: dict[bytes, ExternalFile], options: BuildO
             blobs.add(node, moved[node])
     own = replace(options, chunk_size=sizes[0], prefetch=[], prefetch_policy="none")
     listed = [blobs.infos[index] for index in sorted(blobs.infos)]
-    data, _ = write_bootstrap(flatten(top, blobs.table, listed), own, SuperFlags.ENCRYPT_NONE)
+    data, _ = write_bootstrap(flatten(top, blobs.table, listed, own.chunk_size), own, SuperFlags.ENCRYPT_NONE)
     return data, [info.id for info in listed]
 
 

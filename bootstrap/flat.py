@@ -58,7 +58,7 @@ class FlatTree:
     """Row 0 is the root. The children of a directory are neighbours, sorted by name, behind the directory.
 
     Writers want the rows in G-order (5.1): `flatten` and `overlay` make them so, `load_tree` need not. `blobs` is the
-    blob table, `refs` points into `chunks`, whose `blob` counts in it and whose `file_offset` is left to the writers.
+    blob table; `refs` points into `chunks`, whose `blob` counts in it; `file_offset` is that of the last reference.
     Tables may be shared between trees: replace them, do not change them in place.
     """
 
@@ -181,7 +181,7 @@ def ragged(counts: Ints) -> Ints:
 _ROWS_AT_ONCE = 4096
 
 
-def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo]) -> FlatTree:
+def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo], chunk_size: int) -> FlatTree:
     """The tables of a tree of nodes, in G-order. `blobs`: the blob table; every chunk that is used has its blob there.
 
     The size of a directory is that of its own layer's names: it stays when other layers come below or above.
@@ -235,7 +235,7 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo]) -> FlatTre
     if len(chunks):
         places = {blob: place for place, blob in enumerate(blobs)}
         chunks["blob"] = np.array([places.get(blob, NO_BLOB) for blob in table.blobs], np.uint32)[chunks["blob"]]
-    return FlatTree(
+    tree = FlatTree(
         names=[node.name for node in order],
         inodes=inodes,
         refs=np.array(refs, np.int64),
@@ -244,6 +244,17 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo]) -> FlatTre
         xattrs=xattrs,
         targets=targets,
     )
+    _, within, used = tree.file_refs()
+    last = last_of(used, len(chunks))
+    chunks["file_offset"][last >= 0] = within[last[last >= 0]] * chunk_size
+    return tree
+
+
+def last_of(rows: Ints, count: int) -> Ints:
+    """For each of 0 ... count - 1 its last place in `rows`, -1: none."""
+    found = np.full(count, -1, np.int64)
+    np.maximum.at(found, rows, np.arange(len(rows)))
+    return found
 
 
 def _first_children(order: list[Node]) -> list[int]:

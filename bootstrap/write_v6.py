@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from bootstrap.errors import BuildError
-from bootstrap.flat import FlatTree, Ints, ragged
+from bootstrap.flat import FlatTree, Ints, last_of, ragged
 from bootstrap.layout import tarfs, v6
 from bootstrap.layout.common import MAX_BLOBS, BlobFeatures, SuperFlags, round_up
 from bootstrap.layout.tables import V6_DIRENT, V6_INODE
@@ -69,7 +69,7 @@ class _Writer:
         meta = round_up(table + table_size + v6.NID.size * len(targets), B) if blobs else 0
         chunk_table = round_up(meta + self._place.end, B)
         rows, within, refs = tree.file_refs()
-        records = _chunk_table(tree, within * self._chunk_size, refs, bool(self._flags & SuperFlags.TARFS))
+        records = _chunk_table(tree, refs, bool(self._flags & SuperFlags.TARFS))
         image = bytearray(max(round_up(chunk_table + len(records), B), v6.MIN_FILE_SIZE))
         image[chunk_table : chunk_table + len(records)] = records
         self._write_inodes(image, meta, rows, within, refs)
@@ -137,8 +137,7 @@ class _Writer:
             raise BuildError(f"{path}: its extended attributes take more than 256 KiB together")
         made["xattr_icount"][with_xattrs] = icounts
 
-        last = np.arange(len(inodes))  # by first name: the last one
-        np.maximum.at(last, self._first_names, np.arange(len(inodes)))
+        last = last_of(self._first_names, len(inodes))
         own = np.flatnonzero(~regular | (last[self._first_names] == np.arange(len(inodes))))
         slots = np.frombuffer(image, "V32")
         halves = made[own].view("V32").reshape(-1, 2)
@@ -321,18 +320,15 @@ def _xattr_suffix(name: bytes) -> tuple[int, bytes]:
     raise BuildError(f"attribute {name!r} has no place in a v6 image")
 
 
-def _chunk_table(tree: FlatTree, offsets: Ints, refs: Ints, tarfs: bool) -> bytes:
-    """One record per stored chunk, by digest; its file offset is that of the last reference (1.12).
+def _chunk_table(tree: FlatTree, refs: Ints, tarfs: bool) -> bytes:
+    """One record per stored chunk, by digest (1.12).
 
-    Layers that share a blob bring equal records: one is kept for each place in a blob. Tarfs has no digests and one
-    record per blob.
+    Layers that share a blob bring records of the same place in it: the one referred to last is kept. Tarfs has no
+    digests and one record per blob.
     """
-    chunks = tree.chunks
-    last = np.full(len(chunks), -1, np.int64)  # by chunk: its last reference
-    np.maximum.at(last, refs, np.arange(len(refs)))
+    last = last_of(refs, len(tree.chunks))
     used = np.flatnonzero(last >= 0)
-    records = chunks[used]
-    records["file_offset"] = offsets[last[used]]
+    records = tree.chunks[used]
     index = np.zeros(len(records), np.uint32) if tarfs else records["index"]
     digest = np.ascontiguousarray(records["digest"]).view(">u8").reshape(-1, 4)
     order = np.argsort(digest[:, 0], kind="stable")

@@ -58,7 +58,7 @@ def write(path: Path, version: int, files: int) -> None:
         node.chunks = [table.add(digest, home, ChunkFlags.COMPRESSED, 1000, 3000, number * 1000, place, number, 0)]
         assert folder.children is not None
         folder.children[node.name] = node
-    tree = flatten(root, table, [blob])
+    tree = flatten(root, table, [blob], 0x100000)
     if version == 6:
         data = write_v6(tree, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
     else:

@@ -114,7 +114,7 @@ def make(
         Compressor.GZIP: SuperFlags.COMPRESS_GZIP, Compressor.LZ4_BLOCK: SuperFlags.COMPRESS_LZ4_BLOCK,
     }[info.compressor]  # fmt: skip
     flags |= SuperFlags.HASH_SHA256 if info.digester == Digester.SHA256 else SuperFlags.HASH_BLAKE3
-    tree = flatten(root, table, [info])
+    tree = flatten(root, table, [info], CHUNK)
     if form.startswith("v5"):
         made.boot.write_bytes(write_v5(tree, chunk_size=CHUNK, flags=flags, prefetch=[]))
     else:

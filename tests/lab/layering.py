@@ -102,7 +102,8 @@ class Layer:
     """A tar and what it unpacks to: entries that would not unpack are left out on the way.
 
     `upstream`: only what upstream's merge does as it should and leaves nothing to chance: every directory has an entry,
-    links are to files, an inode has one attribute at most, whiteouts have names in UTF-8. `whiteouts` False: none.
+    links are to files, link targets short (tarfs), an inode has one attribute at most, whiteouts have names in UTF-8.
+    `whiteouts` False: there are none.
     """
 
     def __init__(self, plan: Sequence[Step], *, upstream: bool = False, whiteouts: bool = True) -> None:
@@ -147,6 +148,7 @@ class Layer:
             if step.kind not in ("char", "block"):
                 inode.rdev = (0, 0)
             if self._upstream:
+                inode.content = inode.content[:400] if step.kind == "symlink" else inode.content
                 inode.xattrs = dict(sorted(inode.xattrs.items())[:1])
             self._add(path, tar_type, inode)
         old = self.tree.get(path)

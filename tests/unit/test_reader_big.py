@@ -46,7 +46,7 @@ def big_tree() -> tuple[Node, ChunkTable, list[BlobInfo]]:
 
 @pytest.fixture(scope="module", params=[5, 6])
 def big_image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = flatten(*big_tree())
+    tree = flatten(*big_tree(), 0x100000)
     path = tmp_path_factory.mktemp("big") / "image.boot"
     if request.param == 6:
         data = write_v6(tree, chunk_size=0x100000, flags=FLAGS | SuperFlags.ENCRYPT_NONE, prefetch=[])
@@ -119,7 +119,7 @@ def test_compact_inodes(tmp_path: Path) -> None:
         node.parent = root
         root.children[node.name] = node
     flags = FLAGS | SuperFlags.ENCRYPT_NONE
-    data = bytearray(write_v6(flatten(root, ChunkTable(), []), chunk_size=0x100000, flags=flags, prefetch=[]))
+    data = bytearray(write_v6(flatten(root, ChunkTable(), [], 0x100000), chunk_size=0x100000, flags=flags, prefetch=[]))
     path = tmp_path / "image.boot"
     path.write_bytes(data)
     with open_bootstrap(path) as image:

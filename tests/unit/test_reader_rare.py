@@ -102,7 +102,7 @@ def shared_xattrs(path: Path, number: int) -> None:
     root.children[b"d"], node.parent = node, root
     node.xattrs = {b"trusted.own": b"value of my own"}
     flags = SuperFlags.COMPRESS_ZSTD | SuperFlags.HASH_BLAKE3 | SuperFlags.ENCRYPT_NONE
-    data = bytearray(write_v6(flatten(root, ChunkTable(), []), chunk_size=0x100000, flags=flags, prefetch=[]))
+    data = bytearray(write_v6(flatten(root, ChunkTable(), [], 0x100000), chunk_size=0x100000, flags=flags, prefetch=[]))
     path.write_bytes(data)
     with open_bootstrap(path) as image:
         area = image.inode_offset(image.resolve(b"d")) + 64  # type: ignore[attr-defined]
