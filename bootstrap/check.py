@@ -301,6 +301,8 @@ class _CheckV5(_Check):
                 own.update(child.digest)
                 if child.parent != ino:
                     raise FormatError("inode", 0, f"{_text(prefix + name)}: parent {child.parent} instead of {ino}")
+                if child.ino <= ino and child.mode & S_IFMT != S_IFREG:  # readers want the parent first (2.6)
+                    raise FormatError("inode", 0, f"{_text(prefix + name)}: number {child.ino} in directory {ino}")
                 if child.mode & S_IFMT == S_IFDIR:
                     subdirectories += 1
                     if child.ino != index:

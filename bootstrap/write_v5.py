@@ -60,7 +60,7 @@ class _Writer:
         blob_table = text.ljust(v5.align8(len(text)), b"\0")
         extended_at = blob_table_at + len(blob_table)
         records_at = extended_at + v5.EXT_BLOB.size * len(blobs)
-        first_names, nlink = tree.links()
+        first_names, nlink = self._links()
         offsets, end = self._offsets(records_at)
         if end > v5.MAX_FILE_SIZE:
             raise BuildError(f"the bootstrap would have {end} bytes; v5 allows {v5.MAX_FILE_SIZE}: use version 6")
@@ -96,6 +96,23 @@ class _Writer:
                 *self._records(np.argsort(offsets), first_names, nlink),
             ]
         )
+
+    def _links(self) -> tuple[Ints, Ints]:
+        """As `FlatTree.links`, but for what v5 cannot say.
+
+        Readers refuse an inode number below that of the parent for all but regular files (2.6). Further names of links,
+        devices and fifos become files of their own then; upstream writes what its loader refuses.
+        """
+        first, nlink = self._tree.links()
+        lost = (first <= self._tree.parents()) & (first != np.arange(len(first)))
+        lost &= (self._kinds != stat.S_IFREG) & (self._kinds != stat.S_IFDIR)
+        rows = np.flatnonzero(lost)
+        if len(rows):
+            first[rows] = rows
+            names = np.bincount(first, minlength=len(first))
+            other = self._kinds != stat.S_IFDIR
+            nlink[other] = names[first[other]]
+        return first, nlink
 
     def _offsets(self, at: int) -> tuple[Ints, int]:
         """Where each record lies, depth first, and where the last one ends."""

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from bootstrap.overlay import overlay
 from bootstrap.reader import BootstrapV6, open_bootstrap
 from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
+from tests.lab.paths import ref_bin
 from tests.unit.test_build_tar import member, pack
 
 CHUNK = 0x1000
@@ -103,6 +105,27 @@ def test_special_files_stay_linked(tmp_path: Path, version: int) -> None:
             if isinstance(image, BootstrapV6):
                 assert image.inode_number(inodes[0]) == image.inode_number(inodes[1])
         assert image.attr(image.resolve(b"b")).nlink == 1
+
+
+def test_v5_gives_up_links_that_readers_refuse(tmp_path: Path) -> None:
+    """A fifo in `b` cannot have the number of one before `b`; upstream writes it and refuses to load it."""
+    source = tmp_path / "source"
+    (source / "b").mkdir(parents=True)
+    for name in ("a", "c"):
+        os.mkfifo(source / name)
+        os.link(source / name, source / "b" / name)
+        os.link(source / name, source / f"{name}2")
+    (source / "f").write_bytes(b"1")
+    os.link(source / "f", source / "b" / "f")
+    result = build_directory(str(source), io.BytesIO(), BuildOptions(fs_version=5, chunk_size=CHUNK))
+    path = tmp_path / "boot"
+    path.write_bytes(result.bootstrap)
+    with open_bootstrap(path) as image:
+        check_bootstrap(image)
+        nlink = {name: image.attr(image.resolve(name)).nlink for name, _ in image.walk()}
+    assert nlink == {b"a": 2, b"a2": 2, b"b": 2, b"b/a": 1, b"b/c": 3, b"b/f": 2, b"c": 3, b"c2": 3, b"f": 2}
+    if (upstream := ref_bin("nydus-image")) is not None:
+        subprocess.run([str(upstream), "check", "-l", "warn", str(path)], check=True, timeout=60, capture_output=True)
 
 
 @BOTH
