@@ -20,7 +20,8 @@ from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.optimize import Wanted, optimize
 from bootstrap.reader import open_bootstrap
 from bootstrap.unpack import unpack
-from tests.unit.test_build_model import CHUNK, Image, Inode, Layer, Step, check, layers, overlay
+from tests.lab.layering import CHUNK, Inode, Layer, Step, check_image, overlay, stacks
+from tests.lab.manifest import FolderReader
 
 
 def tar_of(blobs: Blobs) -> bytes:
@@ -31,7 +32,7 @@ def tar_of(blobs: Blobs) -> bytes:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
-    plans=layers,
+    plans=stacks,
     version=st.sampled_from([5, 6]),
     compressor=st.sampled_from([Compressor.NONE, Compressor.LZ4_BLOCK, Compressor.ZSTD]),
     options=st.builds(
@@ -72,9 +73,10 @@ def test_the_tree_stays_wherever_its_data_goes(
         expected[()] = Inode(stat.S_IFDIR, 0o755)  # a tar of an image does not name its root
         out = io.BytesIO()
         again = build_layer(io.BytesIO(tar), out, BuildOptions(fs_version=version, chunk_size=CHUNK, threads=1))
-        (work / "again").write_bytes(again.bootstrap)
-        with open_bootstrap(work / "again") as image:
-            check(Image(image, {again.blob_id: out.getvalue()}), expected, version)
+        (work / "again.boot").write_bytes(again.bootstrap)
+        (work / (again.blob_id or "none")).write_bytes(out.getvalue())
+        with open_bootstrap(work / "again.boot") as image:
+            check_image(image, FolderReader(image, work), expected)
         for result_bytes in (compacted.bootstrap, optimized.bootstrap):
             if result_bytes is None:
                 continue
