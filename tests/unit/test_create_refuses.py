@@ -6,8 +6,12 @@ And mistakes of upstream that are not ours: it goes on where it should not, or s
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from bootstrap.errors import BuildError
 from bootstrap.layout.common import Compressor
 from bootstrap.modes import packed
 from bootstrap.reader import open_bootstrap
+from tests.lab.paths import REPO
 from tests.unit.test_build_tar import member, pack
 
 TAR = ["-t", "tar-rafs"]
@@ -225,3 +230,41 @@ def test_a_dictionary_of_another_digest_is_said_to_be_of_no_use(place: Path) -> 
     with open_bootstrap(place / "boot") as image, open_bootstrap(place / "dict.boot") as other:
         assert len(image.blobs) == 1 and image.digester != other.digester
     assert "sha256" in done.output and "no chunk" in done.output
+
+
+def test_data_to_a_file_and_metadata_to_the_folder(place: Path) -> None:
+    """--blob and --blob-dir together: the one takes the data, the other the metadata, named by its digest."""
+    before = set((place / "blobs").iterdir())
+    done = _create("-D", "blobs", "-b", "blob", "src")
+    assert done.exit_code == 0, done.output
+    (boot,) = {path for path in (place / "blobs").iterdir() if path.suffix != ".external"} - before
+    assert hashlib.sha256(boot.read_bytes()).hexdigest() == boot.name
+    with open_bootstrap(boot) as image:
+        assert image.blobs[0].id == hashlib.sha256((place / "blob").read_bytes()).hexdigest()
+
+
+def test_place_time_and_hash_seed_change_no_byte(place: Path) -> None:
+    """What differs between two machines: where the tree lies, the zone of the clock, the order of sets."""
+    for number in range(40):
+        (place / "src" / f"{number * 7919 % 97}").write_bytes(bytes([number]) * 3000)
+        os.setxattr(place / "src" / f"{number * 7919 % 97}", "user.a", b"1")
+        os.setxattr(place / "src" / f"{number * 7919 % 97}", "user.b", b"2")
+    subprocess.run(["cp", "-a", "src", "elsewhere"], check=True, timeout=30)
+    built = []
+    for source, seed, zone in (("src", "1", "UTC"), ("elsewhere", "2", "Asia/Tokyo")):
+        out = place / f"out-{seed}"
+        out.mkdir()
+        command = [
+            sys.executable,
+            "-c",
+            "from bootstrap.cli import main; main()",
+            "-l",
+            "warn",
+            "create",
+            "-D",
+            str(out),
+        ]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "PYTHONPATH": str(REPO)}
+        subprocess.run([*command, "-D", str(out), source], check=True, timeout=60, env=environment)
+        built.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert built[0] == built[1] and len(built[0]) >= 2
