@@ -123,6 +123,10 @@ class ChunkMap:
 
     # ---- units
 
+    def anchors_apart(self, blob_index: int) -> bool:
+        """Whether chunks of this blob have other anchors than their own offsets."""
+        return self._tables[blob_index]
+
     def anchor(self, blob_index: int, row: int) -> int:
         """The uncompressed offset by which a chunk is put together with others: where its unit begins.
 

@@ -43,13 +43,15 @@ def write_v6(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Se
     INLINED_CHUNK_DIGEST are derived. `prefetch`: absolute paths for the prefetch table. Raises BuildError for what v6
     cannot hold, naming the path.
     """
+    if len(tree.blobs) >= MAX_BLOBS:
+        raise BuildError(f"{len(tree.blobs)} data blobs; an image can have at most {MAX_BLOBS - 1}")
     return _Writer(tree, chunk_size, flags).write(prefetch)
 
 
-class _Writer:
+class TreeWriter:
+    """What every EROFS image of a tree needs, whatever its tables: inodes, attributes, addresses, directories."""
+
     def __init__(self, tree: FlatTree, chunk_size: int, flags: SuperFlags) -> None:
-        if len(tree.blobs) >= MAX_BLOBS:
-            raise BuildError(f"{len(tree.blobs)} data blobs; an image can have at most {MAX_BLOBS - 1}")
         if len(tree.names) > v6.MAX_INO:
             raise BuildError(f"{len(tree.names)} files are more than an image can hold")
         self._tree = tree
@@ -60,55 +62,6 @@ class _Writer:
         self._xattrs = [_pack_xattrs(xattrs) for xattrs in tree.xattrs]
         sizes = np.array([len(packed) for packed in self._xattrs], np.int64)
         self._place: Placement = place(tree, self._first_names, sizes, chunk_size, self._block)
-
-    def write(self, prefetch: Sequence[bytes]) -> bytes:
-        tree, blobs = self._tree, self._tree.blobs
-        targets = tree.prefetch_targets(prefetch) if blobs else []
-        table = round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * len(blobs), B)
-        table_size = v6.BLOB_ENTRY.size * len(blobs)
-        meta = round_up(table + table_size + v6.NID.size * len(targets), B) if blobs else 0
-        chunk_table = round_up(meta + self._place.end, B)
-        rows, within, refs = tree.file_refs()
-        records = _chunk_table(tree, refs, bool(self._flags & SuperFlags.TARFS))
-        image = bytearray(max(round_up(chunk_table + len(records), B), v6.MIN_FILE_SIZE))
-        image[chunk_table : chunk_table + len(records)] = records
-        self._write_inodes(image, meta, rows, within, refs)
-        self._write_directories(image, meta)
-        if targets:
-            nids = self._place.offsets[targets] // SLOT
-            image[table + table_size : table + table_size + 4 * len(targets)] = nids.astype("<u4").tobytes()
-        blocks = self._write_blobs(image, table)
-        flags = self._flags
-        if (tree.inodes["xattrs"] >= 0).any():
-            flags |= SuperFlags.HAS_XATTR
-        if all(blob.features & BlobFeatures.INLINED_CHUNK_DIGEST for blob in blobs):
-            flags |= SuperFlags.INLINED_CHUNK_DIGEST
-        v6.SUPERBLOCK.pack_into(
-            image,
-            v6.SUPER_OFFSET,
-            *v6.Superblock(
-                blkszbits=self._block.bit_length() - 1,
-                inos=len(tree.names),
-                blocks=blocks,
-                meta_blkaddr=meta // self._block,
-                extra_devices=len(blobs),
-            ),
-        )
-        v6.EXT_SUPERBLOCK.pack_into(
-            image,
-            v6.EXT_SUPER_OFFSET,
-            *v6.ExtSuperblock(
-                flags=int(flags),
-                blob_table_offset=table,
-                blob_table_size=table_size,
-                chunk_size=self._chunk_size,
-                chunk_table_offset=chunk_table,
-                chunk_table_size=len(records),
-                prefetch_table_offset=table + table_size if targets else 0,
-                prefetch_table_size=4 * len(targets),
-            ),
-        )
-        return bytes(image)
 
     # -- inodes, attributes, chunk addresses, link targets
 
@@ -243,6 +196,59 @@ class _Writer:
             splits = where.splits.get(row, [0, len(child)])
             stored = listing(names, begin, end)
             self._put(image, meta, row, _dirent_blocks(stored, nids[child], types[child], splits, self._block))
+
+
+class _Writer(TreeWriter):
+    """A RAFS v6 bootstrap: the image with blob and chunk tables."""
+
+    def write(self, prefetch: Sequence[bytes]) -> bytes:
+        tree, blobs = self._tree, self._tree.blobs
+        targets = tree.prefetch_targets(prefetch) if blobs else []
+        table = round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * len(blobs), B)
+        table_size = v6.BLOB_ENTRY.size * len(blobs)
+        meta = round_up(table + table_size + v6.NID.size * len(targets), B) if blobs else 0
+        chunk_table = round_up(meta + self._place.end, B)
+        rows, within, refs = tree.file_refs()
+        records = _chunk_table(tree, refs, bool(self._flags & SuperFlags.TARFS))
+        image = bytearray(max(round_up(chunk_table + len(records), B), v6.MIN_FILE_SIZE))
+        image[chunk_table : chunk_table + len(records)] = records
+        self._write_inodes(image, meta, rows, within, refs)
+        self._write_directories(image, meta)
+        if targets:
+            nids = self._place.offsets[targets] // SLOT
+            image[table + table_size : table + table_size + 4 * len(targets)] = nids.astype("<u4").tobytes()
+        blocks = self._write_blobs(image, table)
+        flags = self._flags
+        if (tree.inodes["xattrs"] >= 0).any():
+            flags |= SuperFlags.HAS_XATTR
+        if all(blob.features & BlobFeatures.INLINED_CHUNK_DIGEST for blob in blobs):
+            flags |= SuperFlags.INLINED_CHUNK_DIGEST
+        v6.SUPERBLOCK.pack_into(
+            image,
+            v6.SUPER_OFFSET,
+            *v6.Superblock(
+                blkszbits=self._block.bit_length() - 1,
+                inos=len(tree.names),
+                blocks=blocks,
+                meta_blkaddr=meta // self._block,
+                extra_devices=len(blobs),
+            ),
+        )
+        v6.EXT_SUPERBLOCK.pack_into(
+            image,
+            v6.EXT_SUPER_OFFSET,
+            *v6.ExtSuperblock(
+                flags=int(flags),
+                blob_table_offset=table,
+                blob_table_size=table_size,
+                chunk_size=self._chunk_size,
+                chunk_table_offset=chunk_table,
+                chunk_table_size=len(records),
+                prefetch_table_offset=table + table_size if targets else 0,
+                prefetch_table_size=4 * len(targets),
+            ),
+        )
+        return bytes(image)
 
     # -- tables
 

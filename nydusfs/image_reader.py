@@ -164,7 +164,11 @@ class ImageReader:
                 continue
             for row, offset, size in self.chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
                 segment = self.segment_of(extent.blob_index, row)
-                place = offset - segment.start
+                if segment.places is None:
+                    place = offset - segment.start
+                else:
+                    chunk = self.chunks.chunk(row).uncompressed_offset
+                    place = segment.place(chunk) + offset - chunk
                 if pieces and (last := pieces[-1]).segment is segment and last.offset + last.size == place:
                     pieces[-1] = _Piece(segment, last.offset, last.size + size)
                 else:
@@ -301,7 +305,7 @@ class ImageReader:
             view = memoryview(whole)
             for row in segment.rows:
                 chunk = self.chunks.chunk(row)
-                begin = chunk.uncompressed_offset - segment.start
+                begin = segment.place(chunk.uncompressed_offset)
                 end = begin + chunk.uncompressed_size
                 if begin < piece.offset + piece.size and piece.offset < end:
                     verify(chunk, segment.blob, view[begin:end])
@@ -326,18 +330,18 @@ class ImageReader:
             if data is not None:
                 parts.append(data)
                 continue
-            start, end = segment.start + piece.offset, segment.start + piece.offset + piece.size
             for row in segment.rows:
                 chunk = self.chunks.chunk(row)
-                low = max(start, chunk.uncompressed_offset)
-                high = min(end, chunk.uncompressed_offset + chunk.uncompressed_size)
+                begin = segment.place(chunk.uncompressed_offset)
+                low = max(piece.offset, begin)
+                high = min(piece.offset + piece.size, begin + chunk.uncompressed_size)
                 if low >= high:
                     continue
                 try:
                     plain = await fetch_chunk(self.job(segment), self.chunks.member(row))
                 except SourceError as error:
                     raise self._unreadable(ino, [piece], error, f" chunk {chunk.index}") from None
-                parts.append(memoryview(plain)[low - chunk.uncompressed_offset : high - chunk.uncompressed_offset])
+                parts.append(memoryview(plain)[low - begin : high - begin])
         return parts
 
     def _unreadable(self, ino: int, pieces: Sequence[_Piece], error: SourceError, chunk: str = "") -> ReadError:
@@ -353,7 +357,9 @@ class ImageReader:
         return ReadError(message, errno.EIO)
 
     def path_of(self, ino: int) -> str:
-        """The file's path if a short walk finds it, else its handle: only for error lines."""
+        """The file's path if a short walk finds it, else its handle: only for error lines. 0: not known."""
+        if not ino:
+            return "(any)"
         if ino not in self._paths:
             if len(self._paths) >= MAX_STREAMS:
                 self._paths.clear()
@@ -402,11 +408,39 @@ class ImageReader:
             pieces = self._pieces(self.bootstrap.extents(ino, offset, size))
         except (RafsError, KeyError, ValueError, IndexError):
             return  # the read itself will say so
-        segments = [piece.segment for piece in pieces if piece.segment is not None]
+        self.start([piece.segment for piece in pieces if piece.segment is not None])
+
+    # Whole segments, for a driver whose files they are
+
+    @property
+    def store(self) -> CacheStore | None:
+        return self._store
+
+    def start(self, segments: Sequence[Segment]) -> None:
+        """Begin to fetch those that are missing, without waiting."""
         jobs = [self.job(segment) for segment in segments if not self.is_ready(segment)]
         jobs = [job for job in jobs if self._scheduler.recent(job) is None]
         if jobs:
             self._scheduler.start(jobs)
+
+    async def need_table(self, blob_index: int) -> None:
+        """Have the blob's own table, where it needs one. Raises `ReadError`."""
+        try:
+            if self.chunks.lacks_meta(blob_index):
+                await self._tables.load(blob_index)
+        except SourceError as error:
+            raise self._failed(0, str(error)) from None
+
+    async def whole(self, segment: Segment) -> bytes | bytearray | memoryview:
+        """All bytes of a segment, which is in the cache afterwards if the disk takes it. Raises `ReadError`."""
+        piece = _Piece(segment, 0, segment.size)
+        self.cache_counters.total += 1
+        try:
+            return (await self._collect([piece]))[0]
+        except SourceError as error:
+            if error.damaged:
+                await self._tables.renew(segment.blob.index)
+            raise self._unreadable(0, [piece], error) from None
 
     # Prefetch
 

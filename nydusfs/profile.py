@@ -157,7 +157,9 @@ class Recorder:
         self.first = self.last = 0.0  # of the first read and of the last new segment
 
     def note(self, ino: int, segments: Iterable[Segment | None]) -> None:
-        self.inodes.setdefault(ino, None)
+        """`ino` 0: of a file that the reader does not know."""
+        if ino:
+            self.inodes.setdefault(ino, None)
         for segment in segments:
             if segment is None:
                 continue

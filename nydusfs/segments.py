@@ -9,6 +9,9 @@ A segment's `key` is a hash over the digest, place and size of each of its chunk
 segment file. That keeps images apart that claim the same blob with other chunk lists: a hostile bootstrap cannot put
 its bytes where another image looks, and honest images that use different parts of a base layer share every segment
 whose list is the same.
+
+In the file each chunk begins at a multiple of 4096 bytes, so that a kernel file system can point to it. Blobs whose
+chunks do so anyway (v6) keep their distances; others (v5) are laid out anew.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ JOIN_GAP = 48 * 1024  # the same between two segments
 # No request is longer than this and one unit, whatever a bootstrap claims.
 MAX_RUN = 32 << 20
 KEY_SIZE = 12
+BLOCK = 4096
 
 _PLACE = Struct("<QI").pack
 
@@ -47,7 +51,9 @@ UnitMembers: TypeAlias = list[Member]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`start` is the uncompressed offset of the file's byte 0, `size` the file's length; `rows` index the chunk map."""
+    """`start` is the uncompressed offset where it begins, `size` the file's length, `padded` in whole blocks; `rows`
+    index the chunk map. `places`: of each chunk in the file by its uncompressed offset; None: at its distance from
+    `start`."""
 
     blob: Blob
     number: int
@@ -57,6 +63,7 @@ class Segment:
     compressed_start: int
     compressed_end: int
     gappy: bool  # the compressed range holds much that is not this segment's: read runs of units one by one
+    places: dict[int, int] | None = None
 
     @property
     def start(self) -> int:
@@ -65,6 +72,14 @@ class Segment:
     @property
     def name(self) -> str:
         return f"{self.number}-{self.key.hex()}"
+
+    @property
+    def padded(self) -> int:
+        return -(-self.size // BLOCK) * BLOCK
+
+    def place(self, offset: int) -> int:
+        """Where in the file the chunk of this uncompressed offset begins."""
+        return offset - self.start if self.places is None else self.places[offset]
 
     def adjoins(self, last: Segment) -> bool:
         """Whether one request for both reads little that is neither's. Numbers do not tell: a chunk of 1 MiB is the
@@ -88,6 +103,8 @@ def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
     hasher.update(b"%d %d " % (SEGMENT_SIZE, blob.digester))
     low, high, total, size = 1 << 62, 0, 0, 0
     last = None
+    places: dict[int, int] = {}
+    packed = 0
     for row in rows:
         chunk, unit, _ = chunks.member(row)
         hasher.update(chunk.digest + _PLACE(chunk.uncompressed_offset, chunk.uncompressed_size))
@@ -100,7 +117,16 @@ def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
         if not 0 <= place < SEGMENT_SIZE + MAX_SPAN:
             raise FormatError("blob meta", 0, f"chunk {chunk.index} of blob {blob.id}: units are in no order")
         size = place + chunk.uncompressed_size
-    return Segment(blob, number, hasher.digest(), rows, size, low, high, high - low > min(total + MAX_GAP, MAX_RUN))
+        places[chunk.uncompressed_offset] = packed
+        packed = -(-(packed + chunk.uncompressed_size) // BLOCK) * BLOCK
+    aligned = all(offset % BLOCK == 0 for offset in places)
+    if aligned or packed > SEGMENT_SIZE + MAX_SPAN:  # tiny chunks in great number would fill the disk with padding
+        places = {}
+    else:
+        hasher.update(b"packed")
+        size = packed
+    gappy = high - low > min(total + MAX_GAP, MAX_RUN)
+    return Segment(blob, number, hasher.digest(), rows, size, low, high, gappy, places or None)
 
 
 def runs(chunks: ChunkMap, segment: Segment) -> Iterator[tuple[int, int, list[UnitMembers]]]:
@@ -136,7 +162,6 @@ def decode(
 
     Raises `BadChunk`. Pure computation, releases the GIL for most of its time: for worker threads.
     """
-    base = segment.start
     for members in units:
         unit = members[0].unit
         try:
@@ -144,5 +169,5 @@ def decode(
         except RafsError as error:
             raise BadChunk(str(error)) from None
         for member, data in zip(members, parts, strict=True):
-            place = member.chunk.uncompressed_offset - base
+            place = segment.place(member.chunk.uncompressed_offset)
             plain[place : place + len(data)] = data

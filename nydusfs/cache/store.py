@@ -29,6 +29,7 @@ from pathlib import Path
 
 import trio
 
+from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
@@ -108,6 +109,7 @@ class CacheStore:
         self._full_until = 0.0
         self._full = False
         self._sync_until = float("inf")
+        self.devices: DeviceFiles | None = None  # segment files that kernel mounts have as devices
         self.nowait = bool(_RWF_NOWAIT)
         self.quota: Quota | None = None
         self.disk = _Disk()
@@ -378,6 +380,15 @@ class BlobCache:
         if key in self._ready:
             self._ready[key] = True
 
+    def ready_path(self, segment: str) -> Path | None:
+        """The file of a ready segment by its name, None when it is absent. From any thread."""
+        if bytes.fromhex(segment.partition("-")[2]) not in self._ready:
+            return None
+        for name in (segment, f"{segment}.{self.store.boot}", segment):  # it is renamed when durable
+            if os.path.exists(self.path / name):
+                return self.path / name
+        return None
+
     def forget(self, key: bytes) -> None:
         self._ready.pop(key, None)
         if self.store.quota is not None:
@@ -453,7 +464,12 @@ class BlobCache:
         if quota is not None and not quota.reserve(slot, segment.name, len(plain)):
             return False
         part = self.path / f"{segment.name}.part"
+        devices = self.store.devices
         try:
+            ready = self.path / f"{segment.name}.{self.store.boot}"
+            if devices is not None and devices.fill(self.blob_id, segment, plain, ready):
+                self.store.note_write(None)
+                return True
             try:
                 fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:  # the directory was cleaned up under us
@@ -465,7 +481,7 @@ class BlobCache:
                     view = view[os.write(fd, view) :]
             finally:
                 os.close(fd)
-            os.rename(part, self.path / f"{segment.name}.{self.store.boot}")
+            os.rename(part, ready)
         except OSError as error:
             _unlink(part)
             if quota is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 MIB = 1 << 20
 
@@ -157,6 +157,9 @@ class PrefetchConfig:
     learn: bool = True  # record what starts read, fetch it ahead at the next cold one; whether or not `enable`
 
 
+FsDriver: TypeAlias = Literal["auto", "fuse", "erofs"]
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     id: str
@@ -169,6 +172,7 @@ class Config:
     access_pattern: bool = False
     latest_read_files: bool = False
     enable_xattr: bool = False
+    fs_driver: FsDriver | None = None  # ours; None: what the daemon was started with
     amplify_io: int = MIB
     id_mapping: tuple[int, ...] = ()
     external_backends: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from nydusfs.config.amount import parse_amount
 from nydusfs.config.backends import KINDS, parse_backend
-from nydusfs.config.model import MIB, BackendConfig, CacheConfig, Config, PrefetchConfig
+from nydusfs.config.model import MIB, BackendConfig, CacheConfig, Config, FsDriver, PrefetchConfig
 from nydusfs.config.section import Section
 from nydusfs.errors import ConfigError
 
@@ -220,6 +220,7 @@ def _rafs(
         access_pattern=section.flag("access_pattern"),
         latest_read_files=section.flag("latest_read_files"),
         enable_xattr=section.flag("enable_xattr"),
+        fs_driver=_fs_driver(section),
         amplify_io=section.number(batch_key, MIB, high=MAX_BATCH),
         id_mapping=section.numbers("id_mapping"),
         external_backends=external,
@@ -252,3 +253,10 @@ def _amount(section: Section, key: str, work_dir: str) -> int:
         return parse_amount(value, work_dir)
     except ValueError:
         raise section.error(key, f'{value!r} is not a number of bytes, "20GiB" or "80%" of the disk') from None
+
+
+def _fs_driver(section: Section) -> FsDriver | None:
+    value = section.text("fs_driver")
+    if value not in ("", "auto", "fuse", "erofs"):
+        raise section.error("fs_driver", f"is '{value}', expected 'auto', 'fuse' or 'erofs'")
+    return cast("FsDriver", value) if value else None

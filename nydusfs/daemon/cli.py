@@ -86,6 +86,9 @@ def _unsupported(flag: str, why: str) -> Any:
 @click.option("--prefetch-files", metavar="FILE", help="List of absolute paths to fetch first, one per line.")
 @click.option("--fuse-threads", "--thread-num", "threads", type=click.IntRange(1, 1024), default=4, show_default=True,
               help="Threads that take requests; reads that wait for the network keep none.")  # fmt: skip
+@click.option("--fs-driver", type=click.Choice(["auto", "fuse", "erofs"]), default="fuse", show_default=True,
+              help="How images reach the kernel. erofs: it serves them itself from the cache (Linux 6.15); auto: where "
+                   "that is possible.")  # fmt: skip
 @click.option("--failover-policy", type=click.Choice(["none", "resend", "flush"]), default="resend", show_default=True,
               help="Accepted for compatibility: what a dead worker left unanswered the next one answers.")  # fmt: skip
 @click.option("--id", "daemon_id", metavar="ID", help="Name of this daemon in its API answers.")

@@ -13,7 +13,7 @@ import trio
 
 from bootstrap.errors import RafsError
 from bootstrap.layout.common import SuperFlags
-from nydusfs.config import Config, public_config
+from nydusfs.config import Config, FsDriver, public_config
 from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedError
 from nydusfs.daemon.handover import KeptMount
 from nydusfs.daemon.process import give_back_memory
@@ -78,6 +78,14 @@ class MountRequest:
         return replace(self, mountpoint=mountpoint)
 
 
+class KernelMounts(Protocol):
+    """Images as mounts that the kernel serves, above what FUSE shows (`drivers.erofs.driver`)."""
+
+    async def attach(self, where: str, reader: Any, choice: FsDriver | None, *, xattrs: bool) -> None: ...
+    async def detach(self, where: str) -> None: ...
+    async def restore(self, where: str, reader: Any) -> None: ...
+
+
 Opener = Callable[[MountRequest], Awaitable[OpenImage]]
 
 
@@ -114,8 +122,15 @@ class MountTable:
     """`changed` is called after each change, before its caller hears of it."""
 
     def __init__(
-        self, driver: FuseDriver, opener: Opener, background: trio.Nursery, changed: Callable[[], None] = lambda: None
+        self,
+        driver: FuseDriver,
+        opener: Opener,
+        background: trio.Nursery,
+        changed: Callable[[], None] = lambda: None,
+        kernel_mounts: KernelMounts | None = None,
     ) -> None:
+        self._kernel_mounts = kernel_mounts
+        self._serving = kernel_mounts is None
         self._driver = driver
         self._changed = changed
         self._opener = opener
@@ -165,6 +180,14 @@ class MountTable:
                 detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
                 raise MountFailedError(detail) from None
             self.images[where] = mounted
+            try:
+                await self._attach(mounted)
+            except NydusError as error:
+                del self.images[where]
+                await self._driver.umount(where)
+                await self._close(mounted)
+                log.error("mount at %s failed: %s", where, error)
+                raise MountFailedError(str(error)) from None
             self._changed()
             self._start(mounted)
         give_back_memory()
@@ -180,10 +203,15 @@ class MountTable:
             if old is None:
                 raise MountFailedError(DOES_NOT_EXIST)
             fresh = await self._open(request)
+            await self._detach(where)
             fresh.volume = await self._driver.replace(
                 where, fresh.image.metadata, fresh.image.reader, fresh.stats, serve_xattrs=self._serve_xattrs(fresh)
             )
             self.images[where] = fresh
+            try:
+                await self._attach(fresh)
+            except NydusError as error:
+                log.error("%s: it is served by FUSE", error)
             self._changed()
             self._start(fresh)
             await self._close(old)
@@ -195,6 +223,7 @@ class MountTable:
             mounted = self.images.get(where)
             if mounted is None:
                 raise MountFailedError(DOES_NOT_EXIST)
+            await self._detach(where)
             try:
                 await self._driver.umount(where)
             except MountMissingError:
@@ -224,7 +253,25 @@ class MountTable:
             serve_xattrs=self._serve_xattrs(mounted),
         )
         self.images[request.mountpoint] = mounted
+        if self._kernel_mounts is not None:
+            await self._kernel_mounts.restore(request.mountpoint, mounted.image.reader)
         self._start(mounted)
+
+    async def begin(self) -> None:
+        """FUSE answers, so that kernel mounts can be made for images that are there already. Raises `NydusError`."""
+        self._serving = True
+        for mounted in list(self.images.values()):
+            await self._attach(mounted)
+
+    async def _attach(self, mounted: MountedImage) -> None:
+        if self._serving and self._kernel_mounts is not None:
+            xattrs = self._serve_xattrs(mounted)
+            driver = mounted.request.config.fs_driver
+            await self._kernel_mounts.attach(mounted.request.mountpoint, mounted.image.reader, driver, xattrs=xattrs)
+
+    async def _detach(self, where: str) -> None:
+        if self._kernel_mounts is not None:
+            await self._kernel_mounts.detach(where)
 
     def kept(self) -> list[KeptMount]:
         return [

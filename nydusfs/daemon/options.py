@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nydusfs.config import Config, RegistryBackend, bad_auth, load_config
+from nydusfs.config import Config, FsDriver, RegistryBackend, bad_auth, load_config
 from nydusfs.daemon.mounts import MountRequest
 from nydusfs.errors import ConfigError, NydusError
 
@@ -29,6 +29,7 @@ class Options:
     upgrade: bool = False
     failover_policy: str = "resend"
     threads: int = 4
+    fs_driver: FsDriver = "fuse"
     rlimit_nofile: int = 1_000_000
 
 

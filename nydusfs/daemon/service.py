@@ -29,6 +29,7 @@ from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
 from nydusfs.drivers import kernel
+from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
 from nydusfs.keeper.link import KeeperLink
@@ -57,6 +58,7 @@ class Daemon:
         self._machine = StateMachine()
         self._driver: FuseDriver
         self._services: Services
+        self._erofs: ErofsDriver
         self._kept: KeptState | None = None
         self._stopping = trio.Event()
         self._started = trio.Event()  # RUNNING: requests are answered
@@ -226,7 +228,8 @@ class Daemon:
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
                     opener = ImageOpener(services, self._driver.mountpoint)
-                    self.mounts = MountTable(self._driver, opener, nursery, self._save)
+                    self._erofs = ErofsDriver(self._driver.mountpoint, self._link, self.options.fs_driver)
+                    self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)
                     if self._link is not None:
                         nursery.start_soon(self._link.watch, self._agree, self._refuse_upgrade)
@@ -284,7 +287,10 @@ class Daemon:
             await self._open()
             self.start()
         if not self._stopping.is_set():
+            await self._erofs.start(nursery)
             await nursery.start(self._serve_fuse, served)
+            await self._erofs.begin()
+            await self.mounts.begin()
             log.info("start fuse servers with %d worker threads", self.options.threads)
             log.info("Fuse daemon started!")
             if self._link is not None:
@@ -301,6 +307,7 @@ class Daemon:
         self._remove_socket()
         if self._machine.state is not State.STOPPED:
             self._machine.stop()
+        await self._erofs.stop(successor=self._successor)
         await self._driver.stop(unmount=self._unmount, successor=self._successor)
         await served.wait()
         await self.mounts.close_all()

@@ -121,6 +121,7 @@ class FuseDriver:
             seen = kernel.mount_at(self.mountpoint)
             if seen is not None and (seen.major, seen.minor) == (ours.major, ours.minor):
                 try:
+                    kernel.detach_erofs(self.mountpoint)
                     kernel.umount_detach(self.mountpoint)
                 except OSError as error:
                     log.error("umount of %s failed: %s", self.mountpoint, error.strerror)

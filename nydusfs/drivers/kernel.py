@@ -60,11 +60,25 @@ def parse_mountinfo(text: str) -> list[MountEntry]:
     return entries
 
 
-def mount_at(mountpoint: str) -> MountEntry | None:
-    """The topmost mount exactly at this absolute path."""
+def mounts() -> list[MountEntry]:
+    """All mounts of this process's namespace, bottom first."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        entries = parse_mountinfo(table.read())
-    return next((entry for entry in reversed(entries) if entry.mountpoint == mountpoint), None)
+        return parse_mountinfo(table.read())
+
+
+def mount_at(mountpoint: str) -> MountEntry | None:
+    """The topmost mount exactly at this absolute path, not counting those of the EROFS driver above a FUSE mount."""
+    stack = [entry for entry in mounts() if entry.mountpoint == mountpoint]
+    while len(stack) > 1 and stack[-1].fstype == "erofs" and any(e.fstype.startswith("fuse") for e in stack[:-1]):
+        stack.pop()
+    return stack[-1] if stack else None
+
+
+def detach_erofs(mountpoint: str) -> None:
+    """Lazily unmount what the EROFS driver put above the FUSE mount at this path. Raises OSError."""
+    for entry in mounts():
+        if entry.mountpoint == mountpoint and entry.fstype == "erofs":
+            umount_detach(mountpoint)
 
 
 def _libc() -> ctypes.CDLL:
@@ -110,6 +124,8 @@ def clear_dead_mount(mountpoint: str) -> bool:
         entry = mount_at(mountpoint)
         if entry is None or not entry.fstype.startswith("fuse"):
             return found
+        # The EROFS mount above needs nobody to answer; without it a living daemon serves by FUSE.
+        detach_erofs(mountpoint)
         answer = call_with_deadline(lambda: os.statvfs(mountpoint), 2.0)
         if isinstance(answer, OSError) and answer.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             umount_detach(mountpoint)

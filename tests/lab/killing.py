@@ -1,6 +1,6 @@
 """SIGKILL of nydusd's worker at random moments, under readers that verify every byte: what did they notice?
 
-    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N]
+    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N] [--fs-driver erofs]
 
 Several images with prefetch on, from a registry with a mirror before it that answers 503, wrong bytes and nothing in
 turn. Readers hash files in random order, drop the pages again so that each read asks the daemon, and cached segments
@@ -20,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from bootstrap.build import build_directory
 from bootstrap.options import BuildOptions
@@ -92,8 +93,16 @@ def _make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tu
     return bootstrap, expected
 
 
-def kill_workers(kills: int, readers: int = 8, seed: int = 1, every: tuple[float, float] = (0.05, 0.4)) -> Report:
-    """`every`: bounds of the random pause between two kills, seconds."""
+def kill_workers(
+    kills: int, readers: int = 8, seed: int = 1, every: tuple[float, float] = (0.05, 0.4), fs_driver: str = "fuse"
+) -> Report:
+    """`every`: bounds of the random pause between two kills, seconds.
+
+    EROFS asks once for each segment of a mount: for it each image is mounted many times, each with a cold cache of its
+    own, without prefetch and from a slow registry, so that there is something to ask all the time.
+    """
+    cold = fs_driver != "fuse"
+    copies = 1 + kills // 4 if cold else 1
     rng = random.Random(seed)
     base = work_dir()
     blobs: dict[str, bytes] = {}
@@ -101,15 +110,21 @@ def kill_workers(kills: int, readers: int = 8, seed: int = 1, every: tuple[float
         images = [_make_image(base / f"t{n}", seed + n, base / f"b{n}", blobs) for n in range(3)]
         faults = random.Random(seed)
 
-        def choose(_: Request) -> str:
+        def slow(_: Request) -> str:
+            if cold:
+                time.sleep(0.06)
+            return "ok"
+
+        def choose(request: Request) -> str:
+            slow(request)
             return faults.choice(FAULTS) if faults.random() < 0.2 else "ok"
 
         with (
-            faulty_server(blobs) as registry,
+            faulty_server(blobs, choose=slow) as registry,
             faulty_server(blobs, choose=choose) as mirror,
-            Nydusd() as daemon,
+            Nydusd("--fs-driver", fs_driver) as daemon,
         ):
-            config = {
+            config: dict[str, Any] = {
                 "device": {
                     "backend": {
                         "type": "registry",
@@ -121,10 +136,12 @@ def kill_workers(kills: int, readers: int = 8, seed: int = 1, every: tuple[float
                     "cache": {"type": "blobcache", "config": {"work_dir": str(base / "cache")}},
                 },
                 "mode": "direct",
-                "fs_prefetch": {"enable": True, "threads_count": 4, "prefetch_all": True},
+                "fs_prefetch": {"enable": not cold, "learn": False, "threads_count": 4, "prefetch_all": True},
             }  # fmt: skip
             files: dict[str, str] = {}
-            for number, (bootstrap, expected) in enumerate(images):
+            for number, (bootstrap, expected) in enumerate(images * copies):
+                cache = "cache" if not cold else f"cache{number}"
+                config["device"]["cache"]["config"]["work_dir"] = str(base / cache)
                 answer = daemon.mount(f"/{number}", bootstrap, json.dumps(config))
                 assert answer.status == 204, answer
                 files |= {str(daemon.mnt / str(number) / name): value for name, value in expected.items()}
@@ -142,7 +159,8 @@ def kill_workers(kills: int, readers: int = 8, seed: int = 1, every: tuple[float
                 time.sleep(0.5)
                 for number in range(kills):
                     time.sleep(rng.uniform(*every))
-                    for victim in rng.sample(sorted((base / "cache").glob("*/*-*")), 1):
+                    cached = sorted(base.glob("cache*/*/*-*"))
+                    for victim in rng.sample(cached, min(1, len(cached))):
                         victim.unlink(missing_ok=True)
                     pid = daemon.worker_pid
                     moments.append(time.time())
@@ -188,8 +206,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--fs-driver", default="fuse")
     options = parser.parse_args()
-    print(json.dumps(asdict(kill_workers(options.kills, options.readers, options.seed)), indent=1))
+    report = kill_workers(options.kills, options.readers, options.seed, fs_driver=options.fs_driver)
+    print(json.dumps(asdict(report), indent=1))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,15 @@ def noise(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def tiny_image(folder: Path, files: dict[str, bytes], options: BuildOptions | None = None) -> TinyImage:
+def tiny_image(
+    folder: Path, files: dict[str, bytes], options: BuildOptions | None = None, mode: int = 0o644
+) -> TinyImage:
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
+            entry.mode = mode
             archive.addfile(entry, io.BytesIO(data))
     tar.seek(0)
     out = io.BytesIO()

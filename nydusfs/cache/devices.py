@@ -1,0 +1,117 @@
+"""Segment files as devices of mounts: they are there when the mount is made and get their bytes later, all at once.
+
+    <work_dir>/.erofs/images/<fingerprint>                  metadata images
+    <work_dir>/.erofs/files.<boot id>/<key>/<blob id>/<segment>   devices that were not complete at some mount
+
+The key is the cache's own: the kernel tells a device by the end of its path.
+
+A device is empty until its segment is verified; then it is written from front to back and is the same inode as the
+segment file of the cache (a hard link). So its size tells whether it is complete: what a dead worker left half-written
+is a beginning of the right bytes, and the kernel reads EIO behind the end of a file. Sizes say nothing after a power
+cut, so the folder has the boot's id: devices of another boot are deleted, the cache's own files are durable.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+from nydusfs.segments import Segment
+
+
+class DeviceFiles:
+    """Of one cache store. `filled(device, fd)` is called, in the writing thread, for each that got complete; `device`
+    is `<key>/<blob id>/<segment>`.
+
+    Raises OSError when the folders cannot be made.
+    """
+
+    def __init__(self, store_path: Path, boot: str, filled: Callable[[str, int], None]) -> None:
+        self.images = store_path / ".erofs" / "images"
+        self.root = store_path / ".erofs" / f"files.{boot}"
+        self.key = blake2b(os.fsencode(store_path.resolve()), digest_size=4).hexdigest()
+        self.files = self.root / self.key
+        self._filled = filled
+        self.images.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.files.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for other in (store_path / ".erofs").glob("files.*"):
+            if other != self.root:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def create(self, blob_id: str, name: str) -> bool:
+        """Make an empty device; False when there is one already."""
+        path = self.files / blob_id / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            try:
+                fd = os.open(path, flags, 0o600)
+            except FileNotFoundError:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                fd = os.open(path, flags, 0o600)
+        except FileExistsError:
+            return False
+        os.close(fd)
+        return True
+
+    def device(self, blob_id: str, name: str) -> str:
+        return f"{self.key}/{blob_id}/{name}"
+
+    def open(self, blob_id: str, name: str, flags: int = os.O_WRONLY) -> int:
+        """A descriptor; -1 when no mount needs this device."""
+        try:
+            return os.open(self.files / blob_id / name, flags | os.O_CLOEXEC)
+        except OSError:
+            return -1
+
+    def fill(self, blob_id: str, segment: Segment, plain: bytearray, link: Path) -> bool:
+        """Give a device its bytes and the cache the same file at `link`; False when there is no such device.
+
+        Raises OSError, for a full disk; the device is then not complete.
+        """
+        fd = self.open(blob_id, segment.name)
+        if fd < 0:
+            return False
+        try:
+            write_whole(fd, plain, segment.padded)
+            link.parent.mkdir(mode=0o700, exist_ok=True)
+            part = link.with_name(f"{segment.name}.part")
+            part.unlink(missing_ok=True)
+            os.link(self.files / blob_id / segment.name, part)
+            os.rename(part, link)
+            part.unlink(missing_ok=True)  # rename(2) does nothing when both are one file already
+            self._filled(self.device(blob_id, segment.name), fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def remove(self, blob_id: str, name: str) -> None:
+        """No mount needs it any more; what the cache has of it stays."""
+        try:
+            os.unlink(self.files / blob_id / name)
+        except OSError:
+            pass
+
+
+def write_whole(fd: int, plain: bytes | bytearray | memoryview, padded: int) -> None:
+    """From front to back and up to whole blocks: EROFS reads blocks. Raises OSError."""
+    view = memoryview(bytes(plain) + bytes(padded - len(plain)) if padded > len(plain) else plain)
+    at = 0
+    while at < padded:
+        at += os.pwrite(fd, view[at:], at)
+
+
+def usable(path: Path, size: int) -> bool:
+    """Whether a segment file of the cache can be a device of `size` bytes; fills its last block up. Raises OSError."""
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError:
+        return False
+    if found == size:
+        return True
+    if not size - 4096 < found < size:
+        return False
+    os.truncate(path, size)
+    return True

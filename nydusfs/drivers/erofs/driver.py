@@ -1,0 +1,311 @@
+"""Images as EROFS mounts: each lies on top of the directory where the FUSE driver shows the same image.
+
+FUSE stays below for three reasons: it makes the tree of mountpoints, it serves images that cannot be EROFS mounts, and
+it tells when somebody unmounts from outside. A reader never meets it where an EROFS mount is.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from bootstrap.errors import RafsError
+from nydusfs.cache import CacheStore
+from nydusfs.cache.devices import DeviceFiles
+from nydusfs.config import FsDriver
+from nydusfs.drivers import kernel
+from nydusfs.drivers.erofs import fanotify, mount, selftest
+from nydusfs.drivers.erofs.events import Events
+from nydusfs.drivers.erofs.filling import ErofsImage
+from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError, fingerprint, open_image, write_image
+from nydusfs.drivers.erofs.journal import Journal
+from nydusfs.errors import NydusError
+from nydusfs.image_reader import ImageReader
+from nydusfs.keeper.link import KeeperLink
+
+log = logging.getLogger("nydusfs.erofs")
+
+GROUP, JOURNAL = "fanotify", "journal"  # names of held descriptors
+TABLES_SECONDS = 10.0  # for the blobs' own tables, which FUSE can wait for later
+MAX_IMAGES = 256  # metadata images kept per cache
+SETTLE = 5.0  # seconds between looks at devices that got complete and are still asked for
+_T = TypeVar("_T")
+
+
+class ErofsDriver:
+    """`start` once images of an earlier worker are `restore`d; `begin` when FUSE answers; `stop` at the end."""
+
+    def __init__(self, mountpoint: str, link: KeeperLink | None, choice: FsDriver) -> None:
+        self._choice = choice
+        self._mountpoint = mountpoint
+        self._link = link
+        self._events: Events | None = None
+        self._group = -1
+        self._nursery: trio.Nursery
+        self._images: dict[str, ErofsImage] = {}
+        self._blobs: dict[str, list[ErofsImage]] = {}
+        self._devices: dict[CacheStore, DeviceFiles] = {}
+        self._trees: dict[CacheStore, int] = {}
+        self._later: list[tuple[DeviceFiles, str]] = []
+        self._tested_disks: set[int] = set()
+        self._lock = trio.Lock()
+
+    # -- life
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Go on with the group of an earlier worker, if there was one."""
+        self._nursery = nursery
+        if self._link is not None and GROUP in self._link.held and JOURNAL in self._link.held:
+            await self._serve(os.dup(self._link.held[GROUP]), os.dup(self._link.held[JOURNAL]))
+
+    async def begin(self) -> None:
+        """FUSE answers: paths below the mountpoint can be asked for from now on."""
+        mounted = self._mounted()
+        for where in mounted - {self._target(image) for image in self._images}:
+            log.warning("an EROFS mount at %s that nobody knows is detached", where)
+            await trio.to_thread.run_sync(kernel.umount_detach, where)
+
+    async def stop(self, *, successor: bool) -> None:
+        """Readers that wait get EIO unless a successor answers them."""
+        if self._events is not None:
+            self._events.stop(successor=successor)
+            self._events = None
+        if not successor:
+            for where in list(self._images):
+                image = self._forget(where)
+                await trio.to_thread.run_sync(self._clean, image)
+
+    async def _serve(self, group: int, journal: int) -> None:
+        self._group = group
+        self._events = Events(group, Journal(journal), self)
+        await self._nursery.start(self._events.run)
+        self._nursery.start_soon(self._settle)
+
+    async def _need_group(self) -> None:
+        if self._events is None:
+            group, journal = fanotify.init(), Journal.create()
+            if self._link is not None:
+                self._link.hold(GROUP, group)
+                self._link.hold(JOURNAL, journal)
+            await self._serve(group, journal)
+
+    # -- images
+
+    async def attach(self, where: str, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> None:
+        """Mount an image at a path of the tree. Raises `NydusError` if it must be EROFS and cannot be."""
+        choice = choice or self._choice
+        if choice == "fuse" or where in self._images:
+            return
+        async with self._lock:
+            try:
+                await self._attach(where, reader, xattrs)
+                log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
+            except (NydusError, RafsError, OSError) as error:
+                reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+                if choice == "erofs":
+                    raise NydusError(f"fs_driver erofs is not possible for {where}: {reason}") from None
+                log.info("image %s: fs_driver fuse, as erofs is not possible: %s", where, reason)
+
+    async def detach(self, where: str) -> None:
+        """Umount; waiting reads get EIO. No device, mark or mount stays, unless somebody still uses the mount."""
+        if where not in self._images:
+            return
+        image = self._forget(where)
+        await _in_thread(lambda: kernel.umount_detach(self._target(where)))
+        image.cancel()
+        await _in_thread(lambda: self._clean(image))
+
+    async def restore(self, where: str, reader: ImageReader) -> None:
+        """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
+        known = self._link is not None and GROUP in self._link.held
+        if known and reader.store is not None and self._target(where) in self._mounted():
+            devices = self._open_devices(reader.store)
+            self._remember(where, ErofsImage(where, reader, devices, []))
+
+    async def _attach(self, where: str, reader: ImageReader, xattrs: bool) -> None:
+        store = reader.store
+        if store is None:
+            raise UnsuitableError("it has no cache directory (device.cache)")
+        if reader.config.cache.validate:
+            raise UnsuitableError("cached data is to be hashed at every read (cache validate), which EROFS cannot do")
+        devices = await _in_thread(lambda: self._tested(store))
+        mark = await _in_thread(lambda: fingerprint(reader.bootstrap, xattrs))
+        path = devices.images / mark.hex()
+        files = await _in_thread(lambda: open_image(path, mark))
+        if files is None:
+            with trio.move_on_after(TABLES_SECONDS):
+                await reader.load_tables()
+            if any(reader.chunks.lacks_meta(blob.index) for blob in reader.bootstrap.blobs):
+                raise UnsuitableError("the tables of its blobs cannot be had now")
+            files = await _in_thread(lambda: write_image(reader, path, mark, xattrs))
+            await _in_thread(lambda: _prune(devices.images))
+        await self._need_group()
+        for blob in reader.bootstrap.blobs:
+            reader.cache(blob)  # looks into its directory, which only this thread may
+        image = ErofsImage(where, reader, devices, files)
+        self._remember(where, image)
+        try:
+            await _in_thread(lambda: self._mount(image, path, files))
+        except BaseException:
+            self._forget(where)
+            with trio.CancelScope(shield=True):
+                await _in_thread(lambda: self._clean(image))
+            raise
+
+    def _mount(self, image: ErofsImage, path: Path, files: list[DeviceFile]) -> None:
+        """Complete segments are opened by their plain path: nothing is ever asked about them. The others by the clone,
+        whose mark must be there before the mount is."""
+        tree = self._tree(image)
+        for attempt in range(3):
+            opened: list[int] = []
+            try:
+                names = [image.device_path(file, tree, self._group, opened) for file in files]
+                mounted = mount.open_erofs(str(path), names)
+            except OSError as error:
+                # a segment file was renamed or deleted between our look and the kernel's
+                if error.errno != errno.ENOENT or attempt == 2:
+                    raise
+                continue
+            finally:
+                for fd in opened:
+                    os.close(fd)
+            try:
+                mount.attach(mounted, self._target(image.where))
+            finally:
+                os.close(mounted)
+            return
+
+    def _tested(self, store: CacheStore) -> DeviceFiles:
+        disk = os.stat(store.path).st_dev
+        if disk not in self._tested_disks:
+            try:
+                selftest.run(store.path)
+            except NydusError as error:
+                log.info("fs_driver: no EROFS mounts with the cache %s: %s", store.path, error)
+                raise
+            log.info("fs_driver: the self-test of EROFS mounts passed with the cache %s", store.path)
+            self._tested_disks.add(disk)
+        return self._open_devices(store)
+
+    def _open_devices(self, store: CacheStore) -> DeviceFiles:
+        devices = self._devices.get(store)
+        if devices is None:
+            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self._filled)
+            store.devices = devices
+        return devices
+
+    def _tree(self, image: ErofsImage) -> int:
+        store = image.store
+        if store not in self._trees:
+            tree = mount.clone_tree(image.devices.root)
+            fanotify.mark_mount(self._group, tree)
+            self._trees[store] = tree
+        return self._trees[store]
+
+    def _target(self, where: str) -> str:
+        return self._mountpoint.rstrip("/") + where.rstrip("/")
+
+    def _mounted(self) -> set[str]:
+        """Where EROFS mounts are, at and below the mountpoint."""
+        below = self._mountpoint.rstrip("/") + "/"
+        return {
+            entry.mountpoint
+            for entry in kernel.mounts()
+            if entry.fstype == "erofs" and (entry.mountpoint == self._mountpoint or entry.mountpoint.startswith(below))
+        }
+
+    def _remember(self, where: str, image: ErofsImage) -> None:
+        self._images[where] = image
+        for key in image.keys:
+            self._blobs.setdefault(key, []).append(image)
+
+    def _forget(self, where: str) -> ErofsImage:
+        image = self._images.pop(where)
+        for key in image.keys:
+            self._blobs[key].remove(image)
+            if not self._blobs[key]:
+                del self._blobs[key]
+        return image
+
+    def _clean(self, image: ErofsImage) -> None:
+        """Delete the devices that no other mount of this cache has."""
+        others = {
+            (other.blob_id(file), file.name)
+            for other in list(self._images.values())
+            if other.devices is image.devices and other.indexes.keys() & image.indexes.keys()
+            for file in other.all_files()
+        }
+        for file in image.all_files():
+            if (image.blob_id(file), file.name) not in others:
+                image.devices.remove(image.blob_id(file), file.name)
+
+    # -- what the kernel asks (`events.Server`)
+
+    def ready(self, name: str, fd: int) -> bool:
+        size = os.fstat(fd).st_size
+        for image in self._users(name):
+            complete = image.asked(name, size)
+            if complete is not None:
+                if complete:
+                    fanotify.ignore(self._group, fd)
+                return complete
+        return False
+
+    async def fill(self, name: str, fd: int) -> bool:
+        users = self._users(name)
+        for image in users:
+            if await image.fill(name, fd):
+                if fd >= 0:
+                    fanotify.ignore(self._group, fd)
+                return True
+        if not users:
+            log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
+        elif all(image.segment(name) is None for image in users):
+            log.error("device %s: the tables of its blob are others than at the mount: mount the image again", name)
+        return False
+
+    def _users(self, device: str) -> tuple[ErofsImage, ...]:
+        return tuple(self._blobs.get(device.rpartition("/")[0], ()))
+
+    def _filled(self, device: str, fd: int) -> None:
+        """A device got complete: nothing needs to be asked about it, unless somebody wants to know that it is read."""
+        images = self._users(device)
+        if any(image.curious(device) for image in images):
+            self._later.append((images[0].devices, device))
+        elif self._group >= 0:
+            fanotify.ignore(self._group, fd)
+
+    async def _settle(self) -> None:
+        """Drop the marks of devices that were complete before anybody read them, once that is of no interest."""
+        while self._events is not None:
+            await trio.sleep(SETTLE)
+            batch, self._later = self._later, []
+            await _in_thread(lambda batch=batch: self._ignore(batch))  # type: ignore[misc]
+
+    def _ignore(self, batch: list[tuple[DeviceFiles, str]]) -> None:
+        for devices, device in batch:
+            if any(image.reader.recorder is not None for image in self._users(device)):
+                self._later.append((devices, device))
+                continue
+            _, blob_id, name = device.split("/")
+            fd = devices.open(blob_id, name, os.O_RDONLY)
+            if fd >= 0:
+                fanotify.ignore(self._group, fd)
+                os.close(fd)
+
+
+def _prune(folder: Path) -> None:
+    """Images used longest ago make room; a mount keeps its own open."""
+    images = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in images[:-MAX_IMAGES]:
+        path.unlink(missing_ok=True)
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    return await trio.to_thread.run_sync(work)

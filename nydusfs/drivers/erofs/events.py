@@ -1,0 +1,171 @@
+"""The kernel asks before it reads a device: take the question, have it answered, forget nothing when we die.
+
+Plain threads read the group. What is complete they answer at once; the rest goes to the event loop, which fetches and
+answers in any order. A worker that follows another one first settles what that one left (`journal`): a number may be
+answered only while no new event can have the same one, since the kernel matches answers by number alone. So the numbers
+of pending entries are occupied by descriptors of ours until they are answered.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import select
+import threading
+from typing import Protocol
+
+import trio
+
+from nydusfs.drivers.erofs import fanotify
+from nydusfs.drivers.erofs.journal import SWEEP, Journal, Pending
+
+log = logging.getLogger("nydusfs.erofs")
+
+THREADS = 2
+_DELETED = " (deleted)"
+
+
+class Server(Protocol):
+    """`name` of a device as in `cache.devices`. `fd`: it, open for writing without events; -1: not at hand."""
+
+    def ready(self, name: str, fd: int) -> bool:
+        """From the reading threads: whether the device is complete. Must not wait."""
+
+    async def fill(self, name: str, fd: int) -> bool:
+        """Make it complete; False when that failed for good."""
+
+
+class Events:
+    """One process reads one group at a time."""
+
+    def __init__(self, group: int, journal: Journal, server: Server) -> None:
+        self._group = group
+        self._journal = journal
+        self._server = server
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._stop = trio.Event()
+        self._successor = False
+        self._pid = os.getpid()
+        self._nursery: trio.Nursery
+        self._token: trio.lowlevel.TrioToken
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer until `stop`. What then waits for data gets EIO, or is left to the successor."""
+        self._token = trio.lowlevel.current_trio_token()
+        threads = [threading.Thread(target=self._read, args=(number,), daemon=True) for number in range(THREADS)]
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._settle()
+                for thread in threads:
+                    thread.start()
+                task_status.started()
+                await self._stop.wait()
+                self._nursery.cancel_scope.cancel()
+        finally:
+            os.eventfd_write(self._wake, len(threads))
+            with trio.CancelScope(shield=True):
+                for thread in threads:
+                    await trio.to_thread.run_sync(thread.join, 1.0)
+
+    def stop(self, *, successor: bool) -> None:
+        self._successor = successor
+        self._stop.set()
+
+    # -- what another worker left
+
+    def _settle(self) -> None:
+        left = self._journal.left()
+        for entry in left:
+            if _in_use(entry.number):
+                # An event of ours could get the number as soon as it is free. Once denied, the kernel asks again.
+                fanotify.answer(self._group, entry.number, fanotify.FAN_DENY)
+                self._journal.clear(entry.slot)
+            else:
+                os.dup2(self._journal.fd, entry.number, inheritable=False)
+                self._nursery.start_soon(self._serve_left, entry)
+        if self._journal.take_gap():
+            known = {entry.number for entry in left}
+            lost = [
+                number
+                for number in range(SWEEP)
+                if number not in known and fanotify.answer(self._group, number, fanotify.FAN_DENY)
+            ]
+            log.info("the last worker died while it took an event: %d asked again", len(lost))
+        if left:
+            log.info("%d reads that the last worker did not answer", len(left))
+
+    async def _serve_left(self, entry: Pending) -> None:
+        await self._serve(entry.number, entry.slot, entry.name, -1)
+
+    # -- threads
+
+    def _read(self, number: int) -> None:
+        poller = select.poll()
+        poller.register(self._group, select.POLLIN)
+        poller.register(self._wake, select.POLLIN)
+        while True:
+            if any(fd == self._wake for fd, _ in poller.poll()):
+                return
+            self._journal.reading(number, True)
+            try:
+                event = fanotify.read_event(self._group)
+            except OSError as error:
+                self._journal.reading(number, False)
+                log.error("an event of the kernel cannot be read, its reader gets EIO: %s", error.strerror or error)
+                continue
+            if event is None:
+                self._journal.reading(number, False)
+                continue
+            name = _name(event.fd)
+            slot = self._journal.write(event.fd, name)
+            self._journal.reading(number, False)
+            try:
+                if event.pid == self._pid or self._server.ready(name, event.fd):
+                    self._answer(event.fd, slot, fanotify.FAN_ALLOW, event.fd)
+                    continue
+                self._token.run_sync_soon(self._begin, event.fd, slot, name)
+            except trio.RunFinishedError:
+                return  # the process ends; nobody may answer for it
+            except Exception:
+                log.exception("event for %s", name)
+                self._answer(event.fd, slot, fanotify.FAN_DENY, event.fd)
+
+    # -- the event loop
+
+    def _begin(self, fd: int, slot: int, name: str) -> None:
+        self._nursery.start_soon(self._serve, fd, slot, name, fd)
+
+    async def _serve(self, number: int, slot: int, name: str, fd: int) -> None:
+        response = fanotify.FAN_DENY
+        try:
+            if await self._server.fill(name, fd):
+                response = fanotify.FAN_ALLOW
+        except Exception:  # a bug must cost one read
+            log.exception("event for %s", name)
+        finally:
+            if response == fanotify.FAN_ALLOW or not self._successor:
+                self._answer(number, slot, response, number)
+
+    def _answer(self, number: int, slot: int, response: int, fd: int) -> None:
+        """The descriptor goes last: until then no other event gets its number."""
+        try:
+            fanotify.answer(self._group, number, response)
+        except OSError as error:
+            log.error("the kernel does not take the answer to event %d: %s", number, error.strerror)
+        self._journal.clear(slot)
+        os.close(fd)
+
+
+def _name(fd: int) -> str:
+    """The last three parts of the path; what is before them depends on who looks at the clone."""
+    path = os.readlink(f"/proc/self/fd/{fd}").removesuffix(_DELETED)
+    return "/".join(path.rsplit("/", 3)[-3:])
+
+
+def _in_use(number: int) -> bool:
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""One EROFS-mounted image: which segment a device is, and how it gets its bytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import trio
+
+from bootstrap.errors import RafsError
+from nydusfs.cache import CacheStore
+from nydusfs.cache.devices import DeviceFiles, usable, write_whole
+from nydusfs.drivers.erofs import fanotify
+from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
+from nydusfs.errors import ReadError
+from nydusfs.image_reader import ImageReader
+from nydusfs.segments import SEGMENT_SIZE, Segment
+
+log = logging.getLogger("nydusfs.erofs")
+
+READ_AHEAD = 4 << 20  # bytes in front of a sequential reader
+
+
+class ErofsImage:
+    """`files`: the devices in the order of the mount; empty for an image of an earlier worker until they are needed."""
+
+    def __init__(self, where: str, reader: ImageReader, devices: DeviceFiles, files: list[DeviceFile]) -> None:
+        assert reader.store is not None
+        self.where = where
+        self.reader = reader
+        self.store: CacheStore = reader.store
+        self.devices = devices
+        self.files = files
+        self.indexes = {blob.id: blob.index for blob in reader.bootstrap.blobs}
+        self.keys = [f"{devices.key}/{blob.id}" for blob in reader.bootstrap.blobs]
+        self._token = trio.lowlevel.current_trio_token()
+        self._scopes: set[trio.CancelScope] = set()
+        self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
+        self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
+
+    def blob_id(self, file: DeviceFile) -> str:
+        return self.reader.bootstrap.blobs[file.blob_index].id
+
+    def all_files(self) -> list[DeviceFile]:
+        if not self.files:
+            for xattrs in (True, False):
+                mark = fingerprint(self.reader.bootstrap, xattrs)
+                if found := open_image(self.devices.images / mark.hex(), mark):
+                    self.files = found
+                    break
+        return self.files
+
+    def device_path(self, file: DeviceFile, tree: int, group: int, opened: list[int]) -> str:
+        """What the kernel is to open for a device. Descriptors it needs until then go to `opened`."""
+        blob = self.reader.bootstrap.blobs[file.blob_index]
+        cache = self.reader.cache(blob)
+        ready = cache.ready_path(file.name) if cache is not None else None
+        if ready is not None and usable(ready, file.size):
+            if ready.name == file.name:
+                return str(ready)
+            # It gets its final name any moment: by descriptor it is found under both.
+            opened.append(os.open(ready, os.O_RDONLY | os.O_CLOEXEC))
+            return f"/proc/self/fd/{opened[-1]}"
+        if not self.devices.create(blob.id, file.name) and (fd := self.devices.open(blob.id, file.name)) >= 0:
+            # Perhaps a mount from before the death of all processes has it, whose mark died with them. A mark on the
+            # file lets that mount ask again, and our own writes as well, which `events` allows at once.
+            try:
+                if os.fstat(fd).st_size < file.size:
+                    fanotify.mark_inode(group, fd)
+            finally:
+                os.close(fd)
+        return f"/proc/self/fd/{tree}/{self.devices.device(blob.id, file.name)}"
+
+    def segment(self, device: str) -> Segment | None:
+        """The segment a device is; None when this image has no such one, or not now. From any thread."""
+        _, blob_id, name = device.split("/")
+        index, number = self.indexes.get(blob_id), name.partition("-")[0]
+        if index is None or not number.isdecimal():
+            return None
+        try:
+            segment = self.reader.segment(index, int(number))
+        except (KeyError, ValueError, RafsError):
+            return None
+        return segment if segment.name == name else None
+
+    def curious(self, device: str) -> bool:
+        """Whether this image wants to know that a device is read although it is complete."""
+        return self.reader.recorder is not None or device in self._watched
+
+    def asked(self, device: str, size: int) -> bool | None:
+        """A device of this size is to be read: whether it is complete; None when it is not of this image.
+
+        From the reading threads.
+        """
+        segment = self.segment(device)
+        if segment is None:
+            return None
+        if (recorder := self.reader.recorder) is not None:
+            recorder.note(0, [segment])
+        if size < segment.padded:
+            return False
+        if device in self._watched:
+            self._watched.discard(device)
+            self._token.run_sync_soon(self._read_ahead, segment)
+        return True
+
+    async def fill(self, device: str, fd: int) -> bool:
+        """Give a device its bytes; False when they cannot be had (the log says why), when it is none of this image or
+        the image is being unmounted."""
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                return await self._fill(device, fd)
+            except ReadError:
+                return False  # logged where it was raised
+            except OSError as error:
+                log.error("image %s: device %s: %s", self.where, device, error.strerror or error)
+                return False
+            finally:
+                self._scopes.discard(scope)
+        return False
+
+    def cancel(self) -> None:
+        for scope in list(self._scopes):
+            scope.cancel()
+
+    async def _fill(self, device: str, fd: int) -> bool:
+        _, blob_id, name = device.split("/")
+        await self.reader.need_table(self.indexes[blob_id])
+        segment = self.segment(device)
+        if segment is None:
+            return False
+        own = -1 if fd >= 0 else self.devices.open(blob_id, name)
+        target = fd if fd >= 0 else own
+        if target < 0:
+            return False  # deleted under us; the kernel asks again and brings a descriptor
+        try:
+            if os.fstat(target).st_size < segment.padded:
+                plain = await self.reader.whole(segment)
+                # Mostly the cache has put them there. Not if the folder was cleaned up under us, or if it had the
+                # segment before this device was made.
+                if os.fstat(target).st_size < segment.padded:
+                    await trio.to_thread.run_sync(write_whole, target, plain, segment.padded)
+        finally:
+            if own >= 0:
+                os.close(own)
+        self._read_ahead(segment)
+        return True
+
+    def _read_ahead(self, segment: Segment) -> None:
+        """Fetch in front of a reader who takes one segment after the other."""
+        index = segment.blob.index
+        expected, run = self._next.get(index, (-1, 0))
+        run = run + 1 if expected == segment.rows.start else 0
+        self._next[index] = (segment.rows.stop, run)
+        if not run:
+            return
+        ahead: list[Segment] = []
+        row = segment.rows.stop
+        left = min(READ_AHEAD, (run + 1) * 2 * SEGMENT_SIZE)
+        try:
+            while left > 0:
+                following = self.reader.segment_of(index, row)
+                row, left = following.rows.stop, left - following.size
+                ahead.append(following)
+        except (KeyError, IndexError, ValueError, RafsError):
+            pass  # the blob ends there
+        if missing := [segment for segment in ahead if not self.reader.is_ready(segment)]:
+            self._watched.update(self.devices.device(segment.blob.id, segment.name) for segment in missing)
+            self.reader.start(missing)

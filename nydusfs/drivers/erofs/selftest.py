@@ -1,0 +1,126 @@
+"""Whether EROFS mounts can be trusted on this kernel and this cache directory: by doing it, in some milliseconds.
+
+A small image is mounted, attached nowhere, and read. Three things must be seen: the read is announced before it
+happens, a device without data gives EIO (and not zeros, as later kernels seem to), and filled data comes out right.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import tempfile
+import threading
+from pathlib import Path
+
+from nydusfs.drivers.erofs import fanotify, mount
+from nydusfs.errors import NydusError
+
+SECONDS = 5.0
+NEEDED = "Linux 6.15 or newer with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS is needed"
+_DATA = bytes(range(256)) * 32  # two blocks
+
+
+class UnsupportedError(NydusError):
+    """What this machine lacks for EROFS mounts, and what to do about it."""
+
+
+def run(folder: Path) -> None:
+    """Raises `UnsupportedError`. `folder`: on the file system of cache and metadata; nothing stays in it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".selftest-") as scratch:
+            _Test(Path(scratch)).run()
+    except OSError as error:
+        raise UnsupportedError(f"{error.strerror or error}: {NEEDED}, and a cache on ext4, xfs or btrfs") from None
+
+
+def tiny_image(tag: str) -> bytes:
+    """One file `f` of two blocks on one device."""
+    import numpy as np
+
+    from bootstrap.flat import INODE, FlatTree
+    from bootstrap.layout.tables import CHUNK
+    from bootstrap.write_erofs import Device, write_erofs
+
+    inodes = np.zeros(2, INODE)
+    inodes["mode"] = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644
+    inodes["first"], inodes["count"], inodes["size"] = (1, 0), (1, 2), (0, len(_DATA))
+    inodes["xattrs"] = -1
+    chunks = np.zeros(2, CHUNK)
+    chunks["uncompressed_offset"], chunks["uncompressed_size"] = (0, 4096), 4096
+    tree = FlatTree(names=[b"", b"f"], inodes=inodes, refs=np.array([0, 1]), chunks=chunks)
+    return bytes(write_erofs(tree, [Device(tag, len(_DATA) // 4096)], chunk_size=4096))
+
+
+class _Test:
+    def __init__(self, folder: Path) -> None:
+        self._image = folder / "image"
+        self._files = folder / "files"
+        self._device = self._files / "d"
+        self._fds: list[int] = []
+
+    def run(self) -> None:
+        self._image.write_bytes(tiny_image("d"))
+        self._files.mkdir()
+        self._device.touch()
+        try:
+            self._check()
+        finally:
+            # The group first: whoever still waits for an answer then goes on.
+            for fd in self._fds:
+                os.close(fd)
+
+    def _check(self) -> None:
+        group = self._keep(fanotify.init())
+        tree = self._keep(mount.clone_tree(self._files))
+        fanotify.mark_mount(group, tree)
+        mounted = self._keep(mount.open_erofs(str(self._image), [f"/proc/self/fd/{tree}/d"]))
+        file = self._keep(os.open("f", os.O_RDONLY | os.O_CLOEXEC, dir_fd=mounted))
+
+        asked, found = _read(group, file)
+        if not asked:
+            raise UnsupportedError(f"a read of a marked file was not announced: {NEEDED}")
+        if not (isinstance(found, OSError) and found.errno == errno.EIO):
+            raise UnsupportedError("this kernel reads zeros where a device has no data: a crash would give wrong bytes")
+        self._device.write_bytes(_DATA)
+        asked, found = _read(group, file)
+        if not asked or found != _DATA:
+            raise UnsupportedError("a device that was filled after the mount does not read right on this kernel")
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+
+def _read(group: int, file: int) -> tuple[bool, object]:
+    """Read all of a file in a thread, allowing what the kernel asks: whether it asked, and bytes or error."""
+    outcome: list[object] = []
+    done, told = os.pipe2(os.O_CLOEXEC)
+
+    def read() -> None:
+        try:
+            outcome.append(os.pread(file, len(_DATA), 0))
+        except OSError as error:
+            outcome.append(error)
+        os.write(told, b".")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    asked = False
+    try:
+        while True:
+            ready = select.select([group, done], [], [], SECONDS)[0]
+            if group in ready and (event := fanotify.read_event(group)) is not None:
+                asked = True
+                fanotify.answer(group, event.fd, fanotify.FAN_ALLOW)
+                os.close(event.fd)
+            elif done in ready:
+                return asked, outcome[0]
+            elif not ready:
+                raise UnsupportedError(f"a read of the self-test took more than {SECONDS:.0f} s")
+    finally:
+        if outcome:
+            thread.join(SECONDS)
+            os.close(done)
+            os.close(told)

@@ -1,0 +1,178 @@
+"""The parts of the EROFS driver that need no kernel: metadata images, device files, the journal."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import trio
+
+from bootstrap.errors import FormatError
+from bootstrap.write_erofs import read_devices
+from nydusfs.cache import CacheStore
+from nydusfs.cache.devices import DeviceFiles, usable, write_whole
+from nydusfs.config import load_config
+from nydusfs.drivers.erofs.image import fingerprint, open_image, write_image
+from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
+from nydusfs.services import open_services
+from tests.lab.cases import case as image_case
+from tests.lab.daemon import localfs_config
+from tests.lab.mounted import load_manifest
+from tests.lab.process import run
+
+BOOT = "0a1b2c3d"
+
+
+@pytest.mark.parametrize("name", ["v5-lz4-blake3-1m", "v6-zstd-blake3-1m", "v6-merged3"])
+def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> None:
+    """fsck.erofs reads every file through the devices, dump.erofs names them; the same image comes out twice."""
+    if shutil.which("fsck.erofs") is None:
+        pytest.skip("erofs: fsck.erofs (erofs-utils) is not installed")
+    case = image_case(name)
+    config = load_config(localfs_config(case, work_dir=tmp_path / "cache"), "test")
+
+    async def make() -> list[Path]:
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            mark = fingerprint(reader.bootstrap, True)
+            files = write_image(reader, tmp_path / "a", mark, True)
+            assert write_image(reader, tmp_path / "b", mark, True) == files == open_image(tmp_path / "a", mark)
+            assert open_image(tmp_path / "a", bytes(32)) is None
+            devices = []
+            for number, file in enumerate(files):
+                segment = reader.segment(file.blob_index, int(file.name.partition("-")[0]))
+                assert (segment.name, segment.padded) == (file.name, file.size)
+                devices.append(tmp_path / f"device{number}")
+                with devices[-1].open("wb") as out:
+                    write_whole(out.fileno(), await reader.whole(segment), segment.padded)
+            reader.close()
+            return devices
+
+    devices = trio.run(make)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    words = [f"--device={device}" for device in devices]
+    run(["fsck.erofs", *words, "--extract", tmp_path / "a"])
+    said = run(["dump.erofs", *words, "-s", tmp_path / "a"]).stdout
+    entries = len(load_manifest(case)["entries"])
+    assert f"{entries}" in said
+    for path in (tmp_path / "a", tmp_path / "b"):
+        data = bytearray(path.read_bytes())
+        for at in random.Random(1).sample(range(len(data) - 4096), 20):
+            damaged = bytearray(data)
+            damaged[at] ^= 0x10
+            path.write_bytes(damaged)
+            assert open_image(path, fingerprint_of(case)) is None
+        path.write_bytes(data[:-1])
+        assert open_image(path, fingerprint_of(case)) is None
+
+
+def fingerprint_of(case: Path) -> bytes:
+    from bootstrap.reader import open_bootstrap
+
+    image = open_bootstrap(str(case / "image.boot"))
+    try:
+        return fingerprint(image, True)
+    finally:
+        image.close()
+
+
+def test_device_tables_are_bounds_checked() -> None:
+    with pytest.raises(FormatError, match="EROFS image"):
+        read_devices(bytes(1000))
+    with pytest.raises(FormatError, match="EROFS superblock"):
+        read_devices(bytes(5000))
+
+
+def test_devices_of_another_boot_go_and_cached_segments_stay(tmp_path: Path) -> None:
+    devices = DeviceFiles(tmp_path, BOOT, lambda device, fd: None)
+    assert devices.create("blob", "1-00")
+    assert not devices.create("blob", "1-00")
+    made = devices.files / "blob" / "1-00"
+    made.write_bytes(bytes(4096))
+    kept = tmp_path / "kept"
+    os.link(made, kept)
+    assert DeviceFiles(tmp_path, BOOT, lambda device, fd: None).files == devices.files
+    assert made.exists()
+    DeviceFiles(tmp_path, "ffffffff", lambda device, fd: None)
+    assert not made.exists()
+    assert kept.stat().st_size == 4096
+
+
+@pytest.mark.parametrize(("size", "good"), [(8192, True), (8191, True), (4097, True), (4096, False), (8193, False)])
+def test_what_a_cached_file_must_be_to_serve_as_a_device(tmp_path: Path, size: int, good: bool) -> None:
+    path = tmp_path / "segment"
+    assert not usable(path, 8192)
+    path.write_bytes(b"x" * size)
+    assert usable(path, 8192) == good
+    if good:
+        assert path.read_bytes() == (b"x" * size).ljust(8192, b"\0")
+
+
+def test_a_device_and_the_cache_are_one_file(tmp_path: Path) -> None:
+    """Filled through the cache; damaged caches, leftovers and a removed directory make no difference."""
+    case = image_case("v6-zstd-blake3-1m")
+    config = load_config(localfs_config(case, work_dir=tmp_path), "test")
+    told: list[str] = []
+
+    async def go() -> None:
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            store = reader.store
+            assert isinstance(store, CacheStore)
+            store.devices = devices = DeviceFiles(store.path, store.boot, lambda device, fd: told.append(device))
+            blob = reader.bootstrap.blobs[0]
+            segment = reader.segment(0, 0)
+            devices.create(blob.id, segment.name)
+            plain = await reader.whole(segment)
+            device = devices.files / blob.id / segment.name
+            assert told == [devices.device(blob.id, segment.name)]
+            assert device.stat().st_size == segment.padded
+            cache = reader.cache(blob)
+            assert cache is not None
+            for _ in range(2):
+                path = cache.ready_path(segment.name)
+                assert path is not None
+                assert path.samefile(device)
+                assert path.read_bytes() == bytes(plain).ljust(segment.padded, b"\0")
+                store.sync()
+            assert path.name == segment.name
+            shutil.rmtree(cache.path)
+            cache.drop(segment)
+            assert await reader.whole(segment) == plain
+            path = cache.ready_path(segment.name)
+            assert path is not None
+            assert path.samefile(device)
+            assert list(cache.path.glob("*.part")) == []
+            reader.close()
+
+    trio.run(go)
+
+
+def test_journal_outlives_its_writer(tmp_path: Path) -> None:
+    fd = Journal.create()
+    first = Journal(fd)
+    slots = [first.write(number, f"key/blob/{number}-00") for number in range(20)]
+    for slot in slots[::2]:
+        first.clear(slot)
+    second = Journal(fd)
+    assert not second.take_gap()
+    assert sorted(entry.number for entry in second.left()) == list(range(1, 20, 2))
+    assert {entry.name for entry in second.left()} == {f"key/blob/{number}-00" for number in range(1, 20, 2)}
+    first.reading(MAX_THREADS - 1, True)
+    assert second.take_gap()
+    assert not second.take_gap()
+    for entry in second.left():
+        second.clear(entry.slot)
+    assert second.left() == []
+    for number in range(ENTRIES):
+        second.write(number, "x" * 500)
+    assert len(Journal(fd).left()) == ENTRIES
+    other = os.memfd_create("other")
+    os.truncate(other, os.fstat(fd).st_size)
+    with pytest.raises(ValueError, match="journal"):
+        Journal(other)
+    os.close(other)
+    os.close(fd)
