@@ -11,6 +11,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -99,15 +100,15 @@ def run_jobs(
 
     def listen() -> None:
         with contextlib.suppress(EOFError, OSError):
-            while (message := queue.get()) is not None:
-                number, count = message
+            while True:
+                number, count = queue.get()
                 report(by_number[number], count)
 
     listener = threading.Thread(target=listen, name="progress", daemon=True)
     listener.start()
     before = set(multiprocessing.active_children())
     level = logging.getLogger().getEffectiveLevel()
-    arguments = (queue, level, domain)
+    arguments = (queue, level, domain, os.getpid())
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     finished = False
     try:
@@ -124,10 +125,17 @@ def run_jobs(
         if not finished:
             for child in set(multiprocessing.active_children()) - before:
                 child.terminate()
+            # One may have died in the middle of its result, which the executor then reads for ever: this process holds
+            # the pipe's other end too. Without it that is an end of file.
+            _close_writer(executor._result_queue)
         executor.shutdown(wait=True, cancel_futures=True)
-        queue.put(None)
+        _close_writer(queue)  # ends the listener; to put something there could wait for a lock that a dead worker holds
         listener.join(timeout=5)
         queue.close()
+
+
+def _close_writer(queue: Any) -> None:
+    queue._writer.close()
 
 
 # -- in worker processes
@@ -143,18 +151,34 @@ class _Failure:
         self.text = text
 
 
-def _start_worker(queue: Any, level: int, domain: type[Exception]) -> None:
-    """Initializer of a worker: it dies with its parent and leaves Ctrl-C to the first process."""
+def _start_worker(queue: Any, level: int, domain: type[Exception], client: int) -> None:
+    """Initializer of a worker: it dies with its client (the process that gave it work) and with the fork server, and
+    leaves Ctrl-C to the client."""
     global _queue, _domain
     _queue, _domain = queue, domain
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    _end_with(client)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _end_with(client: int) -> None:
+    """A killed client closes no pipe that a worker waits for: workers hold the other ends too."""
+    try:
+        process = os.pidfd_open(client)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([process], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="client", daemon=True).start()
 
 
 def _run(job: Job[R]) -> R | _Failure:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nydusfs.errors import ConvertError
-
 if TYPE_CHECKING:
     from nydusfs.registry.hosts import ClientOptions
 
@@ -104,13 +102,6 @@ class Duration(click.ParamType[float]):
         if not parts or "".join(number + unit for number, unit in parts) != value:
             self.fail(f"{value!r} is not a duration such as 5s, 1m30s or 500ms", param, ctx)
         return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
-
-
-def refuse_unsupported(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises ConvertError that names every flag (parameter name -> value) which differs from its default."""
-    used = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults.get(name)]
-    if used:
-        raise ConvertError(f"not supported yet: {', '.join(used)}")
 
 
 def client_options(given: Mapping[str, Any], insecure: bool) -> ClientOptions:

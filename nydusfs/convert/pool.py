@@ -18,8 +18,8 @@ J = TypeVar("J", bound="Job[Any]")
 
 def run_jobs(jobs: Sequence[J], workers: int, report: Callable[[J, int], None]) -> Generator[tuple[J, Any], None, None]:
     """Yields jobs with their results as they get ready, the largest started first. Raises the first NydusError; closing
-    the generator early ends the worker processes. Secrets are no part of a job: a worker reads docker's configuration
-    itself."""
+    the generator early ends the worker processes. Registry credentials are no part of a job: a worker reads docker's
+    configuration itself."""
     try:
         yield from parallel.run_jobs(jobs, workers, report, domain=NydusError, failed=ConvertError, preload=_PRELOAD)
     except parallel.WorkerDied as error:

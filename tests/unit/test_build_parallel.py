@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +113,66 @@ def test_a_killed_worker_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(parallel, "SMALL", 1)
     with pytest.raises(WorkerDied):
         list(run_jobs([Suicide(0), Suicide(1)], 2, lambda job, count: None, domain=BuildError, failed=BuildError))
+
+
+@dataclass(frozen=True)
+class FailsWhileAnotherAnswers:
+    """The first fails at once; the second's answer is on its way, its length said and its bytes not."""
+
+    number: int
+    size: int = parallel.SMALL
+    threads: int = 1
+
+    def run(self, report: Callable[[int], None]) -> bytes:
+        if self.number == 0:
+            raise BuildError("bad")
+        send = Connection._send  # type: ignore[attr-defined]
+
+        def slowly(connection: object, data: bytes) -> None:
+            send(connection, data)
+            time.sleep(20)
+
+        Connection._send = slowly  # type: ignore[attr-defined]
+        time.sleep(0.2)
+        return bytes(100_000)
+
+
+def test_the_end_does_not_wait_for_half_an_answer() -> None:
+    def failed(text: str) -> BuildError:
+        time.sleep(1)  # until the other answers
+        return BuildError(text)
+
+    jobs = [FailsWhileAnotherAnswers(number) for number in range(2)]
+    with pytest.raises(BuildError, match="bad"):
+        list(run_jobs(jobs, 2, lambda job, count: None, domain=BuildError, failed=failed))
+
+
+@dataclass(frozen=True)
+class Short:
+    number: int
+    size: int = parallel.SMALL
+    threads: int = 1
+
+    def run(self, report: Callable[[int], None]) -> int:
+        return os.getpid()
+
+
+def _work_and_wait() -> None:
+    """Run as a program: workers are idle when it says so."""
+    for _ in run_jobs([Short(0), Short(1)], 2, lambda job, count: None, domain=BuildError, failed=BuildError):
+        pass
+    jobs = run_jobs([Short(0), Short(1), Short(2)], 2, lambda job, count: None, domain=BuildError, failed=BuildError)
+    print(next(jobs)[1], flush=True)
+    time.sleep(60)
+
+
+def test_workers_end_when_their_client_is_killed() -> None:
+    code = "from tests.unit.test_build_parallel import _work_and_wait; _work_and_wait()"
+    client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    assert client.stdout.readline().strip().isdigit()
+    client.kill()
+    client.communicate(timeout=30)  # not before the last of them has closed its end
 
 
 def test_the_largest_first_and_idle_cpus_for_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
