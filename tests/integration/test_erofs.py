@@ -21,7 +21,7 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, localfs_config, reader, wait_until
 from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs
 from tests.lab.faulty import FaultyServer, faulty_server
-from tests.lab.killing import kill_workers
+from tests.lab.killing import kill_everything, kill_workers
 from tests.lab.mounted import check_mount
 from tests.lab.paths import reference_cases, shared_dir
 from tests.lab.process import kill_together, processes_mentioning, run
@@ -261,6 +261,11 @@ def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
     report = kill_workers(25, fs_driver="erofs")
     assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
     assert report.reads > 100
+
+
+def test_killed_daemons_leave_no_wrong_byte_and_the_next_one_heals_the_mount() -> None:
+    report = kill_everything(3)
+    assert (report.wrong, report.errors, report.said) == (0, 0, [])
 
 
 def test_death_of_every_process_gives_errors_and_never_zeros(tmp_path: Path) -> None:

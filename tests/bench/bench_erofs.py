@@ -1,0 +1,187 @@
+"""EROFS mounts beside a plain ext4 directory, a plain EROFS image, our FUSE and upstream's nydusd.
+
+    python -m tests.bench.bench_erofs [--big MiB] [--files N] [--rounds N] [--json FILE]
+
+Medians over the rounds, all sides in turn in each. "disk": the kernel's page cache dropped; "warm": it has the pages;
+"cold": nothing cached by the daemon, blobs in a local directory. Complete images are mounted with all segments cached.
+Daemon time is that of all our processes while the complete image is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bootstrap.build import build_directory
+from bootstrap.options import BuildOptions
+from nydusfs.config import load_config
+from nydusfs.drivers.erofs import image as erofs_image
+from nydusfs.drivers.erofs import mount
+from nydusfs.services import open_services
+from tests.bench.bench_fuse import _RANDOM, _SEQUENTIAL, make_tree
+from tests.lab.daemon import Nydusd, localfs_config
+from tests.lab.erofs import cannot_mount_erofs, cpu_seconds
+from tests.lab.paths import ref_bin
+from tests.lab.process import drop_caches, processes_mentioning, remove_tree, run, work_dir
+
+_TAR = "tar -cf - -C $0 tree | cat"  # with /dev/null as its output tar reads no data
+_MISSES = """
+import os, random, statistics, sys, time
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+step = 1 << 20
+offsets = list(range(0, os.fstat(fd).st_size - step, step))
+random.Random(3).shuffle(offsets)
+took = []
+for offset in offsets[: int(sys.argv[2])]:
+    began = time.perf_counter()
+    os.pread(fd, 4096, offset)
+    took.append(time.perf_counter() - began)
+print(statistics.median(took) * 1e6)
+"""
+
+
+def _number(code: str, *words: str | Path) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=300, check=True
+    )
+    return float(done.stdout)
+
+
+def _seconds(*words: str | Path) -> float:
+    began = time.perf_counter()
+    subprocess.run(list(map(str, words)), stdout=subprocess.DEVNULL, check=True, timeout=300)
+    return time.perf_counter() - began
+
+
+def measure(root: Path) -> dict[str, float]:
+    """One side, once: rates are better when larger, seconds when smaller."""
+    big, found = root / "big", {}
+    for state in ("disk", "warm"):
+        ways: list[tuple[str, Callable[[], float]]] = [
+            ("sequential MiB/s", lambda: _number(_SEQUENTIAL, big)),
+            ("random 4 KiB ops/s", lambda: _number(_RANDOM, big, "20000")),
+            ("tar s", lambda: _seconds("sh", "-c", _TAR, root)),
+            ("find -ls s", lambda: _seconds("find", root / "tree", "-ls")),
+        ]
+        for name, work in ways:
+            if state == "disk":
+                drop_caches()
+            found[f"{name}, {state}"] = work()
+    return found
+
+
+def image_seconds(case: Path, work: Path) -> tuple[float, float]:
+    """Processor time to write the metadata image and to open it again."""
+
+    async def go() -> tuple[float, float]:
+        config = load_config(localfs_config(case, work_dir=work), "bench")
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            mark = erofs_image.fingerprint(reader.bootstrap, True)
+            began = time.process_time()
+            erofs_image.write_image(reader, work / "image", mark, True)
+            written = time.process_time()
+            assert erofs_image.open_image(work / "image", mark)
+            reader.close()
+            return written - began, time.process_time() - written
+
+    return trio.run(go)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--big", type=int, default=256)
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if reason := cannot_mount_erofs():
+        sys.exit(reason)
+    base = work_dir()
+    plain_mount = base / "plain"
+    try:
+        tree, case = base / "tree", base / "case"
+        for path in (case, plain_mount):
+            path.mkdir()
+        make_tree(tree, options.big, options.files)
+        with (case / "blob").open("w+b") as file:
+            result = build_directory(os.fspath(tree), file, BuildOptions())
+        (case / "blob").rename(case / result.blob_id)
+        (case / "image.boot").write_bytes(result.bootstrap)
+        (base / "write").mkdir()
+        written, opened = image_seconds(case, base / "write")
+        report: dict[str, Any] = {"image written, s": written, "image opened again, s": opened}
+
+        run(["mkfs.erofs", "-E", "noinline_data", base / "plain.img", tree], timeout=300)
+        mounted = mount.open_erofs(str(base / "plain.img"), [])
+        mount.attach(mounted, str(plain_mount))
+        os.close(mounted)
+
+        sides: dict[str, list[dict[str, float]]] = {}
+        with Nydusd("--fs-driver", "erofs") as daemon:
+            config = localfs_config(case, work_dir=base / "cache")
+            assert daemon.mount("/fill", case / "image.boot", config).status == 204
+            _seconds("sh", "-c", "find $0 -type f -exec cat {} +", daemon.mnt / "fill")
+            assert daemon.umount("/fill").status == 204
+            fuse = json.dumps({**json.loads(config), "fs_driver": "fuse"})
+            assert daemon.mount("/fuse", case / "image.boot", fuse).status == 204
+            assert daemon.mount("/erofs", case / "image.boot", config).status == 204
+            pids = processes_mentioning(str(daemon.sock))
+            spent = 0.0
+            for _ in range(options.rounds):
+                sides.setdefault("ext4", []).append(measure(tree))
+                sides.setdefault("plain erofs", []).append(measure(plain_mount))
+                before = sum(map(cpu_seconds, pids))
+                sides.setdefault("ours, erofs", []).append(measure(daemon.mnt / "erofs"))
+                spent += sum(map(cpu_seconds, pids)) - before
+                sides.setdefault("ours, fuse", []).append(measure(daemon.mnt / "fuse"))
+            report["daemon s while erofs was read"] = spent
+
+        # incomplete images: each round a new daemon and a new cache
+        programs: list[tuple[str, tuple[str, ...], Path | None]] = [
+            ("ours, erofs", ("--fs-driver", "erofs"), None),
+            ("ours, fuse", (), None),
+        ]
+        upstream = ref_bin("nydusd")
+        if upstream is None:
+            print("interop: upstream's nydusd is not here, that side is left out", file=sys.stderr)
+        else:
+            programs.append(("upstream, fuse", (), upstream))
+        for number in range(options.rounds):
+            for name, flags, binary in programs:
+                found = sides.setdefault(name, [])
+                if len(found) <= number:
+                    found.append({})
+                for what, code, words in (("sequential MiB/s", _SEQUENTIAL, []), ("miss p50 us", _MISSES, ["100"])):
+                    with Nydusd(*flags, binary=binary) as daemon:
+                        config = localfs_config(case, work_dir=base / f"cold-{name}-{number}-{what[:4]}")
+                        Path(base / f"cold-{name}-{number}-{what[:4]}").mkdir()
+                        assert daemon.mount("/a", case / "image.boot", config).status == 204
+                        drop_caches()
+                        found[number][f"{what}, cold"] = _number(code, daemon.mnt / "a" / "big", *words)
+        report["sides"] = {
+            side: {key: statistics.median(each[key] for each in rounds if key in each) for key in rounds[0]}
+            for side, rounds in sides.items()
+        }
+        text = json.dumps(report, indent=1)
+        print(text)
+        if options.json:
+            options.json.write_text(text)
+    finally:
+        subprocess.run(["umount", "-l", plain_mount], check=False, stderr=subprocess.DEVNULL)
+        remove_tree(base)
+
+
+if __name__ == "__main__":
+    main()
