@@ -120,7 +120,8 @@ def load_images(endpoint: Endpoint, platforms: Sequence[Platform] | None) -> Ima
             continue
         body = endpoint.manifest(descriptor.digest)
         artifact = str(entry.get("artifactType") or "")
-        if mt.OS_FEATURE_NYDUS in (platform_json.get("os.features") or []):
+        features = platform_json.get("os.features")
+        if isinstance(features, list) and mt.OS_FEATURE_NYDUS in features:
             artifact = mt.NYDUS_MANIFEST_ARTIFACT
         images.append(load_image(endpoint, body, platform_json, artifact))
     if not images:
