@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from bootstrap import tar
 from bootstrap.blobfile import BlobFile
 from bootstrap.chunkdict import learn_dictionary, require_like
-from bootstrap.chunktable import ChunkTable
+from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.dedup import ChunkIndex
 from bootstrap.directory import dump_order, read_file, scan
 from bootstrap.errors import BuildError, FormatError
@@ -199,7 +199,11 @@ class Build:
         mode, options = self.mode, self.options
         mode.finish_data()
         self.index.forget()
-        tree = flatten(root, self.table, self.index.blobs, options.chunk_size)
+        listed: dict[str, BlobInfo] = {}
+        for blob in self.index.blobs:  # what a parent had once and lost may be stored again: one blob, one entry
+            listed.setdefault(blob.id, blob)
+        blobs = list(listed.values())
+        tree = flatten(root, self.table, blobs, options.chunk_size)
         dismantle(number(root))
         if self.below is not None:
             tree = overlay([(self.below, "none"), (tree, spec)])
@@ -210,7 +214,7 @@ class Build:
             mode.finish_inline(bootstrap)
         self.stage("dump_bootstrap")
         info = mode.info
-        ids = [mode.listed_id if blob is info else blob.id for blob in self.index.blobs]
+        ids = [mode.listed_id if blob is info else blob.id for blob in blobs]
         return BuildResult(
             blob_id=mode.file_id,
             blob_size=self.file.size,

@@ -233,8 +233,8 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo], chunk_size
     inodes[done:] = rows
     chunks = np.frombuffer(table.records, CHUNK).copy()
     if len(chunks):
-        places = {blob: place for place, blob in enumerate(blobs)}
-        chunks["blob"] = np.array([places.get(blob, NO_BLOB) for blob in table.blobs], np.uint32)[chunks["blob"]]
+        places = {blob.id: place for place, blob in enumerate(blobs)}
+        chunks["blob"] = np.array([places.get(blob.id, NO_BLOB) for blob in table.blobs], np.uint32)[chunks["blob"]]
     tree = FlatTree(
         names=[node.name for node in order],
         inodes=inodes,

@@ -240,6 +240,10 @@ def _write_directory(tree: Tree, top: bytes) -> None:
 
 @examples(40)
 @given(plans=stacks, form=forms)
+@example(  # the blob of the first layer comes again when nothing of it is left
+    [[Step((), b"a", "file", _PLAIN)], [Step((), b"a", "dir", _PLAIN)], [Step((), b"a", "file", _PLAIN)]],
+    _form("tar-rafs", extra="", **_FORM),
+)
 def test_directories_on_their_parent_are_the_image(plans: list[list[Step]], form: Form) -> None:
     """The same from directories: `dir-rafs`, each on the image of those before."""
     assume(form.kind == "tar-rafs")
