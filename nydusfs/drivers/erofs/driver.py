@@ -55,6 +55,7 @@ class ErofsDriver:
         self._later: list[tuple[DeviceFiles, str]] = []
         self._tested_disks: set[int] = set()
         self._lock = trio.Lock()
+        self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
 
     # -- life
 
@@ -123,8 +124,10 @@ class ErofsDriver:
 
     async def restore(self, where: str, reader: ImageReader) -> None:
         """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
-        known = self._link is not None and GROUP in self._link.held
-        if known and reader.store is not None and self._target(where) in self._mounted():
+        if self._left is None:
+            known = self._link is not None and GROUP in self._link.held
+            self._left = self._mounted() if known else set()
+        if reader.store is not None and self._target(where) in self._left:
             devices = self._open_devices(reader.store)
             self._remember(where, ErofsImage(where, reader, devices, []))
 
