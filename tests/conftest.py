@@ -20,6 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    # A shell starts background jobs with SIGINT ignored, and programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         signal.signal(signal.SIGTERM, interrupt)
 
