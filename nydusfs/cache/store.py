@@ -21,16 +21,15 @@ import fcntl
 import logging
 import os
 import re
-import resource
 import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import trio
 
 from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
+from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
 from nydusfs.segments import KEY_SIZE, Segment
@@ -77,17 +76,6 @@ class _Disk:
             self._thread_until = time.monotonic() + SLOW_PAUSE
 
 
-class _OpenFile:
-    """A descriptor with a count of readers: closing one that a thread reads from could hand it another file's bytes."""
-
-    __slots__ = ("evicted", "fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
-        self.evicted = False
-
-
 class CacheStore:
     """Open with `CacheStore(work_dir)`, run `sync_forever` in a nursery, `close` at the end.
 
@@ -98,10 +86,7 @@ class CacheStore:
     def __init__(self, work_dir: str | os.PathLike[str], *, boot: str | None = None) -> None:
         self.boot = boot or boot_id()
         self.path, self._lock_fd = _claim(Path(work_dir))
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_open = max(8, min(8192, soft // 8))
-        self._open: OrderedDict[tuple[str, bytes], _OpenFile] = OrderedDict()
-        self._files = threading.Lock()  # over `_open`
+        self.files = OpenFiles()
         self._blobs: dict[str, BlobCache] = {}
         self._pending: list[tuple[BlobCache, str, bytes]] = []
         self._pending_lock = threading.Lock()
@@ -138,7 +123,7 @@ class CacheStore:
         blob = self._blobs.get(blob_id)
         if blob is not None:
             blob.evicted(key)
-        self.drop_open(blob_id, key)
+        self.files.drop((blob_id, key))
         for ending in ("", f".{self.boot}"):
             _unlink(self.path / blob_id / f"{name}{ending}")
 
@@ -164,7 +149,7 @@ class CacheStore:
             match = _NAME.fullmatch(name)
             if match is not None:
                 key = bytes.fromhex(match[2])
-                self.drop_open(blob_id, key)
+                self.files.drop((blob_id, key))
                 if self.quota is not None:
                     self.quota.gone((blob_id, key))
             _unlink(folder / name)
@@ -275,56 +260,12 @@ class CacheStore:
 
     # Descriptors
 
-    def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> _OpenFile | None:
-        """An open segment file, to be given back by `release`; None when there is none. From any thread."""
+    def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> OpenFile | None:
+        """An open segment file, to be given back to `files`; None when there is none. From any thread."""
+        slot = (blob.blob_id, key)
         if self.quota is not None:
-            self.quota.used((blob.blob_id, key))
-        with self._files:
-            return self._acquire(blob, (blob.blob_id, key), names)
-
-    def _acquire(self, blob: BlobCache, slot: tuple[str, bytes], names: tuple[str, ...]) -> _OpenFile | None:
-        file = self._open.get(slot)
-        if file is None:
-            fd = -1
-            for name in names:
-                try:
-                    fd = os.open(blob.path / name, os.O_RDONLY | os.O_CLOEXEC)
-                    break
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE) and self._open:
-                        self._shrink(len(self._open) // 2)
-                    return None
-            if fd < 0:
-                return None
-            file = self._open[slot] = _OpenFile(fd)
-            self._shrink(self._max_open)
-        else:
-            self._open.move_to_end(slot)
-        file.users += 1
-        return file
-
-    def release(self, file: _OpenFile) -> None:
-        with self._files:
-            file.users -= 1
-            if file.evicted and not file.users:
-                os.close(file.fd)
-
-    def drop_open(self, blob_id: str, key: bytes) -> None:
-        with self._files:
-            file = self._open.pop((blob_id, key), None)
-            if file is not None:
-                self._retire(file)
-
-    def _shrink(self, limit: int) -> None:
-        while len(self._open) > limit:
-            self._retire(self._open.popitem(last=False)[1])
-
-    def _retire(self, file: _OpenFile) -> None:
-        file.evicted = True
-        if not file.users:
-            os.close(file.fd)
+            self.quota.used(slot)
+        return self.files.acquire(slot, (blob.path / name for name in names))
 
     def stop_syncing(self) -> None:
         """Any thread: the process is about to end and has `CLOSE_SECONDS` left for its last batches."""
@@ -334,7 +275,7 @@ class CacheStore:
         """Make durable what `CLOSE_SECONDS` allow and let go of the directory."""
         self.stop_syncing()
         self.sync()
-        self._shrink(0)
+        self.files.close()
         os.close(self._lock_fd)
 
 
@@ -409,7 +350,7 @@ class BlobCache:
         except OSError:
             return None  # `read` says why
         finally:
-            self.store.release(file)
+            self.store.files.release(file)
 
     async def read(self, segment: Segment, offset: int, size: int) -> bytearray | None:
         """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent."""
@@ -443,7 +384,7 @@ class BlobCache:
             log.warning("cache %s/%s cannot be read (%s), it is fetched again", self.path, name, _reason(error))
             got = -1
         finally:
-            self.store.release(file)
+            self.store.files.release(file)
         if got != size:
             self.drop(segment)
             return None
@@ -452,7 +393,7 @@ class BlobCache:
     def drop(self, segment: Segment) -> None:
         """Forget a segment and delete its file: it was found damaged."""
         self.forget(segment.key)
-        self.store.drop_open(self.blob_id, segment.key)
+        self.store.files.drop((self.blob_id, segment.key))
         for name in (segment.name, f"{segment.name}.{self.store.boot}"):
             _unlink(self.path / name)
 

@@ -139,7 +139,7 @@ def test_a_second_process_gets_its_own_directory(tmp_path: Path, caplog: pytest.
 
 def test_few_descriptors_and_readers_that_overlap_evictions(tmp_path: Path) -> None:
     store = CacheStore(tmp_path)
-    store._max_open = 4
+    store.files.most = 4
     parts = [keep(store, number) for number in range(40)]
 
     async def reader(number: int) -> None:
@@ -156,7 +156,7 @@ def test_few_descriptors_and_readers_that_overlap_evictions(tmp_path: Path) -> N
                 nursery.start_soon(reader, number)
 
     trio.run(main)
-    assert len(store._open) <= 4
+    assert len(store.files) <= 4
     store.close()
 
 
