@@ -76,7 +76,7 @@ def test_commit_and_commit_again(stack: Stack, tmp_path: Path) -> None:
         )  # fmt: skip
         said = commit(stack, name[:-2], once, "--with-path", "/data", "--with-path", "!/secret")
         assert re.search(
-            r"pausing container .*\n.*packed what the container changed.*\n.*packed /data.*\n.*resumed", said
+            r"pausing container [\s\S]*packed what the container changed.*\n[\s\S]*packed /data.*\n[\s\S]*resumed", said
         )
         assert status(stack, name) == "RUNNING"
         assert inside(stack, name, "cat /secret").strip() == "no", "it runs on"
