@@ -17,6 +17,8 @@ bytes a path), a record of 80 bytes for each chunk, and a few chunks in work.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["BuildOptions", "BuildResult", "build_directory", "build_layer"]
 
 Progress = Callable[[int], None]
+MANY = 20_000  # paths: below it the memory of their nodes is not worth the 10 ms of giving it back
 
 
 def build_layer(
@@ -205,6 +208,8 @@ class Build:
         blobs = list(listed.values())
         tree = flatten(root, self.table, blobs, options.chunk_size)
         dismantle(number(root))
+        if len(tree.names) > MANY:
+            _close_ranks(tree)
         if self.below is not None:
             tree = overlay([(self.below, "none"), (tree, spec)])
         elif spec != "none":
@@ -228,6 +233,21 @@ class Build:
             external_bootstrap=self.external[0],
             external_blobs=self.external[1],
         )
+
+
+def _close_ranks(tree: FlatTree) -> None:
+    """Give the memory of the nodes back: their names, spread among them, would keep nearly all of it in use.
+
+    A layer of 300,000 files: 404 MB at the most instead of 476.
+    """
+    joined = b"\0".join(tree.names)
+    tree.names = []
+    gc.collect()
+    tree.names = joined.split(b"\0")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library
 
 
 def open_source(path: str) -> BinaryIO:
