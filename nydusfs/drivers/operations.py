@@ -147,7 +147,7 @@ class ImageOperations:
         timeout = volume.entry_timeout
         seconds = int(timeout)
         return ENTRY_OUT.pack(
-            node, volume.generation, seconds, seconds, 0, 0, *pack_attr(node, volume.attr(ino))
+            node, volume.generation, seconds, seconds, 0, 0, *pack_attr(volume.shown(node, ino), volume.attr(ino))
         )
 
     def _lookup(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
@@ -158,7 +158,7 @@ class ImageOperations:
         return (ENTRY_OUT.pack(0, 0, int(volume.negative_timeout), 0, 0, 0, *(0,) * 16),)
 
     def _getattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
-        return (ATTR_OUT.pack(int(volume.entry_timeout), 0, 0, *pack_attr(node, volume.attr(ino))),)
+        return (ATTR_OUT.pack(int(volume.entry_timeout), 0, 0, *pack_attr(volume.shown(node, ino), volume.attr(ino))),)
 
     def _readlink(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
         return (volume.readlink(ino),)

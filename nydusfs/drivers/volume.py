@@ -11,11 +11,14 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from bootstrap.layout.common import BlobFeatures
 from nydusfs.drivers.stats import FsStats
 from nydusfs.errors import NydusError
 
 INDEX_SHIFT = 48
 INO_MASK = (1 << INDEX_SHIFT) - 1
+LINK_NUMBER = 1 << 47  # apart from handles, which are addresses in 32-byte units
+CAP_TAR_TOC = BlobFeatures.CAP_TAR_TOC
 MAX_INDEX = 0x7FFF  # keeps node numbers positive as signed 64-bit values
 ROOT_ID = 1
 # As upstream: 2^32 seconds. What an image holds never changes; umount sends invalidations.
@@ -95,6 +98,7 @@ class Volume(Protocol):
     generation: int
 
     def attr(self, ino: int) -> AttrLike: ...
+    def shown(self, node: int, ino: int) -> int: ...
     def lookup(self, parent: int, name: bytes) -> int: ...
     def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]: ...
     def readlink(self, ino: int) -> bytes: ...
@@ -107,6 +111,7 @@ class ImageVolume:
     """One mounted image. Keeps nothing per inode: every answer is read from the mapped bootstrap."""
 
     __slots__ = (
+        "_link_number",
         "base",
         "data",
         "entry_timeout",
@@ -130,6 +135,8 @@ class ImageVolume:
         self.stats = stats
         self.serve_xattrs = serve_xattrs
         self.root_ino = metadata.root
+        old = any(not blob.features & CAP_TAR_TOC for blob in getattr(metadata, "blobs", ()))
+        self._link_number = getattr(metadata, "link_number", None) if old else None
         self.entry_timeout = self.negative_timeout = FOREVER
 
     @property
@@ -138,6 +145,11 @@ class ImageVolume:
 
     def attr(self, ino: int) -> AttrLike:
         return self.metadata.attr(ino)
+
+    def shown(self, node: int, ino: int) -> int:
+        """The inode number that programs see: equal for all names of a file, which is how they know hard links."""
+        number = self._link_number(ino) if self._link_number is not None else 0
+        return self.base | LINK_NUMBER | number if number else node
 
     def lookup(self, parent: int, name: bytes) -> int:
         ino = self.metadata.lookup(parent, name)
@@ -303,6 +315,9 @@ class PseudoTree:
         node = self._nodes.get(ino)
         if node is None:
             raise KeyError(ino)
+        return node
+
+    def shown(self, node: int, ino: int) -> int:
         return node
 
     def attr(self, ino: int) -> AttrLike:

@@ -27,6 +27,8 @@ from bootstrap.errors import CodecError, DigestMismatch, FormatError, RafsError
 from bootstrap.layout import blobmeta, zran
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from bootstrap.reader import Bootstrap, open_bootstrap
+from nydusfs.drivers.stats import FsStats
+from nydusfs.drivers.volume import ImageVolume
 from tests.lab.manifest import FolderReader, check_image, load_manifest
 from tests.lab.paths import ref_bin, reference_cases, shared_dir
 
@@ -339,3 +341,28 @@ def test_blob_ids_cannot_leave_their_directory(tmp_path: Path) -> None:
         path.write_bytes(good.replace(name, evil.ljust(64, b"\0")))
         with pytest.raises(FormatError, match="blob id"):
             open_bootstrap(path)
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
+def test_names_of_one_file_share_a_number_in_images_of_2022(tmp_path: Path) -> None:
+    """Each name has an inode record of its own there; programs see one number all the same, nlink times."""
+    shared = shared_dir()
+    assert shared is not None
+    packed = shared / "fixtures/upstream/nydus-snapshotter/v6-bootstrap-chunk-pos-438272.tar.gz"
+    with tarfile.open(packed) as archive:
+        data = next(archive.extractfile(one) for one in archive if one.name.endswith("image.boot"))
+        assert data is not None
+        (tmp_path / "image.boot").write_bytes(data.read())
+    with open_bootstrap(tmp_path / "image.boot") as image:
+        volume = ImageVolume(1, 0, image, image, FsStats("/"), True)  # type: ignore[arg-type]
+        seen: dict[int, list[int]] = {}
+        for _, entry in image.walk():
+            attr = image.attr(entry.ino)
+            number = volume.shown(volume.base | entry.ino, entry.ino)
+            if attr.nlink > 1 and not stat.S_ISDIR(attr.mode):
+                seen.setdefault(number, []).append(attr.nlink)
+            else:
+                assert number == volume.base | entry.ino
+        assert seen
+        assert all(links == [len(links)] * len(links) for links in seen.values())
