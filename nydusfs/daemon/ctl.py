@@ -5,10 +5,11 @@ Exit status: 0 done; 1 the daemon cannot be reached or refused, said in one line
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -62,13 +63,40 @@ def _echo_json(value: Any) -> None:
     click.echo(json.dumps(value, separators=(",", ":"), sort_keys=True))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-S", "--sock", required=True, metavar="PATH", help="The daemon's API socket.")
+class Group(click.Group):
+    """`later`: commands of other packages by name, `module:attribute` and one line of help, imported when they run.
+
+    They ask the whole node and not one daemon, so `--sock` is not theirs.
+    """
+
+    later: ClassVar[dict[str, tuple[str, str]]] = {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(self.later)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.later:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.later[cmd_name][0].partition(":")
+        found: click.Command = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = [(name, self.commands[name].get_short_help_str(70)) for name in super().list_commands(ctx)]
+        with formatter.section("Commands for one daemon, named by --sock"):
+            formatter.write_dl(own)
+        if self.later:
+            with formatter.section("Commands for the whole node"):
+                formatter.write_dl([(name, text) for name, (_, text) in sorted(self.later.items())])
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("-S", "--sock", metavar="PATH", help="The daemon's API socket.")
 @click.option("-r", "--raw", is_flag=True, help="Print the daemon's JSON.")
 @click.version_option("v0.1.0", "-V", "--version", message="nydusctl %(version)s")
 @click.pass_context
-def cli(ctx: click.Context, sock: str, raw: bool) -> None:
-    """Ask a running nydusd, or change it.
+def cli(ctx: click.Context, sock: str | None, raw: bool) -> None:
+    """Ask a running nydusd, or change it; or look at all of a node.
 
     \b
       nydusctl --sock /run/nydusd.sock info
@@ -78,6 +106,10 @@ def cli(ctx: click.Context, sock: str, raw: bool) -> None:
       nydusctl --sock /run/nydusd.sock umount /img
       nydusctl --sock /run/nydusd.sock upgrade
     """
+    if ctx.invoked_subcommand in Group.later:
+        return
+    if sock is None:
+        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     ctx.obj = (Client(sock), raw)
 
 
@@ -267,6 +299,7 @@ def upgrade(obj: tuple[Client, bool], raw_too: bool) -> None:
 
 
 def main() -> None:
+    """Of this package alone; the console script is `snapshotter.nydusctl:main`, which adds the node's commands."""
     try:
         cli(prog_name="nydusctl")
     except KeyboardInterrupt:
