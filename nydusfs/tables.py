@@ -26,6 +26,7 @@ from bootstrap.chunkmap import ChunkMap
 from bootstrap.errors import DigestMismatch, RafsError
 from bootstrap.tarmap import TarMap
 from nydusfs.cache import CacheStore
+from nydusfs.cache.foreign import META_SUFFIX
 from nydusfs.errors import CacheError, SourceError
 from nydusfs.sources import Buffer, Priority, Source, WrongBytes
 from nydusfs.wholetar import read_tar
@@ -135,9 +136,9 @@ class Tables:
 
     def _local(self, blob: Blob) -> blobmeta.BlobMeta | None:
         """From beside the bootstrap or the cache. For a worker thread."""
-        for look in (partial(local_meta, self._bootstrap, blob), partial(self._cached, blob)):
+        for look in (partial(local_meta, self._bootstrap), self._cached, self._left):
             try:
-                meta = look()
+                meta = look(blob)
                 if meta is not None:
                     self._check_rows(blob, meta)
                     return meta
@@ -148,6 +149,19 @@ class Tables:
     def _cached(self, blob: Blob) -> blobmeta.BlobMeta | None:
         kept = self._kept(blob)
         return None if kept is None else blobmeta.open_cache_form(blob, kept)
+
+    def _left(self, blob: Blob) -> blobmeta.BlobMeta | None:
+        """What upstream's nydusd or snapshotter left in the work directory. Read rather than mapped: it may change."""
+        if self._store is None or "/" in blob.id:
+            return None
+        path = self._store.path / f"{blob.id}{META_SUFFIX}"
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        meta = blobmeta.open_cache_form(blob, memoryview(data))
+        log.info("image %s: table %s of another nydusd is taken over", self._name, path)
+        return meta
 
     async def _fetch(self, blob: Blob) -> blobmeta.BlobMeta:
         own = os.path.basename(self._bootstrap.path).split(".", 1)[0]

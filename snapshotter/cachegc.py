@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 BOOTSTRAPS = ("image/image.boot", "image.boot")
 YOUNG = 60.0  # seconds: a blob may be there a moment before the bootstrap that names it
-_BLOB = re.compile(r"([0-9a-f]{64})(?:\.(?:blob|chunk)[a-z_.]*)?")
+_BLOB = re.compile(r"([0-9a-f]{64})(?:\.(?:blob|chunk|segments)[a-z_.]*)?")
 
 
 def bootstraps(snapshots: Path) -> Iterator[Path]:

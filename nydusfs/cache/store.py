@@ -4,6 +4,8 @@
     <work_dir>/<blob id>/<number>-<key>.<boot>   verified and complete, not yet known to be on the disk
     <work_dir>/<blob id>/<number>-<key>.part     being written
 
+(`<blob id>.segments` where old versions of upstream's nydusd have a file of the blob's name.)
+
 A segment is written to `.part` after its digests were checked, renamed to `.<boot id>` when complete and to its plain
 name after fdatasync, a second later in a batch. After a crash of the process alone the second kind is good (the page
 cache lived on) and is adopted; after a reboot its boot id differs and it is deleted. So unknown means absent, there is
@@ -43,6 +45,7 @@ MAX_SIDE_STORES = 64
 INLINE_READ = 128 * 1024  # bytes; larger reads wait for the disk in a thread
 SLOW_DISK = 0.001  # seconds a read may keep the loop, on average
 SLOW_PAUSE = 5.0  # seconds without such reads after the disk was found slow
+SEGMENTS_SUFFIX = ".segments"
 MAX_MAPS = 1024  # derived chunk maps (12 bytes per chunk) and tables of blobs (1 to 4 % of a gzip layer) kept
 _NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -108,12 +111,13 @@ class CacheStore:
             for folder in os.scandir(self.path):
                 if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
                     continue
+                blob_id = folder.name.removesuffix(SEGMENTS_SUFFIX)
                 for entry in os.scandir(folder):
                     match = _NAME.fullmatch(entry.name)
                     if match is not None and match[3] in (None, self.boot):
                         facts = entry.stat(follow_symlinks=False)
                         name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
-                        quota.found((folder.name, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
+                        quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
             self.quota = quota
         if self.quota is not None:
             self.quota.trim()
@@ -124,8 +128,14 @@ class CacheStore:
         if blob is not None:
             blob.evicted(key)
         self.files.drop((blob_id, key))
+        folder = blob.path if blob is not None else self.folder(blob_id)
         for ending in ("", f".{self.boot}"):
-            _unlink(self.path / blob_id / f"{name}{ending}")
+            _unlink(folder / f"{name}{ending}")
+
+    def folder(self, blob_id: str) -> Path:
+        """Where the segments of a blob are."""
+        path = self.path / blob_id
+        return path if not path.is_file() else path.with_name(f"{blob_id}{SEGMENTS_SUFFIX}")
 
     def blob(self, blob_id: str) -> BlobCache:
         """The cache of a blob, one object for all mounts. Raises `CacheError` for an id that is no file name."""
@@ -140,7 +150,7 @@ class CacheStore:
         if not blob_id or blob_id.startswith(".") or "/" in blob_id:
             return
         cache = self._blobs.pop(blob_id, None)
-        folder = self.path / blob_id
+        folder = self.folder(blob_id)
         try:
             names = os.listdir(folder)
         except OSError:
@@ -159,6 +169,7 @@ class CacheStore:
             pass  # not there, or not empty: what is not ours stays
         for ending in FOREIGN_SUFFIXES:
             _unlink(self.path / f"{blob_id}{ending}")
+        _unlink(self.path / blob_id)
         if cache is not None and cache.foreign is not None:
             cache.foreign.close()
         if names:
@@ -234,8 +245,7 @@ class CacheStore:
                 pass  # evicted meanwhile
             except OSError as error:
                 log.warning("cache %s: segment %s is dropped, it cannot be made durable: %s", blob.path, name, error)
-                blob.forget(key)
-                _unlink(blob.path / f"{name}.{self.boot}")
+                blob.lost(name, key)
             finally:
                 os.close(fd)
 
@@ -285,7 +295,7 @@ class BlobCache:
     def __init__(self, store: CacheStore, blob_id: str) -> None:
         self.store = store
         self.blob_id = blob_id
-        self.path = store.path / blob_id
+        self.path = store.folder(blob_id)
         self.foreign = ForeignBlob.find(store.path, blob_id)
         self._ready: dict[bytes, bool] = {}  # key -> durable
         try:
@@ -337,6 +347,20 @@ class BlobCache:
 
     def evicted(self, key: bytes) -> None:
         self._ready.pop(key, None)
+
+    def lost(self, name: str, key: bytes) -> None:
+        """The disk did not take it: what the page cache still has may turn into what the disk has, any moment.
+
+        The file is emptied, so that whoever has it open, a kernel mount too, gets an error and never zeros.
+        """
+        self.forget(key)
+        self.store.files.drop((self.blob_id, key))
+        for ending in ("", f".{self.store.boot}"):
+            try:
+                os.truncate(self.path / f"{name}{ending}", 0)
+            except OSError:
+                pass  # not there, or a disk in no state to do it
+            _unlink(self.path / f"{name}{ending}")
 
     def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
         """Like `read`, from any thread but the event loop's: waits for the disk."""
