@@ -28,11 +28,12 @@ from tests.lab.daemon import Nydusd
 from tests.lab.faulty import Request, faulty_server
 from tests.lab.process import LabError, remove_tree, run, wait_until, work_dir
 
-_READER = """
+READER = """
 import errno, json, os, random, sys, time
 from hashlib import blake2b
 files = list(json.load(open(sys.argv[1])).items())
 stop, rng = sys.argv[2], random.Random(int(sys.argv[3]))
+pause = float(sys.argv[4]) if sys.argv[4:] else 0.002
 reads = wrong = errors = 0
 slow, said = [], []
 while not os.path.exists(stop):
@@ -55,7 +56,7 @@ while not os.path.exists(stop):
         said.append(f"{errno.errorcode.get(error.errno)} {path}")
     took = time.time() - began
     if took > 0.02: slow.append((began, began + took))
-    time.sleep(0.002)
+    time.sleep(pause)
 print(json.dumps({"reads": reads, "wrong": wrong, "errors": errors, "slow": slow, "said": said[:5]}))
 """
 _HASH_ALL = """
@@ -85,7 +86,7 @@ class Report:
     said: list[str]
 
 
-def _make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tuple[Path, dict[str, str]]:
+def make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tuple[Path, dict[str, str]]:
     """The bootstrap of a tree of 120 files, and what they hold; its blob goes to `blobs`."""
     rng = random.Random(seed)
     expected: dict[str, str] = {}
@@ -118,7 +119,7 @@ def kill_workers(
     base = work_dir()
     blobs: dict[str, bytes] = {}
     try:
-        images = [_make_image(base / f"t{n}", seed + n, base / f"b{n}", blobs) for n in range(3)]
+        images = [make_image(base / f"t{n}", seed + n, base / f"b{n}", blobs) for n in range(3)]
         faults = random.Random(seed)
 
         def slow(_: Request) -> str:
@@ -159,7 +160,7 @@ def kill_workers(
             (base / "files.json").write_text(json.dumps(files))
             processes = [
                 subprocess.Popen(
-                    [sys.executable, "-c", _READER, base / "files.json", base / "stop", str(seed + number)],
+                    [sys.executable, "-c", READER, base / "files.json", base / "stop", str(seed + number)],
                     stdout=subprocess.PIPE,
                     text=True,
                 )
@@ -222,7 +223,7 @@ def kill_everything(rounds: int, readers: int = 4, seed: int = 1) -> Report:
     base = work_dir()
     blobs: dict[str, bytes] = {}
     report = Report(rounds, 0, 0, 0, 0, 0, 0, 0, [])
-    bootstrap, expected = _make_image(base / "t", seed, base / "b", blobs)
+    bootstrap, expected = make_image(base / "t", seed, base / "b", blobs)
     held = base / "held"
     held.mkdir()
     files = {str(held / name): value for name, value in expected.items()}
@@ -249,7 +250,7 @@ def kill_everything(rounds: int, readers: int = 4, seed: int = 1) -> Report:
                 run(["mount", "--bind", daemon.mnt / "a", held])
                 processes = [
                     subprocess.Popen(
-                        [sys.executable, "-c", _READER, base / "files.json", stop, str(rng.randrange(1 << 30))],
+                        [sys.executable, "-c", READER, base / "files.json", stop, str(rng.randrange(1 << 30))],
                         stdout=subprocess.PIPE,
                         text=True,
                     )
