@@ -39,6 +39,7 @@ class _Entry:
     size: int
     used: float
     uses: int = 1
+    writing: bool = False  # its file appears at any moment: deleted now, it would stay, and nobody would count it
 
     def worth(self) -> float:
         return self.used + GRACE * math.log2(self.uses)
@@ -99,8 +100,15 @@ class Quota:
             if not self._make_room(size):
                 return False
             self._charge(slot, name, size, time.time())
+            self._entries[slot].writing = True
             self._unlooked += size
             return True
+
+    def written(self, slot: Slot) -> None:
+        """After `reserve`: the file is there, or will not be. From now on it may be evicted."""
+        entry = self._entries.get(slot)
+        if entry is not None:
+            entry.writing = False
 
     def trim(self) -> None:
         """Down to the limit: after it was lowered, or at the start."""
@@ -146,6 +154,8 @@ class Quota:
         for slot, entry in sorted(self._entries.items(), key=lambda item: item[1].worth()):
             if freed >= short:
                 break
+            if entry.writing:
+                continue
             self._evict(slot, entry.name)
             del self._entries[slot]
             self._total -= entry.size

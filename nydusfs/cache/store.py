@@ -129,7 +129,7 @@ class CacheStore:
             blob.evicted(key)
         self.files.drop((blob_id, key))
         folder = blob.path if blob is not None else self.folder(blob_id)
-        for ending in ("", f".{self.boot}"):
+        for ending in (f".{self.boot}", ""):  # in this order: `sync` may rename the first to the second meanwhile
             _unlink(folder / f"{name}{ending}")
 
     def folder(self, blob_id: str) -> Path:
@@ -428,6 +428,13 @@ class BlobCache:
         quota, slot = self.store.quota, (self.blob_id, segment.key)
         if quota is not None and not quota.reserve(slot, segment.name, len(plain)):
             return False
+        try:
+            return self._write(segment, plain)
+        finally:
+            if quota is not None:
+                quota.written(slot)
+
+    def _write(self, segment: Segment, plain: bytearray) -> bool:
         part = self.path / f"{segment.name}.part"
         devices = self.store.devices
         try:
@@ -449,8 +456,8 @@ class BlobCache:
             os.rename(part, ready)
         except OSError as error:
             _unlink(part)
-            if quota is not None:
-                quota.gone(slot)
+            if self.store.quota is not None:
+                self.store.quota.gone((self.blob_id, segment.key))
             self.store.note_write(error)
             return False
         self.store.note_write(None)
