@@ -15,6 +15,8 @@ from snapshotter.errors import InvalidArgument
 # field path -> (value, present)
 Adaptor = Callable[[Sequence[str]], tuple[str, bool]]
 Predicate = Callable[[Adaptor], bool]
+# field -> value of the `==` selectors of one filter; labels as ("labels", name)
+Equals = dict[tuple[str, ...], str]
 
 MAX_FILTER = 64 << 10
 _FIELD = re.compile(r"[A-Za-z0-9_]+")
@@ -26,15 +28,30 @@ _ESCAPE = re.compile(
 _SIMPLE = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"'}
 
 
-def parse(filters: Iterable[str]) -> Predicate:
+class Filter:
+    """A predicate for a request's filters. `alternatives`: of each, equalities that hold for all it matches."""
+
+    def __init__(self, filters: Iterable[str]) -> None:
+        """Raises InvalidArgument for text outside the grammar."""
+        self.alternatives: list[Equals] = []
+        self._alternatives: list[list[Predicate]] = []
+        for text in filters:
+            equals: Equals = {}
+            self._alternatives.append(_parse_one(text, equals))
+            self.alternatives.append(equals)
+        if not self._alternatives:
+            self._alternatives, self.alternatives = [[]], [{}]
+
+    def __call__(self, adaptor: Adaptor) -> bool:
+        return any(all(matches(adaptor) for matches in selectors) for selectors in self._alternatives)
+
+
+def parse(filters: Iterable[str]) -> Filter:
     """One predicate for a request's filters. Raises InvalidArgument for text outside the grammar."""
-    alternatives = [_parse_one(text) for text in filters]
-    if not alternatives or any(not selectors for selectors in alternatives):
-        return lambda adaptor: True
-    return lambda adaptor: any(all(matches(adaptor) for matches in selectors) for selectors in alternatives)
+    return Filter(filters)
 
 
-def _parse_one(text: str) -> list[Predicate]:
+def _parse_one(text: str, equals: Equals) -> list[Predicate]:
     if not text:
         return []
     if len(text) > MAX_FILTER:
@@ -42,7 +59,7 @@ def _parse_one(text: str) -> list[Predicate]:
     selectors: list[Predicate] = []
     at = 0
     while True:
-        selector, at = _selector(text, at)
+        selector, at = _selector(text, at, equals)
         selectors.append(selector)
         if at == len(text):
             return selectors
@@ -51,7 +68,7 @@ def _parse_one(text: str) -> list[Predicate]:
         at += 1
 
 
-def _selector(text: str, at: int) -> tuple[Predicate, int]:
+def _selector(text: str, at: int, equals: Equals) -> tuple[Predicate, int]:
     path: list[str] = []
     while True:
         if match := _FIELD.match(text, at):
@@ -70,6 +87,7 @@ def _selector(text: str, at: int) -> tuple[Predicate, int]:
     at += 2
     value, at = _value(text, at, operator == "~=")
     if operator == "==":
+        equals[(path[0], ".".join(path[1:])) if len(path) > 1 else (path[0],)] = value
         return (lambda adaptor: adaptor(path) == (value, True)), at
     if operator == "!=":
         return (lambda adaptor: adaptor(path) != (value, True)), at

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 
+from snapshotter.directories import disk_usage
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images
 from snapshotter.labels import LAYER_DIGEST, SNAPSHOT_REF, id_mapping, is_data, is_meta
 from snapshotter.mounts import Layout, Mount
-from snapshotter.store import Kind, Snapshot, Store, disk_usage
+from snapshotter.store import Kind, Snapshot, Store
 from snapshotter.trash import Trash
 
 log = logging.getLogger(__name__)
 
-CLEANUP_PATIENCE = 2.0  # seconds: 20,000 files or so are gone by then
+CLEANUP_PATIENCE = 2.0  # seconds: the images of 100 snapshots, or 20,000 files or so, are gone by then
 
 
 class Snapshotter:
@@ -27,7 +27,7 @@ class Snapshotter:
         self._layout = layout
         self._images = images
         self._sync_remove = sync_remove
-        self._trash = Trash(store.trash)
+        self._trash = Trash(store.trash, self._gather)
         self._trash.empty(0)  # what an earlier life had no time for
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -69,7 +69,7 @@ class Snapshotter:
     def find(self, filters: Sequence[str]) -> list[Snapshot]:
         """Raises InvalidArgument for a filter outside the grammar."""
         matches = parse(filters)
-        return [snapshot for snapshot in self._store.all() if matches(_adaptor(snapshot))]
+        return [found for found in self._store.candidates(matches.alternatives) if matches(_adaptor(found))]
 
     def usage(self, key: str) -> tuple[int, int]:
         """(bytes, inodes); for a lazy layer the blob cache's share is counted too."""
@@ -82,22 +82,26 @@ class Snapshotter:
         return size, snapshot.inodes
 
     def cleanup(self) -> None:
-        """Unmounts the images of removed snapshots and takes their directories away; big ones are deleted behind.
+        """Unmounts the images of removed snapshots and deletes their directories; what takes long goes on behind."""
+        self._trash.empty(CLEANUP_PATIENCE)
 
-        One failure stops nothing.
-        """
-        images = False
-        for identity, path in self._store.leftovers():
+    def _gather(self) -> None:
+        """One failure stops nothing."""
+        images, done = False, []
+        for identity in self._store.gone():
+            path = self._store.path(identity)
             try:
                 images |= self._images.release(identity)
                 self._trash.put(path)
             except FileNotFoundError:
-                pass  # two Cleanups at once
+                pass  # an earlier life came so far
             except (SnapshotterError, OSError) as error:
                 log.warning("%s is left for the next clean-up: %s", path, error)
+                continue
+            done.append(identity)
+        self._store.forget(done)
         if images:
             self._images.collect()
-        self._trash.empty(CLEANUP_PATIENCE)
 
     # ----
 
@@ -114,7 +118,7 @@ class Snapshotter:
     def _undo(self, snapshot: Snapshot) -> None:
         try:
             self._store.remove(snapshot.key)
-            shutil.rmtree(self._store.upper(snapshot.id).parent, ignore_errors=True)
+            self._trash.empty(0)
         except SnapshotterError as error:
             log.warning("snapshot %s cannot be taken back: %s", snapshot.key, error)
 

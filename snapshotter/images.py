@@ -15,12 +15,13 @@ from pathlib import Path
 
 from snapshotter import cachegc
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
+from snapshotter.directories import disk_usage
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.labels import image_ref
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
 from snapshotter.nydusd_config import Template, derive, write_private
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
-from snapshotter.store import Snapshot, Store, disk_usage
+from snapshotter.store import Snapshot, Store
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,7 @@ class Images:
                 record = InstanceRecord(meta.id, daemon.id, image, bootstrap)
                 try:
                     # written first: should this program die now, the next one knows what to look for
-                    self._records.add_daemon(daemon.record)
-                    self._records.save_instance(record)
+                    self._records.add_instance(daemon.record, record)
                     self._instances[meta.id] = record
                     self._mount(record, labels)
                 except BaseException:
@@ -287,7 +287,8 @@ class Images:
         return text
 
     def _labels(self, record: InstanceRecord) -> Mapping[str, str]:
-        return next((one.labels for one in self._store.all() if one.id == record.snapshot), {})
+        snapshot = self._store.by_id(record.snapshot)
+        return snapshot.labels if snapshot else {}
 
     # ---- daemons
 

@@ -33,43 +33,43 @@ class Records:
         self._database = database
 
     def daemons(self) -> list[DaemonRecord]:
-        rows = self._database.reader().execute("SELECT id, shared, pid, started, socket, mountpoint FROM daemons")
+        rows = self._database.query("SELECT id, shared, pid, started, socket, mountpoint FROM daemons")
         return [DaemonRecord(row[0], bool(row[1]), row[2], row[3], Path(row[4]), Path(row[5])) for row in rows]
 
     def save_daemon(self, record: DaemonRecord) -> None:
-        with self._database.write() as writer:
-            writer.execute(
-                "INSERT INTO daemons VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
-                " started = excluded.started",
-                (record.id, record.shared, record.pid, record.started, str(record.socket), str(record.mountpoint)),
-            )
+        self._write(
+            "INSERT INTO daemons VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
+            " started = excluded.started",
+            (record.id, record.shared, record.pid, record.started, str(record.socket), str(record.mountpoint)),
+        )
 
-    def add_daemon(self, record: DaemonRecord) -> None:
-        """Leaves a row that is there as it is."""
-        with self._database.write() as writer:
-            writer.execute(
-                "INSERT INTO daemons VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (record.id, record.shared, record.pid, record.started, str(record.socket), str(record.mountpoint)),
+    def add_instance(self, daemon: DaemonRecord, record: InstanceRecord) -> None:
+        """With its daemon, whose row is left as it is if there is one."""
+        self._database.apply(
+            lambda writer: (
+                writer.execute(
+                    "INSERT INTO daemons VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                    (daemon.id, daemon.shared, daemon.pid, daemon.started, str(daemon.socket), str(daemon.mountpoint)),
+                ),
+                writer.execute("DELETE FROM instances WHERE snapshot = ?", (record.snapshot,)),
+                writer.execute(
+                    "INSERT INTO instances (snapshot, daemon, image, bootstrap) VALUES (?, ?, ?, ?)",
+                    (record.snapshot, record.daemon, record.image, str(record.bootstrap)),
+                ),
             )
+        )
 
     def forget_daemon(self, daemon: str) -> None:
         """With its instances."""
-        with self._database.write() as writer:
-            writer.execute("DELETE FROM daemons WHERE id = ?", (daemon,))
+        self._write("DELETE FROM daemons WHERE id = ?", (daemon,))
 
     def instances(self) -> list[InstanceRecord]:
         """In order of mounting."""
-        rows = self._database.reader().execute("SELECT snapshot, daemon, image, bootstrap FROM instances ORDER BY seq")
+        rows = self._database.query("SELECT snapshot, daemon, image, bootstrap FROM instances ORDER BY seq")
         return [InstanceRecord(row[0], row[1], row[2], Path(row[3])) for row in rows]
 
-    def save_instance(self, record: InstanceRecord) -> None:
-        with self._database.write() as writer:
-            writer.execute("DELETE FROM instances WHERE snapshot = ?", (record.snapshot,))
-            writer.execute(
-                "INSERT INTO instances (snapshot, daemon, image, bootstrap) VALUES (?, ?, ?, ?)",
-                (record.snapshot, record.daemon, record.image, str(record.bootstrap)),
-            )
-
     def forget_instance(self, snapshot: int) -> None:
-        with self._database.write() as writer:
-            writer.execute("DELETE FROM instances WHERE snapshot = ?", (snapshot,))
+        self._write("DELETE FROM instances WHERE snapshot = ?", (snapshot,))
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+        self._database.apply(lambda writer: writer.execute(statement, values) and None)

@@ -50,9 +50,7 @@ class Program:
         self._settings = settings
         self._database = Database(root / NAME)
         store = Store(root, self._database)
-        if swept := store.sweep_temporary():
-            log.info("removed %d unfinished snapshot directories", swept)
-        for identity in store.missing():
+        for identity in store.missing:
             log.error("snapshot %d has no directory any more: remove its image in containerd, pull it again", identity)
         if (root / "metadata.db").exists():
             log.warning(

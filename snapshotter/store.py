@@ -1,7 +1,8 @@
 """Snapshots: rows and directories as one thing. The rules are containerd's (snapshotter.md 1.5, 1.9).
 
 A directory gets its final name inside the transaction that writes its row, so after a kill at any instant a row
-always has its directory, and a directory without a row is a leftover (`leftovers`).
+always has its directory, and a directory without a row is a leftover. Leftovers of Remove are rows of their own
+(`gone`); those of a kill are found at the next start.
 """
 
 from __future__ import annotations
@@ -11,22 +12,19 @@ import logging
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
 from snapshotter.database import Database
+from snapshotter.directories import TEMPORARY, Fresh, Rewrite, disk_usage, has_record, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from snapshotter.filters import Equals
 from snapshotter.labels import SNAPSHOT_REF
 
 log = logging.getLogger(__name__)
-
-TEMPORARY = "new-"
-FS_MODE = 0o755
-WORK_MODE = 0o711
 
 
 class Kind(IntEnum):
@@ -62,39 +60,66 @@ SELECT {_COLUMNS} FROM chain JOIN snapshots s ON s.id = chain.id LEFT JOIN snaps
 ORDER BY chain.depth
 """
 
+# field of a filter -> column with an index; the most selective first
+_INDEXED = {("name",): "s.key", ("labels", SNAPSHOT_REF): "s.ref", ("parent",): "p.key"}
+
 
 class Store:
     """All methods are safe to call from several threads."""
 
     def __init__(self, root: Path, database: Database) -> None:
+        """Settles what an earlier run left: unfinished directories go, unknown ones are `gone`, ids are not reused."""
         self.directory = root / "snapshots"
         self.directory.mkdir(mode=0o700, exist_ok=True)
         self.trash = self.directory.with_name("trash")  # same file system, unless somebody mounted over one of them
+        self.missing: list[int] = []  # rows whose directory somebody deleted by hand
+        self._path = str(self.directory)
         self._database = database
-        self._settle_ids()
+        self._settle()
 
     # ---- queries
 
     def stat(self, key: str) -> Snapshot:
         """Raises NotFound."""
-        row = self._database.reader().execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
-        if row is None:
+        rows = self._database.query(f"{_SELECT} WHERE s.key = ?", (key,))
+        if not rows:
             raise NotFound(f"snapshot {key} not found")
-        return _snapshot(row)
+        return _snapshot(rows[0])
+
+    def by_id(self, identity: int) -> Snapshot | None:
+        rows = self._database.query(f"{_SELECT} WHERE s.id = ?", (identity,))
+        return _snapshot(rows[0]) if rows else None
 
     def chain(self, key: str) -> list[Snapshot]:
         """The snapshot, its parent, and so on up to the root. Raises NotFound."""
-        rows = self._database.reader().execute(_CHAIN, (key,)).fetchall()
+        rows = self._database.query(_CHAIN, (key,))
         if not rows:
             raise NotFound(f"snapshot {key} not found")
         return [_snapshot(row) for row in rows]
 
     def all(self) -> list[Snapshot]:
-        """All snapshots in byte order of their keys, read at once: no lock is held while a client takes its time."""
-        return [_snapshot(row) for row in self._database.reader().execute(f"{_SELECT} ORDER BY s.key").fetchall()]
+        """All snapshots in byte order of their keys, read at once."""
+        return [_snapshot(row) for row in self._database.query(f"{_SELECT} ORDER BY s.key")]
+
+    def candidates(self, alternatives: Iterable[Equals]) -> list[Snapshot]:
+        """In the same order, no fewer than those for which all of one alternative's equalities hold.
+
+        Of each, the first field that has an index is looked up; without one all snapshots are read.
+        """
+        found: dict[int, Snapshot] = {}
+        for equals in alternatives:
+            column = next((column for field, column in _INDEXED.items() if field in equals), None)
+            if column is None:
+                return self.all()
+            value = equals[next(field for field in _INDEXED if field in equals)]
+            if column == "p.key" and not value:
+                return self.all()
+            for row in self._database.query(f"{_SELECT} WHERE {column} = ?", (value,)):
+                found[row[0]] = _snapshot(row)
+        return sorted(found.values(), key=lambda snapshot: snapshot.key.encode("utf-8", "surrogatepass"))
 
     def ids(self) -> set[int]:
-        return {row[0] for row in self._database.reader().execute("SELECT id FROM snapshots")}
+        return {row[0] for row in self._database.query("SELECT id FROM snapshots")}
 
     # ---- changes
 
@@ -111,14 +136,21 @@ class Store:
         Raises InvalidArgument (empty key, parent not committed), NotFound (parent), AlreadyExists (key).
         """
         _need(key, "key")
-        with _fresh_directory(self.directory, work=kind is Kind.ACTIVE) as fresh, self._database.write() as writer:
+        now = time.time_ns()
+        made = Snapshot(0, key, parent, kind, now, now, 0, 0, _kept(labels))
+
+        def insert(writer: sqlite3.Connection) -> int:
             parent_id = _parent_id(writer, parent)
             if _find(writer, key) is not None:
                 raise AlreadyExists(f"snapshot {key} already exists")
-            now = time.time_ns()
-            identity = _insert(writer, key, parent_id, kind, now, labels)
+            identity = _insert(writer, made, parent_id)
             fresh.settle(identity, parent_id, host_id)
-        return Snapshot(identity, key, parent, kind, now, now, 0, 0, _kept(labels))
+            return identity
+
+        with Fresh(self._path, record_of(made), work=kind is Kind.ACTIVE) as fresh:
+            identity = self._database.apply(insert, before=self._sync, undo=fresh.unsettle)
+            fresh.keep()
+        return replace(made, id=identity)
 
     def commit_skipped(self, key: str, parent: str, ref: str, labels: Mapping[str, str]) -> Snapshot | None:
         """A layer whose data is never unpacked: committed at once, without an active snapshot in between.
@@ -128,23 +160,30 @@ class Store:
         None: there is such a layer already. Raises as `create`.
         """
         _need(key, "key")
-        with _fresh_directory(self.directory, work=False) as fresh, self._database.write() as writer:
+        now = time.time_ns()
+        made = Snapshot(0, ref, parent, Kind.COMMITTED, now, now, 0, 0, _kept(labels))
+
+        def insert(writer: sqlite3.Connection) -> Snapshot | None:
             parent_id = _parent_id(writer, parent)
             if _find(writer, key) is not None:
                 raise AlreadyExists(f"snapshot {key} already exists")
-            siblings = writer.execute(
-                "SELECT labels FROM snapshots WHERE parent IS ? AND kind = ?", (parent_id, Kind.COMMITTED)
-            )
-            if any(json.loads(text).get(SNAPSHOT_REF) == ref for (text,) in siblings):
+            same = "SELECT 1 FROM snapshots WHERE ref = ? AND parent IS ? AND kind = ?"
+            if writer.execute(same, (ref, parent_id, Kind.COMMITTED)).fetchone():
                 return None
-            now = time.time_ns()
             taken = _find(writer, ref) is not None
-            identity = _insert(writer, key if taken else ref, parent_id, Kind.COMMITTED, now, labels)
+            identity = _insert(writer, replace(made, key=key) if taken else made, parent_id)
+            named = replace(made, id=identity, key=f"{ref}.{identity}" if taken else ref)
             if taken:
-                writer.execute("UPDATE snapshots SET key = ? WHERE id = ?", (f"{ref}.{identity}", identity))
+                writer.execute("UPDATE snapshots SET key = ? WHERE id = ?", (named.key, identity))
+                fresh.record(record_of(named))
             fresh.settle(identity, parent_id, None)
-            name = f"{ref}.{identity}" if taken else ref
-        return Snapshot(identity, name, parent, Kind.COMMITTED, now, now, 0, 0, _kept(labels))
+            return named
+
+        with Fresh(self._path, record_of(made), work=False) as fresh:
+            named = self._database.apply(insert, before=self._sync, undo=fresh.unsettle)
+            if named is not None:
+                fresh.keep()
+        return named
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """The active snapshot `key` becomes the committed `name`. `parent`: rebase, only where there was none.
@@ -156,11 +195,16 @@ class Store:
         active = self.stat(key)
         # The walk may take long: outside of the transaction. Nothing writes to a snapshot that is being committed.
         size, inodes = disk_usage(self.upper(active.id)) if active.kind is Kind.ACTIVE else (0, 0)
-        with self._database.write() as writer:
+        now = time.time_ns()
+        done = Snapshot(
+            active.id, name, parent or active.parent, Kind.COMMITTED, now, now, size, inodes, _kept(labels)
+        )
+
+        def change(writer: sqlite3.Connection) -> None:
             if _find(writer, name) is not None:
                 raise AlreadyExists(f"snapshot {name} already exists")
             row = writer.execute("SELECT id, kind, parent FROM snapshots WHERE key = ?", (key,)).fetchone()
-            if row is None:
+            if row is None or row[0] != active.id:
                 raise NotFound(f"snapshot {key} not found")
             identity, kind, parent_id = row
             if kind != Kind.ACTIVE:
@@ -169,17 +213,21 @@ class Store:
                 )
             if parent:
                 parent_id = _rebase(writer, key, parent_id, parent)
-            now = time.time_ns()
             writer.execute(
                 "UPDATE snapshots SET key = ?, kind = ?, parent = ?, created = ?, updated = ?, size = ?, inodes = ?,"
                 " labels = ? WHERE id = ?",
-                (name, Kind.COMMITTED, parent_id, now, now, size, inodes, _dump(labels), identity),
+                (name, Kind.COMMITTED, parent_id, now, now, size, inodes, _dump(done.labels), identity),
             )
+            rewrite.apply()
+
+        with Rewrite(f"{self._path}/{active.id}", record_of(done)) as rewrite:
+            self._database.apply(change)
 
     def remove(self, key: str) -> Snapshot:
-        """Deletes the row; the directory stays for `leftovers`. Raises NotFound, FailedPrecondition (has children)."""
+        """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
         _need(key, "key")
-        with self._database.write() as writer:
+
+        def delete(writer: sqlite3.Connection) -> Snapshot:
             row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
             if row is None:
                 raise NotFound(f"snapshot {key} not found")
@@ -187,151 +235,125 @@ class Store:
             if writer.execute("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (gone.id,)).fetchone():
                 raise FailedPrecondition(f"cannot remove snapshot with child: {key}")
             writer.execute("DELETE FROM snapshots WHERE id = ?", (gone.id,))
-        return gone
+            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (gone.id,))
+            return gone
+
+        return self._database.apply(delete)
 
     def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
         """Changes labels only, as the field mask says. Raises NotFound; InvalidArgument for any path but labels."""
         for path in mask:
             if path != "labels" and not (path.startswith("labels.") and len(path) > len("labels.")):
                 raise InvalidArgument(f"cannot update {path!r} of snapshot {key}: only labels can be changed")
-        with self._database.write() as writer:
+
+        def change(writer: sqlite3.Connection) -> Snapshot:
             row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
             if row is None:
                 raise NotFound(f"snapshot {key} not found")
-            changed = dict(_snapshot(row).labels)
+            before = _snapshot(row)
+            changed = dict(before.labels)
             for path in mask or ("labels",):
                 if path == "labels":
                     changed = dict(labels)
                 else:
                     name = path.removeprefix("labels.")
                     changed[name] = labels.get(name, "")
+            after = replace(before, labels=_kept(changed), updated=time.time_ns())
             writer.execute(
-                "UPDATE snapshots SET labels = ?, updated = ? WHERE key = ?", (_dump(changed), time.time_ns(), key)
+                "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
+                (_dump(after.labels), after.updated, after.id),
             )
-            row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
-        return _snapshot(row)
+            with Rewrite(f"{self._path}/{after.id}", record_of(after)) as rewrite:
+                rewrite.apply()
+            return after
+
+        return self._database.apply(change)
 
     # ---- directories
 
     def upper(self, identity: int) -> Path:
         return self.directory / str(identity) / "fs"
 
-    def leftovers(self) -> list[tuple[int, Path]]:
-        """Directories that this database once named and no longer does: (id, path).
+    def path(self, identity: int) -> Path:
+        return self.directory / str(identity)
 
-        Anything else without a row (a directory older than the database, a foreign name) is somebody's data and stays.
+    def gone(self) -> list[int]:
+        """Ids whose mounts and directories are to be taken away."""
+        return [row[0] for row in self._database.query("SELECT id FROM gone ORDER BY id")]
+
+    def forget(self, identities: Sequence[int]) -> None:
+        """They have been."""
+        if identities:
+            rows = [(identity,) for identity in identities]
+            self._database.apply(lambda writer: writer.executemany("DELETE FROM gone WHERE id = ?", rows) and None)
+
+    def write_records(self) -> int:
+        """Directories of before there were records get theirs. Returns the count. Raises OSError."""
+        written = 0
+        for snapshot in self.all():
+            if not has_record(f"{self._path}/{snapshot.id}"):
+                write_record(f"{self._path}/{snapshot.id}", record_of(snapshot))
+                written += 1
+        return written
+
+    def _sync(self) -> None:
+        """A row is durable when its transaction is; its directory must not be less so."""
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _settle(self) -> None:
+        """Before any call is served.
+
+        No new id may meet an old directory: of a rolled-back transaction, or of a database that was lost. Only what
+        this database once gave out a number for is known to be nobody's; a foreign name or a directory older than
+        the database is somebody's data and stays.
         """
-        # Directory first, then rows under the writer's lock: a Prepare whose directory is listed has then either
-        # written its row or taken its directory back.
-        found = [(int(entry.name), Path(entry.path)) for entry in os.scandir(self.directory) if entry.name.isdecimal()]
-        with self._database.write() as writer:
-            known = {row[0] for row in writer.execute("SELECT id FROM snapshots")}
-        floor = self._fact("floor")
-        return [(identity, path) for identity, path in found if identity > floor and identity not in known]
+        names = [entry.name for entry in os.scandir(self.directory)]
+        for name in names:
+            if name.startswith(TEMPORARY):
+                shutil.rmtree(f"{self._path}/{name}", ignore_errors=True)
+        found = {int(name) for name in names if name.isdecimal() and name.isascii() and len(name) < 19}
+        known = self.ids()
+        self.missing = sorted(known - found)
+        highest = max(found, default=0)
 
-    def sweep_temporary(self) -> int:
-        """Deletes what an interrupted Prepare left under a temporary name; only before serving. Returns the count."""
-        names = [entry.path for entry in os.scandir(self.directory) if entry.name.startswith(TEMPORARY)]
-        for path in names:
-            shutil.rmtree(path, ignore_errors=True)
-        return len(names)
-
-    def missing(self) -> list[int]:
-        """Ids of rows without a directory: somebody deleted it by hand."""
-        return sorted(identity for identity in self.ids() if not self.upper(identity).is_dir())
-
-    def _fact(self, name: str) -> int:
-        row = self._database.reader().execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return int(row[0]) if row else 0
-
-    def _settle_ids(self) -> None:
-        """No new id may meet an old directory: of a rolled-back transaction, or of a database that was lost."""
-        highest = max((int(entry.name) for entry in os.scandir(self.directory) if entry.name.isdecimal()), default=0)
-        highest = min(highest, 1 << 62)
-        with self._database.write() as writer:
+        def write(writer: sqlite3.Connection) -> None:
             if self._database.created and highest:
                 log.warning(
-                    "%s holds snapshots up to %d that this database does not know; they are left alone",
+                    "%s holds snapshots up to %d that this database does not know; they are left alone. If the "
+                    "database was lost, stop this program and run containerd-nydus-grpc --repair with the same flags",
                     self.directory,
                     highest,
                 )
                 writer.execute("INSERT OR REPLACE INTO facts VALUES ('floor', ?)", (highest,))
+            row = writer.execute("SELECT value FROM facts WHERE name = 'floor'").fetchone()
+            floor = int(row[0]) if row else 0
+            left = [(identity,) for identity in found - known if identity > floor]
+            writer.executemany("INSERT OR IGNORE INTO gone VALUES (?)", left)
             row = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
             if row is None:
                 writer.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', ?)", (highest,))
             elif row[0] < highest:
                 writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (highest,))
 
-
-class _fresh_directory:
-    """A snapshot directory under a temporary name; gone again unless its transaction was committed."""
-
-    def __init__(self, parent: Path, *, work: bool) -> None:
-        self._snapshots = parent
-        self._work = work
-        self._path = ""
-        self._settled = False
-
-    def __enter__(self) -> _fresh_directory:
-        self._path = tempfile.mkdtemp(prefix=TEMPORARY, dir=self._snapshots)
-        for name, mode in (("fs", FS_MODE), ("work", WORK_MODE)) if self._work else (("fs", FS_MODE),):
-            os.mkdir(f"{self._path}/{name}")
-            os.chmod(f"{self._path}/{name}", mode)  # whatever the umask
-        return self
-
-    def settle(self, identity: int, parent: int | None, host_id: int | None) -> None:
-        """Last step inside the transaction."""
-        owner = (host_id, host_id)
-        if host_id is None:
-            above = os.stat(self._snapshots / str(parent) / "fs") if parent is not None else os.stat(self._path)
-            owner = (above.st_uid, above.st_gid)
-        os.chown(f"{self._path}/fs", *owner)  # type: ignore[arg-type]
-        if host_id is not None and self._work:
-            os.chown(f"{self._path}/work", host_id, host_id)
-        final = str(self._snapshots / str(identity))
-        os.rename(self._path, final)
-        self._path = final
-        # The row is durable when the transaction is; its directory must not be less so.
-        descriptor = os.open(self._snapshots, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        self._settled = True
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None or not self._settled:
-            shutil.rmtree(self._path, ignore_errors=True)
+        self._database.apply(write)
 
 
-def disk_usage(path: Path) -> tuple[int, int]:
-    """(bytes on disk, inodes) of a tree, each inode once. Files that vanish meanwhile are not counted."""
-    size = 0
-    seen: set[tuple[int, int]] = set()
-    pending = [str(path)]
-    try:
-        top = os.lstat(path)
-    except FileNotFoundError:
-        return 0, 0
-    size += top.st_blocks * 512
-    seen.add((top.st_dev, top.st_ino))
-    while pending:
-        try:
-            entries = os.scandir(pending.pop())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        with entries:
-            for entry in entries:
-                try:
-                    stat = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                if (stat.st_dev, stat.st_ino) not in seen:
-                    seen.add((stat.st_dev, stat.st_ino))
-                    size += stat.st_blocks * 512
-    return size, len(seen)
+def record_of(snapshot: Snapshot) -> dict[str, object]:
+    """What the directory remembers; the parent by its key, which is unique and never changes once committed."""
+    return {
+        "key": snapshot.key,
+        "parent": snapshot.parent,
+        "kind": int(snapshot.kind),
+        "created": snapshot.created,
+        "updated": snapshot.updated,
+        "size": snapshot.size,
+        "inodes": snapshot.inodes,
+        "labels": dict(snapshot.labels),
+    }
 
 
 def _snapshot(row: Sequence[object]) -> Snapshot:
@@ -367,12 +389,10 @@ def _rebase(connection: sqlite3.Connection, key: str, current: int | None, paren
     return found[0]
 
 
-def _insert(
-    connection: sqlite3.Connection, key: str, parent: int | None, kind: Kind, now: int, labels: Mapping[str, str]
-) -> int:
-    cursor = connection.execute(
+def _insert(writer: sqlite3.Connection, made: Snapshot, parent: int | None) -> int:
+    cursor = writer.execute(
         "INSERT INTO snapshots (key, parent, kind, created, updated, labels) VALUES (?, ?, ?, ?, ?, ?)",
-        (key, parent, kind, now, now, _dump(labels)),
+        (made.key, parent, made.kind, made.created, made.updated, _dump(made.labels)),
     )
     assert cursor.lastrowid is not None
     return cursor.lastrowid
@@ -384,7 +404,7 @@ def _kept(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _dump(labels: Mapping[str, str]) -> str:
-    return json.dumps(_kept(labels), ensure_ascii=False, sort_keys=True)
+    return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True)
 
 
 def _need(text: str, what: str) -> None:

@@ -1,8 +1,8 @@
-"""Where directories of removed snapshots wait to be deleted: out of sight at once, gone when there is time.
+"""Where directories of removed snapshots wait to be deleted: out of sight soon, gone when there is time.
 
-Deleting an unpacked image is hundreds of thousands of calls. Who asks for a clean-up waits for the renames, and a
-moment more so that small ones are really gone; the rest goes on behind. Whatever lies here belongs to nobody, so a
-killed program's rest is deleted by the next one.
+Deleting an unpacked image is hundreds of thousands of calls. Who asks for a clean-up waits a moment, so that small
+ones are really gone; the rest goes on behind. Whatever lies here belongs to nobody, so a killed program's rest is
+deleted by the next one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -21,11 +22,12 @@ log = logging.getLogger(__name__)
 class Trash:
     """`folder` should be on the file system of what is put into it: else it is deleted at once, not moved.
 
-    All methods may be called from any thread.
+    `gather` puts in what there is, before each emptying. All methods may be called from any thread.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gather: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
+        self._gather = gather
         self._lock = threading.Lock()
         self._asked = False
         self._idle = threading.Event()
@@ -42,7 +44,7 @@ class Trash:
             shutil.rmtree(path)
 
     def empty(self, patience: float) -> None:
-        """Has everything deleted; returns when that is done, or after `patience` seconds."""
+        """Has everything gathered and deleted; returns when that is done, or after `patience` seconds."""
         with self._lock:
             self._asked = True
             if self._idle.is_set():
@@ -57,6 +59,10 @@ class Trash:
                     self._idle.set()
                     return
                 self._asked = False
+            try:
+                self._gather()
+            except Exception:
+                log.exception("what was removed is left for the next clean-up")
             try:
                 paths = [entry.path for entry in os.scandir(self._folder)]
             except FileNotFoundError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sqlite3
 import tempfile
 import threading
 from pathlib import Path
@@ -13,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from snapshotter.database import NAME, Database
+from snapshotter.database import MIGRATIONS, NAME, Database
+from snapshotter.directories import read_record
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -122,8 +125,10 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule()
     def cleanup(self) -> None:
-        for _, path in self.store.leftovers():
-            shutil.rmtree(path)
+        gone = self.store.gone()
+        for identity in gone:
+            shutil.rmtree(self.store.path(identity))
+        self.store.forget(gone)
         assert {int(name) for name in directories(self.store)} == self.store.ids()
 
     @rule()
@@ -134,7 +139,7 @@ class StoreModel(RuleBasedStateMachine):
     def agree(self) -> None:
         found = {s.key: (s.kind, s.parent) for s in self.store.all()}
         assert found == self.model
-        assert self.store.missing() == []
+        assert self.store.missing == []
         assert not [name for name in directories(self.store) if not name.isdecimal()]
         for key in self.model:
             chain = self.store.chain(key)
@@ -185,17 +190,17 @@ def test_a_lost_database_never_reuses_or_deletes_what_lies_there(store: Store, t
         if name.startswith(NAME):
             (tmp_path / name).unlink()
     again = open_store(tmp_path)
-    assert again.sweep_temporary() == 1
+    assert "new-half" not in os.listdir(tmp_path / "snapshots")
     assert again.create(Kind.ACTIVE, "k", "", {}).id == 4
     again.remove("k")
-    assert [identity for identity, _ in again.leftovers()] == [4]
+    assert again.gone() == [4]
 
 
 def test_a_directory_of_a_rolled_back_transaction_is_a_leftover(store: Store, tmp_path: Path) -> None:
     store.create(Kind.ACTIVE, "k", "", {})
     os.makedirs(tmp_path / "snapshots" / "2" / "fs")  # killed between the rename and the commit
     again = open_store(tmp_path)
-    assert [identity for identity, _ in again.leftovers()] == [2]
+    assert again.gone() == [2]
     assert again.create(Kind.ACTIVE, "l", "", {}).id == 3
 
 
@@ -219,3 +224,105 @@ def test_concurrent_prepares_of_one_layer_make_one_snapshot(store: Store) -> Non
     assert len([one for one in made if one is not None]) == 1
     assert len(store.all()) == 1
     assert len(directories(store)) == 1
+
+
+def test_a_database_of_an_older_version_is_carried_over(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / NAME)
+    old.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+    insert = "INSERT INTO snapshots (id, key, parent, kind, created, updated, labels) VALUES (?, ?, ?, ?, 7, 8, ?)"
+    old.execute(insert, (3, "sha256:a", None, 3, json.dumps({SNAPSHOT_REF: "sha256:a"})))
+    old.execute(insert, (5, "container", 3, 2, "{}"))
+    old.execute("INSERT INTO daemons VALUES ('d', 1, 9, 9, '/s', '/m')")
+    old.commit()
+    old.close()
+    for name in ("3", "4", "5"):
+        (tmp_path / "snapshots" / name / "fs").mkdir(parents=True)
+    store = open_store(tmp_path)
+    found = [(s.id, s.key, s.parent, s.created) for s in store.all()]
+    assert found == [(5, "container", "sha256:a", 7), (3, "sha256:a", "", 7)]
+    assert [s.id for s in store.candidates([{("labels", SNAPSHOT_REF): "sha256:a"}])] == [3]
+    assert store.commit_skipped("again", "", "sha256:a", {SNAPSHOT_REF: "sha256:a"}) is None
+    assert store.gone() == [4]  # removed by the old version, not cleaned up yet
+    assert store.write_records() == 2
+    assert store.write_records() == 0
+    assert (read_record(tmp_path / "snapshots" / "5") or {})["parent"] == "sha256:a"
+    (version,) = sqlite3.connect(tmp_path / NAME).execute("PRAGMA user_version").fetchone()
+    assert version == len(MIGRATIONS)
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    open_store(tmp_path)
+    newer = sqlite3.connect(tmp_path / NAME)
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    with pytest.raises(StartError, match="newer release"):
+        open_store(tmp_path)
+
+
+def test_callers_of_one_commit_fail_alone(tmp_path: Path) -> None:
+    """Each of many at once gets its own answer; the statements of one that raises are undone, those of others kept."""
+    database = Database(tmp_path / NAME)
+    commits: list[int] = []
+    answers: dict[int, object] = {}
+
+    def call(number: int) -> None:
+        def work(writer: sqlite3.Connection) -> int:
+            writer.execute("INSERT INTO facts VALUES (?, ?)", (f"n{number}", number))
+            if number % 3 == 0:
+                raise NotFound(str(number))
+            if number % 3 == 1:
+                writer.execute("INSERT INTO facts VALUES (?, 1)", (f"n{number}",))  # not unique
+            return number
+
+        try:
+            answers[number] = database.apply(work, before=counted)
+        except SnapshotterError as error:
+            answers[number] = error
+
+    def counted() -> None:
+        commits.append(1)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(300)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    kept = {row[0] for row in database.query("SELECT value FROM facts")}
+    assert kept == {number for number in range(300) if number % 3 == 2}
+    for number, answer in answers.items():
+        if number % 3 == 0:
+            assert isinstance(answer, NotFound) and str(answer) == str(number)
+        elif number % 3 == 1:
+            assert isinstance(answer, SnapshotterError) and "UNIQUE" in str(answer)
+        else:
+            assert answer == number
+    assert 1 <= len(commits) <= 300
+    assert len(answers) == 300
+
+
+def test_a_commit_that_fails_takes_back_every_directory(store: Store, tmp_path: Path) -> None:
+    fails = True
+
+    def sync() -> None:
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    store._sync = sync  # type: ignore[method-assign]
+    errors: list[OSError] = []
+
+    def create(number: int) -> None:
+        try:
+            store.create(Kind.ACTIVE, str(number), "", {})
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(errors) == 20
+    assert directories(store) == set()
+    fails = False
+    made = store.create(Kind.ACTIVE, "after", "", {})
+    assert directories(store) == {str(made.id)}
