@@ -107,7 +107,7 @@ def sample_image(say: Callable[[str], None] = lambda text: None) -> Image:
     """
     directory = cache_dir() / f"sample-{VERSION}"
     if (directory / "layers.json").exists():
-        return _load(directory)
+        return load_image(directory)
     part = directory.with_name(f"{directory.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -128,15 +128,15 @@ def sample_image(say: Callable[[str], None] = lambda text: None) -> Image:
         image = layout.finish(
             layers, cmd=COMMAND, env=["PATH=/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]
         )
-        (part / "layers.json").write_text(json.dumps([_layer_facts(layer) for layer in image.layers]))
+        (part / "layers.json").write_text(json.dumps([layer_facts(layer) for layer in image.layers]))
         shutil.rmtree(directory, ignore_errors=True)
         part.rename(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return _load(directory)
+    return load_image(directory)
 
 
-def _layer_facts(layer: Layer) -> list[str | int]:
+def layer_facts(layer: Layer) -> list[str | int]:
     blob = layer.blob
     return [
         blob.digest,
@@ -150,7 +150,7 @@ def _layer_facts(layer: Layer) -> list[str | int]:
     ]
 
 
-def _load(directory: Path) -> Image:
+def load_image(directory: Path) -> Image:
     layers = []
     for digest, size, media, *rest in json.loads((directory / "layers.json").read_text()):
         layers.append(Layer(Blob(digest, size, directory / "blobs/sha256" / digest.partition(":")[2], media), *rest))

@@ -75,8 +75,10 @@ class Snapshotter:
         env: Mapping[str, str] | None = None,
         arguments: tuple[str, ...] = (),
         mode: str = "",
+        nydusd: str = "nydusd",
     ) -> None:
         self.work, self.config, self.upstream, self.arguments = work, config, upstream, arguments
+        self.nydusd = nydusd
         self.root, self.socket, self.log = work / "r", work / "g.sock", work / "snapshotter.log"
         self.env = dict(env or {})
         self.mode = mode or ("dedicated" if upstream else "shared")
@@ -98,7 +100,7 @@ class Snapshotter:
                 "info",
                 *self.arguments,
             ]
-        names = ("containerd-nydus-grpc", "nydusd", "nydus-image")
+        names = ("containerd-nydus-grpc", self.nydusd, "nydus-image")
         binaries = [ref_bin(name) for name in names]
         if None in binaries:
             raise LabError("interop: the reference programs are not here")
@@ -191,6 +193,7 @@ class StackOptions:
     pause_ref: str = ""
     snapshotter_arguments: tuple[str, ...] = ()
     mode: str = ""
+    nydusd: str = "nydusd"  # which of upstream's
 
 
 class Stack:
@@ -252,6 +255,7 @@ class Stack:
             env=self.options.env,
             arguments=self.options.snapshotter_arguments,
             mode=self.options.mode,
+            nydusd=self.options.nydusd,
         )
         self.snapshotter.start()
         self.containerd = Containerd(
