@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
+from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def orphans(cache: Path, snapshots: Path) -> list[str]:
     except (RafsError, OSError) as error:
         log.warning("the blob cache is not cleaned up: %s", error)
         return []
+    tally.set("snapshotter_cache_blobs_in_use", value=len({blob for blob, _ in names if blob in used}))
     young = time.time() - YOUNG
     return sorted({blob for blob, entry in names if blob not in used and entry.stat().st_mtime < young})
 

@@ -32,6 +32,7 @@ _TEXT: dict[str, tuple[tuple[str, ...], str]] = {
     "--log-level": ((), "log.level"),
     "--cache-dir": ((), "cache_manager.cache_dir"),
     "--log-dir": ((), "log.dir"),
+    "--log-format": ((), "log.format"),
     "--recover-policy": ((), "daemon.recover_policy"),
     "--nydus-overlayfs-path": ((), "snapshot.nydus_overlayfs_path"),
     "--gc-period": ((), "cache_manager.gc_period"),
@@ -61,6 +62,7 @@ _SHOWN = {
     "--nydusd": "nydusd program [default: beside this program, else in PATH].",
     "--daemon-mode": "shared (one nydusd for all images, default) or dedicated (one for each).",
     "--log-level": "trace, debug, info, warn, error.",
+    "--log-format": "text (as upstream's) or json.",
     "--log-to-stdout": "Log to stdout instead of ROOT/logs/nydus-snapshotter.log.",
     "--cache-dir": "Blob cache, instead of the work_dir of the nydusd JSON [default: ROOT/cache].",
 }
@@ -165,10 +167,12 @@ def _run(**options: Any) -> None:
         click.echo(f"Python:     {sys.version.split()[0]}")
         return
     # the imports cost 0.2 s that --help does not need
+    from nydusfs import stacks
     from snapshotter import logs, settings
     from snapshotter.errors import SettingsError, SnapshotterError
     from snapshotter.recovery import Program
 
+    stacks.on_signal()
     buffered = logs.buffer_until_known()
     try:
         chosen = settings.load(settings_of(options))

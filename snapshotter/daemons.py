@@ -20,7 +20,8 @@ from pathlib import Path
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.nydusd_api import NydusdApi
 from snapshotter.records import DaemonRecord, Records
-from snapshotter.system import detach, mountpoints, start_time
+from snapshotter.system import cpu_seconds, detach, mountpoints, proportional_kb, start_time
+from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 LOCK_SECONDS = 60.0
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_SECONDS = 60.0  # a life this long makes the next restart immediate again
+EVENTS = "nydusd_lifetime_event_counts"
 _ALPHABET = "0123456789abcdefghijklmnopqrstuv"
 
 
@@ -44,6 +46,9 @@ class DaemonSettings:
     log_rotation_size: int = 100  # MB
     threads: int = 0  # 0: nydusd's choice
     restart: bool = True  # recover_policy
+    failover_policy: str = "resend"
+    cpu_seconds: int = 0  # window after a start in which CPU time is measured, 0: not
+    log_format: str = "text"
 
 
 def new_id() -> str:
@@ -81,6 +86,7 @@ class Daemon:
         self._born = 0.0
         self._said = 0  # length of the output file before this process
         self._deaths = 0
+        self.startup_cpu = 0.0  # percent of one CPU, see `cpu_seconds`
 
     @property
     def alive(self) -> bool:
@@ -146,6 +152,10 @@ class Daemon:
             if not self._alive:
                 self._start()
 
+    def memory_kb(self) -> int:
+        """Of all its processes, pages they share counted once."""
+        return sum(proportional_kb(pid) for pid in self._processes())
+
     def stop(self) -> None:
         """Ends the process and its mount, forgets the record; bounded by STOP_SECONDS."""
         self._closing.set()
@@ -154,6 +164,7 @@ class Daemon:
             self._end_processes()
             detach(str(self.mountpoint))
             self._records.forget_daemon(self.id)
+        tally.count(EVENTS, "DESTROYED")
 
     def unwatch(self) -> None:
         """The process stays, nobody restarts it any more: this program is about to end."""
@@ -183,6 +194,10 @@ class Daemon:
         if settings.log_rotation_size > 0:
             command += ["--log-rotation-size", str(settings.log_rotation_size)]
         command += ["--log-file", str(log_dir / "nydusd.log")]
+        if settings.failover_policy != "resend":
+            command += ["--failover-policy", settings.failover_policy]
+        if settings.log_format != "text":
+            command += ["--log-format", settings.log_format]
         output = log_dir / "nydusd.out"
         try:
             with output.open("ab") as out:
@@ -204,6 +219,9 @@ class Daemon:
             detach(str(record.mountpoint))
             raise
         self._live(process)
+        tally.count(EVENTS, "RUNNING")
+        if settings.cpu_seconds:
+            threading.Thread(target=self._measure, args=(process.pid,), name=f"cpu-{self.id}", daemon=True).start()
         log.info("nydusd %s started, pid %d, serving %s", record.id, process.pid, record.mountpoint)
         self._on_start()
 
@@ -234,6 +252,12 @@ class Daemon:
             target=self._watch, args=(self._record.pid, descriptor, process), name=f"watch-{self.id}", daemon=True
         ).start()
 
+    def _measure(self, pid: int) -> None:
+        self._closing.wait(self._settings.cpu_seconds)
+        if self._record.pid == pid:
+            used = sum(cpu_seconds(one) for one in self._processes())
+            self.startup_cpu = round(100 * used / self._settings.cpu_seconds, 2)
+
     # ---- death
 
     def _watch(self, pid: int, descriptor: int, process: subprocess.Popen[bytes] | None) -> None:
@@ -249,6 +273,7 @@ class Daemon:
             if self._has_another_keeper(pid):
                 return
             self._alive = False
+            tally.count(EVENTS, "DIED")
             self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
         consequence = "starting it again" if self._settings.restart else "recover_policy is none"
         output = self._settings.log_dir / self.id / "nydusd.out"
@@ -289,7 +314,7 @@ class Daemon:
                     log.error("nydusd %s cannot be started again: %s", self.id, error)
 
     def _processes(self) -> set[int]:
-        pids = set(_serving(self._record.socket))
+        pids = set(serving(self._record.socket))
         if self._record.pid and self._record.started and start_time(self._record.pid) == self._record.started:
             pids.add(self._record.pid)
         return pids
@@ -320,7 +345,7 @@ def _peer_pid(path: Path) -> int:
     return pid
 
 
-def _serving(path: Path) -> list[int]:
+def serving(path: Path) -> list[int]:
     """Processes whose command line names this API socket: also those whose pid could not be recorded any more."""
     found = []
     wanted = [b"--apisock", os.fsencode(path)]

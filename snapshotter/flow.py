@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 from snapshotter.directories import disk_usage
@@ -12,6 +13,7 @@ from snapshotter.images import Images
 from snapshotter.labels import LAYER_DIGEST, SNAPSHOT_REF, id_mapping, is_data, is_meta
 from snapshotter.mounts import Layout, Mount
 from snapshotter.store import Kind, Snapshot, Store
+from snapshotter.tally import tally
 from snapshotter.trash import Trash
 
 log = logging.getLogger(__name__)
@@ -107,9 +109,12 @@ class Snapshotter:
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         mapping = id_mapping(labels)
+        began = time.monotonic()
         snapshot = self._store.create(kind, key, parent, labels, mapping[1] if mapping else None)
         try:
-            return self._mounts(self._store.chain(key))
+            mounts = self._mounts(self._store.chain(key))
+            tally.remember(f"snapshot {key}", prepare=time.monotonic() - began)
+            return mounts
         except BaseException:
             # else a retry with this key meets AlreadyExists, and containerd's collector has to find the rest
             self._undo(snapshot)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from snapshotter import cachegc
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
@@ -22,6 +25,7 @@ from snapshotter.nydusd_api import ApiError, ApiUnreachable
 from snapshotter.nydusd_config import Template, derive, write_private
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.store import Snapshot, Store
+from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class ImageSettings:
     shared: bool
     template: Template
     cache_dir: Path
+    collect: bool = True  # blobs of removed images leave the cache
+    collect_period: float = 0.0  # seconds, 0: only when images are removed
 
 
 class Images:
@@ -55,6 +61,8 @@ class Images:
         self._daemons: dict[str, Daemon] = {}
         self._recovered = threading.Event()
         self._collecting = threading.Lock()
+        self._closing = threading.Event()
+        self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
 
     # ---- what the flow needs
 
@@ -64,12 +72,14 @@ class Images:
         Raises NotFound (no image reference, no bootstrap), Unavailable (nydusd) and whatever nydusd answers.
         """
         labels = labels or meta.labels
+        asked = time.monotonic()
         if not self._recovered.wait(RECOVERY_SECONDS):
             raise Unavailable("still recovering after the start: try again")
         with self._one(meta.id):
             record = self._instances.get(meta.id)
             if record is not None and meta.id in self._serving and self._daemons[record.daemon].alive:
                 return self.mountpoint(record)
+            began = time.monotonic()
             image = image_ref(labels, str(meta.id))
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             if record is None:
@@ -85,6 +95,7 @@ class Images:
                     raise
             else:
                 self._mount(record, labels)
+            tally.remember(f"image {meta.id}", waited=began - asked, mount=time.monotonic() - began)
             log.info("image %s mounted at %s", record.image, self.mountpoint(record))
             return self.mountpoint(record)
 
@@ -103,7 +114,13 @@ class Images:
 
     def collect(self) -> None:
         """In the background: what the blob cache holds of removed images goes."""
+        if not self._settings.collect:
+            return
         threading.Thread(target=self._collect, name="cache-gc", daemon=True).start()
+
+    def _collect_forever(self) -> None:
+        while not self._closing.wait(self._settings.collect_period):
+            self._collect()
 
     def _collect(self) -> None:
         """Blobs of the cache that no image here names any more go; see `cachegc`."""
@@ -118,7 +135,9 @@ class Images:
                         daemon.api.drop_blob(blob)
                     # what no daemon, or one that knows nothing of this, left
                     cachegc.remove(self._settings.cache_dir, blob)
+                    tally.count("snapshotter_cache_blobs_deleted_total")
                 except SnapshotterError as error:
+                    tally.count("snapshotter_cache_blob_deletion_errors_total")
                     log.warning("blob %s stays in the cache: %s", blob, error)
 
     def mountpoint(self, record: InstanceRecord) -> Path:
@@ -139,6 +158,38 @@ class Images:
                 size += path.stat().st_blocks * 512
         return size
 
+    # ---- what operators ask
+
+    def daemons(self) -> list[Daemon]:
+        with self._lock:
+            return list(self._daemons.values())
+
+    def instances(self, daemon: str = "") -> list[InstanceRecord]:
+        """Images on record, of one daemon or of all."""
+        return [one for one in list(self._instances.values()) if daemon in ("", one.daemon)]
+
+    def serves(self, record: InstanceRecord) -> bool:
+        daemon = self._daemons.get(record.daemon)
+        return record.snapshot in self._serving and daemon is not None and daemon.alive
+
+    def prefetch(self, image: str, paths: Sequence[str]) -> None:
+        """Absolute paths that nydusd fetches first at the next mount of an image; an empty list takes them back."""
+        if paths:
+            self._prefetch[image] = list(paths)
+        else:
+            self._prefetch.pop(image, None)
+
+    def backend(self, daemon: str) -> dict[str, Any]:
+        """Type and configuration of a daemon's storage backend, secrets included. Raises NotFound."""
+        found = next((one for one in self.daemons() if one.id == daemon), None)
+        if found is None:
+            raise NotFound(f"no nydusd {daemon}")
+        document = self._settings.template.document
+        if not found.shared:
+            path = self._config_path(self._only_instance(daemon))
+            document = json.loads(path.read_text())
+        return {key: document["device"]["backend"].get(key) for key in ("type", "config")}
+
     # ---- start and end of this program
 
     def recover(self) -> None:
@@ -149,6 +200,8 @@ class Images:
             log.exception("recovery did not finish; images are mounted again when they are asked for")
         finally:
             self._recovered.set()
+        if self._settings.collect and self._settings.collect_period:
+            threading.Thread(target=self._collect_forever, name="cache-gc-timer", daemon=True).start()
         if self._settings.shared:
             try:
                 # at start, not at the first image: the first container then does not wait for it
@@ -210,6 +263,7 @@ class Images:
 
     def close(self, *, umount: bool = False) -> None:
         """Daemons and mounts stay, unless `umount` (cleanup_on_close)."""
+        self._closing.set()
         for daemon in list(self._daemons.values()):
             if umount:
                 daemon.stop()
@@ -226,13 +280,14 @@ class Images:
             return
         # before the lock: a credential helper may take its time
         config = self._config(record, labels)
+        prefetch = self._prefetch.pop(record.image, ())
         for attempt in (1, 2):
             with daemon.held():
                 daemon.ensure()
                 if record.snapshot in self._serving:
                     return
                 try:
-                    daemon.api.mount(f"/{record.snapshot}", record.bootstrap, config)
+                    daemon.api.mount(f"/{record.snapshot}", record.bootstrap, config, prefetch)
                 except ApiUnreachable:
                     if attempt == 2 or daemon.alive:
                         raise
@@ -311,7 +366,12 @@ class Images:
                 return []
             instance = self._only_instance(record.id)
             self._config(instance, self._labels(instance))
-            return ["--config", str(self._config_path(instance)), "--bootstrap", str(instance.bootstrap)]
+            words = ["--config", str(self._config_path(instance)), "--bootstrap", str(instance.bootstrap)]
+            if paths := self._prefetch.pop(instance.image, ()):
+                listed = self._config_dir(record.id) / "prefetch"
+                write_private(listed, "".join(f"{path}\n" for path in paths))
+                words += ["--prefetch-files", str(listed)]
+            return words
 
         def on_start() -> None:
             served = [one for one in list(self._instances.values()) if one.daemon == record.id]

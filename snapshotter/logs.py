@@ -1,4 +1,4 @@
-"""Log lines in upstream's form (`time="..." level=info msg="..."`), to a rotated file or to stdout."""
+"""Log lines in upstream's forms, text (`time="..." level=info msg="..."`) or JSON, to a rotated file or to stdout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging.handlers
 import sys
 import time
 
-from snapshotter.errors import StartError
+from snapshotter.errors import SettingsError, StartError
+from snapshotter.rotation import RotatingFile
 from snapshotter.settings import Settings
 
 _LEVELS = {
@@ -22,11 +23,17 @@ _LEVELS = {
     "panic": logging.CRITICAL,
 }
 _NAMES = {"WARNING": "warning", "CRITICAL": "fatal"}
+# nydusd has no fatal or panic
+NYDUSD_LEVELS = {"warning": "warn", "fatal": "error", "panic": "error"}
 FILE = "nydus-snapshotter.log"
 
 
 class Formatter(logging.Formatter):
-    """logrus's text form; the message is one line whatever it holds."""
+    """logrus's text or JSON form; the message is one line whatever it holds."""
+
+    def __init__(self, form: str = "text") -> None:
+        super().__init__()
+        self._json = form == "json"
 
     def format(self, record: logging.LogRecord) -> str:
         seconds, fraction = divmod(int(record.created * 1e9), 10**9)
@@ -35,6 +42,9 @@ class Formatter(logging.Formatter):
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         level = _NAMES.get(record.levelname, record.levelname.lower())
+        if self._json:
+            value = {"level": level, "msg": message, "time": f"{when}.{fraction:09d}Z", "logger": record.name}
+            return json.dumps(value, ensure_ascii=False)
         return f'time="{when}.{fraction:09d}Z" level={level} msg={json.dumps(message, ensure_ascii=False)}'
 
 
@@ -54,7 +64,7 @@ class _Lossy:
                 pass
 
 
-class _File(_Lossy, logging.handlers.RotatingFileHandler):
+class _File(_Lossy, RotatingFile):
     pass
 
 
@@ -82,12 +92,24 @@ def configure(settings: Settings, buffered: logging.handlers.MemoryHandler) -> N
         handlers[1].setLevel(logging.WARNING)
     root.removeHandler(buffered)
     for handler in handlers:
-        handler.setFormatter(Formatter())
+        handler.setFormatter(Formatter(settings.log_format))
         root.addHandler(handler)
     for record in buffered.buffer:
         if record.levelno >= root.level:
             root.handle(record)
     buffered.buffer.clear()
+
+
+def set_level(name: str) -> None:
+    """From now on. Raises SettingsError for an unknown name."""
+    if name.lower() not in _LEVELS:
+        raise SettingsError(f"log level {name!r}: use one of {', '.join(_LEVELS)}")
+    logging.getLogger().setLevel(_LEVELS[name.lower()])
+
+
+def level() -> str:
+    """The level in force, as `set_level` takes it."""
+    return _NAMES.get(name := logging.getLevelName(logging.getLogger().level), name.lower())
 
 
 def _open(settings: Settings) -> logging.Handler:
@@ -96,9 +118,11 @@ def _open(settings: Settings) -> logging.Handler:
         settings.log_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         return _File(
             path,
-            maxBytes=settings.log_rotation_size << 20,
-            backupCount=settings.log_rotation_backups,
-            encoding="utf-8",
+            limit=settings.log_rotation_size << 20,
+            backups=settings.log_rotation_backups,
+            days=settings.log_rotation_age,
+            local_time=settings.log_rotation_local_time,
+            compress=settings.log_rotation_compress,
         )
     except OSError as error:
         raise StartError(f"log file {path}: {error.strerror} (choose with --log-dir or --log-to-stdout)") from None

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -71,10 +72,29 @@ class NydusdApi:
         collection = self.info().get("backend_collection")
         return set(collection) if isinstance(collection, dict) else None
 
-    def mount(self, mountpoint: str, bootstrap: Path, config: str) -> None:
-        """`mountpoint` is a path inside the daemon's tree; `config` is JSON text and may hold secrets."""
-        body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
+    def mount(self, mountpoint: str, bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> None:
+        """`mountpoint` is a path inside the daemon's tree; `config` is JSON text and may hold secrets; `prefetch`:
+        absolute paths in the image."""
+        body: dict[str, Any] = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
+        if prefetch:
+            body["prefetch_files"] = list(prefetch)
         self._call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
+
+    def metrics(self, kind: str = "", identity: str | None = None, timeout: float = 5.0) -> Any:
+        """`kind`: "", backend, blobcache, sources, inflight, slow; `identity`: `/12`. None where there is nothing."""
+        path = f"/api/v1/metrics/{kind}".rstrip("/")
+        return self._call("GET", path if identity is None else f"{path}?id={quote(identity)}", timeout=timeout)
+
+    def get(self, path: str, timeout: float = 5.0) -> Any:
+        """GET /api/v1/`path`."""
+        return self._call("GET", f"/api/v1/{path}", timeout=timeout)
+
+    def set_level(self, level: str) -> None:
+        self._call("PUT", "/api/v1/daemon", {"log_level": level})
+
+    def upgrade(self) -> None:
+        """Has the code installed now serve in place of the running one."""
+        self._call("PUT", "/api/v1/daemon/upgrade", timeout=60.0)
 
     def drop_blob(self, blob_id: str) -> None:
         """Have what is cached of a blob deleted, unless an image mounted there uses it."""

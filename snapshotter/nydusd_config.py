@@ -53,6 +53,14 @@ class Template:
         value = (cache.get("config") or {}).get("work_dir")
         return Path(value) if value else None
 
+    def with_hosts_dir(self, folder: str) -> Template:
+        """`remote.mirrors_config.dir`: hosts.toml files for registries, unless the template names a folder."""
+        document = copy.deepcopy(dict(self.document))
+        backend = document["device"]["backend"]
+        if backend.get("type") == "registry":
+            backend["config"] = {"hosts_dir": folder, **(backend.get("config") or {})}
+        return Template(self.path, document)
+
 
 def load_template(path: Path) -> Template:
     """Raises SettingsError naming the file and key. Unknown keys are warnings."""

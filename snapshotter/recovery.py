@@ -10,11 +10,14 @@ from pathlib import Path
 
 import grpc
 
+from snapshotter import controller
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import StartError
 from snapshotter.flow import Snapshotter
 from snapshotter.images import Images, ImageSettings
+from snapshotter.logs import NYDUSD_LEVELS
+from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
 from snapshotter.nydusd_config import load_template
 from snapshotter.records import Records
@@ -24,9 +27,6 @@ from snapshotter.store import Store
 from snapshotter.system import overlay_works
 
 log = logging.getLogger(__name__)
-
-# nydusd has no trace, fatal or panic
-_NYDUSD_LEVELS = {"warning": "warn", "fatal": "error", "panic": "error"}
 
 
 class Program:
@@ -62,26 +62,43 @@ class Program:
             program=settings.nydusd,
             root=root,
             log_dir=settings.log_dir,
-            log_level=_NYDUSD_LEVELS.get(settings.log_level, settings.log_level),
+            log_level=NYDUSD_LEVELS.get(settings.log_level, settings.log_level),
             log_rotation_size=settings.nydusd_log_rotation,
             threads=settings.threads,
             restart=settings.restart_nydusd,
+            failover_policy=settings.failover_policy,
+            cpu_seconds=settings.system.cpu_seconds,
+            log_format=settings.log_format,
         )
         cache = settings.cache_dir
         if template.work_dir and template.work_dir != cache:
             log.info("work_dir %s of %s is not used: see --cache-dir", template.work_dir, template.path)
-        self._images = Images(ImageSettings(daemon, settings.shared, template, cache), store, Records(self._database))
+        if settings.hosts_dir:
+            template = template.with_hosts_dir(settings.hosts_dir)
+        images = ImageSettings(
+            daemon, settings.shared, template, cache, settings.collect_cache, settings.collect_period
+        )
+        records = Records(self._database)
+        self._images = Images(images, store, records)
         self.snapshotter = Snapshotter(
             store, Layout(store.directory, volatile=settings.volatile), self._images, sync_remove=settings.sync_remove
         )
+        self._metrics = Metrics(settings.metrics, self._images, store, root, cache)
+        control = controller.Controller(settings, self._images, records)
+        self._operators = controller.serve(settings, root, control, self._metrics.answer)
         self._server: grpc.Server = serve(Service(self.snapshotter), settings.address, settings.uid, settings.gid)
         self._inode = settings.address.lstat().st_ino
         log.info("serving %s, root %s, blob cache %s", settings.address, root, cache)
+        if settings.metrics.address:
+            self._metrics.start()
         threading.Thread(target=self._images.recover, name="recovery", daemon=True).start()
 
     def stop(self) -> None:
         """Ends serving; nydusd and its mounts stay for the containers that use them."""
         self._server.stop(GRACE_SECONDS).wait(GRACE_SECONDS + 1)
+        self._metrics.close()
+        for server in self._operators:
+            server.close()
         self._images.close(umount=self._settings.cleanup_on_close)
         self._database.close()
         try:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from snapshotter import errors
 from snapshotter.flow import Snapshotter
 from snapshotter.mounts import Mount
 from snapshotter.store import Snapshot
+from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ _CODES = (
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 # containerd asks before it knows, and its collector removes parents before it knows of children
-_EXPECTED = (errors.AlreadyExists, errors.NotFound, errors.FailedPrecondition)
+_EXPECTED = (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 class Service(rpc.SnapshotsServicer):
@@ -96,6 +98,7 @@ class Service(rpc.SnapshotsServicer):
 
 
 def _answer(context: grpc.ServicerContext, what: str, call: Callable[[], T]) -> T:
+    began = time.monotonic()
     try:
         return call()
     except errors.SnapshotterError as error:
@@ -110,7 +113,11 @@ def _answer(context: grpc.ServicerContext, what: str, call: Callable[[], T]) -> 
         level, message = logging.ERROR, f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except Exception as error:
         log.exception("%s failed", what)
-        context.abort(grpc.StatusCode.INTERNAL, f"{what}: internal error: {type(error).__name__}")
+        code, level, message = grpc.StatusCode.INTERNAL, 0, f"{what}: internal error: {type(error).__name__}"
+    finally:
+        tally.operation(what.upper(), time.monotonic() - began)
+    if code not in _EXPECTED:
+        tally.count("snapshotter_snapshot_operation_errors_total", what.upper(), code.name)
     log.log(level, "%s: %s", what, message)
     context.abort(code, message)
     raise AssertionError("abort always raises")

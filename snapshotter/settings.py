@@ -30,11 +30,15 @@ _MODES = {"multiple": "dedicated", "dedicated": "dedicated", "shared": "shared",
 
 
 class Key(NamedTuple):
-    """One key of the TOML file. `works`: False while it is read and checked, but changes nothing yet."""
+    """One key of the TOML file. `inert`: why a value other than the default changes nothing; it is then a warning."""
 
     kind: type
     default: Any
-    works: bool = True
+    inert: str = ""
+
+
+_LATER = "not supported yet"
+_NO_TARFS = "tarfs images are read like any other, nothing is converted to tarfs here"
 
 
 KEYS: dict[str, Key] = {
@@ -45,66 +49,84 @@ KEYS: dict[str, Key] = {
     "gid": Key(int, 0),
     "daemon_mode": Key(str, "shared"),
     "cleanup_on_close": Key(bool, False),
-    "system.enable": Key(bool, False, works=False),
-    "system.address": Key(str, "/run/containerd-nydus/system.sock", works=False),
-    "system.uid": Key(int, 0, works=False),
-    "system.gid": Key(int, 0, works=False),
-    "system.debug.daemon_cpu_profile_duration_secs": Key(int, 0, works=False),
-    "system.debug.pprof_address": Key(str, "", works=False),
-    "metrics.address": Key(str, "", works=False),
-    "metrics.hung_io_interval": Key(str, "10s", works=False),
-    "metrics.collect_interval": Key(str, "1m", works=False),
+    "system.enable": Key(bool, False),
+    "system.address": Key(str, "/run/containerd-nydus/system.sock"),
+    "system.uid": Key(int, 0),
+    "system.gid": Key(int, 0),
+    "system.debug.daemon_cpu_profile_duration_secs": Key(int, 0),
+    "system.debug.pprof_address": Key(str, ""),
+    "metrics.address": Key(str, ""),
+    "metrics.hung_io_interval": Key(str, "10s"),
+    "metrics.collect_interval": Key(str, "1m"),
     "daemon.nydusd_path": Key(str, ""),
-    "daemon.nydusimage_path": Key(str, "", works=False),
+    "daemon.nydusimage_path": Key(str, "", "nothing here calls nydus-image"),
     "daemon.nydusd_config": Key(str, ""),
     "daemon.fs_driver": Key(str, "fusedev"),
     "daemon.recover_policy": Key(str, "restart"),
     "daemon.threads_number": Key(int, 0),
     "daemon.log_rotation_size": Key(int, 100),
-    "daemon.failover_policy": Key(str, "resend", works=False),
-    "snapshot.enable_nydus_overlayfs": Key(bool, False, works=False),
-    "snapshot.nydus_overlayfs_path": Key(str, "", works=False),
-    "snapshot.enable_kata_volume": Key(bool, False, works=False),
+    "daemon.failover_policy": Key(str, "resend"),
+    "snapshot.enable_nydus_overlayfs": Key(bool, False, _LATER),
+    "snapshot.nydus_overlayfs_path": Key(str, "", _LATER),
+    "snapshot.enable_kata_volume": Key(bool, False, _LATER),
     "snapshot.sync_remove": Key(bool, False),
     "snapshot.enable_overlayfs_volatile": Key(bool, False),
-    "remote.convert_vpc_registry": Key(bool, False, works=False),
-    "remote.skip_ssl_verify": Key(bool, False, works=False),
-    "remote.mirrors_config.dir": Key(str, "", works=False),
-    "remote.auth.enable_kubeconfig_keychain": Key(bool, False, works=False),
-    "remote.auth.kubeconfig_path": Key(str, "", works=False),
-    "remote.auth.enable_cri_keychain": Key(bool, False, works=False),
-    "remote.auth.image_service_address": Key(str, "/run/containerd/containerd.sock", works=False),
-    "remote.auth.enable_kubelet_credential_providers": Key(bool, False, works=False),
-    "remote.auth.credential_provider_config": Key(str, "", works=False),
-    "remote.auth.credential_provider_bin_dir": Key(str, "", works=False),
-    "remote.auth.credential_renewal_interval": Key(str, "0s", works=False),
-    "image.public_key_file": Key(str, "", works=False),
-    "image.validate_signature": Key(bool, False, works=False),
+    "remote.convert_vpc_registry": Key(bool, False, "upstream gave it up with 0.6"),
+    "remote.skip_ssl_verify": Key(bool, False, "skip_verify of the nydusd template decides"),
+    "remote.mirrors_config.dir": Key(str, ""),
+    "remote.auth.enable_kubeconfig_keychain": Key(bool, False, _LATER),
+    "remote.auth.kubeconfig_path": Key(str, "", _LATER),
+    "remote.auth.enable_cri_keychain": Key(bool, False, _LATER),
+    "remote.auth.image_service_address": Key(str, "/run/containerd/containerd.sock", _LATER),
+    "remote.auth.enable_kubelet_credential_providers": Key(bool, False, _LATER),
+    "remote.auth.credential_provider_config": Key(str, "", _LATER),
+    "remote.auth.credential_provider_bin_dir": Key(str, "", _LATER),
+    "remote.auth.credential_renewal_interval": Key(str, "0s", _LATER),
+    "image.public_key_file": Key(str, "", _LATER),
+    "image.validate_signature": Key(bool, False, _LATER),
     "cache_manager.cache_dir": Key(str, ""),
-    "cache_manager.disable": Key(bool, False, works=False),
-    "cache_manager.gc_period": Key(str, "24h", works=False),
+    "cache_manager.disable": Key(bool, False),
+    "cache_manager.gc_period": Key(str, "24h"),
     "log.log_to_stdout": Key(bool, False),
     "log.level": Key(str, "info"),
+    "log.format": Key(str, "text"),  # ours: text or json
     "log.dir": Key(str, ""),
     "log.log_rotation_max_size": Key(int, 200),
     "log.log_rotation_max_backups": Key(int, 5),
-    "log.log_rotation_max_age": Key(int, 0, works=False),
-    "log.log_rotation_local_time": Key(bool, True, works=False),
-    "log.log_rotation_compress": Key(bool, True, works=False),
-    "cgroup.enable": Key(bool, False, works=False),
-    "cgroup.memory_limit": Key(str, "", works=False),
-    "experimental.enable_stargz": Key(bool, False, works=False),
-    "experimental.enable_referrer_detect": Key(bool, False, works=False),
-    "experimental.enable_index_detect": Key(bool, False, works=False),
-    "experimental.enable_backend_source": Key(bool, False, works=False),
-    "experimental.tarfs.enable_tarfs": Key(bool, False, works=False),
-    "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, works=False),
-    "experimental.tarfs.tarfs_hint": Key(bool, False, works=False),
-    "experimental.tarfs.max_concurrent_proc": Key(int, 0, works=False),
-    "experimental.tarfs.export_mode": Key(str, "", works=False),
+    "log.log_rotation_max_age": Key(int, 0),
+    "log.log_rotation_local_time": Key(bool, True),
+    "log.log_rotation_compress": Key(bool, True),
+    "cgroup.enable": Key(bool, False, _LATER),
+    "cgroup.memory_limit": Key(str, "", _LATER),
+    "experimental.enable_stargz": Key(bool, False, _LATER),
+    "experimental.enable_referrer_detect": Key(bool, False, _LATER),
+    "experimental.enable_index_detect": Key(bool, False, _LATER),
+    "experimental.enable_backend_source": Key(bool, False, _LATER),
+    "experimental.tarfs.enable_tarfs": Key(bool, False, _NO_TARFS),
+    "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, _NO_TARFS),
+    "experimental.tarfs.tarfs_hint": Key(bool, False, _NO_TARFS),
+    "experimental.tarfs.max_concurrent_proc": Key(int, 0, _NO_TARFS),
+    "experimental.tarfs.export_mode": Key(str, "", _NO_TARFS),
 }
 # Without these an operator believes to be protected, or containers would start on other rules than asked for.
-_REFUSED = ("image.validate_signature",)
+REFUSED = ("image.validate_signature",)
+
+
+@dataclass(frozen=True)
+class SystemSettings:
+    enable: bool
+    address: Path
+    uid: int
+    gid: int
+    cpu_seconds: int  # length of the start-up window in which a nydusd's CPU time is measured; 0: not
+    pprof_address: str
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    address: str  # HOST:PORT, "": no listener
+    hung_io: float  # seconds
+    interval: float  # seconds between collections
 
 
 @dataclass(frozen=True)
@@ -125,11 +147,21 @@ class Settings:
     nydusd_log_rotation: int  # MB
     sync_remove: bool
     volatile: bool
+    failover_policy: str
+    hosts_dir: str  # certs.d for nydusd; "": its own default
+    collect_cache: bool
+    collect_period: float  # seconds, 0: only when images are removed
+    system: SystemSettings
+    metrics: MetricsSettings
     log_to_stdout: bool
     log_level: str
     log_dir: Path
     log_rotation_size: int  # MB
-    log_rotation_backups: int
+    log_rotation_backups: int  # 0: all
+    log_rotation_age: int  # days, 0: for ever
+    log_rotation_local_time: bool
+    log_rotation_compress: bool
+    log_format: str
 
 
 def load(flags: Mapping[str, Any]) -> Settings:
@@ -155,12 +187,12 @@ def load(flags: Mapping[str, Any]) -> Settings:
         return chosen.get(name, KEYS[name].default)
 
     for name in chosen:
-        if not KEYS[name].works and chosen[name] != KEYS[name].default:
-            if name in _REFUSED:
+        if (inert := KEYS[name].inert) and chosen[name] != KEYS[name].default:
+            if name in REFUSED:
                 raise SettingsError(
                     f"{name} is not supported yet: refusing to start without the protection it asks for"
                 )
-            log.warning("setting %s has no effect yet", name)
+            log.warning("setting %s changes nothing here: %s", name, inert)
     template = template or old_template or get("daemon.nydusd_config") or _default_template()
     root = Path(get("root") or _default_root(bool(old_template)))
     _check_root(root)
@@ -173,7 +205,14 @@ def load(flags: Mapping[str, Any]) -> Settings:
     if policy not in ("none", "restart", "failover"):
         raise SettingsError(f"daemon.recover_policy {policy!r}: use none, restart or failover")
     if policy == "failover":
-        log.warning("recover_policy failover is not supported yet: a dead nydusd is started again (restart)")
+        log.info("recover_policy failover: nydusd replaces its own dead processes; all dead at once is a restart")
+    if get("daemon.failover_policy") not in ("none", "resend", "flush"):
+        raise SettingsError(f"daemon.failover_policy {get('daemon.failover_policy')!r}: use none, resend or flush")
+    hosts_dir = get("remote.mirrors_config.dir")
+    if hosts_dir and not Path(hosts_dir).is_dir():
+        raise SettingsError(f"remote.mirrors_config.dir {hosts_dir} is not a directory")
+    if get("log.format") not in ("text", "json"):
+        raise SettingsError(f"log.format {get('log.format')!r}: use text or json")
     if not 0 <= get("daemon.threads_number") <= 1024:
         raise SettingsError(f"daemon.threads_number {get('daemon.threads_number')} is outside 0..1024")
     if get("log.level") not in LEVELS:
@@ -193,12 +232,45 @@ def load(flags: Mapping[str, Any]) -> Settings:
         nydusd_log_rotation=get("daemon.log_rotation_size"),
         sync_remove=get("snapshot.sync_remove"),
         volatile=get("snapshot.enable_overlayfs_volatile"),
+        failover_policy=get("daemon.failover_policy"),
+        hosts_dir=hosts_dir,
+        collect_cache=not get("cache_manager.disable"),
+        collect_period=duration("cache_manager.gc_period", get("cache_manager.gc_period")),
+        system=SystemSettings(
+            enable=get("system.enable"),
+            address=Path(get("system.address")).absolute(),
+            uid=get("system.uid"),
+            gid=get("system.gid"),
+            cpu_seconds=get("system.debug.daemon_cpu_profile_duration_secs"),
+            pprof_address=get("system.debug.pprof_address"),
+        ),
+        metrics=MetricsSettings(
+            address=get("metrics.address"),
+            hung_io=duration("metrics.hung_io_interval", get("metrics.hung_io_interval")),
+            interval=max(1.0, duration("metrics.collect_interval", get("metrics.collect_interval"))),
+        ),
         log_to_stdout=get("log.log_to_stdout"),
         log_level=get("log.level"),
         log_dir=Path(get("log.dir") or root / "logs").absolute(),
         log_rotation_size=get("log.log_rotation_max_size"),
         log_rotation_backups=get("log.log_rotation_max_backups"),
+        log_rotation_age=get("log.log_rotation_max_age"),
+        log_rotation_local_time=get("log.log_rotation_local_time"),
+        log_rotation_compress=get("log.log_rotation_compress"),
+        log_format=get("log.format"),
     )
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+
+
+def duration(name: str, text: str) -> float:
+    """Seconds of a Go duration such as `10s`, `1h30m` or `0`. Raises SettingsError naming the key."""
+    parts = _DURATION.findall(text)
+    if (text != "0" and "".join(number + unit for number, unit in parts) != text) or not text:
+        raise SettingsError(f"{name}: {text!r} is no duration: write 10s, 1m or 24h")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:

@@ -101,6 +101,12 @@ class Store:
         """All snapshots in byte order of their keys, read at once."""
         return [_snapshot(row) for row in self._database.query(f"{_SELECT} ORDER BY s.key")]
 
+    def counts(self) -> dict[Kind, int]:
+        """How many snapshots there are of each kind."""
+        return {
+            Kind(row[0]): row[1] for row in self._database.query("SELECT kind, count(*) FROM snapshots GROUP BY kind")
+        }
+
     def candidates(self, alternatives: Iterable[Equals]) -> list[Snapshot]:
         """In the same order, no fewer than those for which all of one alternative's equalities hold.
 
@@ -196,9 +202,7 @@ class Store:
         # The walk may take long: outside of the transaction. Nothing writes to a snapshot that is being committed.
         size, inodes = disk_usage(self.upper(active.id)) if active.kind is Kind.ACTIVE else (0, 0)
         now = time.time_ns()
-        done = Snapshot(
-            active.id, name, parent or active.parent, Kind.COMMITTED, now, now, size, inodes, _kept(labels)
-        )
+        done = Snapshot(active.id, name, parent or active.parent, Kind.COMMITTED, now, now, size, inodes, _kept(labels))
 
         def change(writer: sqlite3.Connection) -> None:
             if _find(writer, name) is not None:

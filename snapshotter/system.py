@@ -47,6 +47,25 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] in ("Z", "X") else int(fields[19])
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time a process has used, 0 if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def proportional_kb(pid: int) -> int:
+    """Resident memory with shared pages divided among those who share them, 0 if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii", errors="replace") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("Pss:")), 0)
+    except OSError:
+        return 0
+
+
 def mount(kind: str, source: str, target: str, flags: int, data: str) -> None:
     """mount(2). Raises OSError."""
     arguments = (os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), os.fsencode(data))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from nydusfs import stacks
 from nydusfs.config import load_config
 from nydusfs.daemon.errors import (
     DOES_NOT_EXIST,
@@ -21,7 +22,7 @@ from nydusfs.daemon.errors import (
     rust_string,
 )
 from nydusfs.daemon.http import Request, Response
-from nydusfs.daemon.logs import LEVELS, ErrorRing, set_level
+from nydusfs.daemon.logs import LEVELS, ErrorRing
 from nydusfs.daemon.mounts import MountedImage, MountRequest, MountTable, sole
 from nydusfs.daemon.state import State
 from nydusfs.daemon.superblock import superblock_info
@@ -62,6 +63,7 @@ class DaemonControl(Protocol):
     def sources(self) -> list[dict[str, Any]]:
         """What is known of each mirror, proxy and origin in use."""
 
+    def set_log_level(self, level: str) -> None: ...
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None: ...
     def runtime_config(self, config_id: str) -> dict[str, str]: ...
 
@@ -120,6 +122,7 @@ class Api:
             "/api/v1/daemon/start": ("Configure", {("PUT", False): self._start}),
             "/api/v1/daemon/exit": ("Configure", {("PUT", False): self._exit}),
             "/api/v1/daemon/upgrade": ("Upgrade", {("PUT", False): self._upgrade}),
+            "/api/v1/daemon/stacks": ("Stacks", {("GET", False): self._stacks}),
             "/api/v1/daemon/events": ("Events", {("GET", False): self._events}),
             "/api/v1/daemon/backend": ("FsBackendInfo", {("GET", False): self._backend}),
             "/api/v1/daemon/fuse/sendfd": ("Upgrade", {("PUT", False): self._send_fd}),
@@ -206,7 +209,7 @@ class Api:
         level = parse_body(request.body, log_level=str)["log_level"]
         if level.lower() not in LEVELS:
             raise ApiError("ResponsePayloadType")
-        set_level(level)
+        self._daemon.set_log_level(level)
         return Response()
 
     async def _start(self, request: Request) -> Response:
@@ -218,6 +221,9 @@ class Api:
 
     async def _events(self, request: Request) -> Response:
         return _json(self._daemon.events.public())
+
+    async def _stacks(self, request: Request) -> Response:
+        return _json({"pid": os.getpid(), **stacks.report()})
 
     async def _send_fd(self, request: Request) -> Response:
         await self._daemon.send_fd()

@@ -99,6 +99,8 @@ def _unsupported(flag: str, why: str) -> Any:
 @click.option("-l", "--log-level", type=click.Choice(LOG_LEVELS, case_sensitive=False), default="info",
               show_default=True)  # fmt: skip
 @click.option("-L", "--log-file", metavar="PATH", help="Log here and not to stdout; '.log' is added to a bare name.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="text: as upstream's nydusd writes; json: one object a line.")  # fmt: skip
 @click.option("--log-rotation-size", type=click.IntRange(0), default=0, metavar="MB",
               help="Rotate the log at this size, keep 10 compressed files. 0: never.")  # fmt: skip
 @click.option("--rlimit-nofile", type=click.IntRange(0), default=1_000_000, show_default=True,
@@ -112,6 +114,7 @@ def fuse(
     log_level: str,
     log_file: str | None,
     log_rotation_size: int,
+    log_format: str,
     keeper: bool,
     shared_dir: str | None,
     writable: bool,
@@ -133,6 +136,7 @@ def fuse(
         "log_level": log_level,
         "log_file": log_file,
         "log_rotation_size": log_rotation_size,
+        "log_format": log_format,
     }
     if keeper:
         from nydusfs.keeper import keeper as keeping

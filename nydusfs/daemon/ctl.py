@@ -293,6 +293,21 @@ def profile(obj: tuple[Client, bool], mountpoint: str | None, files: bool, sourc
 @cli.command()
 @_raw
 @click.pass_obj
+def stacks(obj: tuple[Client, bool], raw_too: bool) -> None:
+    """Where every thread and task is: what a daemon that hangs is waiting for."""
+    client, raw = obj
+    value = client.call("GET", "daemon/stacks")
+    if raw or raw_too:
+        _echo_json(value)
+        return
+    from nydusfs.stacks import as_text
+
+    click.echo(as_text({"threads": value["threads"], "tasks": value["tasks"]}))
+
+
+@cli.command()
+@_raw
+@click.pass_obj
 def upgrade(obj: tuple[Client, bool], raw_too: bool) -> None:
     """Have the installed code serve in place of the running one; mounts and open files go on."""
     obj[0].call("PUT", "daemon/upgrade")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gzip
+import json
 import logging
 import os
 import sys
@@ -48,6 +49,22 @@ class UpstreamFormatter(logging.Formatter):
         if record.exc_info:
             message += " | " + self.formatException(record.exc_info).replace("\n", " \\n ")
         return f"[{stamp}] {name} {place}{message}"
+
+
+class JsonFormatter(logging.Formatter):
+    """The snapshotter's keys, so that both logs go into one index."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds, fraction = divmod(int(record.created * 1e9), 10**9)
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        level = "trace" if record.levelno == TRACE else record.levelname.lower()
+        return json.dumps(
+            {"level": level, "msg": message, "time": f"{when}.{fraction:09d}Z", "logger": record.name},
+            ensure_ascii=False,
+        )
 
 
 class RotatingFile(logging.Handler):
@@ -125,17 +142,17 @@ def set_level(name: str) -> None:
     logging.getLogger().setLevel(LEVELS[name.lower()])
 
 
-def set_up(level: str, log_file: str | None, rotation_mb: int) -> ErrorRing:
-    """Send all logging to stdout or to `log_file` (`.log` is added to a name without extension)."""
+def set_up(level: str, log_file: str | None, rotation_mb: int, form: str = "text") -> ErrorRing:
+    """Send all logging to stdout or to `log_file` (`.log` is added to a name without extension). `form`: text, json."""
     logging.addLevelName(TRACE, "TRACE")
     handler: logging.Handler
     if log_file:
         path = Path(log_file)
         handler = RotatingFile(path if path.suffix else path.with_suffix(".log"), rotation_mb << 20)
-        handler.setFormatter(UpstreamFormatter())
     else:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(UpstreamFormatter(colour=sys.stdout.isatty()))
+    colour = not log_file and sys.stdout.isatty()
+    handler.setFormatter(JsonFormatter() if form == "json" else UpstreamFormatter(colour=colour))
     ring = ErrorRing()
     root = logging.getLogger()
     root.handlers[:] = [handler, ring]

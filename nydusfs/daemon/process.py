@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import logging
 import os
 import resource
-import signal
-import sys
 from pathlib import Path
 
 from nydusfs.drivers import kernel
@@ -82,14 +79,6 @@ def like_any_other() -> None:
         Path("/proc/self/oom_score_adj").write_text("0")
     except OSError:
         pass  # not ours to set
-
-
-def stacks_on_signal() -> None:
-    """SIGUSR1 writes the stack of every thread to stderr, also while the event loop hangs: for `kill -USR1 PID`."""
-    try:
-        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    except (OSError, ValueError, AttributeError):
-        pass  # no stderr
 
 
 _M_ARENA_MAX = -8

@@ -17,13 +17,14 @@ from typing import Any
 
 import trio
 
+from nydusfs import stacks
 from nydusfs.config import load_config
 from nydusfs.daemon import handover, http, process
 from nydusfs.daemon.api import Api
 from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
 from nydusfs.daemon.handover import KeptState
 from nydusfs.daemon.images import ImageOpener
-from nydusfs.daemon.logs import ErrorRing
+from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounts import MountRequest, MountTable
 from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
@@ -41,6 +42,7 @@ log = logging.getLogger("nydusfs.daemon")
 # A stop must end the process even if a thread hangs in a call that cannot be cancelled (a name lookup, a dead NFS).
 STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 UPGRADE_SECONDS = 30.0
+_LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -149,9 +151,14 @@ class Daemon:
             return
         await self._services.drop_blob(blob_id)
 
+    def set_log_level(self, level: str) -> None:
+        self.set_runtime_config(_LOG, {"log_level": level})
+
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self._runtime.setdefault(config_id, {}).update(values)
         self._save()
+        if config_id == _LOG:
+            set_level(values["log_level"])
         if (auth := values.get("registry_auth")) is not None:
             self._services.set_registry_auth(config_id, auth)
             log.info("new registry credentials for %s", f"configuration {config_id}" if config_id else "all images")
@@ -202,7 +209,7 @@ class Daemon:
         """All checks that need no event loop. `state`: a memory file of the last worker. Raises `NydusError`; nothing
         was changed then, except a dead mount."""
         process.tame_allocator()
-        process.stacks_on_signal()
+        stacks.on_signal()
         log.info(version_line())
         process.raise_nofile_limit(self.options.rlimit_nofile)
         process.check_privileges()
@@ -223,6 +230,7 @@ class Daemon:
     async def run(self, request: MountRequest | None) -> int:
         """Serve until stopped; the exit status. Raises `NydusError` when the start fails."""
         refused: NydusError | None = None
+        stacks.watch_tasks()
         try:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:

@@ -25,9 +25,12 @@ def main(spec: dict[str, Any], control: socket.socket, held: dict[str, int], sta
 
 
 def run(spec: dict[str, Any], link: KeeperLink | None, state: int = -1, last: str = "") -> int:
-    """`spec`: `options` of `Options`, and `log_level`, `log_file`, `log_rotation_size` of `logs.set_up`."""
+    """`spec`: `options` of `Options`, and what `logs.set_up` takes: `log_level`, `log_file`, `log_rotation_size`,
+    `log_format`."""
     try:
-        events = logs.set_up(spec["log_level"], spec["log_file"], spec["log_rotation_size"])
+        # the keeper of an older release knows no format
+        form = spec.get("log_format", "text")
+        events = logs.set_up(spec["log_level"], spec["log_file"], spec["log_rotation_size"], form)
     except OSError as error:
         return _fail(f"log file {spec['log_file']}: {error.strerror}")
     if last:

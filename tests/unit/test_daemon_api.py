@@ -12,7 +12,7 @@ import pytest
 from nydusfs.daemon.api import Api
 from nydusfs.daemon.errors import UnexpectedEventError, UnsupportedError
 from nydusfs.daemon.http import Request, Response
-from nydusfs.daemon.logs import ErrorRing
+from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounts import MountedImage, MountRequest
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.drivers.fuse import InFlightInfo
@@ -72,6 +72,9 @@ class Control:
 
     def sources(self) -> list[dict[str, Any]]:
         return [{"address": "http://127.0.0.1:65001", "state": "up"}]
+
+    def set_log_level(self, level: str) -> None:
+        set_level(level)
 
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
         self.values.setdefault(config_id, {}).update(values)

@@ -105,7 +105,7 @@ def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
     one._alive = True
     asked: list[str] = []
 
-    def silent(mountpoint: str, bootstrap: Path, config: str) -> None:
+    def silent(mountpoint: str, bootstrap: Path, config: str, prefetch: object) -> None:
         asked.append(mountpoint)
         raise ApiUnreachable("POST /api/v1/mount: timed out")
 
