@@ -52,11 +52,12 @@ _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 def boot_id() -> str:
-    """Of this boot of the kernel; 8 hex digits are enough to tell it from the last."""
+    """Of this boot of the kernel; 8 hex digits are enough to tell it from the last. Where it is not known, one that no
+    other process has: what was not durable is then fetched again."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:8]
     except OSError:
-        return "unknown"
+        return os.urandom(4).hex()
 
 
 class _Disk:

@@ -1,0 +1,51 @@
+"""Power cuts at any moment of a daemon's run: never a wrong byte after it, at worst a segment that is fetched again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.daemon import can_mount_fuse
+from tests.lab.erofs import cannot_mount_erofs
+from tests.lab.process import run
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+
+
+def cut(folder: Path, *options: str, timeout: float = 110.0) -> dict[str, Any]:
+    words = [sys.executable, "-m", "tests.lab.powercut", *options, str(folder)]
+    report: dict[str, Any] = json.loads(run(words, timeout=timeout).stdout)
+    assert (report["wrong"], report["failed"]) == (0, 0), report
+    assert report["segments_found"] > report["states"] / 4, "nothing survived: nothing was looked at"
+    assert report["segments_lost"] > report["states"], "everything survived: nothing was cut"
+    return report
+
+
+def test_file_systems_that_promise_nothing_but_fsync(tmp_path: Path) -> None:
+    cut(tmp_path, "--disk", "files", "--states", "80")
+
+
+def test_ext4_on_a_disk_that_reorders_its_writes(tmp_path: Path) -> None:
+    if cannot_mount_erofs():
+        cut(tmp_path, "--disk", "ext4", "--states", "20", "--daemons", "1")
+    else:
+        cut(tmp_path, "--disk", "ext4", "--driver", "erofs", "--states", "20", "--daemons", "1")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", ["1", "2", "3"])  # each with other mount options
+@pytest.mark.parametrize("driver", ["fuse", "erofs"])
+def test_thousands_of_states(driver: str, seed: str, tmp_path: Path) -> None:
+    if driver == "erofs" and (reason := cannot_mount_erofs()):
+        pytest.skip(reason)
+    options = ("--driver", driver, "--states", "1500", "--daemons", "40", "--seed", seed)
+    cut(tmp_path, "--disk", "ext4", *options, timeout=1700)
+
+
+@pytest.mark.long
+def test_thousands_of_states_of_files(tmp_path: Path) -> None:
+    cut(tmp_path, "--disk", "files", "--states", "5000", "--daemons", "20", timeout=1700)
