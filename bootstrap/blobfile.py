@@ -146,12 +146,10 @@ class BlobFile:
         self._frame(toc.BLOB_DIGEST, size)
         self._entry(toc.BLOB_DIGEST, Compressor.NONE, hashlib.sha256(digests).digest(), at, size, size)
 
-    def add_bootstrap(self, bootstrap: bytes, *, packed: bool) -> None:
+    def add_bootstrap(self, bootstrap: bytes | bytearray, *, packed: bool) -> None:
         """The inlined bootstrap, zstd if `packed` (and smaller)."""
-        stored = compress(Compressor.ZSTD, bootstrap) if packed else None
-        kind = Compressor.NONE if stored is None else Compressor.ZSTD
-        if stored is None:
-            stored = bootstrap
+        smaller = compress(Compressor.ZSTD, bootstrap) if packed else None
+        kind, stored = (Compressor.NONE, bootstrap) if smaller is None else (Compressor.ZSTD, smaller)
         at = self.size
         self.write(stored)
         self._frame(toc.IMAGE_BOOT, len(stored))

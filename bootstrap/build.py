@@ -11,7 +11,7 @@ The stages, and where each lives:
 | pack | the rest is put into the blob and described there | `modes`, `blobfile` |
 | metadata | the tree becomes tables, the tables a bootstrap | `flat`, `overlay`, `metadata`, `write_v5`, `write_v6` |
 
-A new format is a new module in `modes` and a line in `kinds`. Streaming: what is in memory is the tree (about 600
+A new format is a new module in `modes` and a line in `kinds`. Streaming: what is in memory is the tree (about 450
 bytes a path), a record of 80 bytes for each chunk, and a few chunks in work.
 """
 
@@ -155,7 +155,7 @@ class Build:
             learn_dictionary(self.index, options.chunk_dict, options)
         self.below: FlatTree | None = None
         self.lower: LowerTree | None = None
-        self.external: tuple[bytes | None, list[str]] = None, []
+        self.external: tuple[bytes | bytearray | None, list[str]] = None, []
         self.mode: Mode = kind.mode(Context(options, self.file, self.index, progress))
         self._started = self._last = time.perf_counter()
         self.times: dict[str, float] = {}
@@ -238,7 +238,7 @@ class Build:
 def _close_ranks(tree: FlatTree) -> None:
     """Give the memory of the nodes back: their names, spread among them, would keep nearly all of it in use.
 
-    A layer of 300,000 files: 404 MB at the most instead of 476.
+    For a layer of 300,000 files 70 MB, just before its bootstrap takes as much.
     """
     joined = b"\0".join(tree.names)
     tree.names = []

@@ -85,7 +85,7 @@ class Form:
 class Dictionary:
     """`bootstrap`: its bytes; `blobs`: ids in table order; `uncompressed_size`: bytes of all chunks."""
 
-    bootstrap: bytes
+    bootstrap: bytes | bytearray
     blobs: list[str]
     chunk_count: int
     uncompressed_size: int
@@ -231,10 +231,9 @@ def generate(database: ChunkDatabase, form: Form) -> Dictionary:
     picks, blobs, small = _choose(database, form)
     table = ChunkTable()
     file = Node(b"chunkdict", stat.S_IFREG | 0o660)
-    file.chunks = rows = []
     for pick in picks:
         blob = blobs[pick.blob_id]
-        rows.append(
+        file.add_chunk(
             table.add(
                 bytes.fromhex(pick.digest), table.place_of(blob), pick.flags, pick.compressed_size,
                 pick.uncompressed_size, pick.compressed_offset, pick.uncompressed_offset, pick.index, pick.crc32,

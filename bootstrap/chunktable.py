@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import CHUNK_RECORD, BlobFeatures, Compressor, Digester
+from bootstrap.layout.tables import CHUNK
 
 ROW = CHUNK_RECORD.size
 _PLACE = Struct("<I20xQ8xI")  # blob, uncompressed offset, index: what a chunk address needs
@@ -117,6 +118,11 @@ class ChunkTable:
             places = np.array([self.place_of(blob) for blob in blobs], np.uint32)
             records["blob"], records["file_offset"] = places[records["blob"]], 0
         self.records += records.tobytes()
+
+    def release(self) -> NDArray[np.void]:
+        """All records, to be changed by the caller: the table is empty then."""
+        records, self.records = self.records, bytearray()
+        return np.frombuffer(records, CHUNK)
 
     def digest(self, row: int) -> bytes:
         return bytes(self.records[row * ROW : row * ROW + 32])

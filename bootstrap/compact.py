@@ -51,7 +51,7 @@ class CompactOptions:
 class Compacted:
     """`bootstrap`: the new one, None when there was nothing to do. `blobs`: ids in table order, `new` those written."""
 
-    bootstrap: bytes | None
+    bootstrap: bytearray | None
     blobs: list[str]
     new: list[str]
     dropped: list[str]

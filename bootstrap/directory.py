@@ -57,7 +57,6 @@ def _node(
     if stat.S_ISREG(found.st_mode):
         node.size = found.st_size
         node.source = path
-        node.chunks = []
     elif stat.S_ISLNK(found.st_mode):
         node.target = os.readlink(path)
         node.size = len(node.target)
@@ -154,9 +153,9 @@ def read_file(node: Node, take: Callable[[Node, _File], None]) -> None:
     if group is not None and group.first is not None and group.first is not node:
         first = group.first
         if first.chunks or first.size == 0:
-            node.chunks = first.chunks
+            node.share_chunks(first)
             return
-    node.chunks = []
+    node.forget_chunks()
     with open_file(node) as file:
         content = _File(file, node)
         take(node, content)

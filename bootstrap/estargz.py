@@ -64,7 +64,7 @@ def build_toc(toc: Toc, out: BinaryIO, options: BuildOptions, layer: tuple[str, 
 
 def layer_bootstrap(
     read: ReadAt, size: int, layer_id: str, *, chunk_size: int | None = None, toc_digest: str | None = None
-) -> bytes:
+) -> bytes | bytearray:
     """The v6 bootstrap of an unconverted eStargz layer, ready to be merged with those of the other layers.
 
     `read` and `toc_digest` as in `read_toc`; `layer_id`: the layer's digest in hex. All layers of an image need the

@@ -159,7 +159,9 @@ def _chunk_size(values: dict[str, str], where: str) -> int:
     return size
 
 
-def build_external(root: Node, files: dict[bytes, ExternalFile], options: BuildOptions) -> tuple[bytes, list[str]]:
+def build_external(
+    root: Node, files: dict[bytes, ExternalFile], options: BuildOptions
+) -> tuple[bytes | bytearray, list[str]]:
     """Take `files` out of the tree and make an image of their own of them: its bootstrap and its blob ids.
 
     Directories in which nothing else lies leave `root` too. (Upstream removes every directory on the way to an external
@@ -248,14 +250,14 @@ class _Blobs:
         count = -(-node.size // found.chunk_size)
         if len(crcs) != count:
             raise BuildError(f"invalid crc index {len(crcs)} for file {path_of(node)}: it has {count} chunks")
-        node.chunks = []
+        node.forget_chunks()
         at, left = found.offset, node.size
         for crc in crcs:
             size = min(left, found.chunk_size)
             flags = int(ChunkFlags.HAS_CRC) if crc else 0  # readers refuse the flag together with 0
             index = info.chunk_count
             place = self.table.place_of(info)
-            node.chunks.append(self.table.add(bytes(32), place, flags, size, size, at, at, index, crc))
+            node.add_chunk(self.table.add(bytes(32), place, flags, size, size, at, at, index, crc))
             info.chunk_count = index + 1
             at += size
             left -= size

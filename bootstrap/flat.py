@@ -8,6 +8,7 @@ grow a tree of `tree.Node` and end with `flatten`.
 from __future__ import annotations
 
 import stat
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -190,7 +191,7 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo], chunk_size
     inodes = np.zeros(len(order), INODE)
     rows: list[tuple[int, ...]] = []  # the next ones of `inodes`
     done = 0
-    refs: list[int] = []
+    refs = array("q")
     xattrs: list[dict[bytes, bytes]] = []
     targets: list[bytes] = []
     first_children = _first_children(order)
@@ -199,9 +200,10 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo], chunk_size
         if node.children is not None:
             first, count = first_children[row], len(node.children)
             size = -(-(sum(map(len, node.children)) + 8 * count) // 4096) * 4096 or 4096
-        elif node.chunks is not None:
-            size, first, count = node.size, len(refs), len(node.chunks)
-            refs += node.chunks
+        elif node.is_file:
+            rows_of = node.chunks
+            size, first, count = node.size, len(refs), len(rows_of)
+            refs.extend(rows_of)
         elif node.is_symlink:
             size, first = len(node.target), len(targets)
             targets.append(node.target)
@@ -231,14 +233,14 @@ def flatten(root: Node, table: ChunkTable, blobs: Sequence[BlobInfo], chunk_size
             done += len(rows)
             rows.clear()
     inodes[done:] = rows
-    chunks = np.frombuffer(table.records, CHUNK).copy()
+    chunks = table.release()
     if len(chunks):
         places = {blob.id: place for place, blob in enumerate(blobs)}
         chunks["blob"] = np.array([places.get(blob.id, NO_BLOB) for blob in table.blobs], np.uint32)[chunks["blob"]]
     tree = FlatTree(
         names=[node.name for node in order],
         inodes=inodes,
-        refs=np.array(refs, np.int64),
+        refs=np.frombuffer(refs, np.int64),
         chunks=chunks,
         blobs=list(blobs),
         xattrs=xattrs,
@@ -257,9 +259,9 @@ def last_of(rows: Ints, count: int) -> Ints:
     return found
 
 
-def _first_children(order: list[Node]) -> list[int]:
+def _first_children(order: list[Node]) -> array[int]:
     """By row: where the children of a directory begin, for an empty one the next free row."""
-    found = [0] * len(order)
+    found = array("q", bytes(8 * len(order)))
     free = 1
     stack = [order[0]]
     while stack:

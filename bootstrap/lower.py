@@ -62,7 +62,8 @@ class LowerTree:
         kind = mode & S_IFMT
         if kind == stat.S_IFREG:
             node.size = int(inode["size"])
-            node.chunks = (tree.refs[first : first + count] + self._first_row).tolist()
+            for row in (tree.refs[first : first + count] + self._first_row).tolist():
+                node.add_chunk(row)
         elif kind == stat.S_IFLNK:
             node.target = tree.targets[first]
             node.size = len(node.target)

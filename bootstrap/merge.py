@@ -299,7 +299,7 @@ def _digest(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def write_file(out: Path, data: bytes) -> None:
+def write_file(out: Path, data: bytes | bytearray) -> None:
     """Write a bootstrap so that a reader never sees half of it; pipes and devices are written directly."""
     try:
         if out.exists() and not out.is_file():

@@ -11,7 +11,7 @@ from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 
 
-def write_bootstrap(tree: FlatTree, options: BuildOptions, v6_flags: SuperFlags) -> tuple[bytes, int]:
+def write_bootstrap(tree: FlatTree, options: BuildOptions, v6_flags: SuperFlags) -> tuple[bytearray, int]:
     """The bootstrap in the version, flags and prefetch policy of `options`; and its inode count.
 
     `v6_flags`: those of the mode (cipher, tarfs).

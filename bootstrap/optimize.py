@@ -43,7 +43,7 @@ class Optimized:
     `missing`: paths of the list that the image does not have; `size`: uncompressed bytes of the new blob.
     """
 
-    bootstrap: bytes | None
+    bootstrap: bytearray | None
     blobs: list[str]
     blob: str
     chunk_count: int

@@ -90,11 +90,11 @@ class BuildResult:
     blob_id: str
     blob_size: int
     blob_sha256: str
-    bootstrap: bytes
+    bootstrap: bytes | bytearray
     chunk_count: int
     uncompressed_size: int
     inode_count: int
     timings: dict[str, float]
     blobs: list[str]
-    external_bootstrap: bytes | None = None
+    external_bootstrap: bytes | bytearray | None = None
     external_blobs: list[str] = field(default_factory=list)

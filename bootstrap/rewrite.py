@@ -28,7 +28,7 @@ class Draft:
     flags: SuperFlags
     prefetch: list[bytes]
 
-    def write(self) -> bytes:
+    def write(self) -> bytearray:
         """The bootstrap as it is now. Raises BuildError for what the version cannot hold."""
         blobs = self.tree.blobs
         if len(blobs) >= MAX_BLOBS:
@@ -72,7 +72,7 @@ def draft(image: Bootstrap) -> Draft:
     return Draft(overlay([(tree, "none")]), image.version, image.chunk_size, flags, _prefetch(image))
 
 
-def copy(image: Bootstrap) -> bytes:
+def copy(image: Bootstrap) -> bytes | bytearray:
     """The bootstrap as it is; of a layer blob one that lies apart from its data, so that its blob keeps its name."""
     if any(blob.features & BlobFeatures.INLINED_FS_META for blob in image.blobs):
         return draft(image).write()

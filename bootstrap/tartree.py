@@ -88,7 +88,6 @@ class LayerTree:
             self._fill(node, entry)
             if entry.type == tar.REGULAR:
                 node.size = entry.size
-                node.chunks = []
             elif entry.type == tar.SYMLINK:
                 if not 0 < len(entry.linkname) <= MAX_SYMLINK or b"\0" in entry.linkname:
                     raise BuildError(
@@ -168,7 +167,8 @@ class LayerTree:
         node = Node(name, stat.S_IFMT(target.mode) | entry.mode)
         node.uid, node.gid, node.mtime = entry.uid, entry.gid, entry.mtime
         node.xattrs = target.xattrs
-        node.size, node.chunks, node.target, node.rdev = target.size, target.chunks, target.target, target.rdev
+        node.size, node.target, node.rdev = target.size, target.target, target.rdev
+        node.share_chunks(target)
         node.group, node.linked = target.group, True
         return node
 

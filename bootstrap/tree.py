@@ -10,12 +10,16 @@ import gc
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from bootstrap.errors import BuildError
 from bootstrap.layout.common import MAX_NAME, MAX_XATTR_NAME
 
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 XATTR_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+
+
+_NO_ROW = -1
 
 
 class LinkGroup:
@@ -35,8 +39,8 @@ class Node:
     """
 
     __slots__ = (
+        "_rows",
         "children",
-        "chunks",
         "gid",
         "group",
         "implied",
@@ -67,8 +71,8 @@ class Node:
         self.xattrs: dict[bytes, bytes] | None = None
         self.target = b""
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
-        self.chunks: list[int] | None = None
-        """Rows of the build's ChunkTable, in file order; None where it is no regular file."""
+        self._rows: int | list[int] = _NO_ROW
+        """Most files have one chunk, and a list for it would cost 100 bytes a file."""
         self.group: LinkGroup | None = None
         self.linked = False
         """A tar builder saw a hard link to it: v5 marks every such name."""
@@ -78,6 +82,33 @@ class Node:
         """Where a directory build reads its content."""
         self.parent: Node | None = None
         self.index = 0
+
+    @property
+    def chunks(self) -> Sequence[int]:
+        """Rows of the build's ChunkTable, in file order."""
+        rows = self._rows
+        if type(rows) is int:
+            return () if rows == _NO_ROW else (rows,)
+        return cast("list[int]", rows)
+
+    def add_chunk(self, row: int) -> None:
+        """The next chunk of a regular file, for all names that share its chunks too."""
+        rows = self._rows
+        if rows == _NO_ROW:
+            self._rows = row
+        elif type(rows) is int:
+            self._rows = [rows, row]
+        else:
+            cast("list[int]", rows).append(row)
+
+    def forget_chunks(self) -> None:
+        self._rows = _NO_ROW
+
+    def share_chunks(self, other: Node) -> None:
+        """Have the chunks of `other`, those that are still to come included."""
+        if type(other._rows) is int:
+            other._rows = list(other.chunks)
+        self._rows = other._rows
 
     @property
     def is_dir(self) -> bool:
@@ -122,7 +153,8 @@ def new_root() -> Node:
 def number(root: Node) -> list[Node]:
     """All nodes in G-order (5.1) with `index`, `parent` and the link groups filled in; sorts all children.
 
-    `order[i].index == i + 1`. Siblings are neighbours in the result.
+    The index of `order[i]` is i + 1; only directories and the first names of links get one. Siblings are neighbours in
+    the result.
     """
     order = [root]
     groups: set[LinkGroup] = set()
@@ -139,11 +171,12 @@ def number(root: Node) -> list[Node]:
             children = directory.children = dict(sorted(children.items()))
         for child in children.values():
             append(child)
-            child.index = len(order)
             child.parent = directory
             if child.children is not None:
+                child.index = len(order)
                 subdirs.append(child)
             elif child.group is not None and child.group not in groups:
+                child.index = len(order)
                 child.group.first = child
                 groups.add(child.group)
         subdirs.reverse()

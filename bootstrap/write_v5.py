@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -18,7 +19,7 @@ from bootstrap.layout.common import MAX_BLOBS, Digester, SuperFlags, digester_of
 from bootstrap.layout.tables import V5_INODE
 
 
-def write_v5(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytes:
+def write_v5(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytearray:
     """The whole bootstrap; parameters as for `write_v6`. Raises BuildError for what v5 cannot hold."""
     return _Writer(tree, chunk_size, flags).write(prefetch)
 
@@ -51,7 +52,7 @@ class _Writer:
             row = int(wrong[0])
             raise BuildError(f"{tree.path(row)}: {self._chunk_counts[row]} chunks instead of {wanted[row]}")
 
-    def write(self, prefetch: Sequence[bytes]) -> bytes:
+    def write(self, prefetch: Sequence[bytes]) -> bytearray:
         tree, blobs, count = self._tree, self._tree.blobs, len(self._tree.names)
         targets = tree.prefetch_targets(prefetch)
         prefetch_at = v5.SUPER_SIZE + v5.align8(4 * count)
@@ -86,16 +87,15 @@ class _Writer:
         extended = b"".join(
             v5.EXT_BLOB.pack(b.chunk_count, int(b.features), b.uncompressed_size, b.compressed_size) for b in blobs
         )
-        return b"".join(
-            [
-                superblock,
-                (offsets >> 3).astype("<u4").tobytes().ljust(prefetch_at - v5.SUPER_SIZE, b"\0"),
-                (first_names[targets] + 1).astype("<u4").tobytes().ljust(blob_table_at - prefetch_at, b"\0"),
-                blob_table,
-                extended,
-                *self._records(np.argsort(offsets), first_names, nlink),
-            ]
-        )
+        image = bytearray(end)
+        with memoryview(image) as view:
+            view[: len(superblock)] = superblock
+            view[v5.SUPER_SIZE :][: 4 * count] = (offsets >> 3).astype("<u4").tobytes()
+            view[prefetch_at:][: 4 * len(targets)] = (first_names[targets] + 1).astype("<u4").tobytes()
+            view[blob_table_at:extended_at] = blob_table
+            view[extended_at:records_at] = extended
+            self._write_records(view, offsets, first_names, nlink)
+        return image
 
     def _links(self) -> tuple[Ints, Ints]:
         """As `FlatTree.links`, but for what v5 cannot say.
@@ -121,21 +121,21 @@ class _Writer:
         sizes += self._chunk_counts * tree.chunks.dtype.itemsize
         areas = np.array([len(packed) for packed in self._xattrs], np.int64)
         sizes[self._with_xattrs] += areas[tree.inodes["xattrs"][self._with_xattrs]]
-        whole = sizes.tolist()  # of a directory: with everything below it
+        whole = array("q", sizes.tobytes())  # of a directory: with everything below it
         rows = tree.visits()
-        first, count = tree.inodes["first"].tolist(), tree.inodes["count"].tolist()
-        for row in reversed(rows):
-            whole[row] += sum(whole[first[row] : first[row] + count[row]])
-        own = sizes.tolist()
-        found = [at] * len(whole)
-        for row in rows:
-            begin, end = first[row], first[row] + count[row]
+        begins = tree.inodes["first"][rows].tolist()
+        ends = (tree.inodes["first"][rows] + tree.inodes["count"][rows]).tolist()
+        for row, begin, end in zip(reversed(rows), reversed(begins), reversed(ends), strict=True):
+            whole[row] += sum(whole[begin:end])
+        own = array("q", sizes.tobytes())
+        found = array("q", [at]) * len(whole)
+        for row, begin, end in zip(rows, begins, ends, strict=True):
             if begin < end:
-                found[begin:end] = accumulate(whole[begin : end - 1], initial=found[row] + own[row])
-        return np.array(found), at + whole[0]
+                found[begin:end] = array("q", accumulate(whole[begin : end - 1], initial=found[row] + own[row]))
+        return np.frombuffer(found, np.int64), at + whole[0]
 
-    def _records(self, order: Ints, first_names: Ints, nlink: Ints) -> list[bytes]:
-        """The pieces of all records in the order of `order`."""
+    def _write_records(self, image: memoryview, offsets: Ints, first_names: Ints, nlink: Ints) -> None:
+        """Each inode with its name, link target, attributes and chunks."""
         tree = self._tree
         inodes, kinds, names = tree.inodes, self._kinds, tree.names
         _, within, refs = tree.file_refs()
@@ -143,7 +143,7 @@ class _Writer:
         chunks["file_offset"] = within * self._chunk_size
         ends = np.cumsum(self._chunk_counts)
         made = np.zeros(len(names), V5_INODE)
-        made["digest"] = np.frombuffer(b"".join(self._digests(chunks["digest"].tobytes(), ends)), "V32")
+        made["digest"] = np.frombuffer(self._digests(chunks["digest"].tobytes(), ends), "V32")
         made["parent"] = tree.parents() + 1
         made["parent"][0] = 0
         made["ino"] = first_names + 1
@@ -165,30 +165,33 @@ class _Writer:
         blocks[self._with_xattrs] += areas[inodes["xattrs"][self._with_xattrs]]
         made["blocks"] = -(-blocks // 512)
 
-        heads, records = made.tobytes(), chunks.tobytes()
+        heads, records = made.view("u1").data, chunks.view("u1").data
         size, record = V5_INODE.itemsize, chunks.dtype.itemsize
-        first, count, xattrs = inodes["first"].tolist(), self._chunk_counts.tolist(), inodes["xattrs"].tolist()
-        begins = (ends - self._chunk_counts).tolist()
-        links = (kinds == stat.S_IFLNK).tolist()
-        parts: list[bytes] = []
-        for row in order.tolist():
-            name = names[row]
-            parts.append(heads[row * size : row * size + size])
-            parts.append(name + bytes(-len(name) % 8))
-            if links[row]:
-                target = tree.targets[first[row]]
-                parts.append(target + bytes(-len(target) % 8))
-            if xattrs[row] >= 0:
-                parts.append(self._xattrs[xattrs[row]])
-            if count[row]:
-                parts.append(records[begins[row] * record : (begins[row] + count[row]) * record])
-        return parts
+        for row, (at, name) in enumerate(zip(array("q", offsets.tobytes()), names, strict=True)):
+            image[at : at + size] = heads[row * size : row * size + size]
+            image[at + size : at + size + len(name)] = name
+        behind = offsets + size + _align8(self._name_sizes)
+        links = np.flatnonzero(kinds == stat.S_IFLNK)
+        for at, number in zip(behind[links].tolist(), inodes["first"][links].tolist(), strict=True):
+            target = tree.targets[number]
+            image[at : at + len(target)] = target
+        behind += _align8(self._target_sizes)
+        for row in self._with_xattrs.tolist():
+            packed, at = self._xattrs[inodes["xattrs"][row]], int(behind[row])
+            image[at : at + len(packed)] = packed
+            behind[row] += len(packed)
+        files = np.flatnonzero(self._chunk_counts)
+        sizes = (self._chunk_counts[files] * record).tolist()
+        begin = 0
+        for at, count in zip(array("q", behind[files].tobytes()), sizes, strict=True):
+            image[at : at + count] = records[begin : begin + count]
+            begin += count
 
-    def _digests(self, chunk_digests: bytes, ends: Ints) -> list[bytes]:
+    def _digests(self, chunk_digests: bytes, ends: Ints) -> bytearray:
         """Inode digests by row; directories from the end, so that what lies in them is there (section 3)."""
         tree = self._tree
         make = hashlib.sha256 if self._digester == Digester.SHA256 else blake3
-        found = [EMPTY[self._digester]] * len(tree.names)
+        found = bytearray(EMPTY[self._digester]) * len(tree.names)
         files = np.flatnonzero(self._chunk_counts)
         for row, begin, end in zip(
             files.tolist(),
@@ -196,15 +199,18 @@ class _Writer:
             (32 * ends[files]).tolist(),
             strict=True,
         ):
-            found[row] = make(chunk_digests[begin:end]).digest()
+            found[32 * row : 32 * row + 32] = make(chunk_digests[begin:end]).digest()
         links = np.flatnonzero(self._kinds == stat.S_IFLNK)
         for row, number in zip(links.tolist(), tree.inodes["first"][links].tolist(), strict=True):
             if target := tree.targets[number]:
-                found[row] = make(target).digest()
-        first, count = tree.inodes["first"].tolist(), tree.inodes["count"].tolist()
-        for row in reversed(tree.visits()):
-            if count[row]:
-                found[row] = make(b"".join(found[first[row] : first[row] + count[row]])).digest()
+                found[32 * row : 32 * row + 32] = make(target).digest()
+        rows = tree.visits()
+        rows.reverse()
+        first, count = tree.inodes["first"][rows].tolist(), tree.inodes["count"][rows].tolist()
+        for row, begin, number in zip(rows, first, count, strict=True):
+            if number:
+                below = found[32 * begin : 32 * (begin + number)]
+                found[32 * row : 32 * row + 32] = make(below).digest()
         return found
 
 

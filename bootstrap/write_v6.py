@@ -7,7 +7,7 @@ as tables and scattered into the image.
 from __future__ import annotations
 
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +21,7 @@ from bootstrap.place_v6 import DIRENT_SIZE, INODE_SIZE, SLOT, Placement, dots, l
 
 B = v6.BLOCK_SIZE
 _U32 = 0xFFFFFFFF
+_AT_ONCE = 1 << 16  # rows
 
 
 _FILE_TYPES = np.zeros(16, np.uint8)
@@ -36,7 +37,7 @@ for _kind, _number in (
     _FILE_TYPES[_kind >> 12] = _number
 
 
-def write_v6(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytes:
+def write_v6(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytearray:
     """The whole bootstrap of a tree in G-order; its `blobs` become the blob table.
 
     `flags`: compressor, digester, cipher, EXPLICIT_UIDGID and TARFS (blocks of 512 bytes); HAS_XATTR and
@@ -93,9 +94,10 @@ class TreeWriter:
         last = last_of(self._first_names, len(inodes))
         own = np.flatnonzero(~regular | (last[self._first_names] == np.arange(len(inodes))))
         slots = np.frombuffer(image, "V32")
-        halves = made[own].view("V32").reshape(-1, 2)
-        at = (where.offsets[own] + meta) // SLOT
-        slots[at], slots[at + 1] = halves[:, 0], halves[:, 1]
+        for part in _parts(own):
+            halves = made[part].view("V32").reshape(-1, 2)
+            at = (where.offsets[part] + meta) // SLOT
+            slots[at], slots[at + 1] = halves[:, 0], halves[:, 1]
 
         packed = self._xattrs
         areas = (where.offsets[with_xattrs] + (meta + INODE_SIZE)).tolist()
@@ -104,13 +106,12 @@ class TreeWriter:
 
         addresses = np.frombuffer(image, "<u8")
         place = (where.offsets[rows] + meta + (where.heads[rows] + 7 & ~7)) // 8 + within
-        records = tree.chunks[refs]
-        index = records["index"].astype(np.uint64)
+        index = tree.chunks["index"][refs].astype(np.uint64)
         addresses[place] = (
             (index & np.uint64(0xFFFF))
-            | (records["blob"].astype(np.uint64) + np.uint64(1)) << np.uint64(16)
+            | (tree.chunks["blob"][refs].astype(np.uint64) + np.uint64(1)) << np.uint64(16)
             | (index >> np.uint64(16)) << np.uint64(24)
-            | (records["uncompressed_offset"] // np.uint64(self._block)) << np.uint64(32)
+            | (tree.chunks["uncompressed_offset"][refs] // np.uint64(self._block)) << np.uint64(32)
         )
         del slots, addresses
 
@@ -201,7 +202,7 @@ class TreeWriter:
 class _Writer(TreeWriter):
     """A RAFS v6 bootstrap: the image with blob and chunk tables."""
 
-    def write(self, prefetch: Sequence[bytes]) -> bytes:
+    def write(self, prefetch: Sequence[bytes]) -> bytearray:
         tree, blobs = self._tree, self._tree.blobs
         targets = tree.prefetch_targets(prefetch) if blobs else []
         table = round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * len(blobs), B)
@@ -209,9 +210,13 @@ class _Writer(TreeWriter):
         meta = round_up(table + table_size + v6.NID.size * len(targets), B) if blobs else 0
         chunk_table = round_up(meta + self._place.end, B)
         rows, within, refs = tree.file_refs()
-        records = _chunk_table(tree, refs, bool(self._flags & SuperFlags.TARFS))
-        image = bytearray(max(round_up(chunk_table + len(records), B), v6.MIN_FILE_SIZE))
-        image[chunk_table : chunk_table + len(records)] = records
+        stored = _stored_chunks(tree, refs, bool(self._flags & SuperFlags.TARFS))
+        chunk_table_size = tree.chunks.dtype.itemsize * len(stored)
+        image = bytearray(max(round_up(chunk_table + chunk_table_size, B), v6.MIN_FILE_SIZE))
+        records = np.frombuffer(image, tree.chunks.dtype, len(stored), chunk_table)
+        for begin, part in enumerate(_parts(stored)):
+            records[begin * _AT_ONCE :][: len(part)] = tree.chunks[part]
+        del records, stored
         self._write_inodes(image, meta, rows, within, refs)
         self._write_directories(image, meta)
         if targets:
@@ -243,12 +248,12 @@ class _Writer(TreeWriter):
                 blob_table_size=table_size,
                 chunk_size=self._chunk_size,
                 chunk_table_offset=chunk_table,
-                chunk_table_size=len(records),
+                chunk_table_size=chunk_table_size,
                 prefetch_table_offset=table + table_size if targets else 0,
                 prefetch_table_size=4 * len(targets),
             ),
         )
-        return bytes(image)
+        return image
 
     # -- tables
 
@@ -326,27 +331,33 @@ def _xattr_suffix(name: bytes) -> tuple[int, bytes]:
     raise BuildError(f"attribute {name!r} has no place in a v6 image")
 
 
-def _chunk_table(tree: FlatTree, refs: Ints, tarfs: bool) -> bytes:
-    """One record per stored chunk, by digest (1.12).
+def _parts(rows: Ints) -> Iterator[Ints]:
+    """`rows` in pieces, so that what is made of them at once stays small."""
+    for begin in range(0, len(rows), _AT_ONCE):
+        yield rows[begin : begin + _AT_ONCE]
+
+
+def _stored_chunks(tree: FlatTree, refs: Ints, tarfs: bool) -> Ints:
+    """Rows of the chunk table: one record per stored chunk, by digest (1.12).
 
     Layers that share a blob bring records of the same place in it: the one referred to last is kept. Tarfs has no
     digests and one record per blob.
     """
     last = last_of(refs, len(tree.chunks))
     used = np.flatnonzero(last >= 0)
-    records = tree.chunks[used]
-    index = np.zeros(len(records), np.uint32) if tarfs else records["index"]
-    digest = np.ascontiguousarray(records["digest"]).view(">u8").reshape(-1, 4)
+    index = np.zeros(len(used), np.uint32) if tarfs else tree.chunks["index"][used]
+    blob = tree.chunks["blob"][used]
+    digest = np.ascontiguousarray(tree.chunks["digest"][used]).view(">u8").reshape(-1, 4)
     order = np.argsort(digest[:, 0], kind="stable")
     equal = digest[order[1:], 0] == digest[order[:-1], 0]
     if equal.any():  # as for all content that several layers have
         tied = np.concatenate((equal, [False])) | np.concatenate(([False], equal))
         rows = order[tied]
-        keys = (last[used[rows]], index[rows], records["blob"][rows], *(digest[rows, word] for word in (3, 2, 1, 0)))
+        keys = (last[used[rows]], index[rows], blob[rows], *(digest[rows, word] for word in (3, 2, 1, 0)))
         rows = rows[np.lexsort(keys)]
         order[tied] = rows
         after, before = order[1:], order[:-1]
         same = (digest[after] == digest[before]).all(axis=1)
-        same &= (index[after] == index[before]) & (records["blob"][after] == records["blob"][before])
+        same &= (index[after] == index[before]) & (blob[after] == blob[before])
         order = order[~np.concatenate((same, [False]))]
-    return records[order].tobytes()
+    return used[order]

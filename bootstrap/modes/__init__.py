@@ -203,7 +203,7 @@ class Mode(ABC):
             info.compressed_size = file.size
             info.id = options.blob_id or file.id_hash()
 
-    def finish_inline(self, bootstrap: bytes) -> None:
+    def finish_inline(self, bootstrap: bytes | bytearray) -> None:
         """Append the bootstrap and, if asked for, the table of contents: the end of a layer blob."""
         self.file.add_bootstrap(bootstrap, packed=self.options.blob_toc)
         if self.options.blob_toc:

@@ -36,11 +36,10 @@ class TocMode(Referring):
 
     def add_chunks(self, node: Node, chunks: Sequence[TocChunk]) -> None:
         """The content of a regular file."""
-        sink, find = node.chunks, self.index.find
-        assert sink is not None
+        find = self.index.find
         for chunk in chunks:
             row = find(chunk.digest, chunk.size)
-            sink.append(row if row >= 0 else self._add(chunk))
+            node.add_chunk(row if row >= 0 else self._add(chunk))
 
     def _add(self, chunk: TocChunk) -> int:
         offset, stored_size, size, name = chunk

@@ -34,8 +34,8 @@ _V2_FLAGS = {
     for flags in range(0x20)
 }
 
-Piece = tuple["list[int]", bytes, bool]
-"""A chunk on its way: where its row goes, its bytes, whether it may be put into a batch."""
+Piece = tuple[Node, bytes, bool]
+"""A chunk on its way: the file it belongs to, its bytes, whether it may be put into a batch."""
 
 Packed = tuple[bytes, int, int, bytes]
 """Digest, CRC-32C, flags and stored bytes; the last two are empty until it is certain that they are needed."""
@@ -91,16 +91,14 @@ class PackedMode(Mode):
         return SuperFlags.ENCRYPT_NONE if self.options.secret is None else SuperFlags.ENCRYPT_XTS
 
     def add_file(self, node: Node, content: Content) -> None:
-        sink = node.chunks
-        assert sink is not None
         left, chunk_size, add = node.size, self.options.chunk_size, self._packer.add
         if left < self._small:
-            add((sink, content.read(left), True), left)
+            add((node, content.read(left), True), left)
             return
         while left > chunk_size:
-            add((sink, content.read(chunk_size), False), chunk_size)
+            add((node, content.read(chunk_size), False), chunk_size)
             left -= chunk_size
-        add((sink, content.read(left), False), left)
+        add((node, content.read(left), False), left)
 
     def flush(self) -> None:
         self._packer.flush()
@@ -138,7 +136,7 @@ class PackedMode(Mode):
     def _store(self, pieces: list[Piece], packed: list[Packed]) -> None:
         find = self.index.find
         taken = 0
-        for (sink, data, batched), (name, crc, flags, stored) in zip(pieces, packed, strict=True):
+        for (node, data, batched), (name, crc, flags, stored) in zip(pieces, packed, strict=True):
             size = len(data)
             taken += size
             row = find(name, size)
@@ -153,7 +151,7 @@ class PackedMode(Mode):
                         self._end_batch()
                     row = self._add_chunk(name, crc, data, flags, stored)
                 self.index.add(name, row)
-            sink.append(row)
+            node.add_chunk(row)
         self._write_out()
         if self.progress is not None:
             self.progress(taken)

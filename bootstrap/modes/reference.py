@@ -26,10 +26,10 @@ _HAS_CRC = int(ChunkFlags.HAS_CRC)
 
 
 class Piece(NamedTuple):
-    """A chunk on its way: its row goes to the end of `sink`. `place`: the data field of its entry (slice and offset in
+    """A chunk on its way: its row is the next one of `node`. `place`: the data field of its entry (slice and offset in
     it; 0 in a plain tar), offset and size in the original layer."""
 
-    sink: list[int]
+    node: Node
     data: bytes
     place: tuple[int, int, int]
 
@@ -101,8 +101,6 @@ class RefMode(Referring):
         return self._layer.blob_id, self._layer.stored_size
 
     def add_file(self, node: Node, content: Content) -> None:
-        sink = node.chunks
-        assert sink is not None
         left, chunk_size, slices = node.size, self.options.chunk_size, self._slices
         while left:
             size = min(left, chunk_size)
@@ -113,7 +111,7 @@ class RefMode(Referring):
                 slices.begin(chunk_size)
                 data = content.read(size)
                 place = slices.end()
-            self._packer.add(Piece(sink, data, place), size)
+            self._packer.add(Piece(node, data, place), size)
             left -= size
 
     def flush(self) -> None:
@@ -126,13 +124,13 @@ class RefMode(Referring):
     def _store(self, pieces: list[Piece], packed: list[tuple[bytes, int]]) -> None:
         find, add = self.index.find, self.index.add
         taken = 0
-        for (sink, data, place), (name, crc) in zip(pieces, packed, strict=True):
+        for (node, data, place), (name, crc) in zip(pieces, packed, strict=True):
             taken += len(data)
             row = find(name, len(data))
             if row < 0:
                 row = self._add_chunk(name, crc, len(data), place)
                 add(name, row)
-            sink.append(row)
+            node.add_chunk(row)
         if self.progress is not None:
             self.progress(taken)
 

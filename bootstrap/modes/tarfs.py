@@ -43,12 +43,10 @@ class TarfsMode(Mode):
         return super().super_flags | SuperFlags.TARFS
 
     def add_file(self, node: Node, content: Content) -> None:
-        sink = node.chunks
-        assert sink is not None
         at, left, chunk_size = content.position, node.size, self.options.chunk_size
         while left:
             size = min(left, chunk_size)
-            sink.append(self.table.add(_NO_DIGEST, self.place, 0, size, size, at, at, self.next_index(), 0))
+            node.add_chunk(self.table.add(_NO_DIGEST, self.place, 0, size, size, at, at, self.next_index(), 0))
             at += size
             left -= size
         if self.progress is not None:

@@ -55,7 +55,7 @@ def write(path: Path, version: int, files: int) -> None:
         node.size, node.parent = 3000, folder
         digest = hashlib.blake2b(b"%d" % number, digest_size=32).digest()
         place = number * 4096 if version == 6 else number * 3000
-        node.chunks = [table.add(digest, home, ChunkFlags.COMPRESSED, 1000, 3000, number * 1000, place, number, 0)]
+        node.add_chunk(table.add(digest, home, ChunkFlags.COMPRESSED, 1000, 3000, number * 1000, place, number, 0))
         assert folder.children is not None
         folder.children[node.name] = node
     tree = flatten(root, table, [blob], 0x100000)

@@ -107,7 +107,9 @@ def make(
     assert root.children is not None
     for name, data in files.items():
         node = Node(name, stat.S_IFREG | 0o644)
-        node.size, node.parent, node.chunks = len(data), root, [rows[index] for index in uses[name]]
+        node.size, node.parent = len(data), root
+        for index in uses[name]:
+            node.add_chunk(rows[index])
         root.children[name] = node
     flags = SuperFlags.EXPLICIT_UIDGID | {
         Compressor.NONE: SuperFlags.COMPRESS_NONE, Compressor.ZSTD: SuperFlags.COMPRESS_ZSTD,

@@ -39,7 +39,7 @@ def big_tree() -> tuple[Node, ChunkTable, list[BlobInfo]]:
         node.size, node.parent = 3000, directory
         place = number * 4096
         digest = number.to_bytes(32, "big")
-        node.chunks = [table.add(digest, home, ChunkFlags.COMPRESSED, 100, 3000, number * 100, place, number, 0)]
+        node.add_chunk(table.add(digest, home, ChunkFlags.COMPRESSED, 100, 3000, number * 100, place, number, 0))
         directory.children[node.name] = node
     return root, table, [blob]
 

@@ -27,6 +27,8 @@ from bootstrap.errors import CodecError, DigestMismatch, FormatError, RafsError
 from bootstrap.layout import blobmeta, zran
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from bootstrap.reader import Bootstrap, open_bootstrap
+from bootstrap.tarwrite import HARD_LINK
+from bootstrap.unpack import members
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import ImageVolume
 from tests.lab.manifest import FolderReader, check_image, load_manifest
@@ -366,3 +368,5 @@ def test_names_of_one_file_share_a_number_in_images_of_2022(tmp_path: Path) -> N
                 assert number == volume.base | entry.ino
         assert seen
         assert all(links == [len(links)] * len(links) for links in seen.values())
+        unpacked = [member for member, _ in members(image)]
+        assert sum(member.kind == HARD_LINK for member in unpacked) == sum(len(links) - 1 for links in seen.values())

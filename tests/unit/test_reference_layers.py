@@ -150,7 +150,7 @@ def test_every_zlib_gives_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPa
     for engine in zlibstream.engines():
         monkeypatch.setattr(zlibstream, "_engine", lambda engine=engine: engine)
         result, meta = build(layer, chunk_size=0x10000)
-        found[engine.name] = (result.bootstrap, meta)
+        found[engine.name] = (bytes(result.bootstrap), meta)
     assert len(found) >= 2 and len(set(found.values())) == 1, list(found)
 
 
