@@ -40,6 +40,9 @@ class StoredImage(Endpoint):
         data = self._stored(digest, _MAX_BOOTSTRAP) if size is None or size <= _MAX_BOOTSTRAP else None
         return self.registry.open_blob(digest, size) if data is None else cast(io.RawIOBase, io.BytesIO(data))
 
+    def open_blob_ranges(self, digest: str, size: int) -> io.RawIOBase:
+        return self.registry.open_blob_ranges(digest, size)
+
     def has_blob(self, digest: str, size: int | None = None) -> bool:
         return self.registry.has_blob(digest, size)
 

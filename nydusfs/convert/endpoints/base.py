@@ -7,6 +7,7 @@ A `Location` says where an image lies; it is plain data, so that worker processe
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,7 @@ class Location(Protocol):
         ...
 
 
-class Endpoint:
+class Endpoint(ABC):
     """One image's place, opened. Thread-safe. Every method raises RegistryError or ConvertError; those that touch local
     files raise OSError as well. `name` is for messages, `image` what annotations
     record: see Location."""
@@ -54,24 +55,24 @@ class Endpoint:
 
     # -- reading
 
+    @abstractmethod
     def manifest(self, digest: str = "") -> Manifest:
         """The manifest or index that the location names, or another one of the same place by its digest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_blob(self, digest: str, size: int | None = None) -> io.RawIOBase:
         """The whole blob as a stream; its last read raises if size or digest are wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_blob_ranges(self, digest: str, size: int) -> io.RawIOBase:
         """Seekable; bytes are not verified, only their number."""
-        raise NotImplementedError
 
-    def has_blob(self, digest: str, size: int | None = None) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def has_blob(self, digest: str, size: int | None = None) -> bool: ...
 
+    @abstractmethod
     def blob_size(self, digest: str) -> int:
         """Bytes of a blob that exists, else NotFoundError."""
-        raise NotImplementedError
 
     def blob(self, digest: str, limit: int) -> bytes:
         """A small blob in memory, verified; ConvertError if it is larger than `limit` bytes."""
@@ -89,7 +90,7 @@ class Endpoint:
 
     # -- writing
 
-    def require_writable(self) -> None:
+    def require_writable(self) -> None:  # noqa: B027 -- most places are
         """Before long work: raises AuthError where pushing is known to be forbidden."""
 
     def push_blob(
@@ -124,7 +125,7 @@ class Endpoint:
 
     # -- end
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 -- most hold nothing
         """Frees what the endpoint holds; a target that never got its image leaves nothing half written."""
 
     def __enter__(self) -> Self:
