@@ -299,6 +299,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append every sample here, one JSON object a line")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the clean-up
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
     report = soak(options.seconds, options.every, options.out, options.seed)
     print(json.dumps(report, indent=1))
     bad = report["wrong"] or report["errors"] or report["stuck"] or report["said"] or not report["flat"]
