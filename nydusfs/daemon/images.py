@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -13,7 +14,7 @@ from nydusfs.daemon.mounts import MountRequest, OpenImage
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
 from nydusfs.profile import decode, export, identity
-from nydusfs.services import Services
+from nydusfs.services import Services, Wanted
 
 
 class ReaderImage:
@@ -33,9 +34,10 @@ class ReaderImage:
     def cache_metrics(self) -> dict[str, Any]:
         return self.reader.cache_counters.as_json()
 
-    async def prefetch(self) -> None:
+    async def prefetch(self, *, starting: bool) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.reader.learn)
+            if starting:
+                nursery.start_soon(self.reader.learn)
             await self.reader.prefetch(self._prefetch_files or None)
 
     def blob_ids(self) -> set[str]:
@@ -75,6 +77,14 @@ class ImageOpener:
         await trio.to_thread.run_sync(self._refuse_own_files, request)
         reader = await self._services.open_image(request.source, request.config, name=request.mountpoint)
         return ReaderImage(reader, request.prefetch_files)
+
+    async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
+        """Images that a daemon served until now, all at once: their readers wait."""
+        wanted = [Wanted(request.source, request.config, request.mountpoint) for request in requests]
+        return [
+            found if isinstance(found, Exception) else ReaderImage(found, request.prefetch_files)
+            for request, found in zip(requests, await self._services.open_images(wanted), strict=True)
+        ]
 
     def _refuse_own_files(self, request: MountRequest) -> None:
         """A cache, bootstrap or blob below the own mountpoint would have the daemon wait for itself for ever: page

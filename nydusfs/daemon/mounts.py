@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from nydusfs.drivers.volume import (
     split_mountpoint,
 )
 from nydusfs.errors import NydusError
+from nydusfs.profile import WINDOW as START_SECONDS
 
 log = logging.getLogger("nydusfs.daemon")
 
@@ -50,8 +51,9 @@ class OpenImage(Protocol):
     def reader(self) -> ImageData: ...
     def backend_metrics(self) -> dict[str, Any]: ...
     def cache_metrics(self) -> dict[str, Any]: ...
-    async def prefetch(self) -> None:
-        """Fetch ahead what the configuration asks for; cancelled at umount."""
+    async def prefetch(self, *, starting: bool) -> None:
+        """Fetch ahead what the configuration asks for; cancelled at umount. `starting`: what is read now is what a
+        start of the image reads, to be foreseen and remembered."""
 
     def blob_ids(self) -> set[str]: ...
     async def profile(self) -> dict[str, Any]:
@@ -86,7 +88,11 @@ class KernelMounts(Protocol):
     async def restore(self, where: str, reader: Any) -> None: ...
 
 
-Opener = Callable[[MountRequest], Awaitable[OpenImage]]
+class Opener(Protocol):
+    async def __call__(self, request: MountRequest) -> OpenImage:
+        """Raises `NydusError`, `RafsError`, OSError."""
+
+    async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]: ...
 
 
 class MountedImage:
@@ -136,6 +142,7 @@ class MountTable:
         self._opener = opener
         self._background = background
         self._busy: set[str] = set()
+        self._restored: list[MountedImage] = []  # whose work behind the scenes begins when readers are served
         self.images: dict[str, MountedImage] = {}
 
     def get(self, mountpoint: str) -> MountedImage | None:
@@ -234,14 +241,18 @@ class MountTable:
             give_back_memory()
         log.info("Rafs filesystem umounted at %s", where)
 
-    async def restore(self, request: MountRequest, kept: KeptMount) -> None:
-        """Open an image that an earlier worker served, under its node numbers. One that cannot be opened any more is
+    async def restore(self, images: Sequence[tuple[MountRequest, KeptMount]]) -> None:
+        """Open images that an earlier worker served, under their node numbers. One that cannot be opened any more is
         logged and left out: its files answer ESTALE."""
-        try:
-            mounted = await self._open(request)
-        except MountFailedError as error:
-            log.error("image at %s is lost: %s", request.mountpoint, error.message)
-            return
+        opened = await self._opener.reopen([request for request, _ in images])
+        for (request, kept), image in zip(images, opened, strict=True):
+            if isinstance(image, Exception):
+                log.error("image at %s is lost: %s", request.mountpoint, image)
+            else:
+                await self._restore(self._mounted(request, image), kept)
+
+    async def _restore(self, mounted: MountedImage, kept: KeptMount) -> None:
+        request = mounted.request
         mounted.mounted_ns = kept.mounted_ns
         mounted.volume = self._driver.restore(
             request.mountpoint,
@@ -255,11 +266,14 @@ class MountTable:
         self.images[request.mountpoint] = mounted
         if self._kernel_mounts is not None:
             await self._kernel_mounts.restore(request.mountpoint, mounted.image.reader)
-        self._start(mounted)
+        self._restored.append(mounted)
 
     async def begin(self) -> None:
         """FUSE answers, so that kernel mounts can be made for images that are there already. Raises `NydusError`."""
         self._serving = True
+        for mounted in self._restored:
+            self._start(mounted)
+        self._restored.clear()
         for mounted in list(self.images.values()):
             await self._attach(mounted)
 
@@ -305,6 +319,10 @@ class MountTable:
             reason = reason if named else f"bootstrap {request.source}: {reason}"
             log.error("mount at %s failed: %s", request.mountpoint, reason)
             raise MountFailedError(f"RAFS failed to handle request, {reason}") from None
+        return self._mounted(request, image)
+
+    @staticmethod
+    def _mounted(request: MountRequest, image: OpenImage) -> MountedImage:
         config = request.config
         stats = FsStats(
             request.mountpoint,
@@ -323,10 +341,13 @@ class MountTable:
         return mounted.request.config.enable_xattr or bool(mounted.image.metadata.flags & SuperFlags.HAS_XATTR)
 
     def _start(self, mounted: MountedImage) -> None:
+        # A worker that follows another one finds images that have been running for long.
+        starting = time.time_ns() - mounted.mounted_ns < START_SECONDS * 10**9
+
         async def prefetch() -> None:
             with mounted.background:
                 try:
-                    await mounted.image.prefetch()
+                    await mounted.image.prefetch(starting=starting)
                 except (NydusError, RafsError, OSError) as error:
                     log.warning("prefetch for %s stopped: %s", mounted.request.mountpoint, error)
 

@@ -185,6 +185,7 @@ class Daemon:
         driver.operations.tree.restore_numbers(kept.tree, kept.next_node)
         for config_id, values in kept.runtime.items():
             self.set_runtime_config(config_id, values)
+        found = []
         for mount in kept.mounts:
             try:
                 config = load_config(mount.config, f"configuration of {mount.mountpoint}")
@@ -194,7 +195,8 @@ class Daemon:
             if self.options.bootstrap and mount.mountpoint == self.options.virtual_mountpoint:
                 config = pull_auth(config)
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
-            await self.mounts.restore(request, mount)
+            found.append((request, mount))
+        await self.mounts.restore(found)
         self._hold()
         self._machine.step(Event.TAKEOVER)
 
