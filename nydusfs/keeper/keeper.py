@@ -162,8 +162,14 @@ class Keeper:
         worker = Worker(sock)
         worker.ready = self.served = True
         self.worker = worker
-        self._use(Zygote.exec_new(self.spec))
-        self._watch(worker, int(message["pid"]))
+        self.selector.register(sock, selectors.EVENT_READ, self._from_worker)
+        if not self._watch(worker, int(message["pid"])):  # it died meanwhile, nobody's child who would tell
+            self._drain(sock, self._from_worker)
+            self._worker_died(None)
+        try:
+            self._use(Zygote.exec_new(self.spec))
+        except SystemExit as error:
+            say(f"{error}: trying once more")  # in `run`
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -240,6 +246,7 @@ class Keeper:
             self.zygote = fresh
             self.selector.register(fresh.sock, selectors.EVENT_READ, self._from_zygote)
         if self.worker is not None and not self.worker.pid:
+            self._close_control(self.worker)
             self.worker = None
             self.start_at = time.monotonic() + 0.1
 
@@ -273,15 +280,17 @@ class Keeper:
 
     # -- the worker
 
-    def _watch(self, worker: Worker, pid: int) -> None:
+    def _watch(self, worker: Worker, pid: int) -> bool:
+        """False: it is gone already. Of its own workers the zygote says how they ended."""
         worker.pid = pid
         try:
             worker.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            return  # the zygote says how it ended
+            return False
         self.selector.register(worker.pidfd, selectors.EVENT_READ, self._worker_died)
         if worker.control not in self.selector.get_map():
             self.selector.register(worker.control, selectors.EVENT_READ, self._from_worker)
+        return True
 
     def _from_worker(self, sock: socket.socket) -> None:
         try:

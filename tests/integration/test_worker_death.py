@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,24 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
         os.kill(info(daemon)["keeper_pid"], signal.SIGTERM)
         wait_until(lambda: not os.path.ismount(daemon.mnt), 10, "the umount")
         wait_until(lambda: not processes_mentioning(str(daemon.sock)), 10, "the end of all its processes")
+
+
+def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_path: Path) -> None:
+    """Keeper, zygote and worker die one after the other, each as early as the last death can be answered for."""
+    case = image_case(CASE)
+    with Nydusd() as daemon:
+        assert daemon.mount("/a", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
+        for pause in (0.0, 0.01, 0.03, 0.1, 0.3):
+            before = info(daemon)
+            helpers = set(processes_mentioning(str(daemon.sock))) - set(before.values())
+            os.kill(before["keeper_pid"], signal.SIGKILL)
+            for pid in helpers:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda before=before: info(daemon)["keeper_pid"] != before["keeper_pid"], 20, "a keeper's start")
+            time.sleep(pause)
+            os.kill(before["worker_pid"], signal.SIGKILL)
+            settled(daemon, before, "worker_pid", "keeper_pid")
+            assert check_mount(case, daemon.mnt / "a") == []
 
 
 def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
