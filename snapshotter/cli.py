@@ -41,6 +41,11 @@ _TEXT: dict[str, tuple[tuple[str, ...], str]] = {
     "--kubeconfig-path": ((), "remote.auth.kubeconfig_path"),
     "--image-service-address": ((), "remote.auth.image_service_address"),
     "--api-socket": ((), "system.address"),
+    # upstream has these in the TOML file alone; with --config-path there is none
+    "--credential-provider-config": ((), "remote.auth.credential_provider_config"),
+    "--credential-provider-bin-dir": ((), "remote.auth.credential_provider_bin_dir"),
+    "--credential-renewal-interval": ((), "remote.auth.credential_renewal_interval"),
+    "--mirrors-config-dir": ((), "remote.mirrors_config.dir"),
 }
 _BOOLEAN: dict[str, str] = {
     "--log-to-stdout": "log.log_to_stdout",
@@ -54,6 +59,7 @@ _BOOLEAN: dict[str, str] = {
     "--enable-kubeconfig-keychain": "remote.auth.enable_kubeconfig_keychain",
     "--enable-cri-keychain": "remote.auth.enable_cri_keychain",
     "--enable-system-controller": "system.enable",
+    "--enable-kubelet-credential-providers": "remote.auth.enable_kubelet_credential_providers",
 }
 _SPECIAL_BOOLEAN = ("--shared-daemon", "--async-remove", "--enable-metrics", "--version", "--help")
 _SHOWN = {

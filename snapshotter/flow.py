@@ -6,11 +6,24 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
+from nydusfs.errors import NydusError
+from nydusfs.registry.reference import Reference
+from snapshotter.auth.local import label_credentials
+from snapshotter.auth.vault import LABELS, Vault
 from snapshotter.directories import disk_usage
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images
-from snapshotter.labels import LAYER_DIGEST, SNAPSHOT_REF, id_mapping, is_data, is_meta
+from snapshotter.labels import (
+    LAYER_DIGEST,
+    PULL_SECRET,
+    PULL_USER,
+    SNAPSHOT_REF,
+    id_mapping,
+    image_label,
+    is_data,
+    is_meta,
+)
 from snapshotter.mounts import Layout, Mount
 from snapshotter.store import Kind, Snapshot, Store
 from snapshotter.tally import tally
@@ -24,8 +37,11 @@ CLEANUP_PATIENCE = 2.0  # seconds: the images of 100 snapshots, or 20,000 files 
 class Snapshotter:
     """The ten calls, in terms of this room; `service.py` puts them on the wire."""
 
-    def __init__(self, store: Store, layout: Layout, images: Images, *, sync_remove: bool = False) -> None:
+    def __init__(
+        self, store: Store, layout: Layout, images: Images, vault: Vault, *, sync_remove: bool = False
+    ) -> None:
         self._store = store
+        self._vault = vault
         self._layout = layout
         self._images = images
         self._sync_remove = sync_remove
@@ -34,6 +50,7 @@ class Snapshotter:
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
+        labels = self._taken(labels)
         ref = labels.get(SNAPSHOT_REF, "")
         # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
         if ref and is_data(labels) and not is_meta(labels):
@@ -44,7 +61,7 @@ class Snapshotter:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Read-only, on any layer or on none. Data layers of a Nydus image show as the empty directories they are."""
-        return self._create(Kind.VIEW, key, parent, labels)
+        return self._create(Kind.VIEW, key, parent, self._taken(labels))
 
     def mounts(self, key: str) -> list[Mount]:
         """The same as Prepare or View answered; an image that is not mounted (any more) is mounted again."""
@@ -54,7 +71,7 @@ class Snapshotter:
         return self._mounts(chain)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
-        self._store.commit(name, key, labels, parent)
+        self._store.commit(name, key, self._taken(labels), parent)
 
     def remove(self, key: str) -> None:
         """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""
@@ -66,7 +83,7 @@ class Snapshotter:
         return self._store.stat(key)
 
     def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
-        return self._store.update(key, labels, mask)
+        return self._store.update(key, self._taken(labels), mask)
 
     def find(self, filters: Sequence[str]) -> list[Snapshot]:
         """Raises InvalidArgument for a filter outside the grammar."""
@@ -104,8 +121,20 @@ class Snapshotter:
         self._store.forget(done)
         if images:
             self._images.collect()
+            self._vault.sweep(lambda: {image_label(snapshot.labels) for snapshot in self._store.all()} - {""})
 
     # ----
+
+    def _taken(self, labels: Mapping[str, str]) -> Mapping[str, str]:
+        """Labels to store: without the password that some agents send in them, which is kept apart."""
+        credentials = label_credentials(labels)
+        image = image_label(labels)
+        if credentials is not None and image:
+            try:
+                self._vault.remember(LABELS, Reference.parse(image), credentials)
+            except NydusError as error:
+                log.warning("credentials in the labels of a snapshot are of no use: %s", error)
+        return {key: value for key, value in labels.items() if key not in (PULL_USER, PULL_SECRET)}
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         mapping = id_mapping(labels)

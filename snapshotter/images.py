@@ -10,19 +10,22 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nydusfs.registry.credentials import Credentials
 from snapshotter import cachegc
+from snapshotter.auth.chain import Chain, parse
+from snapshotter.auth.renewal import Renewal, Result
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.directories import disk_usage
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.labels import image_ref
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
-from snapshotter.nydusd_config import Template, derive, write_private
+from snapshotter.nydusd_config import Template, credentials_of, derive, write_private
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.store import Snapshot, Store
 from snapshotter.tally import tally
@@ -49,8 +52,10 @@ class ImageSettings:
 class Images:
     """`ensure` is what the flow calls; everything else keeps it true over deaths of either program."""
 
-    def __init__(self, settings: ImageSettings, store: Store, records: Records) -> None:
+    def __init__(self, settings: ImageSettings, store: Store, records: Records, chain: Chain) -> None:
         self._settings = settings
+        self._chain = chain
+        self.on_credentials: Callable[[int, float | None], None] = lambda snapshot, expires: None
         self._root = settings.daemon.root
         self._store = store
         self._records = records
@@ -98,6 +103,33 @@ class Images:
             tally.remember(f"image {meta.id}", waited=began - asked, mount=time.monotonic() - began)
             log.info("image %s mounted at %s", record.image, self.mountpoint(record))
             return self.mountpoint(record)
+
+    def mounted(self) -> list[int]:
+        """Meta layers of the images that are served."""
+        return sorted(self._serving)
+
+    def renew(self, snapshot: int) -> Renewal | None:
+        """Looks the credentials of a mounted image up again; what is new goes to its nydusd and its file.
+
+        None: not mounted any more. Raises nothing.
+        """
+        record = self._instances.get(snapshot)
+        if record is None or snapshot not in self._serving:
+            return None
+        try:
+            found = self._chain.find(parse(record.image), self._labels(record))
+            old = credentials_of(self._config_path(record).read_text())
+            if found.credentials == old or (found.credentials is None and found.failed):
+                return Renewal(record.image, Result.FAILED if found.failed else Result.SAME, found.expires)
+            write_private(self._config_path(record), self._derive(record, found.credentials))
+            if found.credentials is None or not found.credentials.registry_token:
+                auth = found.credentials.basic if found.credentials else ""
+                self._daemons[record.daemon].api.set_registry_auth(f"/{record.snapshot}", auth)
+        except (SnapshotterError, OSError, ValueError, KeyError) as error:
+            log.warning("credentials of image %s cannot be renewed: %s", record.image, error)
+            return Renewal(record.image, Result.FAILED, None)
+        log.info("credentials of image %s renewed from %s", record.image, found.source or "nowhere")
+        return Renewal(record.image, Result.RENEWED, found.expires)
 
     def release(self, snapshot: int) -> bool:
         """Unmounts an image whose meta layer was removed; a daemon of its own ends. False: none was mounted."""
@@ -272,14 +304,14 @@ class Images:
 
     # ---- mounting
 
-    def _mount(self, record: InstanceRecord, labels: Mapping[str, str]) -> None:
+    def _mount(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> None:
         daemon = self._daemons[record.daemon]
         if not daemon.shared:
             daemon.ensure()
             self._serving.add(record.snapshot)
             return
         # before the lock: a credential helper may take its time
-        config = self._config(record, labels)
+        config = self._config(record, labels, known=known)
         prefetch = self._prefetch.pop(record.image, ())
         for attempt in (1, 2):
             with daemon.held():
@@ -307,7 +339,7 @@ class Images:
     def _remount(self, record: InstanceRecord) -> bool:
         """A failing image does not take the others down. False: nydusd does not answer, more of them are no use."""
         try:
-            self._mount(record, self._labels(record))
+            self._mount(record, self._labels(record), known=True)
         except (SnapshotterError, OSError) as error:
             log.warning("image %s is not mounted again: %s", record.image, error)
             return not isinstance(error, ApiUnreachable)
@@ -329,17 +361,31 @@ class Images:
         self._records.forget_instance(record.snapshot)
         shutil.rmtree(self._config_dir(daemon.id) / str(record.snapshot), ignore_errors=True)
 
-    def _config(self, record: InstanceRecord, labels: Mapping[str, str]) -> str:
-        text = derive(
+    def _config(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> str:
+        """Also written to the image's file. `known`: with the credentials of that file, if there is one: at a restart
+        nobody is asked, as registries, clusters and helpers may come up later than containers; renewal follows."""
+        credentials = None
+        try:
+            if not known:
+                raise FileNotFoundError
+            credentials = credentials_of(self._config_path(record).read_text())
+        except (OSError, ValueError):
+            found = self._chain.find(parse(record.image), labels)
+            credentials = found.credentials
+            self.on_credentials(record.snapshot, found.expires)
+        text = self._derive(record, credentials)
+        self._settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(self._config_path(record), text)
+        return text
+
+    def _derive(self, record: InstanceRecord, credentials: Credentials | None) -> str:
+        return derive(
             self._settings.template,
             image=record.image,
             instance=str(record.snapshot),
             cache_dir=self._settings.cache_dir,
-            labels=labels,
+            credentials=credentials,
         )
-        self._settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(self._config_path(record), text)
-        return text
 
     def _labels(self, record: InstanceRecord) -> Mapping[str, str]:
         snapshot = self._store.by_id(record.snapshot)
@@ -365,7 +411,7 @@ class Images:
             if record.shared:
                 return []
             instance = self._only_instance(record.id)
-            self._config(instance, self._labels(instance))
+            self._config(instance, self._labels(instance), known=True)
             words = ["--config", str(self._config_path(instance)), "--bootstrap", str(instance.bootstrap)]
             if paths := self._prefetch.pop(instance.image, ()):
                 listed = self._config_dir(record.id) / "prefetch"

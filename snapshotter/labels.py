@@ -33,11 +33,15 @@ def is_data(labels: Labels) -> bool:
     return DATA_LAYER in labels
 
 
+def image_label(labels: Labels) -> str:
+    """Image reference that came with a snapshot, "" if none did."""
+    return labels.get(IMAGE_REF) or labels.get(STARGZ_REFERENCE) or ""
+
+
 def image_ref(labels: Labels, snapshot: str) -> str:
     """Image reference recorded on a meta layer at pull time. Raises NotFound naming the settings that bring it."""
-    for key in (IMAGE_REF, STARGZ_REFERENCE):
-        if labels.get(key):
-            return labels[key]
+    if image := image_label(labels):
+        return image
     raise NotFound(
         f"failed to find image ref of snapshot {snapshot}: label {IMAGE_REF} is missing, so the registry of this Nydus "
         "image is unknown. Set disable_snapshot_annotations = false for containerd's CRI plugin (for the transfer "

@@ -8,7 +8,9 @@ from __future__ import annotations
 from nydusfs.daemon import ctl
 
 # name -> (module:click command, one line for --help)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "auth": ("snapshotter.auth.ctl:command", "Which source has the registry credentials of an image."),
+}
 
 
 def main() -> None:

@@ -100,6 +100,10 @@ class NydusdApi:
         """Have what is cached of a blob deleted, unless an image mounted there uses it."""
         self._call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
 
+    def set_registry_auth(self, config_id: str, auth: str) -> None:
+        """Credentials (base64 of user:password) that count from the next token on; nydusd 2.4.1 and later."""
+        self._call("PUT", f"/api/v1/config?id={quote(config_id)}", {"registry_auth": auth})
+
     def umount(self, mountpoint: str, timeout: float = REQUEST_SECONDS) -> None:
         self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}", timeout=timeout)
 

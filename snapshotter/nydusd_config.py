@@ -26,10 +26,9 @@ from typing import Any
 
 from nydusfs.config import load_config
 from nydusfs.errors import NydusError
-from nydusfs.registry.credentials import Credentials, docker_credentials
+from nydusfs.registry.credentials import Credentials, decode_auth
 from nydusfs.registry.reference import DOCKER_HUB, Reference
 from snapshotter.errors import InvalidArgument, SettingsError
-from snapshotter.labels import PULL_SECRET, PULL_USER
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,12 @@ class Template:
             backend["config"] = {"hosts_dir": folder, **(backend.get("config") or {})}
         return Template(self.path, document)
 
+    @property
+    def registry(self) -> Mapping[str, Any]:
+        """Settings of the registry backend; empty for another backend."""
+        backend = self.document["device"]["backend"]
+        return (backend.get("config") or {}) if backend.get("type") == "registry" else {}
+
 
 def load_template(path: Path) -> Template:
     """Raises SettingsError naming the file and key. Unknown keys are warnings."""
@@ -91,10 +96,18 @@ def load_template(path: Path) -> Template:
     return Template(path, document)
 
 
-def derive(template: Template, *, image: str, instance: str, cache_dir: Path, labels: Mapping[str, str]) -> str:
+def derive(
+    template: Template,
+    *,
+    image: str,
+    instance: str,
+    cache_dir: Path,
+    credentials: Credentials | None,
+) -> str:
     """JSON text for one image. It may hold a registry password: keep it out of logs.
 
-    `instance` is the mount's id (without slash). Raises InvalidArgument for an image reference that is none.
+    `instance` is the mount's id (without slash). `credentials` replace whatever the template has. Raises
+    InvalidArgument for an image reference that is none.
     """
     document: dict[str, Any] = copy.deepcopy(dict(template.document))
     device = document["device"]
@@ -103,14 +116,26 @@ def derive(template: Template, *, image: str, instance: str, cache_dir: Path, la
     cache["config"] = {**(cache.get("config") or {}), "work_dir": str(cache_dir)}
     backend = device["backend"]
     if backend.get("type") == "registry":
-        backend["config"] = _registry(dict(backend.get("config") or {}), image, labels)
+        backend["config"] = _registry(dict(template.registry), image, credentials)
     elif backend.get("type") not in _ONLY_ID_AND_CACHE:
         raise InvalidArgument(f"{template.path}: unknown backend type {backend.get('type')!r}")
     document.setdefault("mode", "direct")
     return json.dumps(document)
 
 
-def _registry(config: dict[str, Any], image: str, labels: Mapping[str, str]) -> dict[str, Any]:
+def credentials_of(config: str) -> Credentials | None:
+    """What `derive` wrote. Raises ValueError for text that is not its."""
+    try:
+        backend = json.loads(config)["device"]["backend"].get("config") or {}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("not a configuration") from None
+    if auth := backend.get("auth"):
+        return decode_auth(auth)
+    token = backend.get("registry_token")
+    return Credentials(registry_token=token) if token else None
+
+
+def _registry(config: dict[str, Any], image: str, credentials: Credentials | None) -> dict[str, Any]:
     try:
         reference = Reference.parse(image)
     except NydusError as error:
@@ -124,24 +149,13 @@ def _registry(config: dict[str, Any], image: str, labels: Mapping[str, str]) -> 
         if config.get("scheme") == "https" and scheme != "https":
             log.info("registry %s on this machine speaks plain HTTP: scheme https of the template is not used", host)
         config["scheme"] = scheme
-    if basic := _basic_auth(reference.host, labels):
-        config["auth"] = basic
-        config.pop("registry_token", None)
+    config.pop("auth", None)
+    config.pop("registry_token", None)
+    if credentials is not None and credentials.registry_token:
+        config["registry_token"] = credentials.registry_token
+    elif credentials is not None:
+        config["auth"] = credentials.basic
     return config
-
-
-def _basic_auth(host: str, labels: Mapping[str, str]) -> str:
-    if labels.get(PULL_USER) and labels.get(PULL_SECRET):
-        log.info("credentials for %s: from the labels of the snapshot", host)
-        return Credentials(labels[PULL_USER], labels[PULL_SECRET]).basic
-    found = docker_credentials(host)
-    if found is None:
-        return ""
-    if not (found.username and found.password):
-        log.warning("credentials for %s: docker's config.json has an identity token only, nydusd cannot use that", host)
-        return ""
-    log.info("credentials for %s: from docker's config.json", host)
-    return found.basic
 
 
 def loopback_scheme(host: str) -> str:

@@ -7,10 +7,14 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from snapshotter import controller
+from snapshotter.auth.explain import ExplainService
+from snapshotter.auth.renewal import Renewer
+from snapshotter.auth.setup import Auth
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import StartError
@@ -79,19 +83,37 @@ class Program:
             daemon, settings.shared, template, cache, settings.collect_cache, settings.collect_period
         )
         records = Records(self._database)
-        self._images = Images(images, store, records)
+        self._auth = Auth(settings.auth, template, root / "auth")
+        self._images = Images(images, store, records, self._auth.chain)
+        self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
+        self._images.on_credentials = self._renewer.learned
         self.snapshotter = Snapshotter(
-            store, Layout(store.directory, volatile=settings.volatile), self._images, sync_remove=settings.sync_remove
+            store,
+            Layout(store.directory, volatile=settings.volatile),
+            self._images,
+            self._auth.vault,
+            sync_remove=settings.sync_remove,
         )
+        handlers: list[grpc.GenericRpcHandler[Any, Any]] = [ExplainService(self._auth.chain, store)]
+        if self._auth.cri is not None:
+            handlers.append(self._auth.cri)
         self._metrics = Metrics(settings.metrics, self._images, store, root, cache)
         control = controller.Controller(settings, self._images, records)
         self._operators = controller.serve(settings, root, control, self._metrics.answer)
-        self._server: grpc.Server = serve(Service(self.snapshotter), settings.address, settings.uid, settings.gid)
+        self._server: grpc.Server = serve(
+            Service(self.snapshotter), settings.address, settings.uid, settings.gid, handlers
+        )
         self._inode = settings.address.lstat().st_ino
         log.info("serving %s, root %s, blob cache %s", settings.address, root, cache)
         if settings.metrics.address:
             self._metrics.start()
-        threading.Thread(target=self._images.recover, name="recovery", daemon=True).start()
+        threading.Thread(target=self._recover, name="recovery", daemon=True).start()
+
+    def _recover(self) -> None:
+        self._auth.start(self._renewer.kick)
+        self._images.recover()
+        self._renewer.start()
+        self._renewer.kick()  # images mounted again have the credentials of before
 
     def stop(self) -> None:
         """Ends serving; nydusd and its mounts stay for the containers that use them."""
@@ -99,6 +121,8 @@ class Program:
         self._metrics.close()
         for server in self._operators:
             server.close()
+        self._renewer.close()
+        self._auth.close()
         self._images.close(umount=self._settings.cleanup_on_close)
         self._database.close()
         try:

@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,13 +159,20 @@ def claim_address(path: Path) -> None:
     raise errors.StartError(f"{path} is served by a living process: stop it first, or choose another --address")
 
 
-def serve(service: Service, path: Path, uid: int = 0, gid: int = 0) -> grpc.Server:
+def serve(
+    service: Service,
+    path: Path,
+    uid: int = 0,
+    gid: int = 0,
+    handlers: Sequence[grpc.GenericRpcHandler[Any, Any]] = (),
+) -> grpc.Server:
     """A running server on a fresh socket of mode 0600. Raises StartError."""
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"),
         options=[("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)],
     )
     rpc.add_SnapshotsServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers(tuple(handlers))
     umask = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")

@@ -8,11 +8,13 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snapshotter.auth import durations
+from snapshotter.auth.settings import AuthSettings
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError
 
@@ -74,14 +76,14 @@ KEYS: dict[str, Key] = {
     "remote.convert_vpc_registry": Key(bool, False, "upstream gave it up with 0.6"),
     "remote.skip_ssl_verify": Key(bool, False, "skip_verify of the nydusd template decides"),
     "remote.mirrors_config.dir": Key(str, ""),
-    "remote.auth.enable_kubeconfig_keychain": Key(bool, False, _LATER),
-    "remote.auth.kubeconfig_path": Key(str, "", _LATER),
-    "remote.auth.enable_cri_keychain": Key(bool, False, _LATER),
-    "remote.auth.image_service_address": Key(str, "/run/containerd/containerd.sock", _LATER),
-    "remote.auth.enable_kubelet_credential_providers": Key(bool, False, _LATER),
-    "remote.auth.credential_provider_config": Key(str, "", _LATER),
-    "remote.auth.credential_provider_bin_dir": Key(str, "", _LATER),
-    "remote.auth.credential_renewal_interval": Key(str, "0s", _LATER),
+    "remote.auth.enable_kubeconfig_keychain": Key(bool, False),
+    "remote.auth.kubeconfig_path": Key(str, ""),
+    "remote.auth.enable_cri_keychain": Key(bool, False),
+    "remote.auth.image_service_address": Key(str, "/run/containerd/containerd.sock"),
+    "remote.auth.enable_kubelet_credential_providers": Key(bool, False),
+    "remote.auth.credential_provider_config": Key(str, ""),
+    "remote.auth.credential_provider_bin_dir": Key(str, ""),
+    "remote.auth.credential_renewal_interval": Key(str, "0s"),
     "image.public_key_file": Key(str, "", _LATER),
     "image.validate_signature": Key(bool, False, _LATER),
     "cache_manager.cache_dir": Key(str, ""),
@@ -162,6 +164,7 @@ class Settings:
     log_rotation_local_time: bool
     log_rotation_compress: bool
     log_format: str
+    auth: AuthSettings
 
 
 def load(flags: Mapping[str, Any]) -> Settings:
@@ -258,19 +261,37 @@ def load(flags: Mapping[str, Any]) -> Settings:
         log_rotation_local_time=get("log.log_rotation_local_time"),
         log_rotation_compress=get("log.log_rotation_compress"),
         log_format=get("log.format"),
+        auth=_auth(get),
     )
 
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+def _auth(get: Callable[[str], Any]) -> AuthSettings:
+    section = "remote.auth."
+    kubelet = get(section + "enable_kubelet_credential_providers")
+    config, bin_dir = (get(section + "credential_provider_" + name) for name in ("config", "bin_dir"))
+    if kubelet and not (config and bin_dir):
+        raise SettingsError(
+            "remote.auth.enable_kubelet_credential_providers needs credential_provider_config and "
+            "credential_provider_bin_dir, the values of kubelet's --image-credential-provider-config and -bin-dir"
+        )
+    return AuthSettings(
+        kubernetes=get(section + "enable_kubeconfig_keychain"),
+        kubeconfig=get(section + "kubeconfig_path"),
+        cri=get(section + "enable_cri_keychain"),
+        image_service=Path(get(section + "image_service_address").removeprefix("unix://")),
+        kubelet=kubelet,
+        provider_config=config,
+        provider_bin_dir=bin_dir,
+        renewal_seconds=duration(section + "credential_renewal_interval", get(section + "credential_renewal_interval")),
+    )
 
 
 def duration(name: str, text: str) -> float:
     """Seconds of a Go duration such as `10s`, `1h30m` or `0`. Raises SettingsError naming the key."""
-    parts = _DURATION.findall(text)
-    if (text != "0" and "".join(number + unit for number, unit in parts) != text) or not text:
-        raise SettingsError(f"{name}: {text!r} is no duration: write 10s, 1m or 24h")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    try:
+        return durations.seconds(text)
+    except ValueError as error:
+        raise SettingsError(f"{name}: {error}") from None
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:

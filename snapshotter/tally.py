@@ -53,6 +53,11 @@ class Tally:
         with self._lock:
             self._gauges[metric, labels] = value
 
+    def drop(self, metric: str, *labels: str) -> None:
+        """A gauge of something that is gone."""
+        with self._lock:
+            self._gauges.pop((metric, labels), None)
+
     def operations(self) -> dict[str, Histogram]:
         with self._lock:
             return {name: Histogram(one.edges, list(one.counts), one.total) for name, one in self._operations.items()}

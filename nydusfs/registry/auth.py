@@ -60,8 +60,12 @@ class Authenticator:
             known, end = self._headers.get(scope, ("", 0.0))
             if known and known != used and time.monotonic() < end:
                 return known  # another thread has just done it
+            credentials = self.credentials()
+            if credentials and credentials.registry_token:
+                given = f"Bearer {credentials.registry_token}"
+                self._headers[""] = given, float("inf")
+                return given if given != used else None
             if challenge.scheme == "basic":
-                credentials = self.credentials()
                 header = f"Basic {credentials.basic}" if credentials and credentials.username else None
                 if header is None or header == used:
                     return None

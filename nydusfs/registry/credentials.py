@@ -28,11 +28,13 @@ _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """User name and password, or an identity (refresh) token that a token server turns into access tokens."""
+    """User name and password; or an identity (refresh) token that a token server turns into access tokens; or an access
+    token that is sent to the registry as it is."""
 
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
+    registry_token: str = field(default="", repr=False)
 
     @property
     def basic(self) -> str:

@@ -58,6 +58,8 @@ class Authenticator:
         self._fixed = self._basic if other._fixed.startswith("Basic ") else other._fixed
         if other._key is not None:
             self._old = other._key
+            if other._key.basic != self._basic:
+                self._tokens.retire(other._key)
             self._key = TokenKey(other._key.realm, other._key.service, other._key.scope, self._basic)
 
     @asynccontextmanager

@@ -94,6 +94,11 @@ class TokenStore:
                 await self._fetch(key, slot)
         return slot.value
 
+    def retire(self, key: TokenKey) -> None:
+        """Its user and password were replaced: the token is good to its end, but nobody asks for another with them."""
+        if slot := self._slots.get(key):
+            slot.renew_at = math.inf
+
     async def renew_forever(self) -> None:
         """Renew what is used before it ends, one after the other."""
         while True:

@@ -24,6 +24,7 @@ class TokenServer:
 
     def __init__(self, work: Path, user: str = "robot", password: str | None = None) -> None:
         self.work, self.user, self.password = work, user, password or secrets.token_hex(8)
+        self.life = 300  # seconds, as told to clients; the registry itself allows a minute more
         self.granted: list[tuple[str, bool]] = []
         work.mkdir(parents=True, exist_ok=True)
         self.key, self.certificate = work / "key.pem", work / "cert.pem"
@@ -72,7 +73,7 @@ class TokenServer:
         if request.headers.get("Authorization") and not known:
             body, status = b'{"errors": [{"code": "UNAUTHORIZED"}]}', 401
         else:
-            body, status = json.dumps({"token": self.token(access), "expires_in": 300}).encode(), 200
+            body, status = json.dumps({"token": self.token(access), "expires_in": self.life}).encode(), 200
         request.send_response(status)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(body)))

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from nydusfs.registry.credentials import Credentials
 from snapshotter import settings
 from snapshotter.cli import _command, go_arguments, settings_of
 from snapshotter.errors import InvalidArgument, NotFound, SettingsError
 from snapshotter.labels import GID_MAPPING, IMAGE_REF, UID_MAPPING, id_mapping, image_ref
-from snapshotter.nydusd_config import derive, load_template, loopback_scheme
+from snapshotter.nydusd_config import credentials_of, derive, load_template, loopback_scheme
 
 SCENARIO: dict[str, Any] = {
     "device": {
@@ -153,13 +154,14 @@ def test_bad_templates_are_refused_by_file_and_key(tmp_path: Path, text: str, na
         load_template(tmp_path / "missing.json")
 
 
-def test_derived_config(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    (tmp_path / "docker").mkdir()
+def test_derived_config(template: Path) -> None:
+    def derived(image: str, credentials: Credentials | None) -> str:
+        loaded = load_template(template)
+        return derive(loaded, image=image, instance="7", cache_dir=Path("/c"), credentials=credentials)
+
     auth = base64.b64encode(b"me:secret").decode()
-    auths = {"auths": {"https://index.docker.io/v1/": {"auth": auth}, "ghcr.io": {"identitytoken": "t"}}}
-    (tmp_path / "docker" / "config.json").write_text(json.dumps(auths))
-    text = derive(load_template(template), image="nginx", instance="7", cache_dir=Path("/c"), labels={})
+    text = derived("nginx", Credentials("me", "secret"))
+    assert credentials_of(text) == Credentials("me", "secret")
     made = json.loads(text)
     backend = made["device"]["backend"]["config"]
     assert (backend["host"], backend["repo"], backend["auth"]) == ("index.docker.io", "library/nginx", auth)
@@ -169,21 +171,16 @@ def test_derived_config(template: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert made["device"]["id"] == "/7"
     assert made["device"]["cache"]["config"]["work_dir"] == "/c"
     assert made["future_key"] == {"kept": 1}
-    labels = {"containerd.io/snapshot/pullusername": "u", "containerd.io/snapshot/pullsecret": "p"}
-    text = derive(
-        load_template(template),
-        image="ghcr.io/a/b@sha256:" + "0" * 64,
-        instance="8",
-        cache_dir=Path("/c"),
-        labels=labels,
-    )
+    text = derived("ghcr.io/a/b@sha256:" + "0" * 64, Credentials(registry_token="t"))
     backend = json.loads(text)["device"]["backend"]["config"]
     assert (backend["host"], backend["repo"]) == ("ghcr.io", "a/b")
-    assert base64.b64decode(backend["auth"]) == b"u:p"
-    text = derive(load_template(template), image="ghcr.io/a/b", instance="8", cache_dir=Path("/c"), labels={})
+    assert backend["registry_token"] == "t"
+    assert "auth" not in backend
+    text = derived("ghcr.io/a/b", None)
+    assert credentials_of(text) is None
     assert "auth" not in json.loads(text)["device"]["backend"]["config"]
     with pytest.raises(InvalidArgument):
-        derive(load_template(template), image="Bad Name", instance="8", cache_dir=Path("/c"), labels={})
+        derived("Bad Name", None)
 
 
 def test_only_loopback_registries_are_asked_for_their_protocol() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter import daemons, images
+from snapshotter.auth.chain import Chain
 from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -100,7 +101,7 @@ def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
     settings = ImageSettings(
         DaemonSettings("/bin/false", tmp_path, tmp_path / "log"), True, load_template(template), tmp_path / "cache"
     )
-    all_images = Images(settings, Store(tmp_path, database), Records(database))
+    all_images = Images(settings, Store(tmp_path, database), Records(database), Chain([]))
     one = all_images._shared_daemon()
     one._alive = True
     asked: list[str] = []
@@ -124,7 +125,7 @@ def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.M
     settings = ImageSettings(
         DaemonSettings("/bin/false", tmp_path, tmp_path / "log"), True, load_template(template), tmp_path / "cache"
     )
-    all_images = Images(settings, Store(tmp_path, database), Records(database))
+    all_images = Images(settings, Store(tmp_path, database), Records(database), Chain([]))
     release, inside = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -1,0 +1,1 @@
+"""Where registry credentials come from: one ordered chain of sources."""

@@ -1,0 +1,1 @@
+"""Pull secrets of a cluster: how to reach its API server, and a watch on its secrets."""
