@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _SIZE_EDGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
 _LATENCY_EDGES_MS = (1, 20, 50, 100, 500, 1000, 2000)
+
+
+MAX_UNUSED = 16384  # keys; what is beyond counts as unused
 
 
 def size_bucket(size: int) -> int:
@@ -21,6 +24,15 @@ def size_bucket(size: int) -> int:
 
 def _eight() -> list[int]:
     return [0] * 8
+
+
+@dataclass(slots=True)
+class SourceTally:
+    """What one server did, for one image or for all. `bytes`: of answers that were verified."""
+
+    requests: int = 0
+    failures: int = 0
+    bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -35,6 +47,7 @@ class BackendCounters:
     latency_us_by_size: list[int] = field(default_factory=_eight)
     read_count_block_size_dist: list[int] = field(default_factory=_eight)
     read_latency_sizes_dist: list[list[int]] = field(default_factory=lambda: [_eight() for _ in range(8)])
+    sources: dict[str, SourceTally] = field(default_factory=dict)  # by address; empty for files
 
     def record(self, size: int, started: float, failed: bool) -> None:
         """`started` is a `time.monotonic()` value."""
@@ -59,6 +72,7 @@ class BackendCounters:
             "read_cumulative_latency_millis_dist": [value // 1000 for value in self.latency_us_by_size],
             "read_count_block_size_dist": list(self.read_count_block_size_dist),
             "read_latency_sizes_dist": [list(row) for row in self.read_latency_sizes_dist],
+            "sources": [{"address": address, **asdict(tally)} for address, tally in self.sources.items()],
         }
 
 
@@ -79,6 +93,20 @@ class CacheCounters:
     prefetch_end: float = 0.0
     buffered_backend_size: int = 0
     underlying_files: set[str] = field(default_factory=set)  # blob ids
+    prefetch_segments: int = 0  # fetched before a reader asked
+    prefetch_used: int = 0  # of those, how many a reader then asked for
+    unused: set[bytes] = field(default_factory=set)  # keys of those that nobody asked for yet
+
+    def fetched_ahead(self, key: bytes) -> None:
+        self.prefetch_segments += 1
+        if len(self.unused) < MAX_UNUSED:
+            self.unused.add(key)
+
+    def used(self, key: bytes) -> None:
+        """From any thread: a count that is off by one now and then is no harm."""
+        if key in self.unused:
+            self.unused.discard(key)
+            self.prefetch_used += 1
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -92,6 +120,8 @@ class CacheCounters:
             "prefetch_requests_count": self.prefetch_requests_count,
             "prefetch_workers": self.prefetch_workers,
             "prefetch_unmerged_chunks": 0,
+            "prefetch_segments": self.prefetch_segments,
+            "prefetch_used": self.prefetch_used,
             "prefetch_cumulative_time_millis": self.prefetch_cumulative_us // 1000,
             "prefetch_begin_time_secs": int(self.prefetch_begin),
             "prefetch_begin_time_millis": int(self.prefetch_begin * 1000) % 1000,

@@ -167,6 +167,8 @@ class FetchScheduler:
             for flight in group:
                 if flight.plain is None and flight.error is None:
                     flight.error = SourceError(f"blob {flight.job.segment.blob.id}: the daemon is stopping")
+                elif flight.plain is not None and priority is not Priority.DEMAND:
+                    flight.job.counters.fetched_ahead(flight.job.segment.key)
                 if self._flights.get(flight.job.identity) is flight:
                     del self._flights[flight.job.identity]
                 flight.done.set()

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -35,6 +35,7 @@ MAX_SEGMENTS = 4096  # descriptions kept per image; making one again costs 1 us 
 SEQUENTIAL = 256 * 1024
 READ_AHEAD = 4 << 20
 MAX_STREAMS = 64
+MAX_WALK = 500_000  # entries, about 2 s
 
 
 @dataclass(slots=True)
@@ -142,6 +143,8 @@ class ImageReader:
                 if segment is None:
                     parts.append(bytearray(piece.size))
                     continue
+                if self.cache_counters.unused:
+                    self.cache_counters.used(segment.key)
                 cache = self._caches.get(segment.blob.index)
                 if cache is None or segment.key not in cache:
                     return None
@@ -250,6 +253,8 @@ class ImageReader:
             if segment is None:
                 parts.append(bytes(piece.size))
                 continue
+            if self.cache_counters.unused:
+                self.cache_counters.used(segment.key)
             whole = plain.get(segment.key)
             if whole is None:
                 data = await self._cached(segment, piece)
@@ -365,6 +370,19 @@ class ImageReader:
                 self._paths.clear()
             self._paths[ino] = self._walk_to(ino)
         return self._paths[ino]
+
+    def paths_of(self, inodes: Collection[int]) -> dict[int, str]:
+        """Those that a walk of bounded length finds, for people; for a worker thread."""
+        wanted, found = set(inodes), dict[int, str]()
+        try:
+            for steps, (path, entry) in enumerate(self.bootstrap.walk()):
+                if entry.ino in wanted:
+                    found.setdefault(entry.ino, "/" + os.fsdecode(path).encode("utf-8", "replace").decode())
+                if steps >= MAX_WALK or len(found) == len(wanted):
+                    break
+        except (RafsError, ValueError):
+            pass
+        return {ino: found.get(ino, f"inode {ino}") for ino in inodes}
 
     def _walk_to(self, ino: int) -> str:
         try:

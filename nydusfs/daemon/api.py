@@ -32,6 +32,7 @@ from nydusfs.errors import ConfigError, NydusError
 
 log = logging.getLogger("nydusfs.api")
 
+SLOWEST = 20
 RUNTIME_KEYS = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
 
 
@@ -137,6 +138,7 @@ class Api:
             "/api/v1/metrics/backend": ("BackendMetrics", {("GET", False): self._backend_metrics}),
             "/api/v1/metrics/blobcache": ("BlobcacheMetrics", {("GET", False): self._cache_metrics}),
             "/api/v1/metrics/sources": ("SourcesMetrics", {("GET", False): self._sources}),
+            "/api/v1/metrics/slow": ("SlowMetrics", {("GET", False): self._slow}),
             "/api/v1/metrics/inflight": ("InflightMetrics", {("GET", False): self._inflight}),
             "/api/v1/config": (
                 "Configure",
@@ -318,6 +320,31 @@ class Api:
 
     async def _cache_metrics(self, request: Request) -> Response:
         return _json(self._counted(request, by_config=True).image.cache_metrics())
+
+    async def _slow(self, request: Request) -> Response:
+        """The files that readers waited for longest, those that could not be read, and when the first read was."""
+        mounted = self._counted(request)
+        stats = mounted.stats
+        slow = sorted(stats.slow.items(), key=lambda item: -item[1][1])[:SLOWEST]
+        failed = sorted(stats.failed.items(), key=lambda item: -item[1])[:SLOWEST]
+        paths = await mounted.image.paths({ino for ino, _ in slow} | {ino for ino, _ in failed})
+        return _json(
+            {
+                "mounted_at": mounted.mounted_ns / 1e9,
+                "first_read_at": stats.first_read / 1e9 if stats.first_read else None,
+                "first_read_micros": stats.first_took // 1000,
+                "files": [
+                    {
+                        "path": paths[ino],
+                        "reads": reads,
+                        "waited_micros": total // 1000,
+                        "longest_micros": longest // 1000,
+                    }
+                    for ino, (reads, total, longest) in slow
+                ],
+                "failed": [{"path": paths[ino], "reads": count} for ino, count in failed],
+            }
+        )
 
     async def _profile(self, request: Request) -> Response:
         try:

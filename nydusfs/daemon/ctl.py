@@ -162,7 +162,7 @@ def set_value(obj: tuple[Client, bool], kind: str, value: str) -> None:
 
 
 @cli.command()
-@click.argument("category", type=click.Choice(["backend", "cache", "blobcache", "fsstats", "sources"]))
+@click.argument("category", type=click.Choice(["backend", "cache", "blobcache", "fsstats", "sources", "slow"]))
 @click.option("-I", "--interval", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Print again and again, this many seconds apart.")  # fmt: skip
 @click.option("--id", "instance", metavar="ID", help="Mountpoint (for cache: id of the configuration) of the image.")
@@ -171,11 +171,12 @@ def set_value(obj: tuple[Client, bool], kind: str, value: str) -> None:
 def metrics(
     obj: tuple[Client, bool], category: str, interval: float | None, instance: str | None, raw_too: bool
 ) -> None:
-    """Counters of the storage backend, the cache or the file system, or what is known of each mirror and registry."""
+    """Counters of the storage backend, the cache or the file system; what is known of each mirror and registry; the
+    files that readers waited for longest."""
     import time
 
     client, raw = obj
-    paths = {"backend": "metrics/backend", "fsstats": "metrics", "sources": "metrics/sources"}
+    paths = {"backend": "metrics/backend", "fsstats": "metrics", "sources": "metrics/sources", "slow": "metrics/slow"}
     path = paths.get(category, "metrics/blobcache")
     query = {} if instance is None else {"id": instance}
     while True:
@@ -184,6 +185,8 @@ def metrics(
             _echo_json(value)
         elif isinstance(value, list):
             _print_sources(value)
+        elif category == "slow":
+            _print_slow(value)
         else:
             _print_metrics(value)
         if interval is None:
@@ -223,6 +226,16 @@ def _print_metrics(value: dict[str, Any]) -> None:
         width = max(len(key) for key in value)
         for key, item in value.items():
             click.echo(f"{key:<{width}}  {', '.join(map(str, item)) if isinstance(item, list) else item}")
+
+
+def _print_slow(value: dict[str, Any]) -> None:
+    for entry in value["files"]:
+        click.echo(
+            f"{entry['waited_micros'] / 1e6:9.3f} s in {entry['reads']} reads, the longest "
+            f"{entry['longest_micros'] / 1e6:.3f} s  {entry['path']}"
+        )
+    for entry in value["failed"]:
+        click.echo(f"{entry['reads']} reads failed  {entry['path']}")
 
 
 def _print_sources(sources: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import trio
@@ -33,6 +33,9 @@ class ReaderImage:
 
     def cache_metrics(self) -> dict[str, Any]:
         return self.reader.cache_counters.as_json()
+
+    async def paths(self, inodes: Collection[int]) -> dict[int, str]:
+        return await trio.to_thread.run_sync(self.reader.paths_of, inodes)
 
     async def prefetch(self, *, starting: bool) -> None:
         async with trio.open_nursery() as nursery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -51,6 +51,9 @@ class OpenImage(Protocol):
     def reader(self) -> ImageData: ...
     def backend_metrics(self) -> dict[str, Any]: ...
     def cache_metrics(self) -> dict[str, Any]: ...
+    async def paths(self, inodes: Collection[int]) -> dict[int, str]:
+        """Where these files are in the image."""
+
     async def prefetch(self, *, starting: bool) -> None:
         """Fetch ahead what the configuration asks for; cancelled at umount. `starting`: what is read now is what a
         start of the image reads, to be foreseen and remembered."""

@@ -12,6 +12,10 @@ from nydusfs.counters import size_bucket
 READ_LATENCY_LIMITS = (200, 1_000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000)  # microseconds, upper bounds
 
 
+SLOW = 2_000_000  # nanoseconds: no cached read takes this long, but where the disk does
+MAX_SLOW = 128  # files
+
+
 class Fop(IntEnum):
     GETATTR = 0
     READLINK = 1
@@ -58,6 +62,10 @@ class FsStats:
         self.data_read = 0
         self.blocks = [0] * 8
         self.read_latency = [0] * 8
+        self.first_read = 0  # ns of wall clock at the end of the first read
+        self.first_took = 0  # ns
+        self.slow: dict[int, list[int]] = {}  # inode -> reads of SLOW and more, their ns, the longest's
+        self.failed: dict[int, int] = {}  # inode -> reads that failed
         self._per_file = files or access_pattern
         self._files: dict[int, _FileStats] = {}
         self._latest: set[int] = set()
@@ -68,6 +76,8 @@ class FsStats:
         self.latency[fop] += nanoseconds
         if failed:
             self.errors[fop] += 1
+            if fop == Fop.READ and (ino in self.failed or len(self.failed) < MAX_SLOW):
+                self.failed[ino] = self.failed.get(ino, 0) + 1
         if self._per_file:
             record = self._file(ino)
             record.hits[fop] += 1
@@ -78,6 +88,10 @@ class FsStats:
         self.data_read += returned
         self.blocks[bucket] += 1
         self.read_latency[bisect_left(READ_LATENCY_LIMITS, nanoseconds // 1000)] += 1
+        if nanoseconds >= SLOW:
+            self._note_slow(ino, nanoseconds)
+        if not self.first_read:
+            self.first_read, self.first_took = time.time_ns(), nanoseconds
         if not self._watch:
             return
         if self.latest_enabled:
@@ -88,6 +102,16 @@ class FsStats:
             record.reads += 1
             record.data_read += returned
             record.blocks[bucket] += 1
+
+    def _note_slow(self, ino: int, nanoseconds: int) -> None:
+        entry = self.slow.get(ino)
+        if entry is None:
+            if len(self.slow) >= MAX_SLOW:
+                del self.slow[min(self.slow, key=lambda one: self.slow[one][1])]
+            entry = self.slow[ino] = [0, 0, 0]
+        entry[0] += 1
+        entry[1] += nanoseconds
+        entry[2] = max(entry[2], nanoseconds)
 
     def _file(self, ino: int) -> _FileStats:
         record = self._files.get(ino)

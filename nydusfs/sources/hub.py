@@ -138,6 +138,9 @@ class SourceHub:
                 "first_byte_millis": round(latency.first * 1000, 1) if latency.samples else None,
                 "bytes_per_second": int(latency.rate) if latency.samples else None,
                 "last_failure": standing.reason,
+                "requests": standing.tally.requests,
+                "failures": standing.tally.failures,
+                "bytes": standing.tally.bytes,
             }
             if headers:
                 entry["headers"] = hashlib.sha256(repr(headers).encode()).hexdigest()[:8]

@@ -16,6 +16,7 @@ from typing import Protocol, TypeAlias
 
 import trio
 
+from nydusfs.counters import SourceTally
 from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 from nydusfs.sources.choice import choose
@@ -91,6 +92,7 @@ class Racer:
         self.endpoints = list(endpoints)
         self.scope = scope
         self.tally = Tally()
+        self.sources: dict[str, SourceTally] = {}  # by address, for this repository alone
         self.sample: Sample | None = None
         self.last_read = -math.inf
         self._extras = extras
@@ -269,6 +271,9 @@ class Racer:
         """Records how it went. Raises `Refused`."""
         standing, wanted = endpoint.standing, turns.wanted
         started = trio.current_time()
+        tallies = standing.tally, self.sources.setdefault(endpoint.address, SourceTally())
+        for tally in tallies:
+            tally.requests += 1
         try:
             answer = await endpoint.fetch(wanted, endpoint.patience, progress)
             total = trio.current_time() - started
@@ -276,10 +281,14 @@ class Racer:
                 async with lock:
                     await check(answer.body)
         except WrongBytes as error:
+            for tally in tallies:
+                tally.failures += 1
             endpoint.forget(wanted.blob_id)
             standing.wrong(turns.blob, trio.current_time(), errors=True)
             raise Refused(str(error), blame=False, damaged=True) from None
         except Refused as reason:
+            for tally in tallies:
+                tally.failures += 1
             now = trio.current_time()
             if not reason.blame:
                 standing.wrong(turns.blob, now, errors=False)
@@ -288,6 +297,8 @@ class Racer:
             raise
         finally:
             standing.end()
+        for tally in tallies:
+            tally.bytes += len(answer.body)
         now = trio.current_time()
         standing.latency.observe(answer.first, total, wanted.size, now)
         if standing.success(now):

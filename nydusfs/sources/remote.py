@@ -16,6 +16,7 @@ class RemoteSource:
         self.name = name
         self.counters = BackendCounters(kind)
         self.racer = racer
+        self.counters.sources = racer.sources
 
     async def read(
         self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nydusfs.counters import SourceTally
 from nydusfs.sources.latency import Latency
 
 # Five errors spread over days must not disable a mirror (upstream's do): old failures weigh half after this time.
@@ -43,6 +44,7 @@ class Standing:
     interval: float = 0.0  # seconds between probes as configured, 0: ours
     idle: float = 300.0  # nobody has read for this long: no probes until somebody does
     latency: Latency = field(default_factory=Latency)
+    tally: SourceTally = field(default_factory=SourceTally)
     state: State = State.UP
     in_flight: int = 0
     error_rate: float = 0.0

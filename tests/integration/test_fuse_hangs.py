@@ -48,12 +48,32 @@ def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
         assert (code, seconds < 5) == (0, True)
 
 
-def test_stacks_of_all_threads_on_sigusr1() -> None:
+def test_stacks_of_all_threads_and_tasks_by_signal_and_api() -> None:
     with Nydusd() as daemon:
         os.kill(daemon.worker_pid, signal.SIGUSR1)
-        # faulthandler writes piece by piece, the innermost frame first
-        wait_until(lambda: "trio" in daemon.log_text().partition("most recent call first")[2], 10, "stacks in the log")
+        # faulthandler writes piece by piece, the innermost frame first; tasks come after it
+        wait_until(lambda: "most recent call first" in daemon.log_text(), 10, "stacks in the log")
+        wait_until(lambda: "_watch_signals" in daemon.log_text(), 10, "tasks in the log")
         assert daemon.running()
+        told = daemon.get("daemon/stacks").body
+        assert told["pid"] == daemon.worker_pid
+        assert any("MainThread" in thread["name"] for thread in told["threads"])
+        assert any(line.endswith(" _watch_signals") for task in told["tasks"] for line in task["stack"])
+        command = [sys.executable, "-m", "nydusfs.daemon.ctl", "--sock", str(daemon.sock), "stacks"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        assert "thread MainThread" in shown
+        assert "_watch_signals" in shown
+
+
+def test_a_log_level_set_at_run_time_outlives_the_worker() -> None:
+    with Nydusd() as daemon:
+        assert daemon.log_text().count("Fuse daemon started!") == 1
+        assert daemon.call("PUT", "daemon", {"log_level": "error"}).status == 204
+        first = daemon.worker_pid
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: daemon.running() and daemon.worker_pid != first, 10, "another worker")
+        assert daemon.log_text().count("Fuse daemon started!") == 1
+        assert "died" in daemon.log_text() or "killed" in daemon.log_text()
 
 
 def test_stop_ends_although_nobody_reads_the_log(tmp_path: Path) -> None:
