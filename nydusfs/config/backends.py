@@ -21,6 +21,7 @@ from nydusfs.config.model import (
     RegistryBackend,
 )
 from nydusfs.config.section import Section
+from nydusfs.redact import public_url
 
 KINDS = ("registry", "localfs", "oss", "s3", "localdisk", "http-proxy")
 _MIN_PART = 5 * MIB  # the smallest part S3 takes
@@ -96,7 +97,8 @@ def _http_proxy(options: Section, template: bool) -> HttpProxyBackend:
     if addr.startswith(("http://", "https://")):
         _check_url(options, "addr", addr)
     elif not template and not (os.path.isabs(addr) and os.path.exists(addr)):
-        raise options.error("addr", f"{addr!r} is neither an http(s) URL nor the absolute path of a unix socket")
+        shown = public_url(addr)
+        raise options.error("addr", f"{shown!r} is neither an http(s) URL nor the absolute path of a unix socket")
     return backend
 
 
@@ -216,4 +218,4 @@ def _check_url(section: Section, key: str, url: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise section.error(key, f"{url!r} is not a URL such as http://127.0.0.1:65001")
+        raise section.error(key, f"{public_url(url)!r} is not a URL such as http://127.0.0.1:65001")

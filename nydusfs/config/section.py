@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nydusfs.errors import ConfigError
+from nydusfs.redact import HIDDEN, public_url
 
 log = logging.getLogger("nydusfs.config")
 
 _TYPE_NAMES = {dict: "table", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
-_SECRETS = {"auth", "registry_token", "access_key_id", "access_key_secret", "session_token", "encryption_key"}
+_SECRETS = {
+    "auth", "registry_token", "access_key_id", "access_key_secret", "session_token", "encryption_key", "headers",
+}  # fmt: skip
 
 
 class Section:
@@ -34,8 +37,13 @@ class Section:
 
     def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
         found = _TYPE_NAMES.get(type(value), "null" if value is None else type(value).__name__)
-        shown = "(hidden)" if key.rpartition(".")[2] in _SECRETS else repr(value)
-        return ConfigError(key, f"expected {expected}, found {found} {shown:.60}", self.where)
+        if key.rpartition(".")[2] in _SECRETS:
+            shown = HIDDEN
+        elif isinstance(value, str):
+            shown = repr(public_url(value))
+        else:
+            shown = "" if isinstance(value, (dict, list)) else repr(value)  # which may hold anything
+        return ConfigError(key, f"expected {expected}, found {found} {shown:.60}".rstrip(), self.where)
 
     def error(self, key: str, message: str) -> ConfigError:
         return ConfigError(self._key(key), message, self.where)

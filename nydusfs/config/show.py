@@ -14,6 +14,7 @@ from nydusfs.config.model import (
     MirrorConfig,
     RegistryBackend,
 )
+from nydusfs.redact import public_header, public_url
 
 
 def _text(value: str) -> str:
@@ -26,9 +27,9 @@ def _flag(value: bool) -> str:
 
 
 def _mirror(mirror: MirrorConfig) -> str:
-    headers = ", ".join(f"{_text(name)}: {_text(value)}" for name, value in mirror.headers.items())
+    headers = ", ".join(f"{_text(name)}: {_text(public_header(name, value))}" for name, value in mirror.headers.items())
     fields = [
-        f"host: {_text(mirror.host)}",
+        f"host: {_text(public_url(mirror.host))}",
         f"headers: {{{headers}}}",
         f"auth_through: {_flag(mirror.auth_through)}",
     ]
@@ -36,7 +37,7 @@ def _mirror(mirror: MirrorConfig) -> str:
         fields += [
             f"health_check_interval: {mirror.health_check_interval}",
             f"failure_limit: {mirror.failure_limit}",
-            f"ping_url: {_text(mirror.ping_url)}",
+            f"ping_url: {_text(public_url(mirror.ping_url))}",
         ]
     return f"MirrorConfig {{ {', '.join(fields)} }}"
 
@@ -49,7 +50,8 @@ def connection_debug(config: Config) -> str:
     proxy = connection.proxy
     return (
         "backend config: ConnectionConfig { "
-        f"proxy: ProxyConfig {{ url: {_text(proxy.url)}, ping_url: {_text(proxy.ping_url)}, "
+        f"proxy: ProxyConfig {{ url: {_text(public_url(proxy.url))}, "
+        f"ping_url: {_text(public_url(proxy.ping_url))}, "
         f"fallback: {_flag(proxy.fallback)}, check_interval: {proxy.check_interval}, "
         f"use_http: {_flag(proxy.use_http)} }}, "
         f"mirrors: [{', '.join(_mirror(mirror) for mirror in connection.mirrors)}], "
@@ -82,22 +84,26 @@ def public_config(config: Config) -> dict[str, Any]:
             "connect_timeout": connection.connect_timeout,
             "retry_limit": connection.retry_limit,
             "proxy": {
-                "url": connection.proxy.url,
-                "ping_url": connection.proxy.ping_url,
+                "url": public_url(connection.proxy.url),
+                "ping_url": public_url(connection.proxy.ping_url),
                 "fallback": connection.proxy.fallback,
                 "check_interval": connection.proxy.check_interval,
                 "use_http": connection.proxy.use_http,
             },
             # Header values may carry credentials of a mirror: only their names are public.
             "mirrors": [
-                {"host": mirror.host, "headers": dict.fromkeys(mirror.headers, ""), "auth_through": mirror.auth_through}
+                {
+                    "host": public_url(mirror.host),
+                    "headers": dict.fromkeys(mirror.headers, ""),
+                    "auth_through": mirror.auth_through,
+                }
                 for mirror in connection.mirrors
             ],
         }
         if isinstance(config.backend, RegistryBackend):
             backend["registry"] = {"host": config.backend.host, "repo": config.backend.repo, **common}
         elif isinstance(config.backend, HttpProxyBackend):
-            backend["http-proxy"] = {"addr": config.backend.addr, "path": config.backend.path, **common}
+            backend["http-proxy"] = {"addr": public_url(config.backend.addr), "path": config.backend.path, **common}
         else:
             store = config.backend
             backend[store.type] = {

@@ -29,6 +29,7 @@ from nydusfs.daemon.superblock import superblock_info
 from nydusfs.daemon.version import build_info
 from nydusfs.drivers.fuse import InFlightInfo
 from nydusfs.errors import ConfigError, NydusError
+from nydusfs.redact import HIDDEN, public_url
 
 log = logging.getLogger("nydusfs.api")
 
@@ -372,7 +373,7 @@ class Api:
         config_id = request.query.get("id", "")
         values = self._daemon.runtime_config(config_id)
         # Secrets go in and never come out; upstream shows them.
-        return _json({key: "(hidden)" if key == "registry_auth" else value for key, value in values.items()})
+        return _json({key: HIDDEN if key == "registry_auth" else public_url(value) for key, value in values.items()})
 
     async def _put_config(self, request: Request) -> Response:
         values = parse_body(request.body)

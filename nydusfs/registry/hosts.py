@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nydusfs.errors import ConfigError
+from nydusfs.redact import public_url
 from nydusfs.registry.reference import DOCKER_HUB_ENDPOINT, is_loopback
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
         raise ConfigError("host", "must be a table", str(path))
     for url, entry in hosts.items():
         if not isinstance(entry, dict):
-            raise ConfigError(f"host.{url}", "must be a table", str(path))
+            raise ConfigError(f"host.{public_url(url)}", "must be a table", str(path))
         mirrors.append(_endpoint(url, entry, path, options))
     if server is None:
         servers = _candidates(endpoint, options)
@@ -147,13 +148,13 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigError("host", f"{url!r} is not an http or https address", str(path))
+        raise ConfigError("host", f"{public_url(url)!r} is not an http or https address", str(path))
     capabilities = entry.get("capabilities", ["pull", "resolve", "push"])
     certificates = entry.get("ca", [])
     certificates = [certificates] if isinstance(certificates, str) else certificates
     headers = entry.get("header", {})
     if not isinstance(capabilities, list) or not isinstance(certificates, list) or not isinstance(headers, dict):
-        raise ConfigError(f"host.{url}", "capabilities, ca and header have the wrong type", str(path))
+        raise ConfigError(f"host.{public_url(url)}", "capabilities, ca and header have the wrong type", str(path))
     override = entry.get("override_path") is True
     pairs: list[tuple[str, str]] = []
     for name, value in headers.items():
@@ -176,7 +177,8 @@ def _client_pairs(value: object, url: str, path: Path) -> tuple[tuple[str, str],
     for one in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
         names = [one] if isinstance(one, str) else one
         if not isinstance(names, list) or not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"host.{url}.client", "want a file, or pairs of certificate and key files", str(path))
+            key = f"host.{public_url(url)}.client"
+            raise ConfigError(key, "want a file, or pairs of certificate and key files", str(path))
         files = [str(path.parent / name) if name else "" for name in names]
         found.append((files[0], files[1] if len(files) == 2 else ""))
     return tuple(found)

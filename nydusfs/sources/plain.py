@@ -13,6 +13,7 @@ from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, Tls
 from nydusfs.objects import Bucket
+from nydusfs.redact import public_url
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.hub import SourceHub, seconds
 from nydusfs.sources.race import Racer
@@ -123,7 +124,7 @@ def open_objects(backend: ObjectBackend, hub: SourceHub) -> RemoteSource:
 
 
 def open_http_proxy(backend: HttpProxyBackend, hub: SourceHub) -> RemoteSource:
-    name = f"http-proxy {backend.addr}"
+    name = f"http-proxy {public_url(backend.addr)}"
     if not backend.addr.startswith(("http://", "https://")):
         # one server per blob (reference 4.9): path and id are not sent
         url = Url(Origin("unix", backend.addr, 0), "/")

@@ -10,6 +10,7 @@ from nydusfs.errors import ConfigError
 from nydusfs.http import HttpClient, HttpError, Origin, Url, parse_url
 from nydusfs.http.connection import Tls
 from nydusfs.http.url import parse_authority
+from nydusfs.redact import public_url
 from nydusfs.registry.hosts import ClientOptions, route
 from nydusfs.registry.hosts import Endpoint as HostsEntry
 from nydusfs.registry.reference import DOCKER_HUB_HOSTS
@@ -133,7 +134,7 @@ class RegistrySource(RemoteSource):
     def _listed_way(self, entry: HostsEntry) -> Way:
         base = parse_url(entry.url)
         return Way(
-            f"mirror {entry.url}",
+            f"mirror {public_url(entry.url)}",
             base,
             self._filled(entry.headers),
             query=self._ns(),

@@ -48,6 +48,7 @@ class FaultyServer:
     latency: float = 0.0
     rate: float = 0.0  # bytes per second of a body
     token_life: int = 300
+    token_word: str = "token"  # what the tokens it gives begin with
     hang_tokens: bool = False
     login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
@@ -170,7 +171,7 @@ class FaultyServer:
     def _token(self, out: socket.socket, request: Request, query: dict[str, list[str]]) -> bool:
         with self._lock:
             self.tokens.append(request)
-            token = f"token-{len(self.tokens)}"
+            token = f"{self.token_word}-{len(self.tokens)}"
         if request.method == "POST":
             return _send(out, 405, b"GET, please")
         if request.headers.get("authorization") != "Basic " + base64.b64encode(self.login.encode()).decode():
