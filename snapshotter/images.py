@@ -11,13 +11,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nydusfs.registry.credentials import Credentials
-from snapshotter import cachegc
+from snapshotter import cachegc, leftovers
 from snapshotter.auth.chain import Chain, parse
 from snapshotter.auth.renewal import Renewal, Result
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
@@ -33,6 +34,7 @@ from snapshotter.tally import tally
 log = logging.getLogger(__name__)
 
 RECOVERY_SECONDS = 90.0
+RECOVER_TOGETHER = 4  # daemons: a start costs 0.3 s of a CPU
 UMOUNT_SECONDS = 10.0  # normal: milliseconds; an image left mounted is unmounted by the next start's `_settle`
 IMAGE_SECONDS = 120.0  # wait for another call's mount of the same image; that one is bounded itself
 _BLOB_ID = re.compile(r"[0-9a-f]{64}")
@@ -64,7 +66,8 @@ class Images:
         self._instances: dict[int, InstanceRecord] = {}
         self._serving: set[int] = set()
         self._daemons: dict[str, Daemon] = {}
-        self._recovered = threading.Event()
+        self._recovered = threading.Event()  # what is on record is known here
+        self._gates: dict[str, threading.Event] = {}  # of each daemon on record: it was found or started again
         self._collecting = threading.Lock()
         self._closing = threading.Event()
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
@@ -78,8 +81,7 @@ class Images:
         """
         labels = labels or meta.labels
         asked = time.monotonic()
-        if not self._recovered.wait(RECOVERY_SECONDS):
-            raise Unavailable("still recovering after the start: try again")
+        self._wait_recovered(meta.id)
         with self._one(meta.id):
             record = self._instances.get(meta.id)
             if record is not None and meta.id in self._serving and self._daemons[record.daemon].alive:
@@ -132,9 +134,11 @@ class Images:
         return Renewal(record.image, Result.RENEWED, found.expires)
 
     def release(self, snapshot: int) -> bool:
-        """Unmounts an image whose meta layer was removed; a daemon of its own ends. False: none was mounted."""
-        if not self._recovered.wait(RECOVERY_SECONDS):
-            return False
+        """Unmounts an image whose meta layer was removed; a daemon of its own ends. False: none was mounted.
+
+        Raises Unavailable while the start is not over.
+        """
+        self._wait_recovered(snapshot)
         with self._one(snapshot):
             record = self._instances.get(snapshot)
             if record is not None:
@@ -232,6 +236,8 @@ class Images:
             log.exception("recovery did not finish; images are mounted again when they are asked for")
         finally:
             self._recovered.set()
+            for gate in self._gates.values():
+                gate.set()
         if self._settings.collect and self._settings.collect_period:
             threading.Thread(target=self._collect_forever, name="cache-gc-timer", daemon=True).start()
         if self._settings.shared:
@@ -243,36 +249,63 @@ class Images:
 
     def _recover(self) -> None:
         alive = self._store.ids()
+        lost = []
         for instance in self._records.instances():
             if instance.snapshot in alive:
                 self._instances[instance.snapshot] = instance
-        found: list[Daemon] = []
-        dead: list[Daemon] = []
-        for record in self._records.daemons():
-            daemon = self._add(record)
-            served = [one for one in self._instances.values() if one.daemon == record.id]
-            if not record.shared and not served:
+            else:
+                lost.append(instance.snapshot)
+        daemons = [self._add(record) for record in self._records.daemons()]
+        self._gates = {daemon.id: threading.Event() for daemon in daemons}
+        self._recovered.set()
+        # side by side: one that hangs, or whose image is broken, keeps nobody else waiting
+        with ThreadPoolExecutor(RECOVER_TOGETHER, "recovery") as pool:
+            found = sum(pool.map(self._recover_daemon, daemons))
+        log.info("found %d nydusd running, %d were not", found, len(daemons) - found)
+        for snapshot in lost:
+            self._records.forget_instance(snapshot)
+        with self._lock:
+            served: dict[str, set[int]] = {daemon: set() for daemon in self._daemons}
+            for instance in self._instances.values():
+                served[instance.daemon].add(instance.snapshot)
+        leftovers.sweep(self._root, self._settings.daemon.log_dir, served)
+
+    def _recover_daemon(self, daemon: Daemon) -> bool:
+        """True: it lived. What fails is tried again by whoever asks for its images."""
+        lived = False
+        try:
+            if not daemon.shared and not any(one.daemon == daemon.id for one in list(self._instances.values())):
                 daemon.stop()
-                self._daemons.pop(record.id, None)
-                continue
+                self._daemons.pop(daemon.id, None)
+                return False
             try:
-                (found if daemon.adopt() else dead).append(daemon)
+                lived = daemon.adopt()
             except OSError:  # it died between two looks at it
-                dead.append(daemon)
-        log.info("found %d nydusd running, %d to be started again", len(found), len(dead))
-        for daemon in found:
-            try:
+                pass
+            if lived:
                 self._settle(daemon)
-            except SnapshotterError as error:
-                log.warning("%s; its images are mounted when they are asked for", error)
-        for daemon in dead:
-            try:
+            else:
                 daemon.ensure()
-            except (SnapshotterError, OSError) as error:
-                log.warning("%s; its images are mounted when they are asked for", error)
-        for instance in self._records.instances():
-            if instance.snapshot not in alive:
-                self._records.forget_instance(instance.snapshot)
+        except (SnapshotterError, OSError) as error:
+            log.warning("%s; its images are mounted when they are asked for", error)
+        except Exception:
+            log.exception("nydusd %s: its images are mounted when they are asked for", daemon.id)
+        finally:
+            self._gates[daemon.id].set()
+        return lived
+
+    def _wait_recovered(self, snapshot: int) -> None:
+        """Until what serves, or will serve, this image was found or started again. Raises Unavailable."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        known = self._recovered.wait(RECOVERY_SECONDS)
+        record = self._instances.get(snapshot)
+        for daemon in list(self._daemons.values()) if known else ():
+            its_own = not daemon.shared and daemon.mountpoint == self._own_mountpoint(snapshot)
+            if daemon.id == record.daemon if record else its_own or (daemon.shared and self._settings.shared):
+                gate = self._gates.get(daemon.id)
+                known = gate is None or gate.wait(max(0.0, deadline - time.monotonic()))
+        if not known:
+            raise Unavailable("still recovering after the start: try again")
 
     def _settle(self, daemon: Daemon) -> None:
         """A living daemon serves exactly the images on record."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 MNT_DETACH = 2
 _OCTAL = re.compile(r"\\([0-7]{3})")
+TRIAL = "overlay-check-"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -75,8 +76,15 @@ def mount(kind: str, source: str, target: str, flags: int, data: str) -> None:
 
 
 def overlay_works(directory: Path) -> bool:
-    """Whether an overlay with its upper directory here can be mounted; tried, as the module may load on demand."""
-    scratch = tempfile.mkdtemp(prefix="overlay-check-", dir=directory)
+    """Whether an overlay with its upper directory here can be mounted; tried, as the module may load on demand.
+
+    Takes away what a trial that was killed left.
+    """
+    for name in os.listdir(directory):
+        if name.startswith(TRIAL):
+            detach(f"{directory}/{name}/merged")
+            shutil.rmtree(f"{directory}/{name}", ignore_errors=True)
+    scratch = tempfile.mkdtemp(prefix=TRIAL, dir=directory)
     try:
         for name in ("lower", "upper", "work", "merged"):
             os.mkdir(f"{scratch}/{name}")

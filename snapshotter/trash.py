@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from snapshotter.system import detach, mountpoints
+
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +74,19 @@ class Trash:
                 continue
             for path in paths:
                 try:
-                    shutil.rmtree(path)
+                    _delete(path)
                 except OSError as error:
                     log.warning("%s is left for the next clean-up: %s", path, error.strerror or error)
+
+
+def _delete(path: str) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError:
+        # the mount of an image whose nydusd was lost went along with the rename: nobody's any more
+        inside = [point for point in mountpoints() if point.startswith(f"{path}/")]
+        if not inside:
+            raise
+        for point in reversed(inside):
+            detach(point)
+        shutil.rmtree(path)

@@ -58,6 +58,11 @@ class Client:
         stream = self.stub.List(pb.ListSnapshotsRequest(filters=filters), timeout=CALL_SECONDS)
         return [info for reply in stream for info in reply.info]
 
+    def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str] = ()) -> Any:
+        request = pb.UpdateSnapshotRequest(info=pb.Info(name=key, labels=dict(labels)))
+        request.update_mask.paths.extend(mask)
+        return self.stub.Update(request, timeout=CALL_SECONDS).info
+
     def usage(self, key: str) -> tuple[int, int]:
         reply = self.stub.Usage(pb.UsageRequest(key=key), timeout=CALL_SECONDS)
         return reply.size, reply.inodes
