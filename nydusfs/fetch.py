@@ -2,8 +2,8 @@
 
 - One fetch per segment per node at a time, whatever the number of mounts and readers (single flight). It runs in the
   scheduler's own nursery: a reader that is cancelled leaves it running for the others.
-- Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and starts nothing while a demand
-  read is in flight or was a moment ago; a demand read that meets a waiting prefetch of its segment makes it urgent.
+- Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and leaves them the link
+  (`courtesy`); a demand read that meets a prefetch of its segment makes it urgent.
 - What an image's profile says (LEARNED) is on its way to a reader: it is not held up by demand reads.
 - Missing neighbours of one read are one request.
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
@@ -27,21 +27,20 @@ from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.counters import CacheCounters
+from nydusfs.courtesy import Courtesy, RequestPace
 from nydusfs.errors import SourceError
+from nydusfs.http.pacing import PACE
 from nydusfs.segments import BadChunk, Segment, UnitMembers, decode, runs
 from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
 
 log = logging.getLogger("nydusfs.fetch")
 
 DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
-PREFETCH_REQUESTS = 8
 MERGE = 1 << 20  # compressed bytes of one merged request
-# Seconds prefetch stays away after a demand read: a starting program reads in bursts with pauses, in which it computes
-# or another container is set up, and on a slow link each prefetched byte delays the next burst.
-QUIET = 0.5
 INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
 INLINE_PLAIN = 1 << 20  # and to no more than this
 DECODE_THREADS = 4
+PREFETCH_THREADS = 1  # of them for prefetch: the others stay free for readers
 RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
 
 
@@ -65,7 +64,7 @@ class Job:
 class _Flight:
     job: Job
     done: trio.Event = field(default_factory=trio.Event)
-    urgent: trio.Event = field(default_factory=trio.Event)
+    urgent: trio.Event = field(default_factory=trio.Event)  # one for all flights of a request
     plain: bytearray | None = None
     error: SourceError | None = None
 
@@ -80,10 +79,9 @@ class FetchScheduler:
         self._nursery = nursery
         self._flights: dict[tuple[int, str, bytes], _Flight] = {}
         self._demand_slots: dict[str, trio.Semaphore] = {}
-        self._prefetch_slots = trio.Semaphore(PREFETCH_REQUESTS)
+        self.courtesy = Courtesy()
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
-        self._demand_active = 0
-        self._quiet_from = 0.0
+        self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
         self._recent: OrderedDict[tuple[int, str, bytes], bytearray] = OrderedDict()
         self._recent_bytes = 0
 
@@ -101,14 +99,13 @@ class FetchScheduler:
         """
         flights = self._join(jobs, priority, merge)
         if priority is Priority.DEMAND:
-            self._demand_active += 1
+            self.courtesy.reader_comes()
         try:
             for flight in flights:
                 await flight.done.wait()
         finally:
             if priority is Priority.DEMAND:
-                self._demand_active -= 1
-                self._quiet_from = trio.current_time() + QUIET
+                self.courtesy.reader_goes()
         found: list[bytearray] = []
         for flight in flights:
             if flight.error is not None:
@@ -135,6 +132,8 @@ class FetchScheduler:
                 if group and not _joinable(group, job.segment, merge):
                     self._nursery.start_soon(self._run, group, priority)
                     group = []
+                if group:
+                    flight.urgent = group[0].urgent
                 group.append(flight)
             elif priority is Priority.DEMAND:
                 flight.urgent.set()
@@ -154,8 +153,7 @@ class FetchScheduler:
         try:
             if priority is not Priority.PREFETCH:
                 # LEARNED too: its callers bound themselves, and a reader is about to wait for it.
-                async with self._slots_of(group[0].job.source):
-                    await self._fetch_group(group, priority)
+                await self._run_now(group, priority)
             else:
                 await self._run_prefetch(group)
         except Exception as error:  # a bug must cost one read, not the worker that serves every mount
@@ -173,33 +171,28 @@ class FetchScheduler:
                     del self._flights[flight.job.identity]
                 flight.done.set()
 
-    async def _run_prefetch(self, group: list[_Flight]) -> None:
-        urgent = await self._turn(group)
-        if urgent:
-            async with self._slots_of(group[0].job.source):
-                await self._fetch_group(group, Priority.DEMAND)
-            return
+    async def _run_now(self, group: list[_Flight], priority: Priority) -> None:
+        self.courtesy.reader_comes()
         try:
+            async with self._slots_of(group[0].job.source):
+                await self._fetch_group(group, priority)
+        finally:
+            self.courtesy.reader_goes()
+
+    async def _run_prefetch(self, group: list[_Flight]) -> None:
+        urgent = group[0].urgent
+        while not self.courtesy.admit():
+            # Few tasks wait here (prefetch threads of the config), so a poll is simple and costs nothing that shows.
+            with trio.move_on_after(0.02):
+                await urgent.wait()
+            if urgent.is_set():
+                await self._run_now(group, Priority.DEMAND)
+                return
+        try:
+            PACE.set(RequestPace(self.courtesy, urgent))  # of this task and its children
             await self._fetch_group(group, Priority.PREFETCH)
         finally:
-            self._prefetch_slots.release()
-
-    async def _turn(self, group: list[_Flight]) -> bool:
-        """Wait until prefetch may start a request and take a slot; True (no slot taken) when a reader wants it now."""
-        while True:
-            if any(flight.urgent.is_set() for flight in group):
-                return True
-            now = trio.current_time()
-            if not self._demand_active and now >= self._quiet_from:
-                try:
-                    self._prefetch_slots.acquire_nowait()
-                    return False
-                except trio.WouldBlock:
-                    pass
-            # Few tasks wait here (prefetch threads of the config), so a poll is simple and costs nothing that shows.
-            with trio.move_on_after(max(0.02, self._quiet_from - now)):
-                await group[0].urgent.wait()
-            await trio.lowlevel.checkpoint()
+            self.courtesy.ended()
 
     async def _fetch_group(self, group: list[_Flight], priority: Priority) -> None:
         missing = [flight for flight in group if not await self._adopt(flight)]
@@ -246,7 +239,7 @@ class FetchScheduler:
         ranges = list(runs(job.chunks, segment))
         for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
-            check = partial(self._verify, kept, [(job, units, plain)], start, last)
+            check = partial(self._verify, kept, [(job, units, plain)], start, last, self._decoders(priority))
             await self._read(job, start, end - start, priority, check)
         self._finish(flight, plain, kept[-1])
 
@@ -255,18 +248,27 @@ class FetchScheduler:
         start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
         parts = [(job, next(runs(job.chunks, job.segment))[2], bytearray(job.segment.size)) for job in jobs]
         kept: list[bool] = []
-        await self._read(jobs[0], start, end - start, priority, partial(self._verify, kept, parts, start, True))
+        check = partial(self._verify, kept, parts, start, True, self._decoders(priority))
+        await self._read(jobs[0], start, end - start, priority, check)
         for flight, (_, _, plain) in zip(group, parts, strict=True):
             self._finish(flight, plain, kept[-1])
 
+    def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
+        return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
+
     async def _read(self, job: Job, start: int, size: int, priority: Priority, check: Check) -> None:
         job.counters.buffered_backend_size += size
+        began = trio.current_time()
         try:
             await job.source.read(job.segment.blob.id, start, size, priority, check)
+            if priority is not Priority.PREFETCH:
+                self.courtesy.fetched(size, trio.current_time() - began)
         finally:
             job.counters.buffered_backend_size -= size
 
-    async def _verify(self, kept: list[bool], parts: _Parts, start: int, store: bool, stored: Buffer) -> None:
+    async def _verify(
+        self, kept: list[bool], parts: _Parts, start: int, store: bool, limiter: trio.CapacityLimiter, stored: Buffer
+    ) -> None:
         """The check of a source's bytes: verify everything, then write it if `store`; appends whether all was kept.
 
         Raises `WrongBytes`.
@@ -275,7 +277,7 @@ class FetchScheduler:
         if len(stored) <= INLINE and sum(len(plain) for _, _, plain in parts) <= INLINE_PLAIN:
             kept.append(_decode_and_store(parts, start, view, store))
             return
-        kept.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=self._threads))
+        kept.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter))
 
     def _finish(self, flight: _Flight, plain: bytearray, kept: bool) -> None:
         job = flight.job

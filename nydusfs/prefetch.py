@@ -144,7 +144,8 @@ class Prefetcher:
                 continue
             if group:
                 first, last = group[0].segment, group[-1].segment
-                if not segment.adjoins(last) or segment.compressed_end - first.compressed_start > self._merge:
+                size = segment.compressed_end - first.compressed_start
+                if not segment.adjoins(last) or size > min(self._merge, self._scheduler.courtesy.request_size):
                     yield group
                     group = []
             group.append(self._reader.job(segment))

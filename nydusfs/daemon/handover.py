@@ -67,9 +67,7 @@ def decode(data: bytes) -> KeptState:
         value: dict[str, Any] = json.loads(data)
         if value["version"] != VERSION:
             raise NydusError(f"state of version {value['version']}: this nydusd reads version {VERSION}")
-        mounts = [
-            KeptMount(**{**mount, "prefetch_files": tuple(mount["prefetch_files"])}) for mount in value["mounts"]
-        ]
+        mounts = [KeptMount(**{**mount, "prefetch_files": tuple(mount["prefetch_files"])}) for mount in value["mounts"]]
         index, generation = value["numbering"]
         tree = [(str(path), int(number)) for path, number in value["tree"]]
         where, next_node = str(value["mountpoint"]), int(value["next_node"])

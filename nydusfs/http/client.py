@@ -13,6 +13,7 @@ import trio
 from nydusfs.http import wire
 from nydusfs.http.connection import Connection, Progress, Tls, tls_context
 from nydusfs.http.errors import HttpError, HttpTimeout, ProtocolViolation, StaleConnection
+from nydusfs.http.pacing import PACE
 from nydusfs.http.url import Origin, Url
 
 MAX_CONNECTIONS = 32  # per origin
@@ -64,7 +65,7 @@ class HttpClient:
     def __init__(self, tls: Tls | None = None) -> None:
         self._tls = tls or Tls()
         self._context: ssl.SSLContext | None = None
-        self._pools: dict[tuple[Origin, Via | None], _Pool] = {}
+        self._pools: dict[tuple[Origin, Via | None, bool], _Pool] = {}
 
     async def get_range(
         self,
@@ -140,15 +141,16 @@ class HttpClient:
         progress: Progress | None = None,
     ) -> Response:
         target = url.target
-        key = via
         if via is not None and url.origin.scheme == "http":
             target = url.full
             if via.auth:
                 headers = [*headers, ("Proxy-Authorization", via.auth)]
         message = wire.format_request(method, target, url.origin.netloc, headers, body)
-        pool = self._pools.get((url.origin, key))
+        # Connections with small windows are kept apart: a window that was small once grows slowly.
+        key = (url.origin, via, PACE.get() is not None)
+        pool = self._pools.get(key)
         if pool is None:
-            pool = self._pools[url.origin, key] = _Pool()
+            pool = self._pools[key] = _Pool()
         try:
             pool.slots.acquire_nowait()
         except trio.WouldBlock:
@@ -181,12 +183,16 @@ class HttpClient:
         if connection is None:
             connection = await self._connect(origin, connect_timeout, via)
         keep = False
+        pace = PACE.get()
         try:
             with trio.CancelScope() as scope:
-                connection.limit(scope, timeout, trio.current_time() + hard, progress)
+                started = trio.current_time()
+                connection.limit(scope, timeout, started + hard, progress, pace)
                 await connection.send(message)
                 head = await connection.read_head()
                 begun = trio.current_time()
+                if pace is not None:
+                    pace.begun(begun - started)
                 response, clean = await receive(connection, head)
                 response.body_seconds = trio.current_time() - begun
                 keep = clean and head.keep_alive

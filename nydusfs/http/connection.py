@@ -12,10 +12,12 @@ import trio
 
 from nydusfs.http import wire
 from nydusfs.http.errors import ConnectFailed, ProtocolViolation, StaleConnection, TlsFailed
+from nydusfs.http.pacing import Pace
 from nydusfs.http.transport import IO_ERRORS, PlainTransport, StreamTransport, Transport
 from nydusfs.http.url import Origin
 
 _RECEIVE = 64 * 1024
+MIN_PIECE = 16 * 1024  # of a body that is paced
 # The stall clock is moved this often at most: setting a trio deadline costs 4 us.
 _PROGRESS_STEP = 0.1
 
@@ -58,7 +60,8 @@ class Progress:
 
 class Connection:
     __slots__ = (
-        "_buffer", "_hard", "_moved", "_progress", "_scope", "_stall", "_transport", "idle_since", "origin", "reused",
+        "_buffer", "_hard", "_moved", "_pace", "_progress", "_scope", "_stall", "_transport", "_window",
+        "idle_since", "origin", "reused",
     )  # fmt: skip
 
     def __init__(self, origin: Origin, transport: Transport) -> None:
@@ -69,6 +72,8 @@ class Connection:
         self._stall = self._hard = float("inf")
         self._moved = 0.0
         self._progress: Progress | None = None
+        self._pace: Pace | None = None
+        self._window = 0  # as set; 0: the kernel's
         self.idle_since = 0.0
         self.reused = False
 
@@ -103,10 +108,21 @@ class Connection:
         """Whether an idle connection can be used: bytes or an end waiting on it mean that it cannot. About 2 us."""
         return not self._buffer and self._transport.quiet()
 
-    def limit(self, scope: trio.CancelScope, stall: float, hard: float, progress: Progress | None = None) -> None:
-        """Let `scope` end after `stall` seconds without progress and at the clock time `hard` in any case."""
+    def limit(
+        self,
+        scope: trio.CancelScope,
+        stall: float,
+        hard: float,
+        progress: Progress | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        """Let `scope` end after `stall` seconds without progress and at the clock time `hard` in any case. The time
+        that `pace` has bodies wait does not count."""
         self._scope = scope
         self._progress = progress
+        self._pace = pace
+        if pace is not None:
+            self._use_window(pace.window)
         self._stall = stall
         self._hard = hard
         self._moved = trio.current_time()
@@ -119,6 +135,22 @@ class Connection:
         if self._scope is not None and now - self._moved > _PROGRESS_STEP:
             self._moved = now
             self._scope.deadline = min(now + self._stall, self._hard)
+
+    def _use_window(self, size: int) -> None:
+        if size != self._window:
+            self._window = size
+            self._transport.set_window(size)
+
+    async def _receive_paced(self, pace: Pace, view: memoryview) -> int:
+        self._use_window(pace.window)
+        piece = view[: max(MIN_PIECE, self._window // 4)]
+        waited = await pace.permit(len(piece))
+        if waited > 0:
+            self._hard += waited
+            if self._scope is not None:
+                self._moved = trio.current_time()
+                self._scope.deadline = min(self._moved + self._stall, self._hard)
+        return await self._transport.receive_into(piece)
 
     def allow(self, seconds: float) -> None:
         """Move the hard limit: the peer turned out to have more to send than was asked for."""
@@ -174,9 +206,13 @@ class Connection:
             body[:have] = self._buffer[:have]
             del self._buffer[:have]
         view = memoryview(body)
+        pace = self._pace
         try:
             while have < size:
-                got = await self._transport.receive_into(view[have:])
+                if pace is None:
+                    got = await self._transport.receive_into(view[have:])
+                else:
+                    got = await self._receive_paced(pace, view[have:])
                 if not got:
                     raise ProtocolViolation(f"body ends after {have} of {size} bytes")
                 have += got
@@ -235,7 +271,7 @@ class Connection:
         raise ProtocolViolation("endless trailers")
 
     def park(self) -> None:
-        self._scope = self._progress = None
+        self._scope = self._progress = self._pace = None
         self.reused = True
         self.idle_since = time.monotonic()
 

@@ -28,7 +28,18 @@ class Transport(Protocol):
     async def receive_some(self, limit: int) -> bytes: ...
     async def receive_into(self, view: memoryview) -> int: ...
     def quiet(self) -> bool: ...
+    def set_window(self, size: int) -> None: ...
     def close(self) -> None: ...
+
+
+def _set_window(sock: socket.socket | trio.socket.SocketType, size: int) -> None:
+    """Let the peer have at most `size` bytes under way. A window of less than a few packets (those of loopback have
+    64 KiB) would make it wait for timers."""
+    try:
+        packet = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, max(size, 4 * packet) // 2)  # the kernel doubles it
+    except OSError:
+        pass  # a unix socket has none
 
 
 class PlainTransport:
@@ -81,6 +92,9 @@ class PlainTransport:
             return False
         return False
 
+    def set_window(self, size: int) -> None:
+        _set_window(self._sock, size)
+
     def close(self) -> None:
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
@@ -116,6 +130,10 @@ class StreamTransport:
         except (OSError, ValueError):
             return False
         return not poller.poll(0)
+
+    def set_window(self, size: int) -> None:
+        if self._tcp is not None:
+            _set_window(self._tcp.socket, size)
 
     def close(self) -> None:
         """At once: a blob client owes the peer no TLS good-bye."""

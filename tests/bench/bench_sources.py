@@ -5,8 +5,11 @@
 The sources are real servers in a process of their own: nobody listens on the first, the second hangs after its headers,
 the third answers one request in ten with 503 and one in a hundred with a flipped byte (after half of the latency), the
 fourth is well and answers after `--latency` seconds. With `--good mirror` it is a mirror too, and the origin is dead.
-Every read is checked against the blob's bytes. At the end the second source recovers and must carry traffic again.
-The time is `reads * latency / readers`, so many readers make a long run short; connections are raised to as many.
+Every read is checked against the blob's bytes. Beside them, from begin to end, a tenth as many readers ask the good
+source alone through a client of their own: what load on the machine does to one it does to both. At the end the second
+source recovers and must carry traffic again.
+The time is `reads * latency / readers`, so many readers make a long run short; connections are raised to as many, and
+`origin_rate_limit` to twice what they can ask for: at its default of 100 a second it is what 100 readers would measure.
 """
 
 from __future__ import annotations
@@ -68,7 +71,10 @@ async def _read(source: RegistrySource, number: int) -> None:
     await source.read(blob_id(number), offset, CHUNK, Priority.DEMAND, check)
 
 
-async def _many(source: RegistrySource, reads: int, readers: int) -> tuple[list[float], int]:
+async def _many(
+    source: RegistrySource, reads: int, readers: int, finished: trio.Event | None = None
+) -> tuple[list[float], int]:
+    """Sorted times and failures of `reads` reads, or of those until `finished`."""
     taken: list[float] = []
     errors = 0
     numbers = iter(range(reads))
@@ -83,6 +89,8 @@ async def _many(source: RegistrySource, reads: int, readers: int) -> tuple[list[
                 errors += 1
                 print(error, file=sys.stderr)
             taken.append(time.monotonic() - started)
+            if finished is not None and finished.is_set():
+                return
 
     async with trio.open_nursery() as nursery:
         for _ in range(readers):
@@ -90,9 +98,11 @@ async def _many(source: RegistrySource, reads: int, readers: int) -> tuple[list[
     return sorted(taken), errors
 
 
-def _source(hub: SourceHub, mirrors: list[str], origin: str) -> RegistrySource:
+def _source(hub: SourceHub, mirrors: list[str], origin: str, rate: int = 100) -> RegistrySource:
     listed = tuple(MirrorConfig(f"http://{host}") for host in mirrors)
-    connection = ConnectionConfig(scheme="http", timeout=10, connect_timeout=10, retry_limit=2, mirrors=listed)
+    connection = ConnectionConfig(
+        scheme="http", timeout=10, connect_timeout=10, retry_limit=2, mirrors=listed, origin_rate_limit=rate
+    )
     return RegistrySource(RegistryBackend(origin, "a/b", hosts_dir="", connection=connection), hub)
 
 
@@ -114,15 +124,24 @@ async def _measure(reads: int, readers: int, latency: float, good: str) -> Resul
     ):
         hang, sick, healthy = (f"127.0.0.1:{port}" for port in servers.ports)
         async with trio.open_nursery() as nursery:
-            alone, _ = await _many(_source(SourceHub(nursery), [], healthy), max(200, 10 * readers), readers)
             mirrors = [dead, hang, sick]
             if good == "origin":
-                source = _source(SourceHub(nursery), mirrors, healthy)
+                source = _source(SourceHub(nursery), mirrors, healthy, max(100, int(2 * readers / latency)))
             else:
                 source = _source(SourceHub(nursery), [*mirrors, healthy], dead)
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            taken, errors = await _many(source, reads, readers)
-            after = resource.getrusage(resource.RUSAGE_SELF)
+            alone: list[float] = []
+            finished = trio.Event()
+
+            async def control() -> None:
+                good_source = _source(SourceHub(nursery), [], healthy)
+                alone.extend((await _many(good_source, reads, max(1, readers // 10), finished))[0])
+
+            async with trio.open_nursery() as both:
+                both.start_soon(control)
+                before = resource.getrusage(resource.RUSAGE_SELF)
+                taken, errors = await _many(source, reads, readers)
+                after = resource.getrusage(resource.RUSAGE_SELF)
+                finished.set()
             tally = source.racer.tally
             extra, hedges, retries = (tally.requests - reads) / reads, tally.hedges, tally.retries
             recovered = await _recovery(source, servers, readers)

@@ -88,7 +88,7 @@ def test_a_given_list_replaces_the_table(image: TinyImage, origin: FaultyServer,
             with trio.fail_after(60):
                 await reader.prefetch([b"/d/data", b"/none", b"/b"])
             assert order(origin) == ["d", "b"]
-            assert len(origin.data_requests) <= 4  # merged
+            assert len(origin.data_requests) <= 8  # of 24 segments: merged, and the first ones small
             reader.close()
 
     trio.run(main)
@@ -146,13 +146,42 @@ def test_demand_makes_a_waiting_prefetch_urgent(image: TinyImage, origin: Faulty
         async with open_services() as services:
             reader = await open_reader(services, image, config_text(tmp_path, origin))
             scheduler = services.scheduler
-            scheduler._quiet_from = trio.current_time() + 3600  # as if demand never paused
+            scheduler.courtesy.running = 100  # as if other images had begun all that may be
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reader.prefetch)
                 await trio.sleep(0.1)
                 assert not origin.data_requests
                 with trio.fail_after(20):
                     assert await read_file(reader, "c/data") == FILES["c/data"]
+                nursery.cancel_scope.cancel()
+            reader.close()
+
+    trio.run(main)
+
+
+def test_prefetch_goes_on_beside_a_reader(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+    """Slowly; what it is at comes at full speed when somebody wants it."""
+
+    async def main() -> None:
+        async with open_services() as services:
+            text = config_text(tmp_path, origin, prefetch_all=False, merging_size=4 * MIB)
+            reader = await open_reader(services, image, text)
+            courtesy = services.scheduler.courtesy
+            courtesy.reader_comes()  # and stays
+            courtesy.rate = 20e6
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.prefetch, [b"/d/data"])
+                with trio.fail_after(20):
+                    while reader.cache_counters.entries_count < 1:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+                before = reader.cache_counters.entries_count
+                with trio.fail_after(20):
+                    while reader.cache_counters.entries_count == before:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+                courtesy.rate = 1.0  # from here on it would take 8 s a request
+                await trio.sleep(0.2)
+                with trio.fail_after(5):
+                    assert await read_file(reader, "d/data") == FILES["d/data"]
                 nursery.cancel_scope.cancel()
             reader.close()
 

@@ -5,7 +5,9 @@
 Model: one link per direction, shared by all connections. Each piece read occupies its link for size/rate seconds
 after everything queued before it, then travels half a round trip. A new connection costs one round trip before its
 first byte. A connection has at most a window of bytes under way (128 KiB or twice the bandwidth-delay product), so
-that a sender is slowed instead of filling this process' memory.
+that a sender is slowed instead of filling this process' memory; what was delivered makes room for more after the half
+round trip of its acknowledgement. A receiver that takes less (its buffer is small, or full) has the link carry less, as
+TCP would from end to end: its window is read from the kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import mmap
 import os
 import signal
+import socket
 import struct
 import sys
 from collections import deque
@@ -27,6 +30,10 @@ from tests.lab.process import Child, can_connect, free_port
 
 _COUNTERS = struct.Struct("=4Q")  # connections, bytes to the target, bytes from the target, open connections
 _PIECE = 16 * 1024
+_SEGMENT = 1448
+_SND_WND = 228  # of struct tcp_info: the window that the peer offers
+# A receive buffer that nobody has set; over a link with this delay the kernel would have let it grow.
+_GROWING = 0.75 * int(Path("/proc/sys/net/ipv4/tcp_rmem").read_text().split()[1])
 
 
 class Link:
@@ -87,9 +94,27 @@ class Shaper:
 
     async def _pump(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: deque[tuple[float, bytes]] = deque()
-        state = {"under_way": 0}
+        state = {"under_way": 0, "delivered": 0, "widest": 1}
         wake, room = asyncio.Event(), asyncio.Event()
-        clock = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
+        clock = loop.time
+        peer: socket.socket = writer.get_extra_info("socket")
+
+        def window() -> int:
+            """What may be under way; less than is, if the receiver does not take it."""
+            info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SND_WND + 4)
+            if len(info) < _SND_WND + 4:
+                return link.window
+            (offered,) = struct.unpack_from("=I", info, _SND_WND)
+            state["widest"] = widest = max(state["widest"], offered)
+            # What was delivered, not acknowledged and not read fills the receiver's buffer too: it counts once.
+            open_ = min(int(offered) + state["delivered"], widest)
+            return min(link.window, open_) if widest < _GROWING else link.window * open_ // widest
+
+        def acknowledged(size: int) -> None:
+            state["under_way"] -= size
+            state["delivered"] -= size
+            room.set()
 
         async def deliver() -> None:
             while True:
@@ -106,8 +131,8 @@ class Shaper:
                     return
                 writer.write(data)
                 await writer.drain()
-                state["under_way"] -= len(data)
-                room.set()
+                state["delivered"] += len(data)
+                loop.call_later(link.delay, acknowledged, len(data))
 
         delivery = asyncio.create_task(deliver())
         try:
@@ -120,9 +145,13 @@ class Shaper:
                 if not data:
                     break
                 state["under_way"] += len(data)
-                while state["under_way"] > link.window and not delivery.done():
+                while state["under_way"] >= window() and not delivery.done():
                     room.clear()
-                    await room.wait()
+                    try:
+                        async with asyncio.timeout(0.005):  # a window that opens says nothing
+                            await room.wait()
+                    except TimeoutError:
+                        pass
             await delivery
         finally:
             delivery.cancel()
@@ -202,7 +231,10 @@ def _address(text: str) -> tuple[str, int]:
 
 async def _main(options: argparse.Namespace, stats: mmap.mmap | None, ready: Callable[[], None]) -> None:
     shaper = Shaper(options.target, options.rtt_ms / 1000, options.mbit * 1e6 / 8, stats)
-    server = await asyncio.start_server(shaper.serve, *options.listen, limit=256 * 1024)
+    server = await asyncio.start_server(shaper.serve, *options.listen, limit=256 * 1024, start_serving=False)
+    for listener in server.sockets:  # loopback's 64 KiB would not fit into a small window
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT)
+    await server.start_serving()
     ready()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

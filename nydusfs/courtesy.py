@@ -1,0 +1,136 @@
+"""Prefetch beside readers: how much of it is under way, and when its bytes are received.
+
+While nobody reads, prefetch fills the link and no more: requests, each with a small TCP window (`http.pacing`), are
+added as long as answers begin as soon as ever, so hardly anything queues in front of a reader that comes. While
+somebody reads, one request is begun at a time and received at a small share of the link's rate: prefetch under constant
+reading goes on, and costs a reader of a 40 Mbit/s link 3 ms a request. A reader that wants what a request brings frees
+it of all that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import trio
+
+# After the last demand read. A program that goes on to compute leaves the link idle; one that reads on is back sooner.
+BREATH = 0.03
+SHARE = 0.06  # of the link, for prefetch beside readers
+QUEUE = 0.008  # seconds of the link that one request may have under way
+MIN_WINDOW, MAX_WINDOW = 32 * 1024, 256 * 1024
+BUSY_WINDOW = 16 * 1024  # beside readers
+REQUESTS = 8  # in flight at most
+UNKNOWN_RATE = 1e6  # bytes per second, until something was measured
+_SLOWEST = 128 * 1024.0  # an open request gets this much in any case: its source has limits of time
+_SLICE, _SLICE_BYTES = 0.25, 1 << 20  # a rate is measured over so many seconds or bytes
+_WAITS = 32  # of the last answers: the shortest is what an answer takes when nothing queues before it
+_QUEUED, _QUEUED_SECONDS = 1.5, 0.002  # an answer that takes that much longer stood in a queue
+_REQUEST_SECONDS = 0.5  # of the link that one request may be worth
+
+
+class Courtesy:
+    """One for the node. Times are trio's."""
+
+    def __init__(self) -> None:
+        self.rate = UNKNOWN_RATE
+        self.running = 0
+        self._readers = 0
+        self._free_at = -math.inf
+        self._next_at = -math.inf  # when the next piece beside readers is due
+        self._slice_from = -math.inf
+        self._slice_bytes = 0
+        self._width = 1.0  # requests that fill the link
+        self._waits: deque[float] = deque(maxlen=_WAITS)
+
+    # -- readers
+
+    def reader_comes(self) -> None:
+        self._readers += 1
+        self._slice_from = -math.inf
+
+    def reader_goes(self) -> None:
+        self._readers -= 1
+        self._free_at = trio.current_time() + BREATH
+
+    def fetched(self, size: int, seconds: float) -> None:
+        """What a reader waited for came in this time: the link carries at least that."""
+        if size >= MIN_WINDOW and seconds > 0:
+            self.rate = max(self.rate, size / seconds)
+
+    @property
+    def busy(self) -> bool:
+        return self._readers > 0 or trio.current_time() < self._free_at
+
+    # -- prefetch
+
+    @property
+    def window(self) -> int:
+        return BUSY_WINDOW if self.busy else int(min(max(self.rate * QUEUE, MIN_WINDOW), MAX_WINDOW))
+
+    @property
+    def request_size(self) -> int:
+        """Bytes that one request should ask for."""
+        return 0 if self.busy else int(self.rate * _REQUEST_SECONDS)
+
+    def admit(self) -> bool:
+        """Take a place for one more request, to be given back with `ended`."""
+        if self.running >= (1 if self.busy else int(self._width)):
+            return False
+        self.running += 1
+        return True
+
+    def ended(self) -> None:
+        self.running -= 1
+
+    def waited(self, seconds: float) -> None:
+        """For the begin of an answer."""
+        self._waits.append(seconds)
+        if seconds > min(self._waits) * _QUEUED + _QUEUED_SECONDS:
+            self._width = max(1.0, self._width - 0.5)
+        else:
+            self._width = min(float(REQUESTS), self._width + 1 / self._width)
+
+    async def permit(self, size: int, urgent: trio.Event) -> float:
+        """Wait until a piece may be received; `urgent` ends the waiting."""
+        began = now = trio.current_time()
+        while not urgent.is_set():
+            if not self.busy:
+                self._measure(now, size)
+                break
+            if now >= self._next_at:
+                self._next_at = now + size / max(self.rate * SHARE, _SLOWEST)
+                break
+            due = self._next_at if self._readers else min(self._next_at, self._free_at)
+            with trio.move_on_after(min(max(due - now, 0.001), BREATH)):
+                await urgent.wait()
+            now = trio.current_time()
+        return now - began
+
+    def _measure(self, now: float, size: int) -> None:
+        elapsed = now - self._slice_from
+        if elapsed > 4 * _SLICE:  # the first piece after a pause, however long that was
+            self._slice_from, self._slice_bytes = now, 0
+            return
+        self._slice_bytes += size
+        if elapsed >= _SLICE or (self._slice_bytes >= _SLICE_BYTES and elapsed > 0):
+            self.rate = max(self._slice_bytes / elapsed, 0.8 * self.rate, _SLOWEST)
+            self._slice_from, self._slice_bytes = now, 0
+
+
+class RequestPace:
+    """The `Pace` of one prefetch request."""
+
+    def __init__(self, courtesy: Courtesy, urgent: trio.Event) -> None:
+        self._courtesy = courtesy
+        self._urgent = urgent
+
+    @property
+    def window(self) -> int:
+        return MAX_WINDOW if self._urgent.is_set() else self._courtesy.window
+
+    def begun(self, seconds: float) -> None:
+        self._courtesy.waited(seconds)
+
+    async def permit(self, size: int) -> float:
+        return await self._courtesy.permit(size, self._urgent)
