@@ -180,11 +180,16 @@ class CacheStore:
         """Where to keep a derived chunk map of that name; the ones used longest ago make room. For a worker thread."""
         folder = self.path / ".maps"
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            (folder / name).touch(mode=0o600)
-            maps = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-            for path in maps[:-MAX_MAPS]:
-                _unlink(path)
+            try:
+                os.utime(folder / name)
+                return str(folder / name)
+            except FileNotFoundError:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                (folder / name).touch(mode=0o600)
+            if len(os.listdir(folder)) > MAX_MAPS:
+                maps = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+                for path in maps[:-MAX_MAPS]:
+                    _unlink(path)
         except FileNotFoundError:
             pass  # another image's map was renamed into place this instant
         except OSError as error:

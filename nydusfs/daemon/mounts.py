@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import trio
@@ -107,6 +108,20 @@ class MountedImage:
         self.stats = stats
         self.mounted_ns = time.time_ns()
         self.background = trio.CancelScope()
+
+    @cached_property
+    def kept(self) -> KeptMount:
+        """Once it is mounted."""
+        request = self.request
+        return KeptMount(
+            request.mountpoint,
+            request.source,
+            request.config_text,
+            request.prefetch_files,
+            self.volume.index,
+            self.volume.generation,
+            self.mounted_ns,
+        )
 
     def public(self) -> dict[str, Any]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.mounted_ns // 10**9))
@@ -291,18 +306,7 @@ class MountTable:
             await self._kernel_mounts.detach(where)
 
     def kept(self) -> list[KeptMount]:
-        return [
-            KeptMount(
-                where,
-                mounted.request.source,
-                mounted.request.config_text,
-                mounted.request.prefetch_files,
-                mounted.volume.index,
-                mounted.volume.generation,
-                mounted.mounted_ns,
-            )
-            for where, mounted in self.images.items()
-        ]
+        return [mounted.kept for mounted in self.images.values()]
 
     async def close_all(self) -> None:
         """At the daemon's end: the kernel no longer asks."""
