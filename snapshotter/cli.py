@@ -165,6 +165,12 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command line gives. Raises click.ClickException for one that is wrong."""
+    with _command().make_context("containerd-nydus-grpc", go_arguments(arguments)) as context:
+        return settings_of(context.params)
+
+
 def _run(**options: Any) -> None:
     if options["version"]:
         from importlib.metadata import version

@@ -9,6 +9,7 @@ from nydusfs.daemon import ctl
 
 # name -> (module:click command, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("snapshotter.doctor.ctl:command", "What is wrong on this node, and what to do about it."),
     "auth": ("snapshotter.auth.ctl:command", "Which source has the registry credentials of an image."),
 }
 

@@ -1,0 +1,1 @@
+"""`nydusctl doctor`: what is wrong on this node, and what to do about it. Each check only looks; nothing is changed."""
