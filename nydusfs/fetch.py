@@ -5,7 +5,7 @@
 - Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and leaves them the link
   (`courtesy`); a demand read that meets a prefetch of its segment makes it urgent.
 - What an image's profile says (LEARNED) is on its way to a reader: it is not held up by demand reads.
-- Missing neighbours of one read are one request.
+- Missing neighbours of one read are one request, unless other nodes would not find what was fetched so (`by_range`).
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
   are decoded in place, where the two switches (about 100 us) would cost more than the work.
 - Failure is never remembered: the next read tries again.
@@ -64,7 +64,7 @@ class Job:
 class _Flight:
     job: Job
     done: trio.Event = field(default_factory=trio.Event)
-    urgent: trio.Event = field(default_factory=trio.Event)  # one for all flights of a request
+    urgent: trio.Event = field(default_factory=trio.Event)  # a reader waits; one for all flights of a request
     plain: bytearray | None = None
     error: SourceError | None = None
 
@@ -129,7 +129,7 @@ class FetchScheduler:
             flight = self._flights.get(job.identity)
             if flight is None:
                 flight = self._flights[job.identity] = _Flight(job)
-                if group and not _joinable(group, job.segment, merge):
+                if group and (job.source.by_range or not _joinable(group, job.segment, merge)):
                     self._nursery.start_soon(self._run, group, priority)
                     group = []
                 if group:
@@ -240,7 +240,7 @@ class FetchScheduler:
         for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
             check = partial(self._verify, kept, [(job, units, plain)], start, last, self._decoders(priority))
-            await self._read(job, start, end - start, priority, check)
+            await self._read(flight, start, end - start, priority, check)
         self._finish(flight, plain, kept[-1])
 
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
@@ -249,18 +249,19 @@ class FetchScheduler:
         parts = [(job, next(runs(job.chunks, job.segment))[2], bytearray(job.segment.size)) for job in jobs]
         kept: list[bool] = []
         check = partial(self._verify, kept, parts, start, True, self._decoders(priority))
-        await self._read(jobs[0], start, end - start, priority, check)
+        await self._read(group[0], start, end - start, priority, check)
         for flight, (_, _, plain) in zip(group, parts, strict=True):
             self._finish(flight, plain, kept[-1])
 
     def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
         return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
 
-    async def _read(self, job: Job, start: int, size: int, priority: Priority, check: Check) -> None:
+    async def _read(self, flight: _Flight, start: int, size: int, priority: Priority, check: Check) -> None:
+        job = flight.job
         job.counters.buffered_backend_size += size
         began = trio.current_time()
         try:
-            await job.source.read(job.segment.blob.id, start, size, priority, check)
+            await job.source.read(job.segment.blob.id, start, size, priority, check, flight.urgent)
             if priority is not Priority.PREFETCH:
                 self.courtesy.fetched(size, trio.current_time() - began)
         finally:

@@ -81,6 +81,7 @@ class HttpClient:
         via: Via | None = None,
         on_status: Callable[[int], None] | None = None,
         sloppy: bool = False,
+        around: tuple[int, int] | None = None,
         progress: Progress | None = None,
     ) -> Response:
         """GET bytes `offset` to `offset + size - 1`.
@@ -92,13 +93,17 @@ class HttpClient:
         `timeout` + `size / slowest` seconds (`slowest` in bytes per second). With `patient` (there is no other source)
         a peer that sends the whole blob gets the time to reach the range. `on_status` hears of the status before the
         body is here. `sloppy`: a 200 with just the range is taken as well (small servers on unix sockets do that).
-        `progress` is kept up to date. Raises `HttpError`.
+        `around`: ask for bytes from the first to before the second of these instead; of an answer that may end early
+        (with the blob) only what was wanted is read. `progress` is kept up to date. Raises `HttpError`.
         """
+        first, behind = around or (offset, offset + size)
 
         async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
             if on_status is not None:
                 on_status(head.status)
             if head.status == 206:
+                if around is not None:
+                    return await _cut_out(connection, head, offset, size, around)
                 return await _partial(connection, head, offset, size)
             if head.status == 200:
                 if sloppy and head.length == size and not head.chunked:
@@ -108,8 +113,8 @@ class HttpClient:
                 return await _whole(connection, head, offset, size)
             return await _small(connection, head)
 
-        request = [*headers, ("Range", f"bytes={offset}-{offset + size - 1}"), ("Accept-Encoding", "identity")]
-        hard = timeout + size / slowest
+        request = [*headers, ("Range", f"bytes={first}-{behind - 1}"), ("Accept-Encoding", "identity")]
+        hard = timeout + (behind - first) / slowest
         return await self._exchange("GET", url, request, b"", receive, connect_timeout, timeout, hard, via, progress)
 
     async def request(
@@ -248,6 +253,20 @@ async def _partial(connection: Connection, head: wire.Head, offset: int, size: i
     if head.length != size:
         raise ProtocolViolation(f"206 with {head.length} bytes for a range of {size}")
     return Response(206, head.headers, await connection.read_exact(size), size), True
+
+
+async def _cut_out(
+    connection: Connection, head: wire.Head, offset: int, size: int, around: tuple[int, int]
+) -> tuple[Response, bool]:
+    first, behind = around
+    span = wire.parse_content_range(head.get("content-range"))
+    if span is None or span[0] != first or not offset + size <= span[1] + 1 <= behind:
+        raise ProtocolViolation(f"206 with {head.get('content-range')[:60]!r} for bytes {first}-{behind - 1}")
+    if head.chunked or head.length != span[1] - first + 1:
+        raise ProtocolViolation(f"206 whose length is not that of bytes {span[0]}-{span[1]}")
+    await connection.skip(offset - first)
+    body = await connection.read_exact(size)
+    return Response(206, head.headers, body, size), offset + size == span[1] + 1
 
 
 async def _whole(connection: Connection, head: wire.Head, offset: int, size: int) -> tuple[Response, bool]:

@@ -49,13 +49,15 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
 
 
 class Progress:
-    """When an exchange last moved, by trio's clock, and whether an answer has begun. For who waits for it; coarse."""
+    """When an exchange last moved, by trio's clock, and whether an answer has begun. For who waits for it; coarse.
+    `excused`: set by who asks for much more than is wanted; being late then says nothing about the peer."""
 
-    __slots__ = ("begun", "moved")
+    __slots__ = ("begun", "excused", "moved")
 
     def __init__(self, now: float) -> None:
         self.moved = now
         self.begun = False
+        self.excused = False
 
 
 class Connection:

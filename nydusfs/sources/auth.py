@@ -48,7 +48,8 @@ class Authenticator:
         self._old: TokenKey | None = None  # of replaced credentials: its token is used up first
         self.settled = bool(registry_token)  # what to send is known: no need for `first`
         self._lock = trio.Lock()
-        self._leader: trio.Event | None = None  # set when the first request has found out what is to be sent
+        # By server: set when the first request to it has found out what is to be sent.
+        self._leaders: dict[str, trio.Event] = {}
 
     def take_over(self, other: Authenticator) -> None:
         """Go on with the token of another one for the same repository; the next is fetched with our credentials."""
@@ -63,21 +64,22 @@ class Authenticator:
             self._key = TokenKey(other._key.realm, other._key.service, other._key.scope, self._basic)
 
     @asynccontextmanager
-    async def first(self) -> AsyncIterator[None]:
-        """Around a request: lets the first one to an unknown registry go ahead of the others."""
+    async def first(self, address: str) -> AsyncIterator[None]:
+        """Around a request: lets the first one to a server of an unknown registry go ahead of the others. One mirror
+        that hangs does not hold up the next."""
         if self.settled:
             yield
-        elif self._leader is not None:
+        elif (leader := self._leaders.get(address)) is not None:
             with trio.move_on_after(_FIRST_ALONE):
-                await self._leader.wait()
+                await leader.wait()
             yield
         else:
-            self._leader = trio.Event()
+            self._leaders[address] = leader = trio.Event()
             try:
                 yield
             finally:
-                self._leader.set()
-                self._leader = None
+                leader.set()
+                self._leaders.pop(address, None)
 
     async def header(self) -> str:
         """The value to send now, "" for none. A failed renewal leaves it to the 401 path."""
@@ -94,8 +96,8 @@ class Authenticator:
     def accepted(self) -> None:
         """The head of an answer that is no 401 is here: what is sent is right."""
         self.settled = True
-        if self._leader is not None:
-            self._leader.set()
+        for leader in self._leaders.values():
+            leader.set()
 
     async def answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url) -> str:
         """Deal with a 401 to a request that carried `sent`; the value to try next. Raises AuthError or HttpError.

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from typing import Protocol, TypeAlias
 
+import trio
+
 from nydusfs.counters import BackendCounters
 
 Buffer: TypeAlias = bytes | bytearray
@@ -26,10 +28,20 @@ class Source(Protocol):
     name: str  # for logs: "registry 127.0.0.1:5000/a/b"
     counters: BackendCounters
 
+    @property
+    def by_range(self) -> bool:
+        """Other nodes find what this one fetched only under the very same range: ask for whole segments, one by one."""
+
     async def read(
-        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+        self,
+        blob_id: str,
+        offset: int,
+        size: int,
+        priority: Priority,
+        check: Check | None = None,
+        urgent: trio.Event | None = None,
     ) -> Buffer:
-        """Exactly `size` bytes from byte `offset` of the stored blob.
+        """Exactly `size` bytes from byte `offset` of the stored blob. `urgent`: set when a reader waits for a prefetch.
 
         `check` raises `WrongBytes` when they are not right: the next source is then tried. It may be called more than
         once, never twice at a time. Raises `SourceError` that lists every source tried, within a bounded time.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import trio
+
 from nydusfs.http import HttpError, HttpTimeout, ProtocolViolation, Response
 from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Priority
@@ -41,12 +43,23 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Part of a stored blob, and why it is wanted."""
+    """Part of a stored blob, and why it is wanted. `urgent`: set when a reader has come to wait for it."""
 
     blob_id: str
     offset: int
     size: int
     priority: Priority = Priority.DEMAND
+    urgent: trio.Event | None = None
+
+    @property
+    def demanded(self) -> bool:
+        """A reader waits for it."""
+        return self.priority is Priority.DEMAND or (self.urgent is not None and self.urgent.is_set())
+
+    @property
+    def awaited(self) -> bool:
+        """A reader waits for it, or will."""
+        return self.priority is not Priority.PREFETCH or self.demanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,8 @@ class Answer:
 class Endpoint(Protocol):
     """`rank` is its place in the configured order; `last` marks the origin, which is asked whatever is known of it.
 
-    `attempts`: requests to it for one read, pauses between them. `patience`: seconds without progress.
+    `attempts`: requests to it for one read, pauses between them. `patience`: seconds without progress. `by_range`: see
+    `Source`.
     """
 
     name: str  # "mirror http://127.0.0.1:65001"
@@ -70,6 +84,9 @@ class Endpoint(Protocol):
     last: bool
     attempts: int
     patience: float
+
+    @property
+    def by_range(self) -> bool: ...
 
     async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         """One attempt; `progress` is kept up to date. Raises `Refused`."""

@@ -18,6 +18,7 @@ from nydusfs.config import ConnectionConfig, MirrorConfig
 from nydusfs.http import HttpClient, Origin
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
+from nydusfs.sources.dragonfly import Peer
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
 from nydusfs.sources.probe import Prober
 from nydusfs.sources.standing import Standing
@@ -62,6 +63,7 @@ class SourceHub:
         self._clients: dict[Tls, HttpClient] = {}
         self._authenticators: dict[tuple[object, ...], Authenticator] = {}
         self._standings: dict[tuple[object, ...], Standing] = {}
+        self._peers: dict[int, Peer] = {}  # by standing
         self._buckets: dict[tuple[Origin, float], TokenBucket] = {}
         nursery.start_soon(self.tokens.renew_forever)
 
@@ -118,6 +120,10 @@ class SourceHub:
         interval = float(max(1, mirror.health_check_interval)) if mirror.health_keys_given else 0.0
         idle = float(mirror.health_check_pause_elapsed)
         return self.standing(f"{origin}{query}", headers, mirror.failure_limit, interval, idle)
+
+    def peer(self, standing: Standing) -> Peer:
+        """Of a mirror or proxy, which may turn out to be a Dragonfly."""
+        return self._peers.setdefault(id(standing), Peer())
 
     def bucket(self, origin: Origin, rate: float) -> TokenBucket:
         key = (origin, rate)

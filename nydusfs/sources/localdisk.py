@@ -19,6 +19,8 @@ _SHORT_NAME = 32  # characters of a blob id that fit a basic data partition's na
 
 
 class LocalDiskSource:
+    by_range = False
+
     def __init__(self, backend: LocalDiskBackend) -> None:
         """Reads the partition table. Raises `ConfigError` for a disk that cannot be used."""
         self.counters = BackendCounters("localdisk")
@@ -49,7 +51,13 @@ class LocalDiskSource:
         return self._blobs.get(blob_id) or self._blobs.get(blob_id[:_SHORT_NAME]) or self._alone
 
     async def read(
-        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+        self,
+        blob_id: str,
+        offset: int,
+        size: int,
+        priority: Priority,
+        check: Check | None = None,
+        urgent: trio.Event | None = None,
     ) -> Buffer:
         started = time.monotonic()
         reason, damaged = "", False

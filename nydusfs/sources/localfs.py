@@ -23,6 +23,8 @@ class TooShort(Exception):
 class LocalFsSource:
     """`dir` is looked at before `alt_dirs` (upstream joins the id twice there and so prefers the alternatives)."""
 
+    by_range = False
+
     def __init__(self, backend: LocalFsBackend) -> None:
         self.counters = BackendCounters("localfs")
         self.name = f"localfs {backend.blob_file or backend.dir}"
@@ -38,7 +40,13 @@ class LocalFsSource:
         return [Path(folder) / blob_id for folder in self._dirs]
 
     async def read(
-        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+        self,
+        blob_id: str,
+        offset: int,
+        size: int,
+        priority: Priority,
+        check: Check | None = None,
+        urgent: trio.Event | None = None,
     ) -> Buffer:
         started = time.monotonic()
         tried: list[tuple[str, str]] = []

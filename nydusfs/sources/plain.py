@@ -14,10 +14,11 @@ from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, Tls
 from nydusfs.objects import Bucket
 from nydusfs.redact import public_url
+from nydusfs.sources.dragonfly import proxy_headers
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.hub import SourceHub, seconds
 from nydusfs.sources.race import Racer
-from nydusfs.sources.registry import MIRROR_SLOWEST, SLOWEST, USER_AGENT, Times, dragonfly_headers, ping, proxy_via
+from nydusfs.sources.registry import MIRROR_SLOWEST, SLOWEST, USER_AGENT, Times, ping, proxy_via
 from nydusfs.sources.remote import RemoteSource
 from nydusfs.sources.standing import Standing
 
@@ -29,6 +30,8 @@ Prepare = Callable[[str], tuple[Url, Headers]]  # blob id -> where it is, and he
 
 class PlainEndpoint:
     """Implements `Endpoint`. `mirror`: another server to ask with the same path and headers."""
+
+    by_range = False
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class PlainEndpoint:
         url, headers = self._prepare(wanted.blob_id)
         if self._mirror is not None:
             url = Url(self._mirror, url.target)
-        extra = dragonfly_headers(wanted.priority) if self._via is not None else []
+        extra = proxy_headers(wanted.priority) if self._via is not None else []
         return await self._client.get_range(
             url,
             wanted.offset,

@@ -109,7 +109,7 @@ class Racer:
                 if endpoint.standing.state is State.DOWN:
                     self._watcher.watch(endpoint, self)
         turns = _Turns(self, wanted)
-        if len(self.endpoints) == 1 or wanted.priority is Priority.PREFETCH:
+        if len(self.endpoints) == 1 or (wanted.priority is Priority.PREFETCH and wanted.urgent is None):
             return await self._in_turn(turns, check)
         return await self._raced(turns, check)
 
@@ -126,6 +126,7 @@ class Racer:
 
     async def _raced(self, turns: _Turns, check: Check | None) -> Buffer:
         lock = trio.Lock()
+        wanted = turns.wanted
         running: _Running = {}
         outcomes: list[tuple[Endpoint, Buffer | Refused]] = []
         news = trio.Event()
@@ -143,6 +144,13 @@ class Racer:
                 running[endpoint] = Progress(self._begin(endpoint, turns))
                 nursery.start_soon(run, endpoint)
 
+            async def wake(urgent: trio.Event) -> None:
+                await urgent.wait()
+                news.set()
+
+            if wanted.urgent is not None and not wanted.awaited:
+                nursery.start_soon(wake, wanted.urgent)
+
             while body is None:
                 if not running:
                     following = turns.next()
@@ -151,6 +159,7 @@ class Racer:
                     await self._wait(turns, following)
                     launch(following)
                 if not outcomes:
+                    news = trio.Event()
                     with trio.CancelScope(deadline=self._late_at(turns, running)):
                         await news.wait()
                 if not outcomes:
@@ -159,18 +168,18 @@ class Racer:
                         self.tally.hedges += 1
                         launch(hedge)
                     continue
-                news = trio.Event()
                 endpoint, result = outcomes.pop(0)
                 del running[endpoint]
                 if isinstance(result, Refused):
                     turns.note(endpoint, result)
                     continue
                 body = result
-                for other in running:
+                for other, progress in running.items():
                     elapsed = trio.current_time() - turns.started[other]
                     if turns.started[other] < turns.started[endpoint]:
                         self.tally.hedges_won += 1
-                        self._overtaken(other, elapsed, turns.wanted)
+                        if not progress.excused:
+                            self._overtaken(other, elapsed, wanted)
             nursery.cancel_scope.cancel()
         if body is None:
             raise turns.failure()
@@ -179,8 +188,8 @@ class Racer:
     # -- lateness
 
     def _late_at(self, turns: _Turns, running: _Running) -> float:
-        """When the request that was started last counts as late; never when nobody could help."""
-        if len(running) >= MAX_RUNNING:
+        """When the request that was started last counts as late; never when nobody waits or could help."""
+        if len(running) >= MAX_RUNNING or not turns.wanted.awaited:
             return math.inf
         helper = turns.helper(running)
         if helper is None:
@@ -200,6 +209,8 @@ class Racer:
 
     def _hedge(self, turns: _Turns, running: _Running) -> Endpoint | None:
         """Who shall have a go at a late request too. None: nobody now, see `no_hedge_before`."""
+        if not turns.wanted.awaited:
+            return None
         now = trio.current_time()
         latest = next(reversed(running))
         helper = choose(self.endpoints, turns.blob, turns.wanted.size, now, {**running, **turns.attempts}, proven=True)
@@ -213,7 +224,7 @@ class Racer:
         if bucket is not None and (delay := bucket.delay(now)) > 0:
             turns.no_hedge_before = now + max(0.1, delay)
             return None
-        if latest.standing.state is State.DOWN:
+        if latest.standing.state is State.DOWN or running[latest].excused:
             self._extras.spend()  # others have found out that it hangs: no hedge but a retry
         elif not self._extras.take():
             turns.no_hedge_before = now + 0.05
@@ -242,11 +253,11 @@ class Racer:
             )
         if not endpoint.last or self._bucket is None or not (attempt or len(self.endpoints) > 1):
             return
-        if turns.wanted.priority is Priority.DEMAND:
-            await trio.sleep(self._bucket.reserve(trio.current_time(), endpoint.patience))
-            return
-        while not self._bucket.take(trio.current_time()):  # noqa: ASYNC110 - time passes, nothing happens
-            await trio.sleep(self._bucket.delay(trio.current_time()))
+        while not turns.wanted.demanded:
+            if self._bucket.take(trio.current_time()):
+                return
+            await trio.sleep(min(0.1, self._bucket.delay(trio.current_time())))
+        await trio.sleep(self._bucket.reserve(trio.current_time(), endpoint.patience))
 
     def _begin(self, endpoint: Endpoint, turns: _Turns) -> float:
         """The time of it."""
@@ -357,7 +368,7 @@ class _Turns:
                 refused = self._refused.get(endpoint)
                 if refused is None or (refused.retry and self.attempts[endpoint] < endpoint.attempts):
                     return endpoint
-        if self.wanted.priority is Priority.DEMAND:
+        if self.wanted.demanded:
             return next((endpoint for endpoint in endpoints if endpoint not in self.attempts), None)
         return None
 

@@ -21,8 +21,10 @@ from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, basic_auth
 from nydusfs.http.errors import TlsFailed
 from nydusfs.http.url import parse_authority
+from nydusfs.sources import dragonfly
 from nydusfs.sources.auth import Authenticator
 from nydusfs.sources.base import Priority
+from nydusfs.sources.dragonfly import Generation
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.redirects import Redirects
 from nydusfs.sources.standing import Standing
@@ -90,8 +92,9 @@ class RegistryEndpoint:
         last: bool = False,
         attempts: int = 1,
         extra: Headers = (),
+        peer: dragonfly.Peer | None = None,
     ) -> None:
-        """`extra`: headers of every request, also to where redirects lead."""
+        """`extra`: headers of every request, also to where redirects lead. `peer`: it may be a Dragonfly."""
         self.name = way.name
         self.address = str(way.via.origin if way.via else way.base.origin)
         self.way = way
@@ -110,8 +113,17 @@ class RegistryEndpoint:
         self._blobs = parse_url(f"http://x{way.api}/{backend.repo}/blobs/").target
         self._redirects = Redirects()
         self._told = False
+        self._peer = peer
+        # Who configures the length of pieces has it as it says, and requests as they are wanted.
+        names = {name.lower() for name, _ in (*way.headers, *extra)}
+        self._in_pieces = peer is not None and dragonfly.PIECE_HEADER[0].lower() not in names
+        self._says_dragonfly = way.dragonfly or dragonfly.names_dragonfly(way.headers)
 
     # -- Endpoint
+
+    @property
+    def by_range(self) -> bool:
+        return self._peer is not None and self._peer.by_range
 
     async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         """One attempt, redirects and a token dance included."""
@@ -119,12 +131,16 @@ class RegistryEndpoint:
         # Each exchange has its limits; this one is for redirects and tokens one after the other.
         body = (wanted.offset + wanted.size) / SLOWEST if self.last else wanted.size / MIRROR_SLOWEST
         limit = 4 * patience + body
+        if self._peer is not None:
+            limit += dragonfly.PIECE / MIRROR_SLOWEST
         try:
             with trio.fail_after(limit):
                 response = await self._fetch(wanted, patience, progress)
         except trio.TooSlowError:
             raise Refused(f"not done within {limit:.3g} s", hung=True) from None
         except HttpError as error:
+            if self._peer is not None:
+                self._peer.forget()
             raise refusal(error) from None
         except AuthError as error:
             raise Refused(str(error), retry=False, blame=False) from None
@@ -186,7 +202,7 @@ class RegistryEndpoint:
         if self.authenticator.settled:
             response = await self._authorized(url, wanted, patience, progress)
         else:
-            async with self.authenticator.first():
+            async with self.authenticator.first(self.address):
                 response = await self._authorized(url, wanted, patience, progress)
         for _ in range(MAX_REDIRECTS):
             location = response.get("location")
@@ -222,7 +238,7 @@ class RegistryEndpoint:
 
     async def _authorized(self, url: Url, wanted: Range, patience: float, progress: Progress | None) -> Response:
         sent = await self.authenticator.header()
-        response = await self._get(url, self._headers(sent), wanted, patience, progress)
+        response = await self._get_shared(url, self._headers(sent), wanted, patience, progress)
         for _ in range(2):
             if response.status != 401:
                 return response
@@ -232,7 +248,7 @@ class RegistryEndpoint:
                 return await self._origin_challenge(wanted, patience) if self.way.asks_origin else refused
 
             value = await self.authenticator.answer(sent, challenge, url)
-            response = await self._get(url, self._headers(value), wanted, patience, progress)
+            response = await self._get_shared(url, self._headers(value), wanted, patience, progress)
             sent = value
         return response
 
@@ -253,15 +269,55 @@ class RegistryEndpoint:
     def _headers(self, authorization: str) -> Headers:
         return (*self.way.headers, ("Authorization", authorization)) if authorization else self.way.headers
 
-    async def _get(
+    async def _get_shared(
         self, url: Url, headers: Headers, wanted: Range, patience: float, progress: Progress | None
+    ) -> Response:
+        """`_get` in the form in which a Dragonfly peer shares it with others, if this is one."""
+        peer = self._peer
+        if peer is None:
+            return await self._get(url, headers, wanted, patience, progress)
+        asked = None
+        if self._in_pieces:
+            address, end = url.full, wanted.offset + wanted.size
+            if peer.generation is Generation.MODERN or (peer.generation is Generation.UNKNOWN and self._says_dragonfly):
+                headers = (*headers, dragonfly.PIECE_HEADER)
+            while (coming := peer.coming(address, wanted.offset, end)) is not None:
+                if progress is not None:
+                    progress.excused = True
+                await coming.wait()
+            asked = peer.widened(address, wanted.offset, end, trio.current_time())
+            if progress is not None:
+                progress.excused = asked is not None
+        if asked is None:
+            response = await self._get(url, headers, wanted, patience, progress)
+        else:
+            arrived, began = False, trio.current_time()
+            peer.begin(address, asked)
+            try:
+                response = await self._get(url, headers, wanted, patience, progress, asked)
+                arrived = response.status == 206
+            finally:
+                now = trio.current_time()
+                peer.end(address, asked, now - began, now, arrived=arrived)
+        if response.status < 400:
+            peer.hear(url.full, response.headers)
+        return response
+
+    async def _get(
+        self,
+        url: Url,
+        headers: Headers,
+        wanted: Range,
+        patience: float,
+        progress: Progress | None,
+        around: tuple[int, int] | None = None,
     ) -> Response:
         given = {name.lower() for name, _ in (*headers, *self._extra)}
         merged = [(name, value) for name, value in (*headers, *self._extra) if name.lower() not in _OURS]
         if "user-agent" not in given:
             merged.append(("User-Agent", USER_AGENT))
         if self.way.dragonfly:
-            merged += dragonfly_headers(wanted.priority)
+            merged += dragonfly.proxy_headers(wanted.priority)
         merged.append(("Accept", "*/*"))
         try:
             return await self._client.get_range(
@@ -275,6 +331,7 @@ class RegistryEndpoint:
                 patient=self.last,
                 via=self.way.via,
                 on_status=self._note_status,
+                around=around,
                 progress=progress,
             )
         except TlsFailed:
@@ -284,7 +341,7 @@ class RegistryEndpoint:
                 raise
             log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
             self._base = Url(parse_authority("http", self._backend.host), self._base.target)
-            return await self._get(Url(self._base.origin, url.target), headers, wanted, patience, progress)
+            return await self._get(Url(self._base.origin, url.target), headers, wanted, patience, progress, around)
 
 
 async def ping(
@@ -310,13 +367,3 @@ def proxy_via(url: str) -> Via:
     user_info = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
     user, _, password = user_info.partition(":")
     return Via(parse_url(url).origin, basic_auth(unquote(user), unquote(password)) if user_info else "")
-
-
-def dragonfly_headers(priority: Priority) -> list[tuple[str, str]]:
-    """Reference 4.8; 6 lets Dragonfly ask its seed peer first, 3 leaves the fetch to this node's peer."""
-    level = "3" if priority is Priority.PREFETCH else "6"
-    return [
-        ("X-Dragonfly-Use-P2P", "true"),
-        ("X-Dragonfly-Prefetch", "true"),
-        ("X-Dragonfly-Priority", level),
-    ]

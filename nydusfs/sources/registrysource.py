@@ -106,16 +106,22 @@ class RegistrySource(RemoteSource):
             auth = self._authenticator(self._auth, through) if through else shared
             standing = self._hub.mirror_standing(way.base.origin, way.query, way.headers, mirror)
             rank = len(endpoints)
+            peer = self._hub.peer(standing)
             endpoints.append(
-                RegistryEndpoint(way, backend, client, auth, standing, brief, rank=rank, origin=origin, extra=extra)
+                RegistryEndpoint(
+                    way, backend, client, auth, standing, brief, rank=rank, origin=origin, extra=extra, peer=peer
+                )
             )
         for entry in listed:
             way = self._listed_way(entry)
             standing = self._hub.standing(way.base.full + way.query, way.headers)
             client = self._hub.client(Tls(entry.ca_files, not entry.verify, entry.client))
             rank = len(endpoints)
+            peer = self._hub.peer(standing)
             endpoints.append(
-                RegistryEndpoint(way, backend, client, shared, standing, brief, rank=rank, origin=origin, extra=extra)
+                RegistryEndpoint(
+                    way, backend, client, shared, standing, brief, rank=rank, origin=origin, extra=extra, peer=peer
+                )
             )
         return [*endpoints, origin]
 
@@ -156,16 +162,18 @@ class RegistrySource(RemoteSource):
             dragonfly=True,
             ping_below=400,
         )
+        standing = self._hub.standing(f"proxy {via.origin}")
         return RegistryEndpoint(
             way,
             self._backend,
             client,
             authenticator,
-            self._hub.standing(f"proxy {via.origin}"),
+            standing,
             times,
             last=not proxy.fallback,
             extra=self._hub.headers,
             attempts=1 if proxy.fallback else 1 + self._backend.connection.retry_limit,
+            peer=self._hub.peer(standing),
         )
 
     # -- several registries behind one mirror

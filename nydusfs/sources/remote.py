@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import trio
+
 from nydusfs.counters import BackendCounters
 from nydusfs.errors import SourceError
 from nydusfs.sources.base import Buffer, Check, Priority
 from nydusfs.sources.endpoint import Range
 from nydusfs.sources.race import Racer, ReadFailed
+from nydusfs.sources.standing import State
 
 
 class RemoteSource:
@@ -18,13 +21,24 @@ class RemoteSource:
         self.racer = racer
         self.counters.sources = racer.sources
 
+    @property
+    def by_range(self) -> bool:
+        """So it is while such a mirror or proxy is in use; when it is down there is only the registry to ask."""
+        return any(one.by_range and one.standing.state is not State.DOWN for one in self.racer.endpoints)
+
     async def read(
-        self, blob_id: str, offset: int, size: int, priority: Priority, check: Check | None = None
+        self,
+        blob_id: str,
+        offset: int,
+        size: int,
+        priority: Priority,
+        check: Check | None = None,
+        urgent: trio.Event | None = None,
     ) -> Buffer:
         started = time.monotonic()
         failed = True
         try:
-            data = await self.racer.read(Range(blob_id, offset, size, priority), check)
+            data = await self.racer.read(Range(blob_id, offset, size, priority, urgent), check)
             failed = False
             return data
         except ReadFailed as error:

@@ -136,6 +136,30 @@ def test_odd_but_right_answers_are_used(mode: str, image: TinyImage, stack: Exit
     run(image, config_text(tmp_path, origin.netloc, [{"host": mirror.url, "headers": headers}]), scenario)
 
 
+def test_nodes_cut_alike_what_a_classic_dragonfly_shares_by_range(stack: ExitStack, tmp_path: Path) -> None:
+    """Whatever is read first, and how much at once; other mirrors get merged ranges."""
+    data = noise(4 << 20)
+    image = tiny_image(tmp_path, {"data.bin": data}, BuildOptions(chunk_size=64 * 1024))
+    origin = server(stack, image)
+    spans: list[list[tuple[int, int] | None]] = []
+    for node, (says, step) in enumerate(
+        [("X-Dragonfly-Task", 1 << 20), ("X-Dragonfly-Task", 96 * 1024), ("X", 1 << 20)]
+    ):
+        peer = server(stack, image, said=[(says, "t")])
+
+        async def scenario(reader: ImageReader, _: Services, step: int = step) -> None:
+            ino = reader.bootstrap.resolve(b"data.bin")
+            await reader.read(ino, 0, 1)  # finds out with whom it talks
+            for offset in reversed(range(0, len(data), step)):
+                assert await reader.read(ino, offset, step) == data[offset : offset + step]
+
+        run(image, config_text(tmp_path / str(node), origin.netloc, [{"host": peer.url}]), scenario)
+        spans.append([request.span for request in peer.data_requests])
+    assert len(spans[0]) == len(spans[1]) == len(set(spans[0])) > 10
+    assert set(spans[0]) == set(spans[1])
+    assert len(spans[2]) < 8
+
+
 @pytest.mark.parametrize("mode", SLOW_ANSWERS)
 def test_a_mirror_that_hangs_is_left_in_time(
     mode: str, image: TinyImage, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

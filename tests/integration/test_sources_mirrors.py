@@ -224,7 +224,8 @@ def test_a_proxy_is_told_what_dragonfly_wants_to_know(server: Any) -> None:
         await read(source, 4096, Priority.PREFETCH)
         seen = [{k: v for k, v in request.headers.items() if k.startswith("x-dragonfly")} for request in proxy.requests]
         common = {"x-dragonfly-use-p2p": "true", "x-dragonfly-prefetch": "true"}
-        assert seen == [{**common, "x-dragonfly-priority": "6"}, {**common, "x-dragonfly-priority": "3"}]
+        pieces = {"x-dragonfly-piece-length": str((4 << 20) + 4096)}  # until it shows that it is no Dragonfly
+        assert seen == [{**common, **pieces, "x-dragonfly-priority": "6"}, {**common, "x-dragonfly-priority": "3"}]
         # What Dragonfly does not want to prefetch now, the registry is not asked for instead. A reader is served.
         proxy.mode = "dragonfly-429"
         with pytest.raises(SourceError, match="Dragonfly is at its limit"):

@@ -53,6 +53,7 @@ class FaultyServer:
     login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
     choose: Callable[[Request], str] | None = None  # a mode per request
+    said: list[tuple[str, str]] = field(default_factory=list)  # more headers of an answer with data
     requests: list[Request] = field(default_factory=list)
     tokens: list[Request] = field(default_factory=list)
     valid_tokens: set[str] = field(default_factory=set)
@@ -234,7 +235,7 @@ class FaultyServer:
             content_range = ("Content-Range", f"bytes {first}-{last}/{last + 1}")
         if mode == "wrong-range":
             content_range = ("Content-Range", f"bytes {first + 1}-{last + 1}/{len(blob)}")
-        extra = [] if mode == "no-range-header" else [content_range]
+        extra = [*self.said] if mode == "no-range-header" else [content_range, *self.said]
         if mode in ("chunked", "chunked-200"):
             status, body = (206, part) if mode == "chunked" else (200, blob)
             head = "".join(f"{name}: {value}\r\n" for name, value in (extra if status == 206 else []))

@@ -64,6 +64,7 @@ class FakeSource:
     last: bool = False
     attempts: int = 1
     patience: float = 3.0
+    by_range: bool = False
     standing: Standing = field(default_factory=Standing)
     requests: int = 0
     pings: int = 0

@@ -107,6 +107,52 @@ def test_prefetch_is_never_doubled() -> None:
     assert race.tally.hedges == 0
 
 
+def test_a_reader_who_meets_a_prefetch_that_hangs_is_helped() -> None:
+    mirror = known(FakeSource("mirror", hangs), 0.1)
+    origin = FakeSource("origin", answers(0.1, spread=0), rank=1, last=True)
+
+    async def main() -> None:
+        urgent = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(racer(mirror, origin).read, Range("b", 0, 8, Priority.PREFETCH, urgent), check)
+            await trio.sleep(2)
+            assert not origin.requests
+            urgent.set()
+        assert trio.current_time() - began == pytest.approx(2.1)
+
+    began = 0.0
+
+    async def timed_main() -> None:
+        nonlocal began
+        began = trio.current_time()
+        await main()
+
+    virtual(timed_main)
+
+
+def test_a_source_asked_for_more_than_is_wanted_may_take_its_time() -> None:
+    """Who is late with 4 MiB is overtaken, again and again, and stays in use."""
+
+    async def bulky(_: Range, progress: Progress | None) -> Buffer:
+        assert progress is not None
+        progress.excused = True
+        await trio.sleep_forever()
+        raise AssertionError
+
+    mirror = known(FakeSource("mirror", hangs, patience=10, moves=bulky), 0.1)
+    origin = FakeSource("origin", answers(0.1, spread=0), rank=1, last=True)
+    race = racer(mirror, origin)
+
+    async def main() -> None:
+        for _ in range(40):  # more than the budget of doubled requests
+            before = trio.current_time()
+            await race.read(WANTED, check)
+            assert trio.current_time() - before == pytest.approx(ORIGIN_HEDGE + 0.1)
+
+    virtual(main)
+    assert mirror.standing.state is State.UP and mirror.requests == 40
+
+
 def test_a_source_that_lies_is_left_alone_for_that_blob_only() -> None:
     liar, origin = FakeSource("liar", lies), FakeSource("origin", answers(0.01), rank=1, last=True)
     race = racer(liar, origin)
