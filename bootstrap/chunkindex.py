@@ -235,7 +235,9 @@ def _store(body: bytes, blobs: int, rows: int, mark: bytes, path: str | None) ->
         except BaseException:
             os.unlink(file.name)
             raise
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Read-only: a map holds its descriptor, and one for writing would keep the disk from being remounted so.
+        with open(f"/proc/self/fd/{file.fileno()}", "rb") as again:
+            return mmap.mmap(again.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 assert CHUNK_RECORD.size % 8 == 0

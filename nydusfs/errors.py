@@ -54,6 +54,10 @@ class CacheError(NydusError):
     """A cache directory that cannot be used: not a directory, not writable, or served by another process."""
 
 
+class CacheDiskError(CacheError):
+    """The same because of the disk: full, read-only or broken. Images can be served without it."""
+
+
 class ReadError(NydusError):
     """A read of an image failed for good; `errno` is what the reader of the file gets."""
 

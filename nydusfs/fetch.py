@@ -41,7 +41,11 @@ INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
 INLINE_PLAIN = 1 << 20  # and to no more than this
 DECODE_THREADS = 4
 PREFETCH_THREADS = 1  # of them for prefetch: the others stay free for readers
+KEEP_PAUSE = 1.0  # seconds between attempts to give the disk what it did not take
 RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
+
+
+_Identity: TypeAlias = tuple[int, str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Job:
     counters: CacheCounters
 
     @property
-    def identity(self) -> tuple[int, str, bytes]:
+    def identity(self) -> _Identity:
         # By cache object too: two stores each need the bytes.
         return (id(self.cache), self.segment.blob.id, self.segment.key)
 
@@ -77,19 +81,40 @@ class FetchScheduler:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._flights: dict[tuple[int, str, bytes], _Flight] = {}
+        self._flights: dict[_Identity, _Flight] = {}
         self._demand_slots: dict[str, trio.Semaphore] = {}
         self.courtesy = Courtesy()
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
-        self._recent: OrderedDict[tuple[int, str, bytes], bytearray] = OrderedDict()
+        self._recent: OrderedDict[_Identity, tuple[Segment, BlobCache | None, bytearray]] = OrderedDict()
         self._recent_bytes = 0
+        self._keep_again = 0.0
 
     def recent(self, job: Job) -> bytearray | None:
-        """A segment that was fetched lately and could not be kept on disk."""
+        """A segment that was fetched lately and could not be kept on disk, which now and then is tried again."""
         if not self._recent:
             return None
-        return self._recent.get(job.identity)
+        found = self._recent.get(job.identity)
+        if found is None:
+            return None
+        now = trio.current_time()
+        if now >= self._keep_again and job.cache is not None and job.cache.store.health.usable():
+            self._keep_again = now + KEEP_PAUSE
+            self._nursery.start_soon(self._keep, [job.identity, *self._recent])
+        return found[2]
+
+    async def _keep(self, identities: list[_Identity]) -> None:
+        """Give the disk what it did not take before, in this order, until it refuses again."""
+        for identity in dict.fromkeys(identities):
+            if (found := self._recent.get(identity)) is None:
+                continue
+            segment, cache, plain = found
+            if cache is not None and cache.current():
+                if not await trio.to_thread.run_sync(cache.write, segment, plain):
+                    return
+                cache.add(segment)
+            if self._recent.pop(identity, None) is not None:
+                self._recent_bytes -= len(plain)
 
     async def fetch(self, jobs: Sequence[Job], priority: Priority, merge: int = MERGE) -> list[bytearray]:
         """The plain bytes of each job's segment, verified and, where the disk allows, cached.
@@ -241,7 +266,7 @@ class FetchScheduler:
             last = number == len(ranges) - 1
             check = partial(self._verify, kept, [(job, units, plain)], start, last, self._decoders(priority))
             await self._read(flight, start, end - start, priority, check)
-        self._finish(flight, plain, kept[-1])
+        self._finish(flight, plain, kept[0])
 
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
@@ -250,8 +275,8 @@ class FetchScheduler:
         kept: list[bool] = []
         check = partial(self._verify, kept, parts, start, True, self._decoders(priority))
         await self._read(group[0], start, end - start, priority, check)
-        for flight, (_, _, plain) in zip(group, parts, strict=True):
-            self._finish(flight, plain, kept[-1])
+        for flight, (_, _, plain), there in zip(group, parts, kept, strict=True):
+            self._finish(flight, plain, there)
 
     def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
         return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
@@ -270,15 +295,15 @@ class FetchScheduler:
     async def _verify(
         self, kept: list[bool], parts: _Parts, start: int, store: bool, limiter: trio.CapacityLimiter, stored: Buffer
     ) -> None:
-        """The check of a source's bytes: verify everything, then write it if `store`; appends whether all was kept.
+        """The check of a source's bytes: verify everything, then write it if `store`; `kept`: which of them was kept.
 
         Raises `WrongBytes`.
         """
         view = memoryview(stored)
         if len(stored) <= INLINE and sum(len(plain) for _, _, plain in parts) <= INLINE_PLAIN:
-            kept.append(_decode_and_store(parts, start, view, store))
+            kept[:] = _decode_and_store(parts, start, view, store)
             return
-        kept.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter))
+        kept[:] = await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter)
 
     def _finish(self, flight: _Flight, plain: bytearray, kept: bool) -> None:
         job = flight.job
@@ -288,10 +313,10 @@ class FetchScheduler:
             job.cache.add(job.segment)
             return
         if job.identity not in self._recent:
-            self._recent[job.identity] = plain
+            self._recent[job.identity] = job.segment, job.cache, plain
             self._recent_bytes += len(plain)
         while self._recent_bytes > RECENT_BYTES:
-            _, old = self._recent.popitem(last=False)
+            _, (_, _, old) = self._recent.popitem(last=False)
             self._recent_bytes -= len(old)
 
 
@@ -301,15 +326,13 @@ def _joinable(group: list[_Flight], segment: Segment, merge: int) -> bool:
     return segment.adjoins(last) and segment.compressed_end - first.compressed_start <= merge
 
 
-def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> bool:
+def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> list[bool]:
     for job, units, plain in parts:
         try:
             decode(job.segment, job.chunks, units, start, stored, plain)
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
-    if not store:
-        return False
-    return all(job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts)
+    return [store and job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts]
 
 
 def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[bytearray, bool] | None:

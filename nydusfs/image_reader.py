@@ -17,6 +17,7 @@ from bootstrap.chunkmap import ChunkMap
 from bootstrap.decode import verify
 from bootstrap.errors import DigestMismatch, RafsError
 from nydusfs.cache import BlobCache, CacheStore
+from nydusfs.cache.store import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.errors import CacheError, ReadError, SourceError
@@ -233,6 +234,11 @@ class ImageReader:
             self._caches[blob.index] = cache
         return cache
 
+    def is_durable(self, segment: Segment) -> bool:
+        """Whether the cache has it on the disk. From any thread."""
+        cache = self._caches.get(segment.blob.index)
+        return cache is not None and cache.is_durable(segment.key)
+
     def job(self, segment: Segment) -> Job:
         return Job(segment, self.chunks, self.source, self.cache(segment.blob), self.cache_counters)
 
@@ -295,14 +301,20 @@ class ImageReader:
         if self._validate:
             data = await self._validated(cache, segment, piece)
         else:
-            data = await cache.read(segment, piece.offset, piece.size)
+            try:
+                data = await cache.read(segment, piece.offset, piece.size)
+            except NotSureError:
+                data = await self._validated(cache, segment, _Piece(segment, 0, segment.size))
+                if data is not None:
+                    cache.verified(segment)
+                    data = data[piece.offset : piece.offset + piece.size]
         if data is not None:
             self.cache_counters.partial_hits += 1
         return data
 
     async def _validated(self, cache: BlobCache, segment: Segment, piece: _Piece) -> bytearray | None:
         """`cache.validate`: hash the touched chunks again. None drops the segment, so that it is fetched anew."""
-        whole = await cache.read(segment, 0, segment.size)
+        whole = await cache.read(segment, 0, segment.size, sure=True)
         if whole is None:
             return None
 
@@ -318,8 +330,11 @@ class ImageReader:
         try:
             await trio.to_thread.run_sync(judge)
         except DigestMismatch as error:
-            log.warning("image %s: damaged in the cache: %s", self.name, error)
-            cache.drop(segment)
+            if cache.is_durable(segment.key):
+                log.warning("image %s: damaged in the cache, it is fetched again: %s", self.name, error)
+                cache.drop(segment)
+            else:
+                cache.lost(segment.name, segment.key, OSError(errno.EIO, "it lost what it had taken"))
             return None
         return whole[piece.offset : piece.offset + piece.size]
 

@@ -24,7 +24,7 @@ from bootstrap.reader import open_bootstrap
 from nydusfs.cache import CacheStore, Limit
 from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
-from nydusfs.errors import NydusError
+from nydusfs.errors import CacheDiskError, NydusError
 from nydusfs.fetch import FetchScheduler
 from nydusfs.image_reader import ImageReader
 from nydusfs.profile import ProfileStore
@@ -62,6 +62,15 @@ class Services:
             self._nursery.start_soon(store.sync_forever)
         return self._stores[key]
 
+    def _usable_store(self, config: Config, name: str) -> CacheStore | None:
+        if not config.cache.persistent:
+            return None
+        try:
+            return self.store(config.cache.work_dir)
+        except CacheDiskError as error:
+            log.warning("image %s: %s: its data is served without being kept", name, error)
+            return None
+
     def set_registry_auth(self, config_id: str, auth: str) -> None:
         """Credentials that replace those of the configurations with this id ("": of all that have none of their own),
         for mounted images and later ones. `auth`: base64 of user:password, "" to go back to the configuration's."""
@@ -93,7 +102,7 @@ class Services:
         stores: list[CacheStore | Exception | None] = []
         for image in wanted:
             try:
-                stores.append(self.store(image.config.cache.work_dir) if image.config.cache.persistent else None)
+                stores.append(self._usable_store(image.config, image.name))
             except NydusError as error:
                 stores.append(error)
 
@@ -175,10 +184,11 @@ def _open(bootstrap_path: str, store: CacheStore | None) -> tuple[Bootstrap, Chu
         try:
             return bootstrap, ChunkMap.open(bootstrap, path)
         except RafsError as error:
-            if path is None or not isinstance(error.__cause__, OSError):
+            if store is None or path is None or not isinstance(error.__cause__, OSError):
                 raise
             # a full disk costs the map's next use, not the image: the map is small against the room for temporary files
-            log.warning("%s: going on with a temporary one for %s", error, bootstrap_path)
+            store.health.failed(error.__cause__)
+            log.info("%s: going on with a temporary one for %s", error, bootstrap_path)
             return bootstrap, ChunkMap.open(bootstrap, None)
     except BaseException:
         bootstrap.close()

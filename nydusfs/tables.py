@@ -27,7 +27,7 @@ from bootstrap.errors import DigestMismatch, RafsError
 from bootstrap.tarmap import TarMap
 from nydusfs.cache import CacheStore
 from nydusfs.cache.foreign import META_SUFFIX
-from nydusfs.errors import CacheError, SourceError
+from nydusfs.errors import SourceError
 from nydusfs.sources import Buffer, Priority, Source, WrongBytes
 from nydusfs.wholetar import read_tar
 
@@ -201,10 +201,7 @@ class Tables:
         if self._store is None:
             return None
         key = blake2b(repr(replace(blob, index=0)).encode(), digest_size=12).hexdigest()
-        try:
-            return self._store.map_path(f"table-{key}")
-        except CacheError:
-            return None
+        return self._store.map_path(f"table-{key}")
 
     def _kept(self, blob: Blob) -> memoryview | None:
         """What an earlier read of the blob left, if it is undamaged. For a worker thread."""
@@ -238,7 +235,8 @@ class Tables:
                     os.unlink(file.name)
                     raise
         except OSError as error:
-            log.warning("image %s: the table of blob %s is not kept: %s", self._name, blob.id, error.strerror)
+            if self._store is not None:
+                self._store.health.failed(error)
             return None
         return self._kept(blob)
 

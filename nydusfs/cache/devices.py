@@ -23,18 +23,18 @@ from nydusfs.segments import Segment
 
 
 class DeviceFiles:
-    """Of one cache store. `filled(device, fd)` is called, in the writing thread, for each that got complete; `device`
-    is `<key>/<blob id>/<segment>`.
+    """Of one cache store. `durable(device, fd)` is called, in the syncing thread, for each that is complete and on the
+    disk: before that a failed write-out may put zeros where bytes were. `device` is `<key>/<blob id>/<segment>`.
 
     Raises OSError when the folders cannot be made.
     """
 
-    def __init__(self, store_path: Path, boot: str, filled: Callable[[str, int], None]) -> None:
+    def __init__(self, store_path: Path, boot: str, durable: Callable[[str, int], None]) -> None:
         self.images = store_path / ".erofs" / "images"
         self.root = store_path / ".erofs" / f"files.{boot}"
         self.key = blake2b(os.fsencode(store_path.resolve()), digest_size=4).hexdigest()
         self.files = self.root / self.key
-        self._filled = filled
+        self._durable = durable
         self.images.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         for other in (store_path / ".erofs").glob("files.*"):
@@ -66,26 +66,40 @@ class DeviceFiles:
         except OSError:
             return -1
 
-    def fill(self, blob_id: str, segment: Segment, plain: bytearray, link: Path) -> bool:
-        """Give a device its bytes and the cache the same file at `link`; False when there is no such device.
+    def fill(self, blob_id: str, segment: Segment, plain: bytearray, link: Path) -> int:
+        """Give a device its bytes and the cache the same file at `link`. A descriptor of it; -1: no such device.
 
         Raises OSError, for a full disk; the device is then not complete.
         """
         fd = self.open(blob_id, segment.name)
         if fd < 0:
-            return False
+            return -1
         try:
             write_whole(fd, plain, segment.padded)
             link.parent.mkdir(mode=0o700, exist_ok=True)
-            part = link.with_name(f"{segment.name}.part")
-            part.unlink(missing_ok=True)
-            os.link(self.files / blob_id / segment.name, part)
-            os.rename(part, link)
-            part.unlink(missing_ok=True)  # rename(2) does nothing when both are one file already
-            self._filled(self.device(blob_id, segment.name), fd)
-        finally:
+            link.unlink(missing_ok=True)
+            os.link(self.files / blob_id / segment.name, link)
+        except BaseException:
             os.close(fd)
-        return True
+            raise
+        return fd
+
+    def adopt(self, blob_id: str, name: str, file: Path) -> None:
+        """Make a device of a cached file that is complete and not durable, unless there is one. Raises OSError."""
+        path = self.files / blob_id / name
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            os.link(file, path)
+        except FileExistsError:
+            pass
+
+    def synced(self, blob_id: str, name: str, fd: int) -> None:
+        """A segment file is on the disk: perhaps it is a device."""
+        try:
+            if os.path.samestat(os.stat(self.files / blob_id / name), os.fstat(fd)):
+                self._durable(self.device(blob_id, name), fd)
+        except OSError:
+            pass  # no device
 
     def remove(self, blob_id: str, name: str) -> None:
         """No mount needs it any more; what the cache has of it stays."""

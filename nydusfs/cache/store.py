@@ -17,9 +17,7 @@ its own below it: nothing is shared then, and nothing can be corrupted.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -29,8 +27,11 @@ from pathlib import Path
 
 import trio
 
+from nydusfs.cache.claim import claim
 from nydusfs.cache.devices import DeviceFiles
+from nydusfs.cache.durability import RWF_NOWAIT, Syncer, resident
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
+from nydusfs.cache.health import Health, Speed
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
@@ -39,16 +40,10 @@ from nydusfs.segments import KEY_SIZE, Segment
 log = logging.getLogger("nydusfs.cache")
 
 SYNC_DELAY = 1.0  # seconds a finished segment may wait to be made durable: one journal commit then serves many
-CLOSE_SECONDS = 2.0  # for the last batch when the daemon ends; under disk load one fdatasync takes seconds
-FULL_PAUSE = 1.0  # seconds without attempts to write after the disk was found full
-MAX_SIDE_STORES = 64
 INLINE_READ = 128 * 1024  # bytes; larger reads wait for the disk in a thread
-SLOW_DISK = 0.001  # seconds a read may keep the loop, on average
-SLOW_PAUSE = 5.0  # seconds without such reads after the disk was found slow
 SEGMENTS_SUFFIX = ".segments"
 MAX_MAPS = 1024  # derived chunk maps (12 bytes per chunk) and tables of blobs (1 to 4 % of a gzip layer) kept
 _NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
-_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 def boot_id() -> str:
@@ -60,26 +55,6 @@ def boot_id() -> str:
         return os.urandom(4).hex()
 
 
-class _Disk:
-    """Whether to wait for the disk on the loop: with a fast one that is shorter than the way to a thread and back.
-
-    On a busy machine with two cores, random 4 KiB reads of a cached file went from 650 to 4,000 a second.
-    """
-
-    def __init__(self) -> None:
-        self._mean = 0.0  # seconds, over about the last 8 reads
-        self._thread_until = 0.0
-
-    def fast(self) -> bool:
-        return time.monotonic() >= self._thread_until
-
-    def took(self, seconds: float) -> None:
-        self._mean += (seconds - self._mean) / 8
-        if self._mean > SLOW_DISK:
-            self._mean = 0.0
-            self._thread_until = time.monotonic() + SLOW_PAUSE
-
-
 class CacheStore:
     """Open with `CacheStore(work_dir)`, run `sync_forever` in a nursery, `close` at the end.
 
@@ -89,19 +64,16 @@ class CacheStore:
 
     def __init__(self, work_dir: str | os.PathLike[str], *, boot: str | None = None) -> None:
         self.boot = boot or boot_id()
-        self.path, self._lock_fd = _claim(Path(work_dir))
+        self.path, self._lock_fd = claim(Path(work_dir))
         self.files = OpenFiles()
         self._blobs: dict[str, BlobCache] = {}
-        self._pending: list[tuple[BlobCache, str, bytes]] = []
-        self._pending_lock = threading.Lock()
+        self.syncer = Syncer(self.boot)
         self._wake = trio.Event()
-        self._full_until = 0.0
-        self._full = False
-        self._sync_until = float("inf")
         self.devices: DeviceFiles | None = None  # segment files that kernel mounts have as devices
-        self.nowait = bool(_RWF_NOWAIT)
+        self.nowait = bool(RWF_NOWAIT)
         self.quota: Quota | None = None
-        self.disk = _Disk()
+        self.disk = Speed()
+        self.health = Health(self.path)
 
     def set_limit(self, limit: Limit) -> None:
         """From now on; what is too much goes at once. For a worker thread: it looks at every file."""
@@ -171,13 +143,14 @@ class CacheStore:
         for ending in FOREIGN_SUFFIXES:
             _unlink(self.path / f"{blob_id}{ending}")
         _unlink(self.path / blob_id)
-        if cache is not None and cache.foreign is not None:
-            cache.foreign.close()
+        if cache is not None:
+            cache.abandon()
         if names:
             log.info("cache %s: blob %s removed, %d segments", self.path, blob_id, len(names))
 
-    def map_path(self, name: str) -> str:
-        """Where to keep a derived chunk map of that name; the ones used longest ago make room. For a worker thread."""
+    def map_path(self, name: str) -> str | None:
+        """Where to keep a derived chunk map of that name; the ones used longest ago make room. None when the disk does
+        not take it. For a worker thread."""
         folder = self.path / ".maps"
         try:
             try:
@@ -193,14 +166,11 @@ class CacheStore:
         except FileNotFoundError:
             pass  # another image's map was renamed into place this instant
         except OSError as error:
-            raise CacheError(f"cache {self.path}: {_reason(error)}") from None
+            self.health.failed(error)
+            return str(folder / name) if os.path.exists(folder / name) else None
         return str(folder / name)
 
     # Durability
-
-    def _finished(self, blob: BlobCache, name: str, key: bytes) -> None:
-        with self._pending_lock:
-            self._pending.append((blob, name, key))
 
     def kick(self) -> None:
         """Tell `sync_forever` that there is something to do."""
@@ -215,64 +185,8 @@ class CacheStore:
             await trio.to_thread.run_sync(self.sync)
 
     def sync(self) -> None:
-        """fdatasync everything finished, then give it its final name. For a worker thread.
-
-        After `stop_syncing` a batch under way ends at the next file; the rest keeps the name that is good until the
-        next boot.
-        """
-        with self._pending_lock:
-            batch, self._pending = self._pending, []
-        opened: list[tuple[BlobCache, str, bytes, int]] = []
-        for blob, name, key in batch:
-            if time.monotonic() >= self._sync_until:
-                break
-            try:
-                fd = os.open(blob.path / f"{name}.{self.boot}", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                continue  # evicted, or the directory was removed: nothing to make durable
-            opened.append((blob, name, key, fd))
-            # Start the write-out of this one while the next is opened: the first fdatasync below then commits the
-            # journal for all of them.
-            _start_writeout(fd)
-            if len(opened) >= 64:
-                self._commit(opened)
-                opened = []
-        self._commit(opened)
-
-    def _commit(self, opened: list[tuple[BlobCache, str, bytes, int]]) -> None:
-        for blob, name, key, fd in opened:
-            try:
-                if time.monotonic() >= self._sync_until:
-                    continue
-                os.fdatasync(fd)
-                os.rename(blob.path / f"{name}.{self.boot}", blob.path / name)
-                blob.durable(key)
-            except FileNotFoundError:
-                pass  # evicted meanwhile
-            except OSError as error:
-                log.warning("cache %s: segment %s is dropped, it cannot be made durable: %s", blob.path, name, error)
-                blob.lost(name, key)
-            finally:
-                os.close(fd)
-
-    # Full disks
-
-    def may_write(self) -> bool:
-        return time.monotonic() >= self._full_until
-
-    def note_write(self, error: OSError | None) -> None:
-        """From the writing thread: one warning when writing stops working, one line when it works again."""
-        if error is None:
-            if self._full:
-                self._full = False
-                log.info("cache %s can be written again", self.path)
-            return
-        self._full_until = time.monotonic() + FULL_PAUSE
-        if not self._full:
-            self._full = True
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "is full" if full else f"cannot be written ({_reason(error)})"
-            log.warning("cache %s %s: data is served without being kept until there is room again", self.path, what)
+        """Make what is finished durable. For a worker thread."""
+        self.syncer.sync()
 
     # Descriptors
 
@@ -284,15 +198,19 @@ class CacheStore:
         return self.files.acquire(slot, (blob.path / name for name in names))
 
     def stop_syncing(self) -> None:
-        """Any thread: the process is about to end and has `CLOSE_SECONDS` left for its last batches."""
-        self._sync_until = min(self._sync_until, time.monotonic() + CLOSE_SECONDS)
+        """Any thread: the process is about to end."""
+        self.syncer.stop()
 
     def close(self) -> None:
-        """Make durable what `CLOSE_SECONDS` allow and let go of the directory."""
+        """Make durable what the last seconds allow and let go of the directory."""
         self.stop_syncing()
         self.sync()
         self.files.close()
         os.close(self._lock_fd)
+
+
+class NotSureError(Exception):
+    """Read it whole and verify it."""
 
 
 class BlobCache:
@@ -303,12 +221,15 @@ class BlobCache:
         self.blob_id = blob_id
         self.path = store.folder(blob_id)
         self.foreign = ForeignBlob.find(store.path, blob_id)
+        self.naming = threading.Lock()  # over which file has a segment's name
         self._ready: dict[bytes, bool] = {}  # key -> durable
+        self._unsure: set[bytes] = set()  # not durable, and seen outside of the page cache
+        self._written: dict[bytes, int] = {}  # by key, until `add`: its descriptor, -1 for what is synced
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._load()
         except OSError as error:
-            store.note_write(error)  # full, most likely: `write` tries again
+            store.health.failed(error)  # `write` tries again
 
     def _load(self) -> None:
         """What an earlier process left: only what is known to be whole."""
@@ -321,7 +242,7 @@ class BlobCache:
                 self._ready[key] = True
             elif match[3] == self.store.boot:
                 self._ready.setdefault(key, False)
-                self.store._finished(self, f"{match[1]}-{match[2]}", key)
+                self.store.syncer.add(self, f"{match[1]}-{match[2]}", key)
             else:
                 _unlink(self.path / entry.name)
         if not all(self._ready.values()):
@@ -332,6 +253,18 @@ class BlobCache:
 
     def __len__(self) -> int:
         return len(self._ready)
+
+    def current(self) -> bool:
+        """False once the blob was removed from the cache."""
+        return self.store._blobs.get(self.blob_id) is self
+
+    def is_durable(self, key: bytes) -> bool:
+        return self._ready.get(key, False)
+
+    def synced(self, name: str, fd: int) -> None:
+        """This file is on the disk, whatever name it has."""
+        if self.store.devices is not None:
+            self.store.devices.synced(self.blob_id, name, fd)
 
     def durable(self, key: bytes) -> None:
         if key in self._ready:
@@ -354,11 +287,12 @@ class BlobCache:
     def evicted(self, key: bytes) -> None:
         self._ready.pop(key, None)
 
-    def lost(self, name: str, key: bytes) -> None:
+    def lost(self, name: str, key: bytes, error: OSError) -> None:
         """The disk did not take it: what the page cache still has may turn into what the disk has, any moment.
 
         The file is emptied, so that whoever has it open, a kernel mount too, gets an error and never zeros.
         """
+        self.store.health.failed(error)
         self.forget(key)
         self.store.files.drop((self.blob_id, key))
         for ending in ("", f".{self.store.boot}"):
@@ -371,22 +305,35 @@ class BlobCache:
     def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
         """Like `read`, from any thread but the event loop's: waits for the disk."""
         key, name = segment.key, segment.name
+        durable = self._ready.get(key)
+        if not durable and (key in self._unsure or not self.store.nowait):
+            return None
         file = self.store.acquire(self, key, (name, f"{name}.{self.store.boot}", name))
         if file is None:
             return None
         data = bytearray(size)
         try:
-            return data if os.preadv(file.fd, [data], offset) == size else None
+            if durable:
+                return data if os.preadv(file.fd, [data], offset) == size else None
+            if resident(file.fd) and os.preadv(file.fd, [data], offset, RWF_NOWAIT) == size:
+                return data
+            self._unsure.add(key)
+            return None
         except OSError:
             return None  # `read` says why
         finally:
             self.store.files.release(file)
 
-    async def read(self, segment: Segment, offset: int, size: int) -> bytearray | None:
-        """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent."""
+    async def read(self, segment: Segment, offset: int, size: int, *, sure: bool = False) -> bytearray | None:
+        """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent.
+
+        Raises `NotSureError` when it is not durable and left the page cache: if its write-out failed, the disk has
+        something else. `sure`: the caller verifies what it gets.
+        """
         key = segment.key
         name = segment.name
-        names = (name,) if self._ready.get(key) else (name, f"{name}.{self.store.boot}", name)
+        durable = self._ready.get(key)
+        names = (name,) if durable else (name, f"{name}.{self.store.boot}", name)
         file = self.store.acquire(self, key, names)
         if file is None:
             self.forget(key)
@@ -394,9 +341,12 @@ class BlobCache:
         data = bytearray(size)
         try:
             got = -1
+            if not durable and not sure and (key in self._unsure or not resident(file.fd)):
+                self._unsure.add(key)
+                raise NotSureError
             if self.store.nowait:
                 try:
-                    got = os.preadv(file.fd, [data], offset, _RWF_NOWAIT)
+                    got = os.preadv(file.fd, [data], offset, RWF_NOWAIT)
                 except BlockingIOError:
                     pass  # not in the page cache: let a thread wait for the disk
                 except OSError as error:
@@ -404,6 +354,9 @@ class BlobCache:
                         raise
                     self.store.nowait = False
             if got != size:
+                if not durable and not sure:
+                    self._unsure.add(key)
+                    raise NotSureError
                 if size <= INLINE_READ and self.store.disk.fast():
                     began = time.perf_counter()
                     got = os.preadv(file.fd, [data], offset)
@@ -411,7 +364,7 @@ class BlobCache:
                 else:
                     got = await trio.to_thread.run_sync(os.preadv, file.fd, [data], offset)
         except OSError as error:
-            log.warning("cache %s/%s cannot be read (%s), it is fetched again", self.path, name, _reason(error))
+            self.store.health.unreadable(error)
             got = -1
         finally:
             self.store.files.release(file)
@@ -429,76 +382,94 @@ class BlobCache:
 
     def write(self, segment: Segment, plain: bytearray) -> bool:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
-        if not self.store.may_write():
+        if not self.store.health.usable():
             return False
         quota, slot = self.store.quota, (self.blob_id, segment.key)
         if quota is not None and not quota.reserve(slot, segment.name, len(plain)):
             return False
         try:
-            return self._write(segment, plain)
+            self._write(segment, plain)
+        except OSError as error:
+            _unlink(self.path / f"{segment.name}.part")
+            if quota is not None:
+                quota.gone(slot)
+            self.store.health.failed(error)
+            return False
         finally:
             if quota is not None:
                 quota.written(slot)
+        self.store.health.worked()
+        return True
 
-    def _write(self, segment: Segment, plain: bytearray) -> bool:
+    def _write(self, segment: Segment, plain: bytearray) -> None:
         part = self.path / f"{segment.name}.part"
         devices = self.store.devices
+        fd, behind = -1, self.store.syncer.full()
         try:
-            ready = self.path / f"{segment.name}.{self.store.boot}"
-            if devices is not None and devices.fill(self.blob_id, segment, plain, ready):
-                self.store.note_write(None)
-                return True
-            try:
-                fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:  # the directory was cleaned up under us
-                self.path.mkdir(mode=0o700, exist_ok=True)
-                fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
+            if devices is not None:
+                fd = devices.fill(self.blob_id, segment, plain, part)
+            if fd < 0:
+                fd = self._create(part)
                 view = memoryview(plain)
                 while view:
                     view = view[os.write(fd, view) :]
-            finally:
+            if behind:
+                os.fdatasync(fd)
+            with self.naming:
+                os.rename(part, self.path / f"{segment.name}.{self.store.boot}")
+            if devices is not None:
+                _unlink(part)  # rename(2) does nothing when both are one file already
+        except BaseException:
+            if fd >= 0:
                 os.close(fd)
-            os.rename(part, ready)
-        except OSError as error:
-            _unlink(part)
-            if self.store.quota is not None:
-                self.store.quota.gone((self.blob_id, segment.key))
-            self.store.note_write(error)
-            return False
-        self.store.note_write(None)
-        return True
+            raise
+        if behind:
+            os.close(fd)
+        self._hold(segment.key, -1 if behind else fd)
+
+    def _create(self, part: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            return os.open(part, flags, 0o600)
+        except FileNotFoundError:  # the directory was cleaned up under us
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            return os.open(part, flags, 0o600)
+
+    def _hold(self, key: bytes, fd: int) -> None:
+        old = self._written.pop(key, -1)
+        if old >= 0:
+            os.close(old)
+            self.store.syncer.held -= 1
+        self._written[key] = fd
+        self.store.syncer.held += fd >= 0
 
     def add(self, segment: Segment) -> None:
         """From the trio thread, after `write` said True: readable from now on, durable soon."""
-        if segment.key not in self._ready:
-            self._ready[segment.key] = False
-            self.store._finished(self, segment.name, segment.key)
+        fd = self._written.pop(segment.key, None)
+        if fd is not None:
+            self.store.syncer.held -= fd >= 0
+            self.store.syncer.add(self, segment.name, segment.key, fd, synced=fd < 0)
             self.store.kick()
+        self._unsure.discard(segment.key)
+        self._ready.setdefault(segment.key, False)
 
-
-def _claim(work_dir: Path) -> tuple[Path, int]:
-    """The directory to use and its lock: `work_dir`, or the first free `worker-N` below it."""
-    last: OSError | None = None
-    for number in range(1, MAX_SIDE_STORES + 1):
-        path = work_dir if number == 1 else work_dir / f".worker-{number}"
-        fd = -1
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            last = error
-            continue
-        except OSError as error:
+    def abandon(self) -> None:
+        """Nothing of it is needed any more."""
+        while self._written:
+            _, fd = self._written.popitem()
             if fd >= 0:
                 os.close(fd)
-            raise CacheError(f"cache {path} cannot be used: {_reason(error)}") from None
-        if number > 1:
-            log.warning("cache %s is in use by another process: using %s, nothing is shared", work_dir, path)
-        return path, fd
-    raise CacheError(f"cache {work_dir} is in use by {MAX_SIDE_STORES} processes already ({last})")
+                self.store.syncer.held -= 1
+        if self.foreign is not None:
+            self.foreign.close()
+            self.foreign = None
+
+    def verified(self, segment: Segment) -> None:
+        """A segment that was not sure was read and found right: it may get durable."""
+        self._unsure.discard(segment.key)
+        if self._ready.get(segment.key) is False:
+            self.store.syncer.add(self, segment.name, segment.key)
+            self.store.kick()
 
 
 def _unlink(path: Path) -> None:
@@ -506,19 +477,3 @@ def _unlink(path: Path) -> None:
         os.unlink(path)
     except OSError:
         pass  # gone already, or the disk is in no state to care
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-def _start_writeout(fd: int) -> None:
-    """sync_file_range(2) on the whole file, without waiting. A failure only costs time: fdatasync follows."""
-    try:
-        _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-    except AttributeError:
-        pass  # a libc without it

@@ -19,7 +19,7 @@ import pytest
 from nydusfs.segments import SEGMENT_SIZE
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, localfs_config, reader, wait_until
-from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs
+from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs, settle
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.killing import kill_everything, kill_workers
 from tests.lab.mounted import check_mount
@@ -104,6 +104,7 @@ def test_a_second_mount_needs_no_new_image_and_shares_the_cache(daemon: Nydusd, 
     assert daemon.mount("/f", case / "image.boot", fuse).status == 204
     assert not is_erofs(daemon.mnt / "f")
     assert check_mount(case, daemon.mnt / "f") == []
+    settle(tmp_path)
     assert daemon.mount("/e", case / "image.boot", config).status == 204
     assert is_erofs(daemon.mnt / "e")
     assert marked_devices(tmp_path) == []  # all of it was here
@@ -161,6 +162,7 @@ def test_complete_images_need_no_process(tmp_path: Path) -> None:
         config = localfs_config(case, work_dir=tmp_path / "cache")
         assert running.mount("/a", case / "image.boot", config).status == 204
         assert check_mount(case, running.mnt / "a") == []
+        settle(tmp_path / "cache")
         with bound(running.mnt / "a", tmp_path / "held") as held:
             pids = processes_mentioning(str(running.sock))
             before = sum(map(cpu_seconds, pids))
@@ -279,6 +281,7 @@ def test_death_of_every_process_gives_errors_and_never_zeros(tmp_path: Path) -> 
         with bound(running.mnt / "a", tmp_path / "held") as held:
             for name in ("f0", "f1"):
                 assert hashlib.sha256((held / name).read_bytes()).hexdigest() == expected[name]
+            settle(tmp_path / "cache")
             server.mode = "hang-headers"
             for name in ("f20", "f21", "f22"):  # a fetch may fail at once on a connection that just went
                 with subprocess.Popen(
@@ -346,8 +349,9 @@ def test_prefetched_and_followed_segments_raise_no_events(tmp_path: Path) -> Non
         devices = marked_devices(work)
         assert devices
         wait_until(lambda: all(path.stat().st_size for path in devices), 20, "the prefetch")
+        settle(work)
         with bound(running.mnt / "a", tmp_path / "held") as held:
-            time.sleep(0.2)  # the mark follows the last byte
+            time.sleep(0.2)  # the mark goes at the sync
             pids = processes_mentioning(str(running.sock))
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import selftest
 from tests.lab.daemon import can_mount_fuse
+from tests.lab.process import wait_until
 
 
 @cache
@@ -26,6 +27,11 @@ def cannot_mount_erofs() -> str:
 
 def is_erofs(path: Path) -> bool:
     return any(entry.mountpoint == str(path) and entry.fstype == "erofs" for entry in kernel.mounts())
+
+
+def settle(cache: Path) -> None:
+    """Wait until all that a cache holds is durable: from then on mounts ask nobody about it."""
+    wait_until(lambda: not any(path.suffix for path in cache.glob("[!.]*/*-*")), 20, "durable segments")
 
 
 READ_ALL = """

@@ -18,6 +18,7 @@ import trio
 from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles
+from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import fanotify, mount, selftest
@@ -129,6 +130,7 @@ class ErofsDriver:
             self._left = self._mounted() if known else set()
         if reader.store is not None and self._target(where) in self._left:
             devices = self._open_devices(reader.store)
+            _open_caches(reader)
             self._remember(where, ErofsImage(where, reader, devices, []))
 
     async def _attach(self, where: str, reader: ImageReader, xattrs: bool) -> None:
@@ -149,8 +151,7 @@ class ErofsDriver:
             files = await _in_thread(lambda: write_image(reader, path, mark, xattrs))
             await _in_thread(lambda: _prune(devices.images))
         await self._need_group()
-        for blob in reader.bootstrap.blobs:
-            reader.cache(blob)  # looks into its directory, which only this thread may
+        _open_caches(reader)
         image = ErofsImage(where, reader, devices, files)
         self._remember(where, image)
         try:
@@ -166,18 +167,14 @@ class ErofsDriver:
         whose mark must be there before the mount is."""
         tree = self._tree(image)
         for attempt in range(3):
-            opened: list[int] = []
             try:
-                names = [image.device_path(file, tree, self._group, opened) for file in files]
+                names = [image.device_path(file, tree, self._group) for file in files]
                 mounted = mount.open_erofs(str(path), names)
             except OSError as error:
                 # a segment file was renamed or deleted between our look and the kernel's
                 if error.errno != errno.ENOENT or attempt == 2:
                     raise
                 continue
-            finally:
-                for fd in opened:
-                    os.close(fd)
             try:
                 mount.attach(mounted, self._target(image.where))
             finally:
@@ -199,7 +196,7 @@ class ErofsDriver:
     def _open_devices(self, store: CacheStore) -> DeviceFiles:
         devices = self._devices.get(store)
         if devices is None:
-            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self._filled)
+            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self._durable)
             store.devices = devices
         return devices
 
@@ -255,17 +252,16 @@ class ErofsDriver:
         for image in self._users(name):
             complete = image.asked(name, size)
             if complete is not None:
-                if complete:
+                if complete and image.is_durable(name):
                     fanotify.ignore(self._group, fd)
-                return complete
+                    return True
+                return complete and resident(fd)
         return False
 
     async def fill(self, name: str, fd: int) -> bool:
         users = self._users(name)
         for image in users:
             if await image.fill(name, fd):
-                if fd >= 0:
-                    fanotify.ignore(self._group, fd)
                 return True
         if not users:
             log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
@@ -276,8 +272,8 @@ class ErofsDriver:
     def _users(self, device: str) -> tuple[ErofsImage, ...]:
         return tuple(self._blobs.get(device.rpartition("/")[0], ()))
 
-    def _filled(self, device: str, fd: int) -> None:
-        """A device got complete: nothing needs to be asked about it, unless somebody wants to know that it is read."""
+    def _durable(self, device: str, fd: int) -> None:
+        """A device is complete and on the disk: nothing needs to be asked about it, unless reads are of interest."""
         images = self._users(device)
         if any(image.curious(device) for image in images):
             self._later.append((images[0].devices, device))
@@ -301,6 +297,12 @@ class ErofsDriver:
             if fd >= 0:
                 fanotify.ignore(self._group, fd)
                 os.close(fd)
+
+
+def _open_caches(reader: ImageReader) -> None:
+    """Look into the cache's directories, which only the trio thread may."""
+    for blob in reader.bootstrap.blobs:
+        reader.cache(blob)
 
 
 def _prune(folder: Path) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import threading
+import time
 from typing import Protocol
 
 import trio
@@ -23,6 +24,7 @@ from nydusfs.drivers.erofs.journal import SWEEP, Journal, Pending
 log = logging.getLogger("nydusfs.erofs")
 
 THREADS = 2
+QUIET = 60.0  # seconds between two lines about events that cannot be read
 _DELETED = " (deleted)"
 
 
@@ -46,6 +48,7 @@ class Events:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._stop = trio.Event()
         self._successor = False
+        self._quiet_until = 0.0
         self._pid = os.getpid()
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
@@ -112,7 +115,9 @@ class Events:
                 event = fanotify.read_event(self._group)
             except OSError as error:
                 self._journal.reading(number, False)
-                log.error("an event of the kernel cannot be read, its reader gets EIO: %s", error.strerror or error)
+                if time.monotonic() >= self._quiet_until:  # a broken disk makes thousands
+                    self._quiet_until = time.monotonic() + QUIET
+                    log.error("an event of the kernel cannot be read, its reader gets EIO: %s", error.strerror or error)
                 continue
             if event is None:
                 self._journal.reading(number, False)

@@ -10,6 +10,7 @@ import trio
 from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
+from nydusfs.cache.durability import resident
 from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
 from nydusfs.errors import ReadError
@@ -36,6 +37,7 @@ class ErofsImage:
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
         self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
+        self._read: set[str] = set()
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
     def blob_id(self, file: DeviceFile) -> str:
@@ -50,17 +52,15 @@ class ErofsImage:
                     break
         return self.files
 
-    def device_path(self, file: DeviceFile, tree: int, group: int, opened: list[int]) -> str:
-        """What the kernel is to open for a device. Descriptors it needs until then go to `opened`."""
+    def device_path(self, file: DeviceFile, tree: int, group: int) -> str:
+        """What the kernel is to open for a device."""
         blob = self.reader.bootstrap.blobs[file.blob_index]
         cache = self.reader.cache(blob)
         ready = cache.ready_path(file.name) if cache is not None else None
         if ready is not None and usable(ready, file.size):
             if ready.name == file.name:
                 return str(ready)
-            # It gets its final name any moment: by descriptor it is found under both.
-            opened.append(os.open(ready, os.O_RDONLY | os.O_CLOEXEC))
-            return f"/proc/self/fd/{opened[-1]}"
+            self.devices.adopt(blob.id, file.name, ready)  # to be asked about until it is durable
         if not self.devices.create(blob.id, file.name) and (fd := self.devices.open(blob.id, file.name)) >= 0:
             # Perhaps a mount from before the death of all processes has it, whose mark died with them. A mark on the
             # file lets that mount ask again, and our own writes as well, which `events` allows at once.
@@ -83,9 +83,14 @@ class ErofsImage:
             return None
         return segment if segment.name == name else None
 
+    def is_durable(self, device: str) -> bool:
+        """Whether the cache has this device's bytes on the disk. From any thread."""
+        segment = self.segment(device)
+        return segment is not None and self.reader.is_durable(segment)
+
     def curious(self, device: str) -> bool:
         """Whether this image wants to know that a device is read although it is complete."""
-        return self.reader.recorder is not None or device in self._watched
+        return (self.reader.recorder is not None and device not in self._read) or device in self._watched
 
     def asked(self, device: str, size: int) -> bool | None:
         """A device of this size is to be read: whether it is complete; None when it is not of this image.
@@ -97,6 +102,7 @@ class ErofsImage:
             return None
         if (recorder := self.reader.recorder) is not None:
             recorder.note(0, [segment])
+            self._read.add(device)
         if size < segment.padded:
             return False
         if device in self._watched:
@@ -135,17 +141,21 @@ class ErofsImage:
         if target < 0:
             return False  # deleted under us; the kernel asks again and brings a descriptor
         try:
-            if os.fstat(target).st_size < segment.padded:
+            if not self._sure(device, segment, target):
                 plain = await self.reader.whole(segment)
-                # Mostly the cache has put them there. Not if the folder was cleaned up under us, or if it had the
-                # segment before this device was made.
-                if os.fstat(target).st_size < segment.padded:
-                    await trio.to_thread.run_sync(write_whole, target, plain, segment.padded)
+                # Mostly the cache has put them there. Not if the folder was cleaned up under us, if it had the segment
+                # before this device was made, or if the disk does not take it.
+                if not self._sure(device, segment, target):
+                    await trio.to_thread.run_sync(_write_durably, target, plain, segment.padded)
         finally:
             if own >= 0:
                 os.close(own)
         self._read_ahead(segment)
         return True
+
+    def _sure(self, device: str, segment: Segment, fd: int) -> bool:
+        """Whether what the kernel reads from a device is what was verified."""
+        return os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
     def _read_ahead(self, segment: Segment) -> None:
         """Fetch in front of a reader who takes one segment after the other."""
@@ -168,3 +178,16 @@ class ErofsImage:
         if missing := [segment for segment in ahead if not self.reader.is_ready(segment)]:
             self._watched.update(self.devices.device(segment.blob.id, segment.name) for segment in missing)
             self.reader.start(missing)
+
+
+def _write_durably(fd: int, plain: bytes | bytearray | memoryview, padded: int) -> None:
+    """Raises OSError; the device is then empty, if the disk allows."""
+    try:
+        write_whole(fd, plain, padded)
+        os.fdatasync(fd)
+    except OSError:
+        try:
+            os.ftruncate(fd, 0)
+        except OSError:
+            pass
+        raise
