@@ -138,7 +138,7 @@ def prepare(registry: Registry, names: Sequence[str], arguments: str, out: Path,
         mark = out / f"{name}.ready"
         if mark.exists():
             continue
-        image = images.build(name, say)
+        image = images.build(name, out, say)
         say(f"{name}: pushing and converting {image.blob_bytes / 1e6:.0f} MB in {len(image.layers)} layers")
         image.push(registry.host, f"lab/{name}", "oci")
         words = f"--source {registry.host}/lab/{name}:oci --target {registry.host}/lab/{name}:nydus"
