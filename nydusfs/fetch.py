@@ -154,7 +154,7 @@ class FetchScheduler:
             flight = self._flights.get(job.identity)
             if flight is None:
                 flight = self._flights[job.identity] = _Flight(job)
-                if group and (job.source.by_range or not _joinable(group, job.segment, merge)):
+                if group and not joinable([joined.job for joined in group], job, merge):
                     self._nursery.start_soon(self._run, group, priority)
                     group = []
                 if group:
@@ -320,10 +320,13 @@ class FetchScheduler:
             self._recent_bytes -= len(old)
 
 
-def _joinable(group: list[_Flight], segment: Segment, merge: int) -> bool:
-    """Whether `segment` goes on where the group ends, in one request of at most `merge` bytes."""
-    first, last = group[0].job.segment, group[-1].job.segment
-    return segment.adjoins(last) and segment.compressed_end - first.compressed_start <= merge
+def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:
+    """Whether `job` goes on where the group ends, in one request of at most `merge` bytes."""
+    first, last = group[0].segment, group[-1].segment
+    segment = job.segment
+    if job.source.by_range or not segment.adjoins(last):
+        return False
+    return segment.compressed_end - first.compressed_start <= merge
 
 
 def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> list[bool]:

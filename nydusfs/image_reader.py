@@ -20,8 +20,10 @@ from nydusfs.cache import BlobCache, CacheStore
 from nydusfs.cache.store import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
+from nydusfs.elf import MAGIC
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
+from nydusfs.foresight import Foresight
 from nydusfs.learning import Learner
 from nydusfs.prefetch import Prefetcher
 from nydusfs.profile import ProfileStore, Recorder
@@ -92,6 +94,7 @@ class ImageReader:
         self._closed = False
         self.profiles: ProfileStore | None = None
         self.recorder: Recorder | None = None
+        self.foresight: Foresight | None = None
 
     @property
     def backend_counters(self) -> BackendCounters:
@@ -122,9 +125,18 @@ class ImageReader:
             await self._renew_tables(extents)
             parts = await self._chunk_by_chunk(ino, extents)
         self._note_stream(ino, offset, size)
+        if self.foresight is not None and offset == 0 and parts and parts[0][:4] == MAGIC:
+            self.foresight.opened(ino)
         if len(parts) == 1:
             return bytes(parts[0])
         return b"".join(parts)
+
+    async def peek(self, ino: int, offset: int, size: int) -> bytes:
+        """Bytes of a regular file for somebody who looks ahead: fetched as LEARNED, and no reader's. Raises
+        `SourceError`, `RafsError` or KeyError."""
+        extents = self.bootstrap.extents(ino, offset, size)
+        await self._need_tables(extents)
+        return b"".join(await self._collect(self._pieces(extents), Priority.LEARNED))
 
     def read_now(self, ino: int, offset: int, size: int) -> list[bytearray] | None:
         """The bytes of a regular file if all of them are cached, else None. For any thread but the trio thread; waits
@@ -246,13 +258,17 @@ class ImageReader:
         cache = self.cache(segment.blob)
         return cache is not None and segment.key in cache
 
-    async def _collect(self, pieces: Sequence[_Piece]) -> list[bytes | bytearray | memoryview]:
+    async def _collect(
+        self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND
+    ) -> list[bytes | bytearray | memoryview]:
         """The pieces' bytes. A cached segment that turns out damaged is fetched like a missing one."""
         missing: dict[bytes, Segment] = {}
         for piece in pieces:
             if piece.segment is not None and not self.is_ready(piece.segment):
                 missing.setdefault(piece.segment.key, piece.segment)
-        plain = await self._fetch(list(missing.values())) if missing else {}
+        if missing and self.foresight is not None and priority is Priority.DEMAND:
+            self.foresight.missed(missing.values())
+        plain = await self._fetch(list(missing.values()), priority) if missing else {}
         parts: list[bytes | bytearray | memoryview] = []
         for piece in pieces:
             segment = piece.segment
@@ -267,12 +283,12 @@ class ImageReader:
                 if data is not None:
                     parts.append(data)
                     continue
-                plain.update(await self._fetch([segment]))
+                plain.update(await self._fetch([segment], priority))
                 whole = plain[segment.key]
             parts.append(memoryview(whole)[piece.offset : piece.offset + piece.size])
         return parts
 
-    async def _fetch(self, segments: list[Segment]) -> dict[bytes, bytearray]:
+    async def _fetch(self, segments: list[Segment], priority: Priority) -> dict[bytes, bytearray]:
         jobs: list[Job] = []
         found: dict[bytes, bytearray] = {}
         for segment in segments:
@@ -285,12 +301,12 @@ class ImageReader:
         if jobs:
             foreign = any(self._scheduler.in_flight(job) for job in jobs)
             try:
-                buffers = await self._scheduler.fetch(jobs, Priority.DEMAND)
+                buffers = await self._scheduler.fetch(jobs, priority)
             except SourceError:
                 if not foreign:
                     raise
                 # It may have been another image's source that failed: once more with our own.
-                buffers = await self._scheduler.fetch(jobs, Priority.DEMAND)
+                buffers = await self._scheduler.fetch(jobs, priority)
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 

@@ -11,6 +11,7 @@ import trio
 from bootstrap.errors import RafsError
 from nydusfs.errors import CacheError, SourceError
 from nydusfs.fetch import MERGE
+from nydusfs.foresight import Foresight
 from nydusfs.profile import Profile, ProfileStore, Recorder, identity
 from nydusfs.sources import Priority
 
@@ -39,16 +40,28 @@ class Learner:
         profile = await trio.to_thread.run_sync(self._store.load, self._name)
         recorder = self._reader.recorder = Recorder(profile)
         try:
-            if profile is not None and profile.segments:
-                await self._replay(recorder, list(profile.segments))
-            while (seconds := recorder.over()) > 0:  # noqa: ASYNC110 - readers' threads note, they must not wake us
-                await trio.sleep(seconds)
+            async with trio.open_nursery() as nursery:
+                if profile is not None and profile.segments:
+                    await self._replay(recorder, list(profile.segments))
+                if profile is None or not profile.segments or recorder.astray:
+                    nursery.start_soon(self._foresee)
+                while (seconds := recorder.over()) > 0:  # noqa: ASYNC110 - readers' threads note, they must not wake us
+                    await trio.sleep(seconds)
+                nursery.cancel_scope.cancel()
         finally:
-            self._reader.recorder = None
+            self._reader.recorder = self._reader.foresight = None
             if recorder.segments:
                 # The file may have been replaced meanwhile: by an import, or by another mount of the image.
                 base = self._store.load(self._name) or profile or Profile()
                 self._store.save(self._name, base.merged(list(recorder.segments), list(recorder.inodes)))
+
+    async def _foresee(self) -> None:
+        foresight = self._reader.foresight = Foresight(self._reader, self._scheduler)
+        try:
+            await foresight.run()
+        except Exception:  # a bug must cost the head start, not the image
+            log.exception("image %s: looking ahead failed unexpectedly", self._reader.name)
+            self._reader.foresight = None
 
     async def _replay(self, recorder: Recorder, keys: list[tuple[str, int]]) -> None:
         groups = self._groups(keys)

@@ -31,6 +31,9 @@ log = logging.getLogger("nydusfs.prefetch")
 
 MAX_MERGE = 16 << 20  # one request is held in memory twice; upstream's cap of 2.1
 MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out when they are back
+# Seconds before everything is fetched that nobody named: a container is being set up, and what it reads first comes
+# over the same link.
+GRACE = 2.0
 _SLICE = 200  # inodes looked at between two turns of the loop
 _EXTENTS = 64 << 20  # bytes of a file whose extents are listed at once
 
@@ -74,6 +77,8 @@ class Prefetcher:
         counters = self._reader.cache_counters
         counters.prefetch_begin = counters.prefetch_begin or time.time()
         await self._reader.load_tables()
+        if not self._named(files):
+            await trio.sleep(GRACE)
         groups = self._groups(self._plan(files))
         lock = trio.Lock()
 
@@ -132,6 +137,12 @@ class Prefetcher:
             counters.prefetch_cumulative_us += int((time.monotonic() - started) * 1e6)
 
     # What
+
+    def _named(self, files: Sequence[bytes] | None) -> bool:
+        """Whether somebody chose what is fetched first."""
+        image = self._reader.bootstrap
+        chosen = any(blob.features & BlobFeatures.IS_SEPARATED_WITH_PREFETCH_FILES for blob in image.blobs)
+        return chosen or bool(files) or any(ino != image.root for ino in image.prefetch_inodes())
 
     def _groups(self, plan: Iterator[Segment | None]) -> Iterator[list[Job] | None]:
         """Neighbouring segments of the plan in one request of up to `merging_size` compressed bytes."""

@@ -1,0 +1,290 @@
+"""What the first start of an image will read next, told by what it reads now.
+
+The later starts follow the image's profile (`learning`); the first one has none, and waits for one round trip after the
+other while the link idles. Two things can be known all the same:
+
+- Programs. Who reads the head of an ELF file will load it: its tables, what relocations write to, its constructors,
+  and the same of each library it names.
+- Runs. Files of one directory lie side by side in a blob, and who reads one package reads its neighbours: of a Python
+  program with numpy, pandas and Django three quarters of the segments asked for were followed by the next one. Two
+  neighbours in a row are a run, and the next ones are fetched, more the longer it goes on.
+
+Fetched ahead is at the rank of a profile (LEARNED): it does not wait for demand reads, and few requests are in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from bootstrap.base import HOLE
+from bootstrap.errors import RafsError
+from nydusfs import elf
+from nydusfs.errors import CacheError, ReadError, SourceError
+from nydusfs.fetch import joinable
+from nydusfs.sources import Priority
+
+if TYPE_CHECKING:
+    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.image_reader import ImageReader
+    from nydusfs.segments import Segment
+
+log = logging.getLogger("nydusfs.foresight")
+
+REQUESTS = 4  # in flight: see `learning`
+MERGE = 512 * 1024  # compressed bytes of one request: a demand read behind it waits no longer than for one chunk
+RUN = 2  # neighbours asked for one after the other that make a run
+WINDOW = 4  # segments fetched ahead of a run at most
+SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones are pieces of one big file
+MAX_PROGRAMS = 500  # files followed per mount: nobody starts more, and a scanner of all files is not helped
+MAX_TABLES = 64 << 20
+MAX_CONSTRUCTORS = 4096
+MAX_LINKS = 16
+_WRONG = (RafsError, CacheError, SourceError, ReadError, KeyError, ValueError, IndexError)
+
+
+class Foresight:
+    def __init__(self, reader: ImageReader, scheduler: FetchScheduler) -> None:
+        self._reader = reader
+        self._scheduler = scheduler
+        self._slots = trio.Semaphore(REQUESTS)
+        self._news = trio.Event()
+        self._opened: deque[int] = deque()
+        self._missed: deque[Segment] = deque()
+        self._programs: set[int] = set()
+        self._runs: dict[tuple[int, int], int] = {}  # (blob, row behind a run) -> its length in segments
+        self._folders: list[bytes] = []  # of libraries found so far
+        self._indexed: dict[bytes, int] | None = None
+
+    # -- what readers do; both return at once
+
+    def opened(self, ino: int) -> None:
+        """Somebody read the beginning of an ELF file."""
+        if ino not in self._programs:
+            self._opened.append(ino)
+            self._news.set()
+
+    def missed(self, segments: Iterable[Segment]) -> None:
+        """Somebody waits for these."""
+        self._missed.extend(segments)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                while self._opened:
+                    self._start(nursery, self._opened.popleft())
+                while self._missed:
+                    ahead = self._run_goes_on(self._missed.popleft())
+                    if ahead:
+                        nursery.start_soon(self._fetch, ahead)
+                await self._news.wait()
+                self._news = trio.Event()
+
+    # -- runs
+
+    def _run_goes_on(self, segment: Segment) -> list[Segment]:
+        blob, first, behind = segment.blob.index, segment.rows.start, segment.rows.stop
+        length = self._runs.pop((blob, first), 0) + 1
+        ahead: list[Segment] = []
+        if length >= RUN:
+            rows = self._reader.chunks.blob_rows(blob)
+            for _ in range(min(length, WINDOW)):
+                try:
+                    following = self._reader.segment_of(blob, behind) if behind < rows.stop else None
+                except _WRONG:
+                    following = None
+                if following is None or following.compressed_end - following.compressed_start > SMALL:
+                    break
+                ahead.append(following)
+                behind = following.rows.stop
+        self._runs[blob, behind] = length + len(ahead)
+        if len(self._runs) > 4096:
+            self._runs.clear()
+        return [segment for segment in ahead if not self._reader.is_ready(segment)]
+
+    # -- programs
+
+    def _start(self, nursery: trio.Nursery, ino: int) -> None:
+        if ino and ino not in self._programs and len(self._programs) < MAX_PROGRAMS:
+            self._programs.add(ino)
+            nursery.start_soon(self._program, nursery, ino)
+
+    async def _program(self, nursery: trio.Nursery, ino: int) -> None:
+        reader = self._reader
+        try:
+            shape = elf.layout(await reader.peek(ino, 0, elf.HEAD))
+            if shape is None:
+                return
+            if shape.dynamic is not None:
+                nursery.start_soon(self._linked, nursery, ino, shape)
+            if shape.interpreter is not None:
+                name = (await reader.peek(ino, *shape.interpreter)).rstrip(b"\0")
+                self._start(nursery, self._resolve(name))
+                if shape.entry and (place := shape.offset(shape.entry)) is not None:
+                    nursery.start_soon(self._read, ino, place, 1)
+        except _WRONG as error:
+            log.debug("image %s: program %d is not followed: %s", reader.name, ino, error)
+
+    async def _linked(self, nursery: trio.Nursery, ino: int, shape: elf.Layout) -> None:
+        """Libraries by name, then what this file's own loading reads."""
+        reader = self._reader
+        assert shape.dynamic is not None
+        try:
+            tags = elf.dynamic(await reader.peek(ino, *shape.dynamic))
+            place = shape.offset(tags[elf.STRTAB][0]) if elf.STRTAB in tags else None
+            size = tags.get(elf.STRSZ, [0])[0]
+            wanted = [*tags.get(elf.NEEDED, []), *tags.get(elf.RUNPATH, tags.get(elf.RPATH, []))]
+            if place is not None and wanted:
+                low, high = min(wanted), min(max(wanted) + 256, size)
+                names = await reader.peek(ino, place + low, high - low)
+                paths = b":".join(elf.string(names, at - low) for at in wanted[len(tags.get(elf.NEEDED, [])) :])
+                for at in tags.get(elf.NEEDED, []):
+                    found = await self._library(elf.string(names, at - low), paths, shape.machine)
+                    self._start(nursery, found)
+            for start, length in shape.written:
+                await self._read(ino, start, min(length, MAX_TABLES))
+            if (table := elf.tables(shape, tags)) is not None:
+                await self._read(ino, table[0], min(table[1], MAX_TABLES))
+            for start in await self._constructors(ino, shape, tags):
+                await self._read(ino, start, 1)
+        except _WRONG as error:
+            log.debug("image %s: libraries of %d are not followed: %s", reader.name, ino, error)
+
+    async def _constructors(self, ino: int, shape: elf.Layout, tags: dict[int, list[int]]) -> Sequence[int]:
+        """Offsets of the functions that run when the file is loaded: their addresses are addends of relocations, which
+        linkers sort by the place they change."""
+        if not all(tag in tags for tag in (elf.INIT_ARRAY, elf.INIT_ARRAYSZ, elf.RELATAB, elf.RELACOUNT)):
+            return ()
+        table, count = shape.offset(tags[elf.RELATAB][0]), tags[elf.RELACOUNT][0]
+        array, size = tags[elf.INIT_ARRAY][0], tags[elf.INIT_ARRAYSZ][0]
+        width = elf.RELA.size
+        if table is None or not 8 < size <= 8 * MAX_CONSTRUCTORS or not 0 < count * width <= MAX_TABLES:
+            return ()
+        data = await self._reader.peek(ino, table, count * width)
+        rows = range(len(data) // width)
+        first = bisect_left(rows, array, key=lambda row: elf.RELA.unpack_from(data, row * width)[0])
+        found: list[int] = []
+        for row in rows[first : first + size // 8]:
+            place, _, addend = elf.RELA.unpack_from(data, row * width)
+            if not array <= place < array + size:
+                break
+            if (offset := shape.offset(addend)) is not None:
+                found.append(offset)
+        return found
+
+    async def _library(self, name: bytes, paths: bytes, machine: int) -> int:
+        """The inode of a library as the loader would find it; 0: not found."""
+        if not name:
+            return 0
+        if b"/" in name:
+            return self._resolve(name)
+        triple = elf.MULTIARCH.get(machine, b"")
+        usual = [b"/lib/" + triple, b"/usr/lib/" + triple] if triple else []
+        given = [path for path in paths.split(b":") if path.startswith(b"/")]
+        for folder in dict.fromkeys([*given, *self._folders, *usual, b"/lib64", b"/usr/lib64", b"/lib", b"/usr/lib"]):
+            if ino := self._resolve(folder + b"/" + name):
+                if folder not in self._folders:
+                    self._folders.append(folder)
+                return ino
+        if b"$ORIGIN" in paths or b"${ORIGIN}" in paths:
+            if self._indexed is None:
+                self._indexed = await trio.to_thread.run_sync(self._index)
+            return self._indexed.get(name, 0)
+        return 0
+
+    def _index(self) -> dict[bytes, int]:
+        """All libraries of the image by name: those beside the program are found without knowing where it lies."""
+        found: dict[bytes, int] = {}
+        try:
+            for steps, (path, entry) in enumerate(self._reader.bootstrap.walk()):
+                if steps > 200_000:
+                    break
+                name = path.rpartition(b"/")[2]
+                if b".so" in name and entry.dtype == 8:
+                    found.setdefault(name, entry.ino)
+        except (RafsError, ValueError):
+            pass
+        return found
+
+    def _resolve(self, path: bytes) -> int:
+        """The inode of a regular file, symbolic links followed; 0: none."""
+        image = self._reader.bootstrap
+        todo = deque(path.split(b"/"))
+        above: list[int] = [image.root]
+        links = 0
+        while todo:
+            name = todo.popleft()
+            if name in (b"", b"."):
+                continue
+            if name == b"..":
+                if len(above) > 1:
+                    above.pop()
+                continue
+            ino = image.lookup(above[-1], name)
+            if not ino:
+                return 0
+            mode = image.attr(ino).mode
+            if stat.S_ISLNK(mode):
+                links += 1
+                target = image.readlink(ino)
+                if links > MAX_LINKS:
+                    return 0
+                if target.startswith(b"/"):
+                    above = [image.root]
+                todo.extendleft(reversed(target.split(b"/")))
+                continue
+            above.append(ino)
+        return above[-1] if stat.S_ISREG(image.attr(above[-1]).mode) else 0
+
+    # -- fetching
+
+    async def _read(self, ino: int, offset: int, size: int) -> None:
+        """Have part of a file fetched."""
+        reader = self._reader
+        size = min(size, reader.bootstrap.attr(ino).size - offset)
+        if size <= 0:
+            return
+        segments: dict[bytes, Segment] = {}
+        for extent in reader.bootstrap.extents(ino, offset, size):
+            if extent.blob_index == HOLE or reader.chunks.lacks_meta(extent.blob_index):
+                continue
+            for row, _, _ in reader.chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
+                segment = reader.segment_of(extent.blob_index, row)
+                if not reader.is_ready(segment):
+                    segments.setdefault(segment.key, segment)
+        await self._fetch(list(segments.values()))
+
+    async def _fetch(self, segments: Sequence[Segment]) -> None:
+        async with trio.open_nursery() as nursery:
+            for group in self._groups(segments):
+                await self._slots.acquire()
+                nursery.start_soon(self._fetch_group, group)
+
+    def _groups(self, segments: Sequence[Segment]) -> Iterator[list[Job]]:
+        group: list[Job] = []
+        for segment in segments:
+            if self._reader.is_ready(segment):
+                continue
+            job = self._reader.job(segment)
+            if group and not joinable(group, job, MERGE):
+                yield group
+                group = []
+            group.append(job)
+        if group:
+            yield group
+
+    async def _fetch_group(self, group: list[Job]) -> None:
+        try:
+            await self._scheduler.fetch(group, Priority.LEARNED, MERGE)
+        except SourceError as error:
+            log.debug("image %s: %s", self._reader.name, error)
+        finally:
+            self._slots.release()

@@ -1,0 +1,87 @@
+"""The first start of an image: what a program will load, and files beside those read, are asked for before the reader
+does. Real daemon, real mount, real programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bootstrap.options import BuildOptions
+from tests.integration.test_learning import asked, config
+from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
+from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.tiny import TinyImage, noise, tiny_image
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+CHUNK = 64 * 1024
+
+
+def program_files() -> dict[str, bytes]:
+    """A program of this machine that loads several libraries, at the paths at which its loader looks for them."""
+    program = os.path.realpath(shutil.which("ls") or "/bin/ls")
+    text = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    paths = [word for line in text.splitlines() for word in line.split() if word.startswith("/")]
+    return {path.lstrip("/"): Path(path).read_bytes() for path in [program, *paths]}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> TinyImage:
+    files = program_files() | {
+        f"small/{number:03}": noise(30_000, 100 + number) + bytes(30_000) for number in range(60)
+    }
+    return tiny_image(tmp_path, files, BuildOptions(chunk_size=CHUNK), mode=0o755)
+
+
+@pytest.fixture
+def running(image: TinyImage, tmp_path: Path) -> Iterator[tuple[FaultyServer, Nydusd]]:
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server, Nydusd() as daemon:
+        assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "cache")).status == 204
+        yield server, daemon
+
+
+def settled(server: FaultyServer) -> int:
+    """Bytes asked for, once nothing is asked for any more."""
+    seen = [-1, asked(server)]
+    wait_until(lambda: seen.append(asked(server)) or (len(seen) > 12 and seen[-1] == seen[-12]), 20, "silence")
+    return seen[-1]
+
+
+def test_a_program_that_is_started_has_its_libraries_fetched(
+    image: TinyImage, running: tuple[FaultyServer, Nydusd]
+) -> None:
+    server, daemon = running
+    names = [name for name in image.files if not name.startswith("small")]
+    with (daemon.mnt / "a" / names[0]).open("rb") as file:
+        assert file.read(64) == image.files[names[0]][:64]
+    before = settled(server)
+    # The head alone was read: what loading reads of the program and its libraries came by itself.
+    assert before > 8 * CHUNK
+    # And it runs, with the image's own loader and libraries.
+    at = {name: daemon.mnt / "a" / name for name in names}
+    loader, folders = at[names[-1]], ":".join({str(path.parent) for path in at.values()})
+    argv = [loader, "--library-path", folders, at[names[0]], "--version"]
+    assert "coreutils" in subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_neighbours_in_a_row_are_a_run(image: TinyImage, running: tuple[FaultyServer, Nydusd]) -> None:
+    server, daemon = running
+
+    def read(number: int) -> None:
+        name = f"small/{number:03}"
+        assert (daemon.mnt / "a" / name).read_bytes() == image.files[name]
+
+    # Four of them lie in a segment.
+    for number in (30, 10, 14, 18):
+        read(number)
+    settled(server)
+    requests = len(server.data_requests)
+    read(22)
+    assert len(server.data_requests) == requests, "the run went on before it was read on"
+    read(50)
+    read(40)
+    assert len(server.data_requests) == requests + 2, "two places are no run"
