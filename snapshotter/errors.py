@@ -23,6 +23,10 @@ class FailedPrecondition(SnapshotterError):
     """The request is right, but not in this state."""
 
 
+class PermissionDenied(SnapshotterError):
+    """A rule of the operator forbids it."""
+
+
 class ResourceExhausted(SnapshotterError):
     """The disk is full."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
@@ -19,11 +20,15 @@ from snapshotter.labels import (
     PULL_SECRET,
     PULL_USER,
     SNAPSHOT_REF,
+    STARGZ,
+    TWIN,
     id_mapping,
     image_label,
     is_data,
     is_meta,
+    runs_lazily,
 )
+from snapshotter.lazy.finder import LazyFinder
 from snapshotter.mounts import Layout, Mount
 from snapshotter.store import Kind, Snapshot, Store
 from snapshotter.tally import tally
@@ -38,9 +43,17 @@ class Snapshotter:
     """The ten calls, in terms of this room; `service.py` puts them on the wire."""
 
     def __init__(
-        self, store: Store, layout: Layout, images: Images, vault: Vault, *, sync_remove: bool = False
+        self,
+        store: Store,
+        layout: Layout,
+        images: Images,
+        vault: Vault,
+        lazy: LazyFinder,
+        *,
+        sync_remove: bool = False,
     ) -> None:
         self._store = store
+        self._lazy = lazy
         self._vault = vault
         self._layout = layout
         self._images = images
@@ -54,9 +67,9 @@ class Snapshotter:
         ref = labels.get(SNAPSHOT_REF, "")
         # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
         if ref and is_data(labels) and not is_meta(labels):
-            made = self._store.commit_skipped(key, parent, ref, labels)
-            log.debug("layer %s is lazy: %s", ref, f"snapshot {made.id}" if made else "there already")
-            raise AlreadyExists(f'target snapshot "{ref}": already exists')
+            self._skip(key, parent, ref, labels)
+        if ref and not is_meta(labels) and (claim := self._lazy.claim(parent, labels)) is not None:
+            self._skip(key, parent, ref, {**labels, **claim.labels}, claim.settle)
         return self._create(Kind.ACTIVE, key, parent, labels)
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
@@ -125,6 +138,21 @@ class Snapshotter:
 
     # ----
 
+    def _skip(
+        self,
+        key: str,
+        parent: str,
+        ref: str,
+        labels: Mapping[str, str],
+        settle: Callable[[Snapshot], None] = lambda made: None,
+    ) -> NoReturn:
+        """Raises AlreadyExists: the layer needs no unpacking."""
+        made = self._store.commit_skipped(key, parent, ref, labels)
+        log.debug("layer %s is lazy: %s", ref, f"snapshot {made.id}" if made else "there already")
+        if made is not None:
+            settle(made)
+        raise AlreadyExists(f'target snapshot "{ref}": already exists')
+
     def _taken(self, labels: Mapping[str, str]) -> Mapping[str, str]:
         """Labels to store: without the password that some agents send in them, which is kept apart."""
         credentials = label_credentials(labels)
@@ -162,14 +190,30 @@ class Snapshotter:
         The nearest one counts. The snapshot itself does not: a meta layer being unpacked is an ordinary directory.
         """
         for depth, layer in enumerate(chain[1:], 1):
-            if is_meta(layer.labels):
+            if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
                 if id_mapping(chain[0].labels):
                     raise InvalidArgument(
                         "user namespaces on Nydus images are not supported yet: "
                         'take "remap-ids" out of the capabilities of proxy_plugins.nydus'
                     )
                 return self._layout.lazy(chain[0], chain[1:depth], self._images.ensure(layer))
+            self._unpack(chain, depth)
         return self._layout.ordinary(chain)
+
+    def _unpack(self, chain: Sequence[Snapshot], depth: int) -> None:
+        """A layer whose directory is empty as the image it came with runs lazily, while this one does not."""
+        if TWIN in chain[depth].labels or STARGZ in chain[depth].labels:
+            self._lazy.unpack(chain[depth], lambda: self._below(chain[depth:]))
+
+    def _below(self, chain: Sequence[Snapshot]) -> list[str]:
+        """Directories under `chain[0]`, nearest first."""
+        found: list[str] = []
+        for depth, layer in enumerate(chain[1:], 1):
+            if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
+                return [*found, str(self._images.ensure(layer))]
+            self._unpack(chain, depth)
+            found.append(str(self._store.upper(layer.id)))
+        return found
 
 
 def _adaptor(snapshot: Snapshot) -> Adaptor:

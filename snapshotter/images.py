@@ -28,6 +28,7 @@ from snapshotter.labels import image_ref
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
 from snapshotter.nydusd_config import Template, credentials_of, derive, write_private
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
+from snapshotter.signature import Signatures
 from snapshotter.store import Snapshot, Store
 from snapshotter.tally import tally
 
@@ -49,6 +50,7 @@ class ImageSettings:
     cache_dir: Path
     collect: bool = True  # blobs of removed images leave the cache
     collect_period: float = 0.0  # seconds, 0: only when images are removed
+    signatures: Signatures = Signatures(Path(), required=False)  # noqa: RUF009 (immutable)
 
 
 class Images:
@@ -338,6 +340,7 @@ class Images:
     # ---- mounting
 
     def _mount(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> None:
+        self._settings.signatures.check(record.bootstrap, labels, record.image)
         daemon = self._daemons[record.daemon]
         if not daemon.shared:
             daemon.ensure()

@@ -15,6 +15,15 @@ META_LAYER = PREFIX + "nydus-bootstrap"
 DATA_LAYER = PREFIX + "nydus-blob"
 IMAGE_REF = PREFIX + "cri.image-ref"
 LAYER_DIGEST = PREFIX + "cri.layer-digest"
+MANIFEST_DIGEST = PREFIX + "cri.manifest-digest"
+TOC_DIGEST = PREFIX + "stargz/toc.digest"
+DIFF_ID = PREFIX + "diff-id"
+SIGNATURE = PREFIX + "nydus-signature"
+STARGZ = PREFIX + "stargz"
+INDEX_ALTERNATIVE = PREFIX + "nydus-index-alternative"
+# Ours: digest of the Nydus manifest on the top layer of a plain image that runs as its twin, `layer` on those below.
+TWIN = PREFIX + "nydus-twin"
+TWIN_LAYER = "layer"
 STARGZ_REFERENCE = PREFIX + "remote/stargz.reference"
 VOLATILE = PREFIX + "overlay.volatile"
 UID_MAPPING = PREFIX + "uidmapping"
@@ -31,6 +40,16 @@ def is_meta(labels: Labels) -> bool:
 
 def is_data(labels: Labels) -> bool:
     return DATA_LAYER in labels
+
+
+def is_layer_of_twin(labels: Labels) -> bool:
+    """Not unpacked although plain, and no image by itself: it counts only below the layer that is."""
+    return labels.get(TWIN) == TWIN_LAYER
+
+
+def runs_lazily(labels: Labels) -> bool:
+    """Whether everything up to this layer is one lazily read image."""
+    return is_meta(labels) or STARGZ in labels or (TWIN in labels and not is_layer_of_twin(labels))
 
 
 def image_label(labels: Labels) -> str:

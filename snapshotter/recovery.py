@@ -20,6 +20,8 @@ from snapshotter.database import NAME, Database
 from snapshotter.errors import StartError
 from snapshotter.flow import Snapshotter
 from snapshotter.images import Images, ImageSettings
+from snapshotter.lazy.finder import LazyFinder
+from snapshotter.lazy.registries import Registries
 from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
@@ -27,6 +29,7 @@ from snapshotter.nydusd_config import load_template
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
 from snapshotter.settings import Settings
+from snapshotter.signature import Signatures
 from snapshotter.store import Store
 from snapshotter.system import overlay_works
 
@@ -80,7 +83,13 @@ class Program:
         if settings.hosts_dir:
             template = template.with_hosts_dir(settings.hosts_dir)
         images = ImageSettings(
-            daemon, settings.shared, template, cache, settings.collect_cache, settings.collect_period
+            daemon,
+            settings.shared,
+            template,
+            cache,
+            settings.collect_cache,
+            settings.collect_period,
+            Signatures(settings.public_key, required=settings.validate_signature),
         )
         records = Records(self._database)
         self._auth = Auth(settings.auth, template, root / "auth")
@@ -92,6 +101,7 @@ class Program:
             Layout(store.directory, volatile=settings.volatile),
             self._images,
             self._auth.vault,
+            LazyFinder(settings.lazy, Registries(template, self._auth.chain), store),
             sync_remove=settings.sync_remove,
         )
         handlers: list[grpc.GenericRpcHandler[Any, Any]] = [ExplainService(self._auth.chain, store)]

@@ -17,6 +17,8 @@ from snapshotter.auth import durations
 from snapshotter.auth.settings import AuthSettings
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError
+from snapshotter.lazy.settings import LazySettings
+from snapshotter.signature import DEFAULT_KEY
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +86,8 @@ KEYS: dict[str, Key] = {
     "remote.auth.credential_provider_config": Key(str, ""),
     "remote.auth.credential_provider_bin_dir": Key(str, ""),
     "remote.auth.credential_renewal_interval": Key(str, "0s"),
-    "image.public_key_file": Key(str, "", _LATER),
-    "image.validate_signature": Key(bool, False, _LATER),
+    "image.public_key_file": Key(str, ""),
+    "image.validate_signature": Key(bool, False),
     "cache_manager.cache_dir": Key(str, ""),
     "cache_manager.disable": Key(bool, False),
     "cache_manager.gc_period": Key(str, "24h"),
@@ -100,9 +102,9 @@ KEYS: dict[str, Key] = {
     "log.log_rotation_compress": Key(bool, True),
     "cgroup.enable": Key(bool, False, _LATER),
     "cgroup.memory_limit": Key(str, "", _LATER),
-    "experimental.enable_stargz": Key(bool, False, _LATER),
-    "experimental.enable_referrer_detect": Key(bool, False, _LATER),
-    "experimental.enable_index_detect": Key(bool, False, _LATER),
+    "experimental.enable_stargz": Key(bool, False),
+    "experimental.enable_referrer_detect": Key(bool, False),
+    "experimental.enable_index_detect": Key(bool, False),
     "experimental.enable_backend_source": Key(bool, False, _LATER),
     "experimental.tarfs.enable_tarfs": Key(bool, False, _NO_TARFS),
     "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, _NO_TARFS),
@@ -110,8 +112,6 @@ KEYS: dict[str, Key] = {
     "experimental.tarfs.max_concurrent_proc": Key(int, 0, _NO_TARFS),
     "experimental.tarfs.export_mode": Key(str, "", _NO_TARFS),
 }
-# Without these an operator believes to be protected, or containers would start on other rules than asked for.
-REFUSED = ("image.validate_signature",)
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,9 @@ class Settings:
     log_rotation_compress: bool
     log_format: str
     auth: AuthSettings
+    lazy: LazySettings
+    public_key: Path
+    validate_signature: bool
 
 
 def load(flags: Mapping[str, Any]) -> Settings:
@@ -191,10 +194,6 @@ def load(flags: Mapping[str, Any]) -> Settings:
 
     for name in chosen:
         if (inert := KEYS[name].inert) and chosen[name] != KEYS[name].default:
-            if name in REFUSED:
-                raise SettingsError(
-                    f"{name} is not supported yet: refusing to start without the protection it asks for"
-                )
             log.warning("setting %s changes nothing here: %s", name, inert)
     template = template or old_template or get("daemon.nydusd_config") or _default_template()
     root = Path(get("root") or _default_root(bool(old_template)))
@@ -211,6 +210,9 @@ def load(flags: Mapping[str, Any]) -> Settings:
         log.info("recover_policy failover: nydusd replaces its own dead processes; all dead at once is a restart")
     if get("daemon.failover_policy") not in ("none", "resend", "flush"):
         raise SettingsError(f"daemon.failover_policy {get('daemon.failover_policy')!r}: use none, resend or flush")
+    public_key = Path(get("image.public_key_file") or DEFAULT_KEY).absolute()
+    if get("image.validate_signature") and not public_key.is_file():
+        raise SettingsError(f"image.validate_signature: there is no public key {public_key} (image.public_key_file)")
     hosts_dir = get("remote.mirrors_config.dir")
     if hosts_dir and not Path(hosts_dir).is_dir():
         raise SettingsError(f"remote.mirrors_config.dir {hosts_dir} is not a directory")
@@ -262,6 +264,14 @@ def load(flags: Mapping[str, Any]) -> Settings:
         log_rotation_compress=get("log.log_rotation_compress"),
         log_format=get("log.format"),
         auth=_auth(get),
+        lazy=LazySettings(
+            index=get("experimental.enable_index_detect"),
+            referrers=get("experimental.enable_referrer_detect"),
+            estargz=get("experimental.enable_stargz"),
+            signed=get("image.validate_signature"),
+        ),
+        public_key=public_key,
+        validate_signature=get("image.validate_signature"),
     )
 
 

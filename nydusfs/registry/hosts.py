@@ -50,11 +50,13 @@ class ClientOptions:
 
     insecure: do not verify certificates, and use plain HTTP if the server does not speak TLS.
     plain_http: plain HTTP only.
+    ca_files: authorities besides the system's, for a registry without a folder in `hosts_dir`.
     """
 
     insecure: bool = False
     plain_http: bool = False
     hosts_dir: str = ""
+    ca_files: tuple[str, ...] = ()
     connect_timeout: float = 10.0
     read_timeout: float = 60.0
     retries: int = 3
@@ -91,6 +93,7 @@ def _candidates(
     authorities: tuple[str, ...] = (),
     client: tuple[tuple[str, str], ...] = (),
 ) -> list[Endpoint]:
+    authorities += options.ca_files
     https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities, client=client)
     http = Endpoint(f"http://{endpoint}")
     if options.plain_http and endpoint != DOCKER_HUB_ENDPOINT:  # a flag for private registries

@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tests.lab.estargz import write_estargz
+
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
+
+TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 
 EPOCH = 1_700_000_000  # the one time stamp of everything we make up: images are the same on every run
 
@@ -32,9 +36,11 @@ class Blob:
     size: int
     path: Path
     media_type: str
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
     def descriptor(self) -> dict[str, Any]:
-        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        found: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        return found | ({"annotations": dict(self.annotations)} if self.annotations else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,22 @@ class ImageLayout:
         part.rename(path)
         media = {"gzip": LAYER_GZIP, "zstd": LAYER_ZSTD, "none": LAYER_TAR}[compression]
         return Layer(Blob(stored.digest, stored.size, path, media), plain.digest, plain.size, **counts)
+
+    def add_estargz(self, members: Iterable[Member], chunk_size: int = 4 << 20) -> Layer:
+        """A layer as stargz tools make them; the manifest vouches for its table."""
+        listed = []
+        for info, body in members:
+            data = body.read_bytes() if isinstance(body, Path) else body or b""
+            info.size = len(data)
+            listed.append((info, data))
+        archive, table = write_estargz(listed, chunk_size)
+        stored = self.add_blob(archive, LAYER_GZIP)
+        marks = {TOC_DIGEST: "sha256:" + hashlib.sha256(table).hexdigest()}
+        blob = Blob(stored.digest, stored.size, stored.path, LAYER_GZIP, marks)
+        plain = gzip.decompress(archive)
+        files = sum(info.isreg() for info, _ in listed)
+        diff_id = "sha256:" + hashlib.sha256(plain).hexdigest()
+        return Layer(blob, diff_id, len(plain), len(listed), files, sum(info.size for info, _ in listed))
 
     def finish(
         self,

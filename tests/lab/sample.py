@@ -326,8 +326,9 @@ def host_files(*programs: str) -> list[Member]:
         text = subprocess.run(["ldd", found], capture_output=True, text=True, timeout=10, check=False).stdout
         paths.update(word for line in text.splitlines() for word in line.split() if word.startswith("/"))
     members: list[Member] = [
-        entry(name) for name in ("usr", "usr/bin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "etc", "tmp")
+        entry(name) for name in ("usr", "usr/bin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "etc")
     ]
+    members.append(entry("tmp", mode=0o1777))
     members += [entry("bin", link="usr/bin"), entry("lib", link="usr/lib"), entry("lib64", link="usr/lib64")]
     members.append(entry("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"))
     made = {"/usr", "/usr/bin", "/usr/lib", "/usr/lib64"}
@@ -348,45 +349,50 @@ def host_files(*programs: str) -> list[Member]:
     return members
 
 
-def small_image(directory: Path, marker: str = "hello", compression: str = "gzip", payload: int = 4 << 20) -> Image:
+def small_image(
+    directory: Path,
+    marker: str = "hello",
+    compression: str = "gzip",
+    payload: int = 4 << 20,
+    add: Callable[[ImageLayout, list[Member]], Layer] | None = None,
+) -> Image:
     """Three layers, a shell with cat, ls, sha256sum: quick to push, enough to run; whiteouts and links included.
 
     `/payload` holds `payload` incompressible bytes nobody needs to start, its sha256 is in `/payload.sha256`;
-    `/marker` holds `marker`.
+    `/marker` holds `marker`. `add` writes a layer in another form.
     """
     layout = ImageLayout(directory)
+    write = add or (lambda layout, members: layout.add_layer(members, compression))
+    layers = [write(layout, members) for members in small_layers(marker, payload)]
+    return layout.finish(layers, cmd=["sh", "-c", "cat /marker"])
+
+
+def small_layers(marker: str = "hello", payload: int = 4 << 20) -> list[list[Member]]:
+    """Its layers, lowest first."""
     data = _noise(payload, marker)
-    bottom = layout.add_layer(
-        [
-            *host_files("dash", "cat", "ls", "sha256sum", "stat", "sleep", "mkdir", "rm", "touch", "ln"),
-            entry("usr/bin/sh", link="dash"),
-        ],
-        compression,
-    )
-    middle = layout.add_layer(
-        [
-            entry("payload", data),
-            entry("payload.sha256", hashlib.sha256(data).hexdigest()),
-            entry("doomed", "x"),
-            entry("shadowed"),
-            entry("shadowed/below", "hidden"),
-            entry("etc"),
-            entry("etc/hard", "linked", uid=1000, gid=1000),
-            entry("etc/hard2", kind=tarfile.LNKTYPE, link="etc/hard", uid=1000, gid=1000),
-        ],
-        compression,
-    )
-    top = layout.add_layer(
-        [
-            entry("marker", marker),
-            entry(".wh.doomed", ""),
-            entry("shadowed"),
-            entry("shadowed/.wh..wh..opq", ""),
-            entry("shadowed/above", "seen"),
-        ],
-        compression,
-    )
-    return layout.finish([bottom, middle, top], cmd=["sh", "-c", "cat /marker"])
+    bottom: list[Member] = [
+        *host_files("dash", "cat", "ls", "sha256sum", "stat", "sleep", "mkdir", "rm", "touch", "ln"),
+        entry("usr/bin/sh", link="dash"),
+    ]
+    middle: list[Member] = [
+        entry("payload", data),
+        entry("payload.sha256", hashlib.sha256(data).hexdigest()),
+        entry("doomed", "x"),
+        entry("shadowed"),
+        entry("shadowed/below", "hidden"),
+        entry("etc"),
+        entry("etc/hard", "linked", uid=1000, gid=1000),
+        entry("tmp/middle", "x"),  # without its directory, as some builders do
+        entry("etc/hard2", kind=tarfile.LNKTYPE, link="etc/hard", uid=1000, gid=1000),
+    ]
+    top: list[Member] = [
+        entry("marker", marker),
+        entry(".wh.doomed", ""),
+        entry("shadowed"),
+        entry("shadowed/.wh..wh..opq", ""),
+        entry("shadowed/above", "seen"),
+    ]
+    return [bottom, middle, top]
 
 
 def _noise(size: int, seed: str) -> bytes:

@@ -1,0 +1,203 @@
+"""What of a plain image need not be unpacked, and what such an image needs when a container comes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from nydusfs.errors import ConvertError, NydusError
+from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from snapshotter.auth.chain import parse
+from snapshotter.errors import InvalidArgument, SnapshotterError, Unavailable
+from snapshotter.labels import (
+    INDEX_ALTERNATIVE,
+    LAYER_DIGEST,
+    MANIFEST_DIGEST,
+    SIGNATURE,
+    STARGZ,
+    TWIN,
+    TWIN_LAYER,
+    image_label,
+    image_ref,
+)
+from snapshotter.lazy import estargz, plain
+from snapshotter.lazy.registries import Registries
+from snapshotter.lazy.settings import LazySettings
+from snapshotter.lazy.twins import Twin, TwinFinder, bootstrap_layer
+from snapshotter.store import Snapshot, Store
+
+log = logging.getLogger(__name__)
+
+MAX_BOOTSTRAP_LAYER = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Labels for a layer that is not unpacked, and what to do with its directory. `settle` raises nothing."""
+
+    labels: Mapping[str, str]
+    settle: Callable[[Snapshot], None]
+
+
+class LazyFinder:
+    """Thread-safe."""
+
+    def __init__(self, settings: LazySettings, registries: Registries, store: Store) -> None:
+        self._settings, self._registries, self._store = settings, registries, store
+        self._twins = TwinFinder(registries, index=settings.index, referrers=settings.referrers)
+        self._estargz = estargz.Estargz(registries)
+        self._lock = threading.Lock()
+        self._busy: dict[int, threading.Lock] = {}
+
+    # ---- at the pull
+
+    def claim(self, parent: str, labels: Mapping[str, str]) -> Claim | None:
+        """For a layer of a plain image that is about to be unpacked; None: unpack it. Asks the registry."""
+        settings = self._settings
+        if not (settings.index or settings.referrers or settings.estargz) or not image_label(labels):
+            return None
+        try:
+            image = parse(image_label(labels))
+        except InvalidArgument as error:
+            log.warning("%s", error)
+            return None
+        twin = self._twins.find(image, labels.get(MANIFEST_DIGEST, ""), labels)
+        if twin is not None:
+            return self._twin(image, twin, parent, labels)
+        if settings.estargz and not settings.signed and SHA256_DIGEST.fullmatch(labels.get(LAYER_DIGEST, "")):
+            return self._estargz_layer(image, parent, labels)
+        return None
+
+    def _twin(self, image: Reference, twin: Twin, parent: str, labels: Mapping[str, str]) -> Claim:
+        marks = {INDEX_ALTERNATIVE: "true"} if twin.by_index else {}
+        depth = len(self._store.chain(parent)) if parent else 0
+        if depth + 1 != len(twin.layers) or labels.get(LAYER_DIGEST) != twin.layers[-1]:
+            return Claim({**marks, TWIN: TWIN_LAYER}, lambda made: None)
+        marks |= {TWIN: twin.manifest} | ({SIGNATURE: twin.signature} if twin.signature else {})
+
+        def settle(made: Snapshot) -> None:
+            # now, while the credentials of the pull are good; should it fail, the first container tries again
+            try:
+                self._fetch_bootstrap(image, made, twin.bootstrap)
+            except (SnapshotterError, OSError) as error:
+                log.warning("%s", error)
+
+        return Claim(marks, settle)
+
+    def _estargz_layer(self, image: Reference, parent: str, labels: Mapping[str, str]) -> Claim | None:
+        # only from the bottom up: their files are merged, and what lies below must be among them
+        if parent and STARGZ not in self._store.stat(parent).labels:
+            return None
+        table = self._estargz.claim(image, labels, lowest=not parent)
+        if table is None:
+            return None
+
+        def settle(made: Snapshot) -> None:
+            try:
+                table.save(self._store.path(made.id) / estargz.TABLE)
+            except OSError as error:
+                log.warning("%s; it is fetched again for the first container", error)
+
+        # upstream's value is `true`; only presence counts
+        return Claim({STARGZ: "true", estargz.DIGEST_LABEL: table.digest}, settle)
+
+    # ---- when a container comes
+
+    def complete(self, chain: Sequence[Snapshot]) -> bool:
+        """Makes sure that `chain[0]`, a layer that `runs_lazily`, has its bootstrap. False: it must be unpacked.
+
+        Raises SnapshotterError.
+        """
+        layer = chain[0]
+        if TWIN not in layer.labels and STARGZ not in layer.labels:
+            return True
+        with self._one(layer.id):
+            if (self._store.path(layer.id) / plain.DONE).exists():
+                return False
+            boot = self._store.upper(layer.id) / "image" / "image.boot"
+            if boot.exists():
+                return True
+            if STARGZ in layer.labels:
+                return self._merge(chain, boot)
+            image = parse(image_ref(layer.labels, str(layer.id)))
+            self._fetch_bootstrap(image, layer, None)
+            return True
+
+    def unpack(self, layer: Snapshot, below: Callable[[], Sequence[str]]) -> None:
+        """A layer that was not unpacked is now. `below`: directories under it, asked for if needed."""
+        folder = self._store.path(layer.id)
+        with self._one(layer.id):
+            if (folder / plain.DONE).exists():
+                return
+            image = parse(image_ref(layer.labels, str(layer.id)))
+            log.info("image %s: layer %s is unpacked for an image built on it", image, layer.labels.get(LAYER_DIGEST))
+            plain.unpack(self._registries, image, layer.labels, folder, below())
+
+    def _merge(self, chain: Sequence[Snapshot], boot: Path) -> bool:
+        tables = []
+        for layer in reversed(chain):
+            image = parse(image_ref(layer.labels, str(layer.id)))
+            blob = layer.labels.get(LAYER_DIGEST, "").removeprefix("sha256:")
+            digest = layer.labels.get(estargz.DIGEST_LABEL, "")
+            path = self._store.path(layer.id) / estargz.TABLE
+            try:
+                table = estargz.Table.load(path, blob, digest)
+            except (OSError, ValueError):
+                table = self._estargz.fetch(image, layer.labels, digest)
+                table.save(path)
+            tables.append(table)
+        try:
+            estargz.merge(tables, boot)
+        except SnapshotterError as error:
+            log.warning("image %s: %s: its layers are unpacked instead", image_label(chain[0].labels), error)
+            return False
+        return True
+
+    def _fetch_bootstrap(self, image: Reference, layer: Snapshot, known: tuple[str, int] | None) -> None:
+        """Raises Unavailable, SnapshotterError."""
+        from bootstrap.decompress import open_layer
+        from bootstrap.errors import RafsError
+        from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
+
+        manifest = layer.labels[TWIN]
+        upper = self._store.upper(layer.id)
+        try:
+            with self._registries.open(image, layer.labels) as client:
+                if known is None:
+                    last = bootstrap_layer(json.loads(client.manifest(image.repository, manifest).body))
+                    if last is None:
+                        raise SnapshotterError(f"image {image}: its Nydus image {manifest} has no bootstrap")
+                    known = last["digest"], last["size"]
+                with tempfile.TemporaryDirectory(dir=upper.parent, prefix=".new-") as folder:
+                    with (
+                        client.open_blob(image.repository, *known) as stored,
+                        open_layer(cast(BinaryIO, stored)) as tar,
+                    ):
+                        what = f"Nydus image {manifest} of {image}"
+                        unpack_bootstrap_layer(tar, Path(folder), what, MAX_BOOTSTRAP_LAYER)
+                        while tar.read(1 << 20):  # to its end, where the digest is compared
+                            pass
+                        while stored.read(1 << 20):
+                            pass
+                    shutil.rmtree(upper / "image", ignore_errors=True)
+                    os.rename(Path(folder, "image"), upper / "image")
+        except ConvertError as error:
+            raise SnapshotterError(str(error)) from None
+        except (NydusError, RafsError) as error:
+            raise Unavailable(f"image {image}: bootstrap of its Nydus image {manifest}: {error}") from None
+
+    @contextmanager
+    def _one(self, snapshot: int) -> Iterator[None]:
+        with self._lock:
+            lock = self._busy.setdefault(snapshot, threading.Lock())
+        with lock:
+            yield

@@ -1,0 +1,306 @@
+"""Images pulled as plain ones that run lazily: with a Nydus image beside them, or as eStargz; and shared layers."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nydusfs.registry.client import RegistryClient
+from nydusfs.registry.referrers import add_to_tag, subject_of
+from tests.e2e.conftest import containerd_of, require_programs
+from tests.lab.cri import Cri
+from tests.lab.images import MANIFEST, Image, ImageLayout, Layer, Member, entry, fetch_manifest, push_image
+from tests.lab.paths import ref_bin
+from tests.lab.process import remove_tree, run, wait_until, work_dir
+from tests.lab.registry import Registry
+from tests.lab.sample import pause_image, small_image
+from tests.lab.stack import Stack, StackOptions, program
+
+pytestmark = pytest.mark.timeout(300)
+
+PAYLOAD = 9 << 20
+READ = "cat /marker; echo; cat /payload.sha256; echo; sha256sum < /payload; ls -d /payload* /doomed 2>&1; ls /shadowed"
+PRODUCERS = ["ours", "upstream"]
+# What containerd has no part in is tested with one of them.
+one_generation = pytest.mark.parametrize("pods", ["1.6"], indirect=True)
+
+
+def converter(producer: str) -> list[str | Path]:
+    nydusify, image = program("nydusify"), program("nydus-image")
+    if producer == "upstream":
+        other, other_image = ref_bin("nydusify"), ref_bin("nydus-image")
+        if other is None or other_image is None:
+            pytest.skip("interop: upstream's nydusify is not here")
+        nydusify, image = other, other_image
+    return [nydusify, "convert", "--nydus-image", image, "--source-insecure", "--target-insecure"]
+
+
+@dataclass
+class Pods:
+    """A stack and a pod on it to run containers in."""
+
+    stack: Stack
+    work: Path
+    cri: Cri
+    pod: str
+    config: Any
+
+    def push(self, name: str, *, estargz: int = 0, complete: bool = True) -> Image:
+        """As NAME:oci; `marker` and payload are the name's. `estargz`: chunk size of the layer with the payload, which
+        names all its directories if `complete`."""
+
+        def add(layout: ImageLayout, members: list[Member]) -> Layer:
+            payload = any(info.name == "payload" for info, _ in members)
+            more = [entry("tmp", mode=0o1777)] if payload and complete else []
+            return layout.add_estargz([*more, *members], estargz if payload else 4 << 20)
+
+        image = small_image(self.work / name, name, payload=PAYLOAD, add=add if estargz else None)
+        image.push(self.stack.registry.host, f"lab/{name}", "oci")
+        return image
+
+    def convert(self, producer: str, name: str, tag: str, *arguments: str) -> None:
+        source, target = (f"{self.stack.host}/lab/{name}:{one}" for one in ("oci", tag))
+        command = [*converter(producer), "--work-dir", self.work / "convert", "--source", source, "--target", target]
+        run([*command, *arguments], timeout=120)
+
+    def pull(self, name: str, tag: str) -> str:
+        return self.cri.pull(f"{self.stack.host}/lab/{name}:{tag}", self.config)
+
+    def read(self, pulled: str) -> list[str]:
+        code, text = self.cri.run(self.pod, self.config, pulled, "sh", "-c", READ)
+        assert code == 0, text
+        return text.split()
+
+    def lazy(self, name: str, tag: str = "oci") -> None:
+        """Pulls and runs an image; its big layer comes in ranges, and only when it is read."""
+        stack, mark = self.stack, self.stack.registry.mark()
+        pulled = self.pull(name, tag)
+        assert big(stack, mark) == []
+        good(self.read(pulled), name)
+        requests = stack.registry.since(mark).blobs().requests
+        assert big(stack, mark) == []
+        assert sum(one.size for one in requests if one.status == 206) >= PAYLOAD
+
+
+def big(stack: Stack, mark: int) -> list[str]:
+    """Layers that were downloaded whole."""
+    requests = stack.registry.since(mark).blobs().requests
+    return [one.path for one in requests if one.status == 200 and one.size > 2 << 20]
+
+
+def good(words: list[str], marker: str) -> None:
+    assert words[0] == marker
+    assert words[1] == words[2]
+    assert words[-1] == "above"
+    assert "below" not in words
+
+
+@pytest.fixture(scope="module")
+def pause() -> Iterator[str]:
+    require_programs()
+    work = work_dir()
+    try:
+        with Registry(work / "reg") as registry:
+            yield pause_image(work / "pause").push(registry.host, "lab/pause", "1")
+    finally:
+        remove_tree(work)
+
+
+@pytest.fixture(scope="module", params=["1.6", "2.x"])
+def pods(request: pytest.FixtureRequest, pause: str) -> Iterator[Pods]:
+    arguments = ("--enable-index-detect", "--enable-referrer-detect", "--enable-stargz")
+    options = StackOptions(
+        prefetch=False,
+        containerd=containerd_of(request.param),
+        pause_ref=pause,
+        snapshotter_arguments=(*arguments, "--log-level=debug"),
+    )
+    with Stack(options) as stack:
+        host = pause.partition("/")[0]
+        stack.containerd.add_host(host, f"http://{host}")
+        cri = Cri(stack.containerd.socket, stack.work)
+        try:
+            pod, config = cri.sandbox()
+            try:
+                yield Pods(stack, stack.work / "images", cri, pod, config)
+            finally:
+                cri.remove(pod)
+        finally:
+            cri.close()
+    assert stack.leftovers == []
+
+
+def test_both_in_one_index(pods: Pods) -> None:
+    both_in_one_index(pods, "ours")
+
+
+@one_generation
+def test_both_in_one_index_by_upstream(pods: Pods) -> None:
+    both_in_one_index(pods, "upstream")
+
+
+def both_in_one_index(pods: Pods, producer: str) -> None:
+    name = f"index-{producer}"
+    pods.push(name)
+    pods.convert(producer, name, "both", "--merge-platform")
+    pods.lazy(name, "both")
+    assert f"lab/{name}:both: there is a Nydus image of it in its index" in log_of(pods)
+
+
+def test_a_referrer_of_the_plain_image(pods: Pods) -> None:
+    referrer_of_the_plain_image(pods, "ours")
+
+
+@one_generation
+def test_a_referrer_of_the_plain_image_by_upstream(pods: Pods) -> None:
+    referrer_of_the_plain_image(pods, "upstream")
+
+
+def referrer_of_the_plain_image(pods: Pods, producer: str) -> None:
+    name = f"referrer-{producer}"
+    pods.push(name)
+    pods.convert(producer, name, "nydus", "--with-referrer")
+    if producer == "upstream":
+        # it leaves the list of referrers to the registry, and this one knows of none
+        with RegistryClient(pods.stack.registry.host) as client:
+            found = client.manifest(f"lab/{name}", "nydus")
+            add_to_tag(client, f"lab/{name}", subject_of(found.body), found.media_type, found.body)
+    pods.lazy(name)
+    assert f"lab/{name}:oci: there is a Nydus image of it among its referrers" in log_of(pods)
+
+
+def test_estargz_as_it_is(pods: Pods) -> None:
+    pods.push("estargz", estargz=4 << 20)
+    pods.lazy("estargz")
+
+
+@one_generation
+def test_estargz_layers_that_do_not_fit_together_are_unpacked(pods: Pods) -> None:
+    pods.push("mixed", estargz=1 << 20)
+    good(pods.read(pods.pull("mixed", "oci")), "mixed")
+    assert "its layers are unpacked instead" in log_of(pods)
+
+
+@one_generation
+def test_estargz_layers_that_name_no_directories_are_unpacked(pods: Pods) -> None:
+    pods.push("unnamed", estargz=4 << 20, complete=False)
+    pulled = pods.pull("unnamed", "oci")
+    code, text = pods.cri.run(pods.pod, pods.config, pulled, "ls", "-ldn", "/tmp", "/tmp/middle")
+    assert (code, text.split()[0]) == (0, "drwxrwxrwt")
+    assert "does not name its directory tmp" in log_of(pods)
+
+
+def log_of(pods: Pods) -> str:
+    return (pods.stack.snapshotter.root / "logs" / "nydus-snapshotter.log").read_text()
+
+
+@one_generation
+@pytest.mark.parametrize("way", ["referrer", "estargz"])
+def test_layers_of_a_lazy_image_under_another_image(pods: Pods, way: str) -> None:
+    """containerd has their chain ids and downloads nothing; the other image must have their files, no more and no less,
+    with all that layers do to each other."""
+    name, other = f"base-{way}", f"other-{way}"
+    image = pods.push(name, estargz=4 << 20 if way == "estargz" else 0)
+    if way == "referrer":
+        pods.convert("ours", name, "nydus", "--with-referrer")
+    pods.pull(name, "oci")
+    layout = ImageLayout(image.directory)
+    # as builders do that write no parent directories: those of the layers below keep their modes
+    top = [entry(".wh.doomed", ""), entry("etc/hard", "changed"), entry("tmp/new", "x"), entry("marker", other)]
+    made = layout.finish([*image.layers[:2], layout.add_layer(top)], cmd=["cat", "/marker"])
+    made.push(pods.stack.registry.host, f"lab/{other}", "oci")
+    mark = pods.stack.registry.mark()
+    ref = f"{pods.stack.host}/lab/{other}:oci"
+    stack = pods.stack
+    stack.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", ref)
+    show = (
+        "cat /marker; sha256sum < /payload; ls -lnR /etc /shadowed /payload /tmp /usr; "
+        "ls -ldn /tmp /etc / /usr; ls /doomed; true"
+    )
+    expected = stack.ctr_run(ref, "sh", "-c", show, snapshotter="overlayfs").splitlines()
+    pulled = pods.pull(other, "oci")
+    code, text = pods.cri.run(pods.pod, pods.config, pulled, "sh", "-c", show)
+    assert code == 0
+    assert "below" in text
+    # what runtimes put into every container
+    ignored = ("hosts", "hostname", "resolv.conf", "mtab", "total")
+    assert rows(text.splitlines(), ignored) == rows(expected, ignored)
+    if way == "referrer":
+        assert "is unpacked for an image built on it" in log_of(pods)
+        assert f"/lab/{name}/blobs/" in " ".join(big(stack, mark))
+    pods.read(pods.pull(name, "oci"))  # and the lazy one goes on as it was
+
+
+def rows(lines: list[str], ignored: tuple[str, ...]) -> list[list[str]]:
+    """Without sizes and times of directories: mounts and runtimes change them."""
+    words = [line.split() for line in lines if not any(word in line for word in ignored)]
+    return [[*row[:4], row[-1]] if row and row[0].startswith("d") else row for row in words]
+
+
+@one_generation
+def test_plain_images_stay_plain(pods: Pods) -> None:
+    pods.push("plain")
+    mark = pods.stack.registry.mark()
+    good(pods.read(pods.pull("plain", "oci")), "plain")
+    assert len(big(pods.stack, mark)) == 1
+
+
+@one_generation
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("form", ["v5", "zran"])
+def test_nydus_images_of_every_kind(pods: Pods, form: str, producer: str) -> None:
+    name = f"{form}-{producer}"
+    pods.push(name)
+    arguments = {"v5": ["--fs-version", "5"], "zran": ["--oci-ref"]}[form]
+    pods.convert(producer, name, "nydus", *arguments)
+    pods.lazy(name, "nydus")
+
+
+@one_generation
+def test_signed_bootstraps(pods: Pods) -> None:
+    """This module's last test: the snapshotter is told to want signatures."""
+    stack, folder = pods.stack, pods.work / "signing"
+    folder.mkdir(parents=True)
+    pods.push("signed")
+    pods.convert("ours", "signed", "nydus")
+    _, manifest = fetch_manifest(stack.registry.host, "lab/signed", "nydus")
+    key, other = folder / "key.pem", folder / "other.pem"
+    for path in (key, other):
+        run(["openssl", "genrsa", "-out", path, "2048"])
+    public = folder / "public.pem"
+    run(["openssl", "rsa", "-in", key, "-pubout", "-out", public])
+    boot = pods.work / "boot"
+    boot.mkdir()
+    layer = manifest["layers"][-1]["digest"].removeprefix("sha256:")
+    stored = stack.registry.work / "data" / "docker/registry/v2/blobs/sha256" / layer[:2] / layer / "data"
+    run(["tar", "-xzf", stored, "-C", boot])
+
+    def sign(tag: str, by: Path) -> None:
+        signature = folder / "signature"
+        run(["openssl", "dgst", "-sha256", "-sign", by, "-out", signature, boot / "image" / "image.boot"])
+        text = base64.b64encode(signature.read_bytes()).decode()
+        manifest["layers"][-1]["annotations"]["containerd.io/snapshot/nydus-signature"] = text
+        made = ImageLayout(folder).add_blob(json.dumps(manifest).encode(), MANIFEST)
+        push_image(stack.registry.host, "lab/signed", tag, replace(made, media_type=manifest["mediaType"]), [])
+
+    sign("good", key)
+    sign("bad", other)
+    stack.snapshotter.stop()
+    stack.snapshotter.arguments += ("--validate-signature", f"--publickey-file={public}")
+    stack.snapshotter.start()
+    # containerd goes on to think for up to 3 s that it is away
+    prepare = ("snapshots", "--snapshotter", "nydus", "prepare", "probe")
+    wait_until(lambda: stack.containerd.ctr(*prepare, check=False).returncode == 0, 20, "containerd's connection")
+    stack.containerd.ctr("snapshots", "--snapshotter", "nydus", "rm", "probe")
+    for tag, words in (("nydus", "is not signed"), ("bad", "was not made with the key of")):
+        pulled = pods.pull("signed", tag)
+        with pytest.raises(Exception, match=words):
+            pods.read(pulled)
+        pods.cri.remove_image(f"{stack.host}/lab/signed:{tag}")
+    good(pods.read(pods.pull("signed", "good")), "signed")
