@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 HIDDEN = "(hidden)"
-_USER = re.compile(r"(^|//).*@")
+_USER = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@")
 # Of Dragonfly's headers and those that only name somebody; any other value may be a token.
 _PUBLIC_HEADERS = ("x-dragonfly-", "host", "user-agent", "accept")
 
 
 def public_url(text: str) -> str:
     """Without user and password, and without the query: mirrors and signed URLs have keys there. For any text."""
-    head, mark, _ = _USER.sub(rf"\1{HIDDEN}@", text).partition("?")
+    head, mark, _ = _USER.sub(lambda found: f"{found[1] or ''}{HIDDEN}@", text).partition("?")
     return head + (mark and f"?{HIDDEN}")
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from nydusfs.config.model import (
+    BackendConfig,
     Config,
     ConnectionConfig,
     HttpProxyBackend,
@@ -60,69 +61,43 @@ def connection_debug(config: Config) -> str:
     )
 
 
+_BACKENDS = ("localdisk", "localfs", "oss", "s3", "registry", "http-proxy")
+
+
 def public_config(config: Config) -> dict[str, Any]:
-    """The configuration in version 2 shape without secrets, as the daemon's API shows it."""
-    backend: dict[str, Any] = {"type": config.backend.type}
-    if isinstance(config.backend, LocalFsBackend):
-        backend["localfs"] = {
-            "blob_file": config.backend.blob_file,
-            "dir": config.backend.dir,
-            "alt_dirs": list(config.backend.alt_dirs),
-        }
-    elif isinstance(config.backend, LocalDiskBackend):
-        backend["localdisk"] = {
-            "device_path": config.backend.device_path,
-            "disable_gpt": config.backend.disable_gpt,
-        }
-    else:
-        connection = config.backend.connection
-        common: dict[str, Any] = {
-            "scheme": connection.scheme,
-            "skip_verify": connection.skip_verify,
-            "ca_cert_files": list(connection.ca_cert_files),
-            "timeout": connection.timeout,
-            "connect_timeout": connection.connect_timeout,
-            "retry_limit": connection.retry_limit,
-            "proxy": {
-                "url": public_url(connection.proxy.url),
-                "ping_url": public_url(connection.proxy.ping_url),
-                "fallback": connection.proxy.fallback,
-                "check_interval": connection.proxy.check_interval,
-                "use_http": connection.proxy.use_http,
-            },
-            # Header values may carry credentials of a mirror: only their names are public.
-            "mirrors": [
-                {
-                    "host": public_url(mirror.host),
-                    "headers": dict.fromkeys(mirror.headers, ""),
-                    "auth_through": mirror.auth_through,
-                }
-                for mirror in connection.mirrors
-            ],
-        }
-        if isinstance(config.backend, RegistryBackend):
-            backend["registry"] = {"host": config.backend.host, "repo": config.backend.repo, **common}
-        elif isinstance(config.backend, HttpProxyBackend):
-            backend["http-proxy"] = {"addr": public_url(config.backend.addr), "path": config.backend.path, **common}
-        else:
-            store = config.backend
-            backend[store.type] = {
-                "endpoint": store.endpoint,
-                "bucket_name": store.bucket_name,
-                "object_prefix": store.object_prefix,
-                **({"region": store.region} if store.type == "s3" else {}),
-                **common,
-            }
-    prefetch = config.prefetch
+    """The configuration in version 2 shape, as the daemon's API shows it: all of upstream's keys, no secret."""
+    cache = config.cache
+    prefetch = {
+        "enable": config.prefetch.enable,
+        "threads": config.prefetch.threads,
+        "batch_size": config.prefetch.merging_size,
+        "bandwidth_limit": config.prefetch.bandwidth_rate,
+        "prefetch_all": config.prefetch.prefetch_all,
+        "stream_prefetch": False,
+    }
+    files = {
+        "work_dir": cache.work_dir,
+        "disable_indexed_map": False,
+        "enable_encryption": False,
+        "enable_convergent_encryption": False,
+        "encryption_key": "",
+    }
     return {
         "version": 2,
         "id": config.id,
-        "backend": backend,
+        "backend": {
+            "type": config.backend.type,
+            **dict.fromkeys(_BACKENDS),
+            config.backend.type: _public_backend(config.backend),
+        },
+        "external_backends": [],
         "cache": {
-            "type": config.cache.type,
-            "compressed": config.cache.compressed,
-            "validate": config.cache.validate,
-            "filecache": {"work_dir": config.cache.work_dir},
+            "type": cache.type,
+            "compressed": cache.compressed,
+            "validate": cache.validate,
+            "prefetch": prefetch,
+            "filecache": files if cache.persistent else None,
+            "fscache": None,
         },
         "rafs": {
             "mode": config.mode,
@@ -132,12 +107,67 @@ def public_config(config: Config) -> dict[str, Any]:
             "iostats_files": config.iostats_files,
             "access_pattern": config.access_pattern,
             "latest_read_files": config.latest_read_files,
-            "prefetch": {
-                "enable": prefetch.enable,
-                "threads": prefetch.threads,
-                "batch_size": prefetch.merging_size,
-                "bandwidth_limit": prefetch.bandwidth_rate,
-                "prefetch_all": prefetch.prefetch_all,
-            },
+            "prefetch": prefetch,
         },
+        "overlay": None,
+    }
+
+
+def _public_backend(backend: BackendConfig) -> dict[str, Any]:
+    """Secrets are left as if they were not set."""
+    if isinstance(backend, LocalFsBackend):
+        return {"blob_file": backend.blob_file, "dir": backend.dir, "alt_dirs": list(backend.alt_dirs)}
+    if isinstance(backend, LocalDiskBackend):
+        return {"device_path": backend.device_path, "disable_gpt": backend.disable_gpt}
+    common = _public_connection(backend.connection)
+    if isinstance(backend, RegistryBackend):
+        own = {
+            "host": backend.host,
+            "repo": backend.repo,
+            "auth": None,
+            "registry_token": None,
+            "blob_url_scheme": backend.blob_url_scheme,
+            "blob_redirected_host": backend.blob_redirected_host,
+        }
+        return {"scheme": backend.connection.scheme, **own, **common}
+    if isinstance(backend, HttpProxyBackend):
+        return {"addr": public_url(backend.addr), "path": backend.path, **common}
+    store = {
+        "scheme": backend.connection.scheme,
+        "endpoint": backend.endpoint,
+        "bucket_name": backend.bucket_name,
+        "object_prefix": backend.object_prefix,
+        "access_key_id": "",
+        "access_key_secret": "",
+        **common,
+    }
+    return store | ({"region": backend.region} if backend.type == "s3" else {})
+
+
+def _public_connection(connection: ConnectionConfig) -> dict[str, Any]:
+    proxy = connection.proxy
+    return {
+        "skip_verify": connection.skip_verify,
+        "ca_cert_files": list(connection.ca_cert_files),
+        "timeout": connection.timeout,
+        "connect_timeout": connection.connect_timeout,
+        "retry_limit": connection.retry_limit,
+        "proxy": {
+            "url": public_url(proxy.url),
+            "ping_url": public_url(proxy.ping_url),
+            "fallback": proxy.fallback or not proxy.url,
+            "check_interval": proxy.check_interval,
+            "use_http": proxy.use_http,
+            "check_pause_elapsed": proxy.check_pause_elapsed,
+            "dragonfly_scheduler_endpoint": "",
+        },
+        # Header values may carry credentials of a mirror: only their names are public.
+        "mirrors": [
+            {
+                "host": public_url(mirror.host),
+                "headers": dict.fromkeys(mirror.headers, ""),
+                "auth_through": mirror.auth_through,
+            }
+            for mirror in connection.mirrors
+        ],
     }

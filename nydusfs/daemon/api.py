@@ -77,25 +77,49 @@ def _json(value: Any) -> Response:
     return Response(200, json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode())
 
 
+_EXPECTED: dict[type, str] = {str: "a string", dict: "a map", list: "a sequence"}
+_FOUND = ((dict, "map"), (list, "sequence"), (str, "string"))
+
+
+def _bad_body(body: bytes, message: str, line: int = 1, column: int | None = None) -> BadRequestError:
+    place = f"line: {line}, column: {len(body.rstrip()) if column is None else column}"
+    return BadRequestError(f"ParseBody(Error({rust_string(message)}, {place}))")
+
+
+def _invalid_type(value: Any, expected: type) -> str:
+    """As serde words it."""
+    if isinstance(value, bool):
+        found = f"boolean `{str(value).lower()}`"
+    elif isinstance(value, int):
+        found = f"integer `{value}`"
+    elif isinstance(value, float):
+        found = f"floating point `{value}`"
+    else:
+        found = next((name for kind, name in _FOUND if isinstance(value, kind)), "null")
+    return f"invalid type: {found}, expected {_EXPECTED[expected]}"
+
+
 def parse_body(body: bytes, **fields: type) -> dict[str, Any]:
-    """A JSON object with at least these fields, of these types; messages as serde words them."""
-
-    def refuse(message: str, line: int = 1, column: int = len(body.rstrip())) -> BadRequestError:
-        return BadRequestError(f"ParseBody(Error({rust_string(message)}, line: {line}, column: {column}))")
-
+    """A JSON object with at least these fields, of these types; messages as serde words them, but without strings that
+    were sent: they may be secrets."""
     try:
         value = json.loads(body)
     except json.JSONDecodeError as error:
-        raise refuse("expected value", error.lineno, error.colno) from None
+        what = "expected value"
+        if error.msg == "Extra data":
+            what = "trailing characters"
+        elif error.pos >= len(body.rstrip()):
+            what = "EOF while parsing " + ("an object" if "property name" in error.msg else "a value")
+        raise _bad_body(body, what, error.lineno, error.colno) from None
     except (UnicodeDecodeError, RecursionError, ValueError):
-        raise refuse("expected value", 1, 1) from None
+        raise _bad_body(body, "expected value", 1, 1) from None
     if not isinstance(value, dict):
-        raise refuse("invalid type, expected a map")
+        raise _bad_body(body, _invalid_type(value, dict))
     for name, kind in fields.items():
         if name not in value:
-            raise refuse(f"missing field `{name}`")
+            raise _bad_body(body, f"missing field `{name}`")
         if not isinstance(value[name], kind):
-            raise refuse(f"invalid type for field `{name}`, expected a {'string' if kind is str else kind.__name__}")
+            raise _bad_body(body, _invalid_type(value[name], kind))
     return value
 
 
@@ -169,6 +193,8 @@ class Api:
             outer, methods = self._routes[request.path]
             if request.method == "PUT" and outer == "DaemonInfo":
                 outer = "Configure"
+            if outer == "Mount":
+                self._mountpoint(request)
             handler = methods.get((request.method, bool(request.body)))
             if handler is None:
                 raise BadRequestError("BadRequest")
@@ -257,24 +283,33 @@ class Api:
 
     def _mount_request(self, request: Request) -> MountRequest:
         mountpoint = self._mountpoint(request)
-        body = parse_body(request.body, source=str)
+        body = parse_body(request.body, source=str, config=str)
         kind = body.get("fs_type", "")
+        if not isinstance(kind, str):
+            raise _bad_body(request.body, _invalid_type(kind, str))
         if kind in ("passthroughfs", "passthrough", "passthrough_fs"):
             raise MountFailedError("invalid argument `passthrough file systems are not supported by this daemon`")
         if kind != "rafs":
             raise MountFailedError(
                 f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`"
             )
-        prefetch = body.get("prefetch_files") or []
-        text = body.get("config", "")
-        if not isinstance(text, str) or not isinstance(prefetch, list) or not all(isinstance(p, str) for p in prefetch):
-            raise BadRequestError('ParseBody(Error("`config` is a string, `prefetch_files` a list of strings"))')
+        prefetch, text = body.get("prefetch_files"), body["config"]
+        prefetch = [] if prefetch is None else prefetch
+        if not isinstance(prefetch, list):
+            raise _bad_body(request.body, _invalid_type(prefetch, list))
+        for path in prefetch:
+            if not isinstance(path, str):
+                raise _bad_body(request.body, _invalid_type(path, str))
+            if not path.startswith("/"):
+                raise MountFailedError("invalid prefetch file list")
+        if request.method == "PUT" and self._daemon.mounts.get(mountpoint) is None:
+            raise MountFailedError(DOES_NOT_EXIST)
         try:
             config = load_config(text, f"configuration of {mountpoint}")
         except ConfigError as error:
             log.error("mount at %s refused: %s", mountpoint, error)
             raise MountFailedError(f"RAFS failed to handle request, Failed to load config: {error}") from None
-        return MountRequest(mountpoint, body["source"], config, tuple(prefetch), body.get("config") or "")
+        return MountRequest(mountpoint, body["source"], config, tuple(prefetch), text)
 
     async def _mount(self, request: Request) -> Response:
         await self._daemon.mounts.mount(self._mount_request(request))
@@ -377,7 +412,10 @@ class Api:
 
     async def _put_config(self, request: Request) -> Response:
         values = parse_body(request.body)
-        if not all(key in RUNTIME_KEYS and isinstance(value, str) for key, value in values.items()):
+        for value in values.values():
+            if not isinstance(value, str):
+                raise _bad_body(request.body, _invalid_type(value, str))
+        if not all(key in RUNTIME_KEYS for key in values):
             raise ApiError("ResponsePayloadType")
         _check_auth(values.get("registry_auth", ""))
         self._daemon.set_runtime_config(request.query.get("id", ""), values)
@@ -391,7 +429,12 @@ class Api:
         return _json([])
 
     async def _put_blob(self, request: Request) -> Response:
-        parse_body(request.body, type=str, id=str)
+        entry = parse_body(request.body, type=str, id=str)
+        config = entry.get("config")
+        if isinstance(config, dict):
+            parse_body(json.dumps(config).encode(), backend_type=str)
+        elif not isinstance(entry.get("config_v2"), dict):
+            raise BadRequestError("BadRequest")
         return self._failure(501, "CreateBlobObject(DaemonAbnormal(Unsupported))")
 
     async def _delete_blob(self, request: Request) -> Response:

@@ -123,10 +123,12 @@ class _Connection:
         self.stream = stream
         self.handler = handler
         self.http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
+        self.bodiless = False  # HEAD: the answer's headers alone
 
     async def run(self) -> None:
         while True:
             response: Response | None = None
+            self.bodiless = False
             try:
                 with trio.move_on_after(IDLE_TIMEOUT) as waiting:
                     request = await self._request()
@@ -158,6 +160,7 @@ class _Connection:
         head = await self._event()
         if not isinstance(head, h11.Request):
             return None
+        self.bodiless = head.method == b"HEAD"
         body = bytearray()
         while isinstance(event := await self._event(), h11.Data):
             body += event.data
@@ -175,11 +178,11 @@ class _Connection:
         return Request(head.method.decode("latin-1"), unquote(path), values, bytes(body))
 
     async def _send(self, response: Response) -> None:
-        headers = [("Server", "Nydus API"), ("Content-Type", "application/json")]
+        headers = [("Server", "Nydus API"), ("Connection", "keep-alive")]
         if response.status != 204:
-            headers.append(("Content-Length", str(len(response.body))))
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(response.body)))]
         data = self.http.send(h11.Response(status_code=response.status, headers=headers, reason=b"")) or b""
-        if response.status != 204:
+        if response.status != 204 and not self.bodiless:
             data += self.http.send(h11.Data(data=response.body)) or b""
         data += self.http.send(h11.EndOfMessage()) or b""
         with trio.fail_after(WRITE_TIMEOUT):

@@ -65,7 +65,6 @@ def _version5(data: Any) -> dict[str, Any]:
         "magic": sb.magic,
         "version": sb.version,
         "sb_size": sb.sb_size,
-        "root_inode": v5.ROOT_INO,
         "chunk_size": sb.block_size,
         "flags": {"bits": sb.flags},
         "inode_table_entries": sb.inode_table_entries,
