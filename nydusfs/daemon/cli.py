@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 _LATER = {
-    "virtiofs": "serving virtual machines over virtiofs",
-    "singleton": "the fscache driver",
-    "nbd": "exporting block devices",
-    "uffd": "serving page faults",
+    "virtiofs": "it would serve virtual machines; only 'fuse' is there",
+    "singleton": "it would need the kernel's fscache driver, which Linux gives up. Use 'fuse' without --bootstrap: one "
+    "daemon for all images, mounted through its API, with --fs-driver auto where the kernel is to serve them itself",
+    "nbd": "it would export block devices; 'nydus-image export --block' makes a disk image",
+    "uffd": "it would serve page faults; only 'fuse' is there",
 }
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
 
@@ -24,9 +25,7 @@ class _DefaultFuse(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] in _LATER:
-            raise click.UsageError(
-                f"the subcommand '{args[0]}' ({_LATER[args[0]]}) is not supported by this nydusd, only 'fuse' is"
-            )
+            raise click.UsageError(f"the subcommand '{args[0]}' is not supported by this nydusd: {_LATER[args[0]]}")
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "-V", "--version"):
             if args[0].startswith("-"):
                 args = ["fuse", *args]

@@ -11,6 +11,9 @@ import socket
 
 PREFIX = "nydusd-"
 FIRST = 3  # SD_LISTEN_FDS_START
+# The last number of each name: a new copy is stored under the next one before the last is removed, so that there is
+# one at every moment.
+_serials: dict[str, int] = {}
 
 
 def _address() -> str | None:
@@ -25,11 +28,14 @@ def push(name: str, fd: int) -> None:
     address = _address()
     if address is None:
         return
+    last = _serials.get(name, 0)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(address)
-            sock.send(f"FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}".encode())
-            socket.send_fds(sock, [f"FDSTORE=1\nFDNAME={PREFIX}{name}".encode()], [fd])
+            socket.send_fds(sock, [f"FDSTORE=1\nFDNAME={PREFIX}{name}.{last + 1}".encode()], [fd])
+            _serials[name] = last + 1
+            if last:
+                sock.send(f"FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}.{last}".encode())
     except OSError:
         pass
 
@@ -44,6 +50,11 @@ def take() -> tuple[dict[str, int], int]:
     os.environ.pop("LISTEN_PID")
     for fd, name in zip(range(FIRST, FIRST + count), names, strict=False):
         os.set_inheritable(fd, False)
-        if name.startswith(PREFIX):
-            held[name.removeprefix(PREFIX)] = fd
+        short, _, serial = name.removeprefix(PREFIX).rpartition(".")
+        if not name.startswith(PREFIX) or not serial.isdecimal() or int(serial) <= _serials.get(short, 0):
+            os.close(fd)  # not ours, or older than one we have
+            continue
+        if short in held:
+            os.close(held[short])
+        held[short], _serials[short] = fd, int(serial)
     return held, held.pop("state", -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
-from tests.lab.process import LabError, processes_mentioning
-from tests.lab.tiny import tiny_image
+from tests.lab.process import LabError, processes_mentioning, remove_tree, unmount_below, work_dir
+from tests.lab.tiny import noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 CASE = "v6-zstd-blake3-1m"
@@ -229,6 +231,30 @@ def state(daemon: Nydusd) -> str:
         return str(daemon.get("daemon").body["state"])
     except OSError:
         return ""
+
+
+def test_systemds_store_outlives_every_process(tmp_path: Path) -> None:
+    """All processes of the unit killed at once: the next start has the mount's descriptors back, files open go on."""
+    image = tiny_image(tmp_path, {"f": noise(2 << 20)})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    (tmp_path / "config").write_text(localfs_config(tmp_path))
+    directory = work_dir()
+    try:
+        (directory / "m").mkdir()
+        command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
+        done = subprocess.run(
+            [*command, "tests.lab.fakesystemd", directory, image.bootstrap, tmp_path / "config", "f"],
+            capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + (directory / "log").read_text()
+        seen, right = json.loads(done.stdout), sha256(image.files["f"]).hexdigest()
+        assert seen == {
+            "mount": 204, "umount": 204, "before": right, "open file": right, "after": right,
+            "stored": ["nydusd-api", "nydusd-fuse", "nydusd-state"],
+        }, (directory / "log").read_text()  # fmt: skip
+    finally:
+        unmount_below(directory)
+        remove_tree(directory)
 
 
 def test_secrets_of_configurations_stay_out_of_files_and_logs(tmp_path: Path) -> None:
