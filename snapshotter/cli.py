@@ -100,7 +100,7 @@ def go_arguments(arguments: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name.startswith("-") and len(name) > 1:
             name = _SHORT.get(name, name if name.startswith("--") or name == "-h" else f"-{name}")
-        if name in ("--version", "--help") and value not in _FALSE:
+        if name in ("--version", "--help", "--repair") and value not in _FALSE:
             out.append(name)
         elif name in booleans and not equals:
             out.append(f"{name}=true")
@@ -134,6 +134,8 @@ def _command() -> click.Command:
         shown = _SHOWN.get(name)
         parameters.append(option(name, type=_GoBool(), metavar="[=BOOL]", help=shown, hidden=shown is None))
     parameters.append(option("--metrics-file", hidden=True))
+    rebuilt = "Rebuild the snapshot database from the directories and daemons, and exit."
+    parameters.append(option("--repair", is_flag=True, help=rebuilt))
     parameters.append(option("--version", is_flag=True, help="Print the version and exit."))
     return click.Command(
         "containerd-nydus-grpc",
@@ -184,7 +186,7 @@ def _run(**options: Any) -> None:
     from nydusfs import stacks
     from snapshotter import logs, settings
     from snapshotter.errors import SettingsError, SnapshotterError
-    from snapshotter.recovery import Program
+    from snapshotter.recovery import Program, repair
 
     stacks.on_signal()
     buffered = logs.buffer_until_known()
@@ -192,6 +194,10 @@ def _run(**options: Any) -> None:
         chosen = settings.load(settings_of(options))
         if os.geteuid() == 0:
             logs.configure(chosen, buffered)
+        if options["repair"]:
+            for line in repair(chosen):
+                click.echo(line)
+            return
         stopping = _stop_on_signals()
         program = Program(chosen)
     except (SnapshotterError, OSError) as error:

@@ -17,7 +17,7 @@ from snapshotter.auth.renewal import Renewer
 from snapshotter.auth.setup import Auth
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
-from snapshotter.errors import StartError
+from snapshotter.errors import SnapshotterError, StartError
 from snapshotter.flow import Snapshotter
 from snapshotter.images import Images, ImageSettings
 from snapshotter.lazy.finder import LazyFinder
@@ -56,7 +56,7 @@ class Program:
             )
         self._settings = settings
         self._database = Database(root / NAME)
-        store = Store(root, self._database)
+        store = self._store = Store(root, self._database)
         for identity in store.missing:
             log.error("snapshot %d has no directory any more: remove its image in containerd, pull it again", identity)
         if (root / "metadata.db").exists():
@@ -122,6 +122,11 @@ class Program:
     def _recover(self) -> None:
         self._auth.start(self._renewer.kick)
         self._images.recover()
+        try:
+            if written := self._store.write_records():
+                log.info("%d snapshot directories of an older version have their records now", written)
+        except (SnapshotterError, OSError) as error:
+            log.warning("records of snapshots: %s", error)
         self._renewer.start()
         self._renewer.kick()  # images mounted again have the credentials of before
 
@@ -142,6 +147,20 @@ class Program:
         except FileNotFoundError:
             pass
         os.close(self._lock)
+
+
+def repair(settings: Settings) -> list[str]:
+    """A new database for a root that no snapshotter runs on; what was done, line by line. Raises StartError."""
+    from snapshotter.repair import repair as rebuild
+
+    if not settings.root.is_dir():
+        raise StartError(f"root {settings.root}: there is no such directory: nothing to repair")
+    root = settings.root.resolve()
+    lock = _lock_root(root)
+    try:
+        return rebuild(root).lines()
+    finally:
+        os.close(lock)
 
 
 def _make_root(path: Path) -> Path:

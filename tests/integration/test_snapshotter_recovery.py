@@ -1,0 +1,234 @@
+"""Starts after the worst: a reboot, a lost database, a broken image among fifty, no registry, a nydusd that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.lab.cases import case as image_case
+from tests.lab.daemon import can_mount_fuse
+from tests.lab.mounted import load_manifest
+from tests.lab.process import kill_together, mounts_below, remove_tree, run, unmount_below, wait_until, work_dir
+from tests.lab.snapshots import Client, mounted, option, pull
+from tests.lab.stack import Snapshotter, daemon_config
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
+]
+
+IMAGE = "127.0.0.1:1/lab/merged:v6"
+CASE = "v6-merged3"
+
+
+def template() -> dict[str, object]:
+    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
+    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct"}
+
+
+@pytest.fixture(params=["shared", "dedicated"])
+def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+    work = work_dir()
+    try:
+        with Snapshotter(work / "s", template(), arguments=("--daemon-mode", request.param)) as running:
+            yield running
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+def some_file() -> str:
+    for entry in load_manifest(image_case(CASE))["entries"]:
+        if entry["type"] == "file" and entry.get("size", 0) > 10 and entry["path"].isascii():
+            return str(entry["path"].lstrip("/"))
+    raise AssertionError("no file")
+
+
+def read(path: Path) -> bytes:
+    """In a process of its own: a test must not hang with a mount."""
+    return subprocess.run(["cat", path], capture_output=True, check=True, timeout=30).stdout
+
+
+def lower(mounts: list[object]) -> Path:
+    return Path(option(mounts[0], "lowerdir").split(":")[-1])
+
+
+def reboot(ours: Snapshotter) -> None:
+    """All processes and mounts gone, the files there."""
+    ours.kill()
+    kill_together(ours.daemons())
+    wait_until(lambda: not ours.daemons(), 10, "the end of all daemons")
+    unmount_below(ours.root)
+    assert mounts_below(ours.root) == []
+
+
+def test_a_lost_database_costs_one_command(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        meta = pull(client, image_case(CASE), ours.work, IMAGE)
+        mounts = client.prepare("default/4/c1", meta)
+        client.prepare("plain")
+        client.commit("layer", "plain", {"containerd.io/gc.root": "x"})
+        before = client.list()
+    with mounted(mounts, ours.work / "c1") as rootfs:
+        content = read(rootfs / some_file())
+        (rootfs / "written").write_text("kept")
+        daemons = ours.daemons()
+        ours.kill()
+        path = ours.root / "metadata.sqlite"
+        for name in ("metadata.sqlite-wal", "metadata.sqlite-shm"):
+            (ours.root / name).unlink(missing_ok=True)
+        path.write_bytes(os.urandom(path.stat().st_size))
+        refused = run(ours.argv(), timeout=30, check=False)
+        assert refused.returncode == 1
+        assert "--repair" in refused.stderr and "Traceback" not in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        repaired = run([*ours.argv(), "--repair"], timeout=60)
+        assert f"{len(before)} snapshots, 1 nydusd and 1 mounted images" in repaired.stdout
+        ours.start()
+        with Client(ours.socket) as client:
+            busy = run([*ours.argv(), "--repair"], timeout=60, check=False)
+            assert busy.returncode == 1 and "stop it" in busy.stderr
+            assert client.list() == before
+            assert client.mounts("default/4/c1") == mounts
+            assert read(rootfs / some_file()) == content
+            assert set(ours.daemons()) == set(daemons)
+            client.cleanup()
+            assert read(rootfs / "written") == b"kept"
+            (again,) = client.prepare("default/5/c2", meta)
+            assert read(lower([again]) / some_file()) == content
+            assert len(ours.services()) == 1
+
+
+def test_after_a_reboot_containers_start_again(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        meta = pull(client, image_case(CASE), ours.work, IMAGE)
+        mounts = client.prepare("default/4/c1", meta)
+        content = read(lower(mounts) / some_file())
+        with mounted(mounts, ours.work / "c1") as rootfs:
+            (rootfs / "written").write_text("kept")
+    for _ in range(2):
+        reboot(ours)
+        ours.start()
+        with Client(ours.socket) as client:
+            assert client.mounts("default/4/c1") == mounts
+            with mounted(mounts, ours.work / "c1") as rootfs:
+                assert read(rootfs / some_file()) == content
+                assert read(rootfs / "written") == b"kept"
+        assert len(ours.services()) == 1
+
+
+@pytest.mark.parametrize("ours", ["shared"], indirect=True)
+def test_one_broken_image_among_fifty(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        metas = [pull(client, image_case(CASE), ours.work, IMAGE, tag=f"i{number}-") for number in range(50)]
+        with ThreadPoolExecutor(8) as pool:
+            mounts = list(pool.map(lambda meta: client.prepare(f"c {meta}", meta), metas))
+        content = read(lower(mounts[0]) / some_file())
+        broken = lower(mounts[20]).name
+        boot = ours.root / "snapshots" / broken / "fs" / "image" / "image.boot"
+        reboot(ours)
+        good = boot.read_bytes()
+        boot.write_bytes(good[:5000] + os.urandom(len(good) - 5000))
+        ours.start()
+    with Client(ours.socket) as client:
+        client.prepare("plain")
+        for number, meta in enumerate(metas):
+            if number == 20:
+                continue
+            assert client.mounts(f"c {meta}") == mounts[number]
+            assert read(lower(mounts[number]) / some_file()) == content
+        with pytest.raises(grpc.RpcError) as caught:
+            client.mounts(f"c {metas[20]}")
+        assert "image" in str(caught.value.details())
+        assert len(ours.services()) == 1
+        # pulled again, nothing else is needed
+        boot.write_bytes(good)
+        assert client.mounts(f"c {metas[20]}") == mounts[20]
+        assert read(lower(mounts[20]) / some_file()) == content
+
+
+def test_without_a_registry_starts_do_not_wait() -> None:
+    """Its address swallows what is sent: nothing is refused, nothing answered."""
+    work = work_dir()
+    config = daemon_config(prefetch=True)
+    try:
+        with Snapshotter(work / "s", config) as ours:
+            with Client(ours.socket) as client:
+                image = "192.0.2.1:5000/lab/merged:v6"
+                metas = [pull(client, image_case(CASE), ours.work, image, tag=f"i{number}-") for number in range(5)]
+                mounts = [client.prepare(f"c {meta}", meta) for meta in metas]
+            reboot(ours)
+            ours.start()
+            with Client(ours.socket) as client:
+                client.prepare("plain")
+                assert client.mounts("plain")
+                assert [client.mounts(f"c {meta}") for meta in metas] == mounts
+                for mount in mounts:  # metadata is here
+                    assert os.path.exists(lower(mount) / some_file())
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+@pytest.mark.parametrize("ours", ["shared"], indirect=True)
+def test_two_hundred_containers_of_twenty_images_at_once(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        metas = [pull(client, image_case(CASE), ours.work, IMAGE, tag=f"i{number}-") for number in range(20)]
+        with ThreadPoolExecutor(200) as pool:
+            mounts = list(pool.map(lambda number: client.prepare(f"c{number}", metas[number % 20]), range(200)))
+        assert len({lower(mount) for mount in mounts}) == 20
+        assert len(ours.services()) == 1
+        log = (ours.root / "logs" / "nydus-snapshotter.log").read_text()
+        assert log.count(" mounted at ") == 20
+        points = mounts_below(ours.root)
+        assert len(points) == len(set(points)) == 1  # images are directories of the one mount
+        for mount in mounts[:20]:
+            assert read(lower(mount) / some_file())
+        with ThreadPoolExecutor(64) as pool:
+            list(pool.map(lambda number: client.remove(f"c{number}"), range(200)))
+        client.cleanup()
+
+
+@pytest.mark.parametrize("ours", ["dedicated"], indirect=True)
+def test_a_hanging_nydusd_holds_up_its_own_image_only(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client:
+        metas = [pull(client, image_case(CASE), ours.work, IMAGE, tag=f"i{number}-") for number in range(2)]
+        mounts = []
+        stopped: list[int] = []
+        for meta in metas:
+            before = set(ours.daemons())
+            mounts.append(client.prepare(f"c {meta}", meta))
+            stopped = sorted(set(ours.daemons()) - before)
+    ours.kill()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        ours.start()
+        with Client(ours.socket) as client:
+            client.prepare("plain")
+            client.list()
+            assert client.mounts(f"c {metas[0]}") == mounts[0]
+            assert read(lower(mounts[0]) / some_file())
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(client.mounts, f"c {metas[1]}")
+                time.sleep(1)
+                assert not waiting.done()
+                client.prepare("plain2")
+                for pid in stopped:
+                    os.kill(pid, signal.SIGCONT)
+                assert waiting.result(60) == mounts[1]
+    finally:
+        for pid in stopped:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
