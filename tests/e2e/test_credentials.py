@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from tests.e2e.conftest import containerd_of, require_programs
+from tests.lab.authority import Authority
 from tests.lab.cri import Cri
 from tests.lab.kubeapi import KubeApi
 from tests.lab.process import remove_tree, run, wait_until, work_dir
@@ -280,3 +281,52 @@ def test_a_runtime_that_is_not_there(node: Node) -> None:
         if moved.exists():
             shutil.move(moved, socket)
         cri.close()
+
+
+def test_a_registry_that_wants_certificates() -> None:
+    """Its authority and the certificate to show are in a folder like certs.d: detection and reads go through it."""
+    require_programs()
+    with contextlib.ExitStack() as exits:
+        work = work_dir()
+        exits.callback(remove_tree, work)
+        authority = Authority(work / "ca")
+        with Registry(work / "reg") as door:
+            port = door.port
+            small_image(work / "image", payload=8 << 20).push(door.host, "team/app", "oci")
+            convert = [
+                program("nydusify"),
+                "convert",
+                "--nydus-image",
+                program("nydus-image"),
+                "--work-dir",
+                work / "w",
+            ]
+            source, target = f"{door.host}/team/app:oci", f"{door.host}/team/app:nydus"
+            run([*convert, "--source", source, "--target", target, "--with-referrer"], timeout=120)
+        tls = (*authority.issue("server"), authority.certificate)
+        registry = exits.enter_context(Registry(work / "reg", port, tls=tls))
+        hosts = work / "certs.d" / registry.host
+        hosts.mkdir(parents=True)
+        certificate, key = authority.issue("client")
+        text = (
+            f'server = "{registry.url}"\n[host."{registry.url}"]\n  capabilities = ["pull", "resolve"]\n'
+            f'  ca = "{authority.certificate}"\n  client = [["{certificate}", "{key}"]]\n'
+        )
+        (hosts / "hosts.toml").write_text(text)
+        options = StackOptions(
+            registry=registry,
+            prefetch=False,
+            backend={"scheme": "https"},
+            snapshotter_arguments=("--enable-referrer-detect", f"--mirrors-config-dir={work / 'certs.d'}"),
+        )
+        stack = exits.enter_context(Stack(options))
+        (stack.containerd.hosts_dir / registry.host / "hosts.toml").write_text(text)
+        cri = Cri(stack.containerd.socket, stack.work)
+        exits.callback(cri.close)
+        ref = f"{registry.host}/team/app:oci"
+        cri.images.PullImage(cri.messages.PullImageRequest(image=cri.messages.ImageSpec(image=ref)), timeout=120)
+        mark = registry.mark()
+        stack.containerd.namespace = "k8s.io"
+        sums = stack.ctr_run(ref, "sh", "-c", "sha256sum < /payload; cat /payload.sha256").split()
+        assert sums[0] == sums[2]
+        assert {one.status for one in registry.since(mark).blobs().requests} == {206}

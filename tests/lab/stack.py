@@ -54,7 +54,7 @@ def daemon_config(
     """The JSON of the deployment scenario (examples/config.json), for a plain-HTTP registry on loopback."""
     config: dict[str, Any] = json.loads((REPO / "examples" / "config.json").read_text())
     settings = config["device"]["backend"]["config"]
-    settings.update(scheme="http", **backend)
+    settings.update({"scheme": "http", **backend})
     settings["mirrors"] = mirrors or []
     if not mirrors:
         del settings["mirrors"]
