@@ -38,6 +38,7 @@ OPERATIONS = (
     *("getattr", "readlink", "open", "release", "read", "statfs", "getxattr", "listxattr"),
     *("opendir", "lookup", "readdir", "readdirplus", "access", "forget", "batch_forget"),
 )
+LIFE = ("RUNNING", "DIED", "DESTROYED")
 CACHE_WALK_SHARE = 0.01  # of the time may go into measuring the cache
 _CACHE = {
     "nydusd_cache_partial_hits": "partial_hits",
@@ -198,8 +199,8 @@ class Metrics:
             ("snapshotter_snapshot_operation_errors_total", ("snapshot_operation", "code"), "Failed calls."),
         ):
             family = table.family(name, "counter", text, labels)
-            if not labels:
-                family.add(0)
+            for known in [()] if not labels else [(event,) for event in LIFE] if name == EVENTS else []:
+                family.add(0, *known)
             for values, count in tally.counted(name).items():
                 family.add(count, *values)
         entries = table.gauge("snapshotter_credential_store_entries", "Credentials kept for renewal.", ("image_ref",))

@@ -62,7 +62,7 @@ class NydusdApi:
         self.path = path
 
     def info(self, timeout: float = REQUEST_SECONDS) -> dict[str, Any]:
-        reply = self._call("GET", "/api/v1/daemon", timeout=timeout)
+        reply = self.call("GET", "/api/v1/daemon", timeout=timeout)
         if not isinstance(reply, dict):
             raise ApiError("GET /api/v1/daemon", 200, "the body is not a JSON object")
         return reply
@@ -78,36 +78,36 @@ class NydusdApi:
         body: dict[str, Any] = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
         if prefetch:
             body["prefetch_files"] = list(prefetch)
-        self._call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
+        self.call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
 
     def metrics(self, kind: str = "", identity: str | None = None, timeout: float = 5.0) -> Any:
         """`kind`: "", backend, blobcache, sources, inflight, slow; `identity`: `/12`. None where there is nothing."""
         path = f"/api/v1/metrics/{kind}".rstrip("/")
-        return self._call("GET", path if identity is None else f"{path}?id={quote(identity)}", timeout=timeout)
+        return self.call("GET", path if identity is None else f"{path}?id={quote(identity)}", timeout=timeout)
 
     def get(self, path: str, timeout: float = 5.0) -> Any:
         """GET /api/v1/`path`."""
-        return self._call("GET", f"/api/v1/{path}", timeout=timeout)
+        return self.call("GET", f"/api/v1/{path}", timeout=timeout)
 
     def set_level(self, level: str) -> None:
-        self._call("PUT", "/api/v1/daemon", {"log_level": level})
+        self.call("PUT", "/api/v1/daemon", {"log_level": level})
 
     def upgrade(self) -> None:
         """Has the code installed now serve in place of the running one."""
-        self._call("PUT", "/api/v1/daemon/upgrade", timeout=60.0)
+        self.call("PUT", "/api/v1/daemon/upgrade", timeout=60.0)
 
     def drop_blob(self, blob_id: str) -> None:
         """Have what is cached of a blob deleted, unless an image mounted there uses it."""
-        self._call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
+        self.call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
 
     def set_registry_auth(self, config_id: str, auth: str) -> None:
         """Credentials (base64 of user:password) that count from the next token on; nydusd 2.4.1 and later."""
-        self._call("PUT", f"/api/v1/config?id={quote(config_id)}", {"registry_auth": auth})
+        self.call("PUT", f"/api/v1/config?id={quote(config_id)}", {"registry_auth": auth})
 
     def umount(self, mountpoint: str, timeout: float = REQUEST_SECONDS) -> None:
-        self._call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}", timeout=timeout)
+        self.call("DELETE", f"/api/v1/mount?mountpoint={quote(mountpoint)}", timeout=timeout)
 
-    def _call(self, method: str, url: str, body: object = None, timeout: float = REQUEST_SECONDS) -> Any:
+    def call(self, method: str, url: str, body: object = None, timeout: float = REQUEST_SECONDS) -> Any:
         what = f"{method} {url.partition('?')[0]} on {self.path}"
         connection = _UnixConnection(self.path, timeout)
         try:

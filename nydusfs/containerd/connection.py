@@ -47,6 +47,10 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
+    def stub(self, factory: Any) -> Any:
+        """Of a service that only its caller needs."""
+        return stub(factory, self._channel)
+
     def metadata(self) -> list[tuple[str, str]]:
         metadata = [("containerd-namespace", self.namespace)]
         return [*metadata, ("containerd-lease", self._lease)] if self._lease else metadata

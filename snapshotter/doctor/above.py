@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from protos.containerd.services.introspection.v1 import introspection_pb2, introspection_pb2_grpc
 from protos.containerd.services.version.v1 import version_pb2_grpc
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
-from snapshotter.doctor.node import Containerd, Node
+from snapshotter.node import Containerd, Node
 from snapshotter.system import start_time
 
 SECONDS = 5.0

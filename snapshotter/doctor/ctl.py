@@ -47,9 +47,9 @@ def command(
     Exit status: 0 all is well (warnings are shown), 1 an error was found, 2 wrong usage.
     """
     from snapshotter.doctor.finding import Level
-    from snapshotter.doctor.node import Choices, Node
     from snapshotter.doctor.run import findings
     from snapshotter.errors import SnapshotterError
+    from snapshotter.node import Choices, Node
 
     arguments = ("--config", config) if config else ()
     try:

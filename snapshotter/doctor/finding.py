@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from snapshotter.doctor.node import Node
+    from snapshotter.node import Node
 
 
 class Level(IntEnum):

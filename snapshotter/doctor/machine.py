@@ -11,8 +11,8 @@ from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import selftest
 from nydusfs.errors import NydusError
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
-from snapshotter.doctor.node import Node
 from snapshotter.errors import SnapshotterError
+from snapshotter.node import Node
 
 RESEND = (6, 9)  # the first Linux that delivers a dead worker's requests again
 OLDEST = (5, 4)

@@ -19,8 +19,8 @@ from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions, route
 from nydusfs.registry.reference import Reference
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
-from snapshotter.doctor.node import Node
 from snapshotter.errors import SnapshotterError
+from snapshotter.node import Node
 from snapshotter.nydusd_config import credentials_of, derive
 
 SECONDS = 5.0

@@ -8,8 +8,8 @@ from functools import partial
 from nydusfs.errors import NydusError
 from snapshotter.doctor import above, machine, remote, services, storage
 from snapshotter.doctor.finding import Check, Finding, Level
-from snapshotter.doctor.node import Node
 from snapshotter.errors import SnapshotterError
+from snapshotter.node import Node
 
 
 def findings(node: Node, images: tuple[str, ...] = ()) -> Iterator[Finding]:

@@ -13,8 +13,8 @@ import grpc
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
-from snapshotter.doctor.node import Node
 from snapshotter.errors import SnapshotterError
+from snapshotter.node import Node
 from snapshotter.nydusd_api import NydusdApi
 
 UNIT_FOLDERS = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")

@@ -14,9 +14,9 @@ from pathlib import Path
 from nydusfs.drivers import kernel
 from snapshotter.directories import disk_usage
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
-from snapshotter.doctor.node import Node
 from snapshotter.doctor.services import listens
 from snapshotter.errors import SnapshotterError
+from snapshotter.node import Node
 from snapshotter.system import start_time
 
 FULL, LOW = 0.02, 0.10  # of the disk free

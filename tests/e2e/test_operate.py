@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from snapshotter.doctor import remote, services
 from snapshotter.doctor.finding import Level
-from snapshotter.doctor.node import Choices, Node
 from snapshotter.doctor.run import findings
+from snapshotter.node import Choices, Node
 from tests.e2e.conftest import require_programs
 from tests.lab.daemon import Nydusd
 from tests.lab.process import free_port, remove_tree, run, unmount_below, wait_until, work_dir
@@ -138,14 +138,16 @@ Fault = Callable[[Lab], "contextlib.AbstractContextManager[dict[str, Any]]"]
 
 @contextlib.contextmanager
 def edited(path: Path, change: Callable[[str], str]) -> Iterator[None]:
-    before = path.read_text()
+    before, times = path.read_text(), path.stat()
     after = change(before)
     assert after != before
     path.write_text(after)
+    os.utime(path, (time.time() + 5, time.time() + 5))  # certainly after the start of who reads it
     try:
         yield
     finally:
         path.write_text(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @contextlib.contextmanager
@@ -536,3 +538,98 @@ def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:
     calls = families["snapshotter_snapshot_operation_elapsed_milliseconds"].samples
     assert {one.labels["snapshot_operation"] for one in calls} >= {"PREPARE", "MOUNTS", "REMOVE", "STAT"}
     assert lab.fetch(lab.metrics, "/metrics").count("# TYPE") == text.count("# TYPE")
+
+
+# ---- explain, top, dashboard
+
+
+def explained(lab: Lab, name: str) -> dict[str, Any]:
+    command = [*CTL, "explain", name, "--json", "--root", lab.root, "-a", lab.stack.containerd.socket]
+    return dict(json.loads(run(command, timeout=60).stdout))
+
+
+def test_explain_a_lazy_container(lab: Lab) -> None:
+    stack = lab.stack
+    stack.containerd.ctr("run", "-d", "--net-host", "--snapshotter", "nydus", lab.ref, "explained",
+                         "sh", "-c", "sha256sum < /payload; sleep 100")  # fmt: skip
+    try:
+        wait_until(lambda: explained(lab, "expl")["reads"]["bytes"] >= 8 << 20, 60, "the payload read")
+        found = explained(lab, "explained")
+    finally:
+        stack.containerd.ctr("tasks", "kill", "-s", "KILL", "explained")
+        wait_until(lambda: "STOPPED" in stack.containerd.ctr("tasks", "ls").stdout, 20, "the container to end")
+        stack.containerd.ctr("tasks", "rm", "explained")
+        stack.containerd.ctr("containers", "rm", "explained")
+    assert (found["kind"], found["image"], found["lazy"], found["driver"]) == ("container", lab.ref, True, "FUSE")
+    assert [layer["state"] for layer in found["layers"]] == ["lazy", "lazy", "lazy", "bootstrap"]
+    assert sum(layer["cached"] for layer in found["layers"]) >= 8 << 20
+    assert found["reads"]["errors"] == 0
+    phases = {phase["name"]: phase for phase in found["phases"]}
+    assert {"pull", "prepare", "first read"} <= set(phases)
+    assert 0 < phases["prepare"]["seconds"] < 60
+    assert phases["pull"]["at"] < phases["prepare"]["at"]
+    assert stack.mirror is not None
+    by_source = {one["address"].split("?")[0].rstrip("/"): one["bytes"] for one in found["sources"]}
+    assert sum(by_source.values()) > 0
+    assert stack.mirror.url in by_source
+    shown = run([*CTL, "explain", lab.ref, "--root", lab.root, "-a", stack.containerd.socket], timeout=60).stdout
+    assert "lazy: mounted by FUSE at" in shown
+    assert "Bytes by source" in shown
+    assert len(shown.splitlines()) < 60
+
+
+def test_explain_says_why_not(lab: Lab) -> None:
+    stack = lab.stack
+    plain = f"{stack.host}/{REPOSITORY}:oci"
+    environment = {**os.environ, **stack.options.env}
+    stack.rpull(plain, env=environment)
+    found = explained(lab, plain)
+    assert (found["lazy"], {layer["state"] for layer in found["layers"]}) == (False, {"unpacked"})
+    assert any("plain OCI image" in reason for reason in found["why"])
+    stack.rpull(plain, snapshotter="overlayfs", env=environment)
+    stack.containerd.ctr("containers", "create", "--snapshotter", "overlayfs", plain, "elsewhere", "true")
+    try:
+        found = explained(lab, "elsewhere")
+    finally:
+        stack.containerd.ctr("containers", "rm", "elsewhere")
+    assert not found["lazy"]
+    assert any("snapshotter overlayfs" in reason for reason in found["why"])
+    command = [*CTL, "explain", "nobody", "--root", lab.root, "-a", stack.containerd.socket]
+    missing = run(command, timeout=60, check=False)
+    assert (missing.returncode, "no container and no image nobody" in missing.stderr) == (1, True)
+
+
+def test_top_once(lab: Lab) -> None:
+    where = ["--root", lab.root, "-a", lab.stack.containerd.socket, "--interval", "0.5", "--once"]
+    now = json.loads(run([*CTL, "top", "--json", *where], timeout=60).stdout)
+    (image,) = now["images"]
+    assert image["image"] == lab.ref
+    assert image["per_second"]["reads"] >= 0
+    assert now["daemons"][0]["state"] == "RUNNING"
+    assert any(one["bytes"] > 0 for one in now["sources"])
+    shown = run([*CTL, "top", *where], timeout=60).stdout
+    assert lab.ref[:20] in shown
+    assert "RUNNING" in shown
+
+
+def test_the_snapshotter_itself(lab: Lab) -> None:
+    assert "MainThread" in run([*CTL, "snapshotter", "stacks", "--root", lab.root], timeout=60).stdout
+    run([*CTL, "snapshotter", "log-level", "debug", "--daemons", "--root", lab.root], timeout=60)
+    assert lab.call("GET", "/api/v1/log")[1] == {"level": "debug"}
+    run([*CTL, "snapshotter", "log-level", "info", "--daemons", "--root", lab.root], timeout=60)
+    assert json.loads(run([*CTL, "snapshotter", "daemons", "--root", lab.root], timeout=60).stdout)[0]["instances"]
+    gone = run([*CTL, "snapshotter", "stacks", "--root", lab.work / "nowhere"], timeout=60, check=False)
+    assert (gone.returncode, "no snapshotter answers" in gone.stderr) == (1, True)
+
+
+def test_every_metric_of_the_dashboard_exists(lab: Lab) -> None:
+    lab.doctor()
+    text = lab.fetch(lab.metrics, "/v1/metrics")
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line and line[0] != "#"}
+    dashboard = json.loads((REPO / "examples" / "grafana" / "nydus.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    expressions += [one["query"]["query"] for one in dashboard["templating"]["list"] if isinstance(one["query"], dict)]
+    used = {name for text in expressions for name in re.findall(r"\b(?:nydusd|snapshotter)_[a-z_]+", text)}
+    labels = {"nydusd_event", "snapshot_operation"}
+    assert len(used) > 30
+    assert used - labels - names == set(), text

@@ -105,7 +105,7 @@ def read_config(file: Path) -> tuple[dict[str, Any], str]:
     """containerd's configuration and what is wrong with it. Later files win, table by table."""
     merged: dict[str, Any] = {}
     problem = ""
-    waiting = [file]
+    waiting = [Path(os.path.realpath(file))]
     seen: set[Path] = set()
     while waiting and len(seen) < MAX_IMPORTS:
         path = waiting.pop(0)
@@ -123,7 +123,7 @@ def read_config(file: Path) -> tuple[dict[str, Any], str]:
         imports = found.pop("imports", [])
         _merge(merged, found)
         for pattern in imports if isinstance(imports, list) else []:
-            waiting += [Path(name) for name in sorted(glob.glob(str(path.parent / str(pattern))))]
+            waiting += [Path(os.path.realpath(name)) for name in sorted(glob.glob(str(path.parent / str(pattern))))]
     return merged, problem
 
 

@@ -1,0 +1,1 @@
+"""`nydusctl explain`: was it lazy, what was fetched, from where, and what did readers wait for?"""

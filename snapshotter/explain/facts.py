@@ -1,0 +1,345 @@
+"""What is known of one image or container: from containerd, from the snapshotter's database, from its API, from nydusd.
+
+Each source of facts may be missing (a daemon that does not answer, a snapshotter started a moment ago); then its part
+is empty and everything else is still said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from nydusfs.containerd.chain import chain_ids
+from nydusfs.containerd.connection import Connection, ContainerdError, Missing
+from nydusfs.containerd.containers import Container, Containers
+from nydusfs.drivers import kernel
+from nydusfs.errors import NydusError
+from nydusfs.registry.reference import Reference
+from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
+from snapshotter.client.plan import (
+    Descriptor,
+    Platform,
+    choose_manifest,
+    is_index,
+    parse_diff_ids,
+    parse_document,
+    parse_manifest,
+)
+from snapshotter.controller import SOCKET
+from snapshotter.directories import disk_usage
+from snapshotter.errors import NotFound, SnapshotterError
+from snapshotter.labels import DATA_LAYER, META_LAYER, PREFIX
+from snapshotter.node import Node
+from snapshotter.nydusd_api import NydusdApi
+from snapshotter.records import InstanceRecord
+from snapshotter.store import Kind
+
+PROGRAM = "nydusctl"
+MAX_DOCUMENT = 8 << 20
+ORIGINAL = PREFIX + "nydus-ref"  # a layer whose data is the ordinary layer beside it
+
+
+@dataclass
+class Layer:
+    """`state`: lazy, bootstrap, unpacked, absent. `cached`: bytes of it in the blob cache, decoded."""
+
+    digest: str
+    size: int
+    state: str
+    why: str
+    cached: int = 0
+
+
+@dataclass
+class Phase:
+    """`at` is wall clock; `seconds` None where only the moment is known."""
+
+    name: str
+    at: float | None
+    seconds: float | None
+    note: str = ""
+
+
+@dataclass
+class Explanation:
+    name: str
+    kind: str  # container, image
+    image: str = ""
+    namespace: str = ""
+    snapshotter: str = ""
+    lazy: bool = False
+    why: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    mountpoint: str = ""
+    driver: str = ""
+    daemon: str = ""
+    api_socket: str = ""
+    reads: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    backend: dict[str, Any] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    slowest: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    others: int = 0  # further mounts of the same image by this nydusd
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: int
+    key: str
+    parent: int | None
+    kind: int
+    created: int
+    updated: int
+    labels: Mapping[str, str]
+
+
+def explain(node: Node, name: str) -> Explanation:
+    """Raises NotFound for a name that is neither a container nor an image here, ContainerdError."""
+    found, client, container = _find(node, name)
+    with client:
+        rows = _rows(node)
+        found.namespace = client.namespace
+        if container is not None:
+            found.image, found.snapshotter = container.image, container.snapshotter
+        else:
+            found.snapshotter = _our_name(node)
+        layers, diff_ids = _manifest(client, found.image, found)
+        chain = chain_ids(diff_ids)
+        ours = found.snapshotter == _our_name(node)
+        top = _container_row(rows, client.namespace, container) if container is not None and ours else None
+        unpacked = _judge_layers(client, node, found, layers, chain)
+    meta = _meta_of(rows, top) if top is not None else _meta_by_name(rows, chain)
+    _verdict(found, ours, meta is not None, unpacked)
+    if meta is not None:
+        _image(node, found, rows, meta, top)
+    return found
+
+
+# ---- containerd
+
+
+def _our_name(node: Node) -> str:
+    return node.containerd.snapshotter_name(node.need().address) or "nydus"
+
+
+def _find(node: Node, name: str) -> tuple[Explanation, Containers, Container | None]:
+    address = node.containerd.address
+    references = [name]
+    try:
+        references.append(str(Reference.parse(name)))
+    except NydusError:
+        pass
+    for namespace in _namespaces(address, node.choices.namespace):
+        client = Containers(address, namespace, PROGRAM)
+        try:
+            container = client.find(name)
+            return Explanation(container.id, "container"), client, container
+        except Missing:
+            pass
+        for reference in references:
+            try:
+                client.image_target(reference)
+                return Explanation(reference, "image", reference), client, None
+            except Missing:
+                continue
+        client.__exit__()
+    raise NotFound(f"containerd at {address} has no container and no image {name} in any namespace")
+
+
+def _namespaces(address: str, first: str) -> list[str]:
+    with Connection(address, first, PROGRAM) as connection:
+        service = connection.stub(namespace_pb2_grpc.NamespacesStub)
+        reply = connection.call("listing namespaces", service.List, namespace_pb2.ListNamespacesRequest())
+        return [first, *sorted({one.name for one in reply.namespaces} - {first})]
+
+
+def _manifest(client: Containers, image: str, found: Explanation) -> tuple[list[Descriptor], list[str]]:
+    """Layers and diff ids of the manifest that was pulled; empty when containerd does not have it any more."""
+    platform = Platform.parse("")
+    try:
+        target = client.image_target(image)
+        digest, media_type = str(target.digest), str(target.media_type)
+        body = client.read_content(digest, MAX_DOCUMENT)
+        if is_index(media_type):
+            digest = choose_manifest(parse_document(body, image), platform, image)[0].digest
+            body = client.read_content(digest, MAX_DOCUMENT)
+        config, layers = parse_manifest(body, image)
+        return layers, parse_diff_ids(client.read_content(config.digest, MAX_DOCUMENT), layers, platform, image)
+    except NydusError as failure:
+        found.why.append(f"containerd does not have the image's description any more: {failure}")
+        return [], []
+
+
+def _judge_layers(
+    client: Containers, node: Node, found: Explanation, layers: list[Descriptor], chain: list[str]
+) -> bool:
+    """Fills `found.layers`; whether the image is unpacked for the snapshotter at all."""
+    cache = node.need().cache_dir
+    unpacked = False
+    for layer, name in zip(layers, chain, strict=True):
+        try:
+            there = client.has_snapshot(found.snapshotter, name)
+        except ContainerdError:
+            there = False
+        unpacked = unpacked or there
+        data, meta = DATA_LAYER in layer.annotations, META_LAYER in layer.annotations
+        blob = cache / layer.digest.rpartition(":")[2]
+        cached = disk_usage(blob)[0] if blob.is_dir() else 0
+        if not there:
+            state, why = "absent", f"not unpacked for snapshotter {found.snapshotter}"
+        elif meta:
+            state, why = "bootstrap", "the image's metadata, always here"
+        elif data and client.has_content(layer.digest):
+            state, why = "lazy", "also in containerd's store: the client that pulled it fetched all layers"
+        elif data:
+            state, why = "lazy", "original layer, read by ranges" if ORIGINAL in layer.annotations else ""
+        else:
+            state, why = "unpacked", "an ordinary layer"
+        found.layers.append(Layer(layer.digest, layer.size, state, why, cached))
+    return unpacked
+
+
+def _verdict(found: Explanation, ours: bool, mountable: bool, unpacked: bool) -> None:
+    states = [layer.state for layer in found.layers]
+    if not ours:
+        found.why.append(f"it uses snapshotter {found.snapshotter}: run it with the one of Nydus (--snapshotter)")
+    elif mountable:
+        found.lazy = True
+        if "unpacked" in states:
+            found.why.append(f"{states.count('unpacked')} ordinary layers above it were unpacked")
+    elif found.layers and not unpacked:
+        found.why.append(f"it was not pulled for snapshotter {found.snapshotter}: pull it again with that one")
+    elif "lazy" in states:
+        found.why.append("its layer of metadata is missing: pull it again")
+    elif found.layers:
+        found.why.append("a plain OCI image, no layer has a mark of Nydus: nydusify convert makes one that has")
+
+
+# ---- the snapshotter's database
+
+
+def _rows(node: Node) -> dict[int, _Row]:
+    statement = "SELECT id, key, parent, kind, created, updated, labels FROM snapshots"
+    return {
+        row[0]: _Row(row[0], row[1], row[2], row[3], row[4], row[5], json.loads(row[6]))
+        for row in node.query(statement)
+    }
+
+
+def _container_row(rows: Mapping[int, _Row], namespace: str, container: Container) -> _Row | None:
+    pattern = re.compile(rf"{re.escape(namespace)}/\d+/{re.escape(container.snapshot_key)}")
+    return next((row for row in rows.values() if pattern.fullmatch(row.key)), None)
+
+
+def _meta_by_name(rows: Mapping[int, _Row], chain: list[str]) -> _Row | None:
+    names = set(chain)
+    return next(
+        (row for row in rows.values() if META_LAYER in row.labels and row.key.rpartition("/")[2] in names), None
+    )
+
+
+def _above(rows: Mapping[int, _Row], row: _Row) -> Iterator[_Row]:
+    """The row and its ancestors."""
+    current: _Row | None = row
+    while current is not None:
+        yield current
+        current = rows.get(current.parent) if current.parent else None
+
+
+def _meta_of(rows: Mapping[int, _Row], top: _Row) -> _Row | None:
+    return next((row for row in _above(rows, top) if META_LAYER in row.labels), None)
+
+
+# ---- the image at work
+
+
+def _image(node: Node, found: Explanation, rows: Mapping[int, _Row], meta: _Row, top: _Row | None) -> None:
+    chain = list(_above(rows, meta))
+    first = min(row.created for row in chain) / 1e9
+    found.phases.append(
+        Phase("pull", first, meta.created / 1e9 - first, "from the first layer to the image's metadata unpacked")
+    )
+    instance = next((one for one in node.instances() if one.snapshot == meta.id), None)
+    if instance is None:
+        found.why.append("no container used it yet: it is not mounted")
+        return
+    controller = NydusdApi(node.root / SOCKET)
+    _times(found, controller, instance, top)
+    daemon = next((one for one in node.daemons() if one.id == instance.daemon), None)
+    if daemon is None:
+        return
+    where = (
+        str(node.root / "mnt" / str(meta.id)) if daemon.shared else str(node.root / "snapshots" / str(meta.id) / "mnt")
+    )
+    found.mountpoint, found.daemon, found.api_socket = where, daemon.id, str(daemon.socket)
+    kinds = {entry.fstype for entry in kernel.mounts() if entry.mountpoint == where}
+    found.driver = "EROFS, by the kernel" if "erofs" in kinds else "FUSE"
+    _numbers(found, NydusdApi(daemon.socket), f"/{meta.id}" if daemon.shared else "/", f"/{meta.id}")
+
+
+def _times(found: Explanation, controller: NydusdApi, instance: InstanceRecord, top: _Row | None) -> None:
+    try:
+        images = controller.get("images") or []
+        prepared = controller.get(f"times?key={quote(top.key, safe='')}") if top is not None else {}
+    except SnapshotterError:
+        images, prepared = [], {}
+    times = next((one.get("times") or {} for one in images if one.get("snapshot") == instance.snapshot), {})
+    if times:
+        waited = f", {times['waited']:.3f} s of waiting for others" if times.get("waited", 0) > 0.001 else ""
+        found.phases.append(Phase("mount", times["at"], times.get("mount"), f"nydusd opens the image{waited}"))
+    if top is not None and top.kind != Kind.COMMITTED:
+        note = (
+            "the snapshotter's answer to containerd"
+            if prepared
+            else "before the snapshotter's last start: time not known"
+        )
+        found.phases.append(Phase("prepare", top.created / 1e9, (prepared or {}).get("prepare"), note))
+
+
+def _numbers(found: Explanation, api: NydusdApi, where: str, config: str) -> None:
+    try:
+        stats = api.metrics("", where) or {}
+        found.cache = api.metrics("blobcache", config) or {}
+        found.backend = api.metrics("backend", where) or {}
+        slow = api.metrics("slow", where) or {}
+    except SnapshotterError as failure:
+        found.why.append(f"its nydusd does not say what it did: {failure}")
+        return
+    found.sources = found.backend.pop("sources", [])
+    found.slowest, found.failed = slow.get("files", []), slow.get("failed", [])
+    found.reads = {
+        "count": stats["fop_hits"][4],
+        "errors": stats["fop_errors"][4],
+        "bytes": stats["data_read"],
+        "latency": stats["read_latency_dist"],
+        "lookups": stats["fop_hits"][9],
+    }
+    for phase in found.phases:
+        if phase.name == "mount" and phase.at is not None and not phase.seconds:
+            phase.at = slow.get("mounted_at", phase.at)
+    if slow.get("first_read_at"):
+        note = "the first file a container read"
+        if mounted := slow.get("mounted_at"):
+            note = f"{slow['first_read_at'] - mounted:.3f} s after the mount; counted since this nydusd began"
+        found.phases.append(Phase("first read", slow["first_read_at"], slow["first_read_micros"] / 1e6, note))
+    if found.cache.get("prefetch_requests_count"):
+        begin = found.cache["prefetch_begin_time_secs"] + found.cache["prefetch_begin_time_millis"] / 1000
+        end = found.cache["prefetch_end_time_secs"] + found.cache["prefetch_end_time_millis"] / 1000
+        found.phases.append(
+            Phase(
+                "prefetch",
+                begin,
+                max(0.0, end - begin) if end else None,
+                f"{found.cache['prefetch_data_amount'] / 1e6:.1f} MB",
+            )
+        )
+    found.phases.sort(key=lambda phase: phase.at or 0.0)

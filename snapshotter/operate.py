@@ -1,0 +1,76 @@
+"""`nydusctl snapshotter ...`: the running snapshotter itself, over its socket below the root."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from snapshotter.nydusd_api import NydusdApi
+
+_root = click.option("--root", default="", metavar="DIR", help="Of the snapshotter [default: the one that runs].")
+
+
+def api(root: str) -> NydusdApi:
+    """Its socket. Raises click.ClickException."""
+    from snapshotter.controller import SOCKET
+    from snapshotter.errors import SnapshotterError
+    from snapshotter.node import Choices, Node
+
+    try:
+        return NydusdApi((Path(root) if root else Node(Choices()).root) / SOCKET)
+    except SnapshotterError as failure:
+        raise click.ClickException(str(failure)) from None
+
+
+@click.group("snapshotter")
+def command() -> None:
+    """The running snapshotter: what it does, how much it logs, its nydusd."""
+
+
+@command.command()
+@_root
+def stacks(root: str) -> None:
+    """Where each of its threads is: what a snapshotter that hangs is waiting for."""
+    from nydusfs.stacks import as_text
+
+    value = _asked(api(root), "GET", "/api/v1/stacks")
+    click.echo(as_text({"threads": value["threads"], "tasks": value["tasks"]}))
+
+
+@command.command("log-level")
+@click.argument("level")
+@_root
+@click.option("--daemons", is_flag=True, help="And of every nydusd.")
+def log_level(level: str, root: str, daemons: bool) -> None:
+    """Change what is logged from now on: trace, debug, info, warn or error."""
+    _asked(api(root), "PUT", "/api/v1/log", {"level": level, "daemons": daemons})
+
+
+@command.command()
+@_root
+def upgrade(root: str) -> None:
+    """Have every nydusd go over to the code that is installed now, under its mounts."""
+    _asked(api(root), "PUT", "/api/v1/daemons/upgrade", {"policy": "rolling"})
+
+
+@command.command()
+@_root
+def daemons(root: str) -> None:
+    """The nydusd processes and their images, as JSON."""
+    click.echo(json.dumps(_asked(api(root), "GET", "/api/v1/daemons"), indent=1))
+
+
+def _asked(found: NydusdApi, method: str, path: str, body: object = None) -> dict[str, list[dict[str, object]]]:
+    from snapshotter.errors import SnapshotterError
+    from snapshotter.nydusd_api import ApiError, ApiUnreachable
+
+    try:
+        return found.call(method, path, body) or {}
+    except ApiUnreachable:
+        raise click.ClickException(f"no snapshotter answers at {found.path}") from None
+    except ApiError as failure:
+        raise click.ClickException(failure.message) from None
+    except SnapshotterError as failure:
+        raise click.ClickException(str(failure)) from None

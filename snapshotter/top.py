@@ -1,0 +1,182 @@
+"""`nydusctl top`: what all nydusd of a node do at this moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snapshotter.doctor.ctl import where_to_look
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from snapshotter.node import Node
+
+READ, LOOKUP = 4, 9
+
+
+def look(node: Node) -> dict[str, Any]:
+    """Counters of every image, source and nydusd, with the time at which they were taken. Raises SnapshotterError."""
+    from snapshotter.errors import SnapshotterError
+    from snapshotter.nydusd_api import NydusdApi
+    from snapshotter.system import proportional_kb
+
+    instances = node.instances()
+    taken: dict[str, Any] = {"at": time.time(), "daemons": [], "images": [], "sources": []}
+    for daemon in node.daemons():
+        api = NydusdApi(daemon.socket)
+        entry: dict[str, Any] = {"id": daemon.id, "pid": daemon.pid, "state": "no answer", "waiting": 0}
+        taken["daemons"].append(entry)
+        try:
+            info = api.info(timeout=3)
+            waiting = api.metrics("inflight") or []
+            sources = api.metrics("sources") or []
+        except SnapshotterError:
+            continue
+        worker = info.get("worker_pid") or daemon.pid
+        entry |= {
+            "state": info.get("state"),
+            "pid": worker,
+            "memory_kb": proportional_kb(worker),
+            "waiting": len(waiting),
+        }
+        ages = [taken["at"] - one.get("timestamp_secs", taken["at"]) for one in waiting]
+        entry["oldest_seconds"] = round(max(0.0, *ages), 1) if ages else 0.0
+        taken["sources"] += [{"daemon": daemon.id, **one} for one in sources]
+        for one in instances:
+            if one.daemon != daemon.id:
+                continue
+            where = f"/{one.snapshot}" if daemon.shared else "/"
+            try:
+                stats = api.metrics("", where)
+                cache = api.metrics("blobcache", f"/{one.snapshot}")
+                backend = api.metrics("backend", where)
+            except SnapshotterError:
+                continue
+            taken["images"].append(
+                {
+                    "image": one.image,
+                    "snapshot": one.snapshot,
+                    "daemon": daemon.id,
+                    "reads": stats["fop_hits"][READ],
+                    "read_bytes": stats["data_read"],
+                    "read_errors": stats["fop_errors"][READ],
+                    "read_micros": stats["fop_cumulative_latency_total"][READ],
+                    "lookups": stats["fop_hits"][LOOKUP],
+                    "cache_hits": cache["partial_hits"] + cache["whole_hits"],
+                    "cache_asked": cache["total"],
+                    "prefetched": cache.get("prefetch_segments", 0),
+                    "prefetch_used": cache.get("prefetch_used", 0),
+                    "fetched_bytes": backend["read_amount_total"],
+                    "fetches": backend["read_count"],
+                    "fetch_errors": backend["read_errors"],
+                }
+            )
+    return taken
+
+
+_COUNTERS = (
+    *("reads", "read_bytes", "read_errors", "read_micros", "lookups"),
+    *("cache_hits", "cache_asked", "fetched_bytes", "fetches", "fetch_errors"),
+)
+
+
+def rates(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The images of `now`, busiest first, with `per_second` of each counter since `before`."""
+    elapsed = max(0.001, now["at"] - before["at"])
+    old = {(one["daemon"], one["snapshot"]): one for one in before["images"]}
+    found = []
+    for one in now["images"]:
+        was = old.get((one["daemon"], one["snapshot"]), {})
+        # after a worker's death counters begin at 0 again
+        speed = {name: max(0, one[name] - was.get(name, 0)) / elapsed for name in _COUNTERS}
+        found.append({**one, "per_second": {name: round(value, 3) for name, value in speed.items()}})
+    return sorted(found, key=lambda one: (-one["per_second"]["read_bytes"], -one["read_bytes"]))
+
+
+def render(before: dict[str, Any], now: dict[str, Any]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from snapshotter.explain.show import seconds, size
+
+    def table(*columns: str) -> Table:
+        made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=False)
+        for column in columns:
+            made.add_column(
+                column.lstrip(">"),
+                justify="right" if column.startswith(">") else "left",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        return made
+
+    head = Text(time.strftime("%H:%M:%S", time.localtime(now["at"])), style="bold")
+    for one in now["daemons"]:
+        style = "" if one["state"] == "RUNNING" else "bold red"
+        waits = f", {one['waiting']} waiting (oldest {one['oldest_seconds']:.1f} s)" if one["waiting"] else ""
+        memory = f", {one['memory_kb'] / 1024:.0f} MiB" if "memory_kb" in one else ""
+        head.append(f"   nydusd {one['id'][-6:]} pid {one['pid']} {one['state']}{memory}{waits}", style=style)
+    images = table("image", ">reads/s", ">read/s", ">avg", ">failed", ">cache", ">ahead used", ">fetched/s", ">fetched")
+    for one in rates(before, now):
+        speed = one["per_second"]
+        average = one["read_micros"] / one["reads"] / 1e6 if one["reads"] else None
+        cache = f"{100 * one['cache_hits'] / one['cache_asked']:.0f} %" if one["cache_asked"] else ""
+        ahead = f"{one['prefetch_used']}/{one['prefetched']}" if one["prefetched"] else ""
+        failed = Text(str(one["read_errors"]), style="bold red" if one["read_errors"] else "")
+        reads = f"{speed['reads']:.0f}"
+        images.add_row(one["image"], reads, size(speed["read_bytes"]), seconds(average), failed, cache,
+                       ahead, size(speed["fetched_bytes"]), size(one["fetched_bytes"]))  # fmt: skip
+    sources = table("source", "state", ">first byte", ">speed", ">errors", ">in flight", ">bytes", "last failure")
+    for one in now["sources"]:
+        state = Text(str(one["state"]), style={"up": "green", "down": "bold red"}.get(one["state"], "yellow"))
+        first = seconds(one["first_byte_millis"] / 1000) if one["first_byte_millis"] is not None else ""
+        fast = f"{size(one['bytes_per_second'])}/s" if one["bytes_per_second"] is not None else ""
+        sources.add_row(one["address"], state, first, fast, f"{100 * one['error_rate']:.1f} %", str(one["in_flight"]),
+                        size(one.get("bytes", 0)), one["last_failure"][:60])  # fmt: skip
+    return Group(head, Text(), images, Text(), sources)
+
+
+@click.command("top")
+@where_to_look
+@click.option("--interval", "-d", type=click.FloatRange(0.1), default=2.0, show_default=True, metavar="SECONDS")
+@click.option("--once", is_flag=True, help="Show one interval and end.")
+@click.option("--json", "as_json", is_flag=True, help="One object an interval, a line each; with --once one object.")
+def command(
+    root: str, config: str, containerd: str, containerd_config: str, namespace: str, interval: float, once: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Images, mirrors and daemons at work, again and again. Ctrl-C ends it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from snapshotter.errors import SnapshotterError
+    from snapshotter.node import Choices, Node
+
+    arguments = ("--config", config) if config else ()
+    try:
+        node = Node(Choices(root, arguments, containerd, containerd_config, "", namespace))
+        before = look(node)
+        if as_json or once:
+            while True:
+                time.sleep(interval)
+                now = look(node)
+                if as_json:
+                    click.echo(json.dumps({**now, "images": rates(before, now)}))
+                else:
+                    Console().print(render(before, now))
+                if once:
+                    return
+                before = now
+        with Live(render(before, before), screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                now = look(node)
+                live.update(render(before, now), refresh=True)
+                before = now
+    except SnapshotterError as failure:
+        raise click.ClickException(str(failure)) from None

@@ -1,0 +1,111 @@
+"""nydusctl's commands for the whole node: how they are found, and what they make of containerd's configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nydusfs.daemon import ctl
+from snapshotter.doctor import above, services
+from snapshotter.doctor.finding import Level
+from snapshotter.node import Choices, Node, read_config
+from snapshotter.nydusctl import COMMANDS
+from snapshotter.top import rates
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.setattr(ctl.Group, "later", COMMANDS)
+    return CliRunner()
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_commands_of_the_node_need_no_sock(commands: CliRunner, name: str) -> None:
+    told = commands.invoke(ctl.cli, [name, "--help"])
+    assert told.exit_code == 0
+    assert "Usage:" in told.output
+
+
+def test_upstreams_syntax_is_what_it_was(commands: CliRunner) -> None:
+    for words in (["info"], ["metrics", "fsstats"], ["umount", "/x"], ["mount"]):
+        told = commands.invoke(ctl.cli, words)
+        assert (told.exit_code, "'--sock'" in told.output) == (2, True)
+        told = commands.invoke(ctl.cli, ["--sock", "/nowhere", *words])
+        assert told.exit_code == (2 if words == ["mount"] else 1)
+    listed = commands.invoke(ctl.cli, ["--help"]).output
+    assert all(f"  {name} " in listed for name in (*COMMANDS, "info", "set", "metrics", "mount", "umount"))
+
+
+SOCKET = "/run/n/g.sock"
+PROXY = f'[proxy_plugins.nydus]\ntype = "snapshot"\naddress = "{SOCKET}"\n'
+EXPORTS = '[proxy_plugins.nydus.exports]\nenable_remote_snapshot_annotations = "true"\n'
+UNPACK = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nsnapshotter = \"nydus\"\n"
+IMAGES = "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = \"nydus\"\n"
+ON = "disable_snapshot_annotations = false\n"
+CRI_2 = '[plugins."io.containerd.grpc.v1.cri".containerd]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "expected"),
+    [
+        (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{ON}{UNPACK}", "v2.3.4", {}),
+        (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{UNPACK}", "2.3.4", {"containerd.annotations": Level.ERROR}),
+        (f"version = 3\n{PROXY}{IMAGES}{ON}{UNPACK}", "2.3.4", {"containerd.transfer": Level.WARNING}),
+        (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{ON}", "2.1.0", {"containerd.transfer": Level.WARNING}),
+        (f"version = 3\n{PROXY}{IMAGES}{ON}", "2.0.3", {}),
+        (f'version = 2\n{PROXY}{CRI_2}snapshotter = "nydus"\n{ON}', "1.7.20", {}),
+        (f'version = 2\n{PROXY}{CRI_2}snapshotter = "nydus"\n', "1.7.20", {"containerd.annotations": Level.ERROR}),
+        (f"version = 2\n{PROXY}{CRI_2}{ON}", "1.7.20", {"containerd.cri": Level.NOTE}),
+        (f'version = 2\n{PROXY}{CRI_2[:-2]}.runtimes.kata]\nsnapshotter = "nydus"\n{CRI_2}{ON}', "1.7.20", {}),
+        (f'{PROXY}[plugins.cri.containerd]\nsnapshotter = "nydus"\n{ON}', "1.6.20", {}),
+        (f'{PROXY}[plugins.cri.containerd]\nsnapshotter = "nydus"\n{ON}discard_unpacked_layers = true\n', "1.6.20",
+         {"containerd.discard": Level.WARNING}),
+        (f'disabled_plugins = ["io.containerd.grpc.v1.cri"]\nversion = 2\n{PROXY}', "1.6.20",
+         {"containerd.cri": Level.NOTE}),
+    ],
+)  # fmt: skip
+def test_annotations_in_every_form_of_the_configuration(
+    text: str, version: str, expected: dict[str, Level], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    root = f"/tmp/nydus-nowhere-{os.getpid()}"
+    node = Node(Choices(root=root, arguments=("--address", SOCKET), containerd_config=str(file)))
+    found = {one.check: one.level for one in above._annotations(node, node.containerd, version)}
+    assert {check: level for check, level in found.items() if level > Level.OK} == expected
+
+
+def test_imports_and_damage_of_containerds_configuration(tmp_path: Path) -> None:
+    main, more = tmp_path / "config.toml", tmp_path / "conf.d"
+    more.mkdir()
+    main.write_text('version = 2\nimports = ["conf.d/*.toml"]\n[proxy_plugins.a]\naddress = "/1"\n')
+    (more / "1.toml").write_text('[proxy_plugins.b]\naddress = "/2"\n')
+    (more / "2.toml").write_text('imports = ["../config.toml"]\n[proxy_plugins.a]\naddress = "/3"\n')
+    config, problem = read_config(main)
+    assert problem == ""
+    assert {name: one["address"] for name, one in config["proxy_plugins"].items()} == {"a": "/3", "b": "/2"}
+    (more / "3.toml").write_text("[broken")
+    assert "3.toml" in read_config(main)[1]
+    assert "does not exist" in read_config(tmp_path / "none")[1]
+
+
+def test_unit_files_with_continued_lines_and_comments(tmp_path: Path) -> None:
+    file = tmp_path / "x.service"
+    file.write_text(
+        "[Unit]\nBefore=a.service \\\n  b.service\n#Before=no\n[Service]\nKillMode = process\nExecStart=-/bin/x y\n"
+    )
+    found = services.read_unit(file)
+    assert found["Unit.Before"].split() == ["a.service", "b.service"]
+    assert (found["Service.KillMode"], found["Service.ExecStart"]) == ("process", "-/bin/x y")
+
+
+def test_rates_survive_counters_that_begin_again() -> None:
+    names = ("reads", "read_bytes", "read_errors", "read_micros", "lookups", "cache_hits", "cache_asked",
+             "fetched_bytes", "fetches", "fetch_errors")  # fmt: skip
+    one = {"daemon": "d", "snapshot": 1, **dict.fromkeys(names, 100)}
+    two = {**one, "reads": 160, "read_bytes": 10}
+    (found,) = rates({"at": 10.0, "images": [one]}, {"at": 12.0, "images": [two]})
+    assert (found["per_second"]["reads"], found["per_second"]["read_bytes"]) == (30.0, 0)
