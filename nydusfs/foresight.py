@@ -4,7 +4,8 @@ The later starts follow the image's profile (`learning`); the first one has none
 other while the link idles. Two things can be known all the same:
 
 - Programs. Who reads the head of an ELF file will load it: its tables, what relocations write to, its constructors,
-  and the same of each library it names.
+  and the same of each library it names. Of the program in the image's prefetch table, which `nydusify` writes, this is
+  known when the image is mounted, a third of a second before the container runs.
 - Runs. Files of one directory lie side by side in a blob, and who reads one package reads its neighbours: of a Python
   program with numpy, pandas and Django three quarters of the segments asked for were followed by the next one. Two
   neighbours in a row are a run, and the next ones are fetched, more the longer it goes on.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from bootstrap.base import HOLE
+from bootstrap.base import HOLE, Bootstrap
 from bootstrap.errors import RafsError
 from nydusfs import elf
 from nydusfs.errors import CacheError, ReadError, SourceError
@@ -46,7 +47,19 @@ MAX_PROGRAMS = 500  # files followed per mount: nobody starts more, and a scanne
 MAX_TABLES = 64 << 20
 MAX_CONSTRUCTORS = 4096
 MAX_LINKS = 16
+ALWAYS = (b"/etc/passwd", b"/etc/group")  # which user a container runs as
+LOADERS = (b"/etc/ld.so.cache",)  # what every glibc loader reads
 _WRONG = (RafsError, CacheError, SourceError, ReadError, KeyError, ValueError, IndexError)
+
+
+def programs(image: Bootstrap) -> list[int]:
+    """Those in the prefetch table: what the image is started for. Other entries are lists somebody made."""
+    found = []
+    for ino in image.prefetch_inodes()[:MAX_PROGRAMS]:
+        mode = image.attr(ino).mode
+        if stat.S_ISREG(mode) and mode & 0o111:
+            found.append(ino)
+    return found
 
 
 class Foresight:
@@ -78,6 +91,8 @@ class Foresight:
     async def run(self) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
+            for ino in [*programs(self._reader.bootstrap), *map(self._resolve, ALWAYS)]:
+                self._start(nursery, ino)
             while True:
                 while self._opened:
                     self._start(nursery, self._opened.popleft())
@@ -120,7 +135,10 @@ class Foresight:
     async def _program(self, nursery: trio.Nursery, ino: int) -> None:
         reader = self._reader
         try:
-            shape = elf.layout(await reader.peek(ino, 0, elf.HEAD))
+            head = await reader.peek(ino, 0, elf.HEAD)
+            if head[:2] == b"#!":
+                self._start(nursery, self._script(head))
+            shape = elf.layout(head)
             if shape is None:
                 return
             if shape.dynamic is not None:
@@ -128,10 +146,20 @@ class Foresight:
             if shape.interpreter is not None:
                 name = (await reader.peek(ino, *shape.interpreter)).rstrip(b"\0")
                 self._start(nursery, self._resolve(name))
+                for path in LOADERS:
+                    if found := self._resolve(path):
+                        nursery.start_soon(self._read, found, 0, MAX_TABLES)
                 if shape.entry and (place := shape.offset(shape.entry)) is not None:
                     nursery.start_soon(self._read, ino, place, 1)
         except _WRONG as error:
             log.debug("image %s: program %d is not followed: %s", reader.name, ino, error)
+
+    def _script(self, head: bytes) -> int:
+        words = head[2:256].partition(b"\n")[0].split()
+        if len(words) > 1 and words[0].endswith(b"/env"):
+            found = (self._resolve(folder + words[1]) for folder in (b"/usr/local/bin/", b"/usr/bin/", b"/bin/"))
+            return next((ino for ino in found if ino), 0)
+        return self._resolve(words[0]) if words else 0
 
     async def _linked(self, nursery: trio.Nursery, ino: int, shape: elf.Layout) -> None:
         """Libraries by name, then what this file's own loading reads."""

@@ -20,6 +20,7 @@ from bootstrap.base import HOLE, Blob
 from bootstrap.errors import RafsError
 from bootstrap.layout.common import BlobFeatures
 from nydusfs.errors import CacheError, SourceError
+from nydusfs.foresight import programs
 from nydusfs.segments import SEGMENT_SIZE, Segment
 from nydusfs.sources import Priority
 
@@ -142,7 +143,8 @@ class Prefetcher:
         """Whether somebody chose what is fetched first."""
         image = self._reader.bootstrap
         chosen = any(blob.features & BlobFeatures.IS_SEPARATED_WITH_PREFETCH_FILES for blob in image.blobs)
-        return chosen or bool(files) or any(ino != image.root for ino in image.prefetch_inodes())
+        # Of programs the first bytes are on their way, by `foresight`.
+        return chosen or bool(files) or bool(set(image.prefetch_inodes()) - {image.root, *programs(image)})
 
     def _groups(self, plan: Iterator[Segment | None]) -> Iterator[list[Job] | None]:
         """Neighbouring segments of the plan in one request of up to `merging_size` compressed bytes."""

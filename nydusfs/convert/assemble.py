@@ -13,6 +13,7 @@ from nydusfs.convert.bootstrap_layer import BootstrapLayer, write_bootstrap_laye
 from nydusfs.convert.images import Descriptor, Image
 from nydusfs.convert.layers import ConvertedLayer, LayerSettings
 from nydusfs.convert.manifests import digest_of
+from nydusfs.convert.startup import startup_files
 from nydusfs.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class ImageForm:
     """What converted images look like, whatever their layers are. `in_backend`: data blobs lie outside of the registry.
-    `prefetch`: absolute paths; `chunk_dict`: bootstrap of the dictionary."""
+    `prefetch`: absolute paths, None for the programs that each image starts with; `chunk_dict`: bootstrap of the
+    dictionary."""
 
     builder_version: str
     merge_platform: bool = False
     oci: bool = False
     referrer: bool = False
     in_backend: bool = False
-    prefetch: tuple[str, ...] = ()
+    prefetch: tuple[str, ...] | None = ()
     chunk_dict: Path | None = None
 
 
@@ -62,11 +64,15 @@ def assemble(
 
     folder.mkdir(parents=True)
     boot = folder / "image.boot"
+    if form.prefetch is not None:
+        patterns = list(form.prefetch)
+    else:
+        patterns = startup_files(image.config, [layer.bootstrap for layer in layers])
     try:
         merged = merge_layers(
             [_merge_source(layer, settings) for layer in layers],
             boot,
-            prefetch=[pattern.encode("utf-8", "surrogateescape") for pattern in form.prefetch],
+            prefetch=[pattern.encode("utf-8", "surrogateescape") for pattern in patterns],
             chunk_dict=form.chunk_dict,
         )
     except RafsError as error:

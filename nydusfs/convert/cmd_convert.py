@@ -64,7 +64,7 @@ _MAX_PATTERNS = 64 << 20
 @flag("--chunk-dict-insecure", is_flag=True, help="Dictionary's registry: as --target-insecure.")
 @flag(
     "--prefetch-dir",
-    help="Absolute path in the image to fetch ahead at every start. Nothing is fetched ahead by default.",
+    help="Absolute path in the image to fetch ahead at every start. Default: the program the image starts.",
 )
 @flag("--prefetch-patterns", is_flag=True, help="Read paths to fetch ahead from stdin, one per line.")
 @flag("--platform", env=None, help="Platforms to convert, as linux/amd64,linux/arm64. Default: this machine's.")
@@ -288,7 +288,10 @@ def _platforms(given: dict[str, Any]) -> tuple[Platform, ...] | None:
     return tuple(Platform.parse_list(given["platform"])) if given["platform"] else (host_platform(),)
 
 
-def _prefetch(given: dict[str, Any]) -> tuple[str, ...]:
+def _prefetch(given: dict[str, Any]) -> tuple[str, ...] | None:
+    """None when nothing is said."""
+    if not given["prefetch_dir"] and not given["prefetch_patterns"]:
+        return None
     if given["prefetch_dir"] and given["prefetch_patterns"]:
         raise click.UsageError("--prefetch-dir and --prefetch-patterns exclude each other")
     lines: list[str] = []

@@ -41,7 +41,7 @@ class ConvertOptions:
     platforms: tuple[Platform, ...] | None = None
     explicit_platforms: bool = False
     settings: LayerSettings = field(default_factory=LayerSettings)
-    prefetch: tuple[str, ...] = ()
+    prefetch: tuple[str, ...] | None = None  # None: the programs that the image starts with
     merge_platform: bool = False
     oci: bool = False
     referrer: bool = False

@@ -44,6 +44,15 @@ def running(image: TinyImage, tmp_path: Path) -> Iterator[tuple[FaultyServer, Ny
         yield server, daemon
 
 
+def test_the_program_of_the_image_is_on_its_way_before_anybody_reads(tmp_path: Path) -> None:
+    files = program_files() | {"etc/group": b"root:x:0:\n", "start": b"#!/usr/bin/env ls\n"}
+    options = BuildOptions(chunk_size=CHUNK, prefetch=[b"/start"], prefetch_policy="fs")
+    image = tiny_image(tmp_path, files, options, mode=0o755)
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server, Nydusd() as daemon:
+        assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "cache")).status == 204
+        assert settled(server) > 8 * CHUNK
+
+
 def settled(server: FaultyServer) -> int:
     """Bytes asked for, once nothing is asked for any more."""
     seen = [-1, asked(server)]

@@ -176,7 +176,7 @@ def test_manifest_config_and_metrics(registry: Registry, image: Image, tmp_path:
     assert metrics["SourceImageSize"] == image.blob_bytes + image.config.size
     assert metrics["TargetImageSize"] == sum(layer["size"] for layer in manifest["layers"]) + manifest["config"]["size"]
     assert {"SourcePullElapsed", "ConversionElapsed", "TargetPushElapsed"} < set(metrics)
-    assert _prefetch(registry, "m") == [], "no whole-image prefetch unless asked"
+    assert _prefetch(registry, "m") == [], "no whole-image prefetch unless asked, and this image starts no program"
 
 
 def _prefetch(registry: Registry, tag: str) -> list[bytes]:
