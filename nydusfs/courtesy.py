@@ -24,6 +24,8 @@ REQUESTS = 8  # in flight at most
 UNKNOWN_RATE = 1e6  # bytes per second, until something was measured
 _SLOWEST = 128 * 1024.0  # an open request gets this much in any case: its source has limits of time
 _SLICE, _SLICE_BYTES = 0.25, 1 << 20  # a rate is measured over so many seconds or bytes
+_READ_SLICE, _READ_DECAY = 0.1, 0.98  # the same from what readers get, who may not use all of the link
+_LEAST_AHEAD, _AHEAD_SECONDS = 2 << 20, 0.4
 _WAITS = 32  # of the last answers: the shortest is what an answer takes when nothing queues before it
 _QUEUED, _QUEUED_SECONDS = 1.5, 0.002  # an answer that takes that much longer stood in a queue
 _REQUEST_SECONDS = 0.5  # of the link that one request may be worth
@@ -40,12 +42,15 @@ class Courtesy:
         self._next_at = -math.inf  # when the next piece beside readers is due
         self._slice_from = -math.inf
         self._slice_bytes = 0
+        self._read_from, self._read_bytes = -math.inf, 0
         self._width = 1.0  # requests that fill the link
         self._waits: deque[float] = deque(maxlen=_WAITS)
 
     # -- readers
 
     def reader_comes(self) -> None:
+        if not self._readers:
+            self._read_from, self._read_bytes = trio.current_time(), 0
         self._readers += 1
         self._slice_from = -math.inf
 
@@ -54,9 +59,19 @@ class Courtesy:
         self._free_at = trio.current_time() + BREATH
 
     def fetched(self, size: int, seconds: float) -> None:
-        """What a reader waited for came in this time: the link carries at least that."""
+        """What readers waited for came in this time: the link carries at least that, and what came beside it."""
+        now = trio.current_time()
+        self._read_bytes += size
+        elapsed = now - self._read_from
         if size >= MIN_WINDOW and seconds > 0:
             self.rate = max(self.rate, size / seconds)
+        if elapsed >= _READ_SLICE:
+            self.rate = max(_READ_DECAY * self.rate, self._read_bytes / elapsed)
+            self._read_from, self._read_bytes = now, 0
+
+    def ahead(self, longest: int) -> int:
+        """Bytes that may be fetched ahead of a sequential reader: a moment's worth, behind which others would wait."""
+        return int(min(longest, max(_LEAST_AHEAD, self.rate * _AHEAD_SECONDS)))
 
     @property
     def busy(self) -> bool:

@@ -30,14 +30,16 @@ from nydusfs.counters import CacheCounters
 from nydusfs.courtesy import Courtesy, RequestPace
 from nydusfs.errors import SourceError
 from nydusfs.http.pacing import PACE
-from nydusfs.segments import BadChunk, Segment, UnitMembers, decode, runs
+from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode, runs
 from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
 
 log = logging.getLogger("nydusfs.fetch")
 
 DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
 MERGE = 1 << 20  # compressed bytes of one merged request
-INLINE = 48 * 1024  # compressed bytes decoded on the loop: about 0.2 ms
+# Compressed bytes decoded on the loop: about 0.2 ms. Where nothing else is fetched, any number: the reader is not to
+# wait for two more switches, each of them milliseconds on a machine that is busy.
+INLINE = 48 * 1024
 INLINE_PLAIN = 1 << 20  # and to no more than this
 DECODE_THREADS = 4
 PREFETCH_THREADS = 1  # of them for prefetch: the others stay free for readers
@@ -69,11 +71,28 @@ class _Flight:
     job: Job
     done: trio.Event = field(default_factory=trio.Event)
     urgent: trio.Event = field(default_factory=trio.Event)  # a reader waits; one for all flights of a request
-    plain: bytearray | None = None
+    plain: Plain | None = None
     error: SourceError | None = None
 
 
-_Parts: TypeAlias = list[tuple[Job, list[UnitMembers], bytearray]]  # units to decode, and where to
+@dataclass(slots=True)
+class _Part:
+    """Units of a segment to decode, and what has been so far."""
+
+    job: Job
+    units: list[UnitMembers]
+    plain: Plain | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a check made of the bytes that passed it, one for each part."""
+
+    plain: list[Plain]
+    kept: list[bool]
+
+
+_Results: TypeAlias = list[_Result]  # of the checks of one request; the last one counts
 
 
 class FetchScheduler:
@@ -82,15 +101,16 @@ class FetchScheduler:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._flights: dict[_Identity, _Flight] = {}
+        self._begun = trio.Event()  # a fetch, since `settled` looked
         self._demand_slots: dict[str, trio.Semaphore] = {}
         self.courtesy = Courtesy()
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
-        self._recent: OrderedDict[_Identity, tuple[Segment, BlobCache | None, bytearray]] = OrderedDict()
+        self._recent: OrderedDict[_Identity, tuple[Segment, BlobCache | None, Plain]] = OrderedDict()
         self._recent_bytes = 0
         self._keep_again = 0.0
 
-    def recent(self, job: Job) -> bytearray | None:
+    def recent(self, job: Job) -> Plain | None:
         """A segment that was fetched lately and could not be kept on disk, which now and then is tried again."""
         if not self._recent:
             return None
@@ -116,7 +136,7 @@ class FetchScheduler:
             if self._recent.pop(identity, None) is not None:
                 self._recent_bytes -= len(plain)
 
-    async def fetch(self, jobs: Sequence[Job], priority: Priority, merge: int = MERGE) -> list[bytearray]:
+    async def fetch(self, jobs: Sequence[Job], priority: Priority, merge: int = MERGE) -> list[Plain]:
         """The plain bytes of each job's segment, verified and, where the disk allows, cached.
 
         Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes.
@@ -131,7 +151,7 @@ class FetchScheduler:
         finally:
             if priority is Priority.DEMAND:
                 self.courtesy.reader_goes()
-        found: list[bytearray] = []
+        found: list[Plain] = []
         for flight in flights:
             if flight.error is not None:
                 raise SourceError(flight.error.what, flight.error.tried, damaged=flight.error.damaged)
@@ -140,13 +160,22 @@ class FetchScheduler:
         return found
 
     def start(self, jobs: Sequence[Job]) -> None:
-        """Begin to fetch without waiting, what a sequential reader will ask for next. Errors show when it does."""
-        self._join(jobs, Priority.DEMAND, MERGE)
+        """Begin to fetch without waiting, what a sequential reader will ask for next, behind what is asked for in this
+        turn of the loop. Errors show when the reader comes."""
+        self._join(jobs, Priority.DEMAND, MERGE, behind=True)
+
+    async def settled(self, pause: float) -> None:
+        """Return when there were fetches and, at two looks `pause` seconds apart, no more."""
+        self._begun = trio.Event()
+        await self._begun.wait()
+        while self._begun.is_set():
+            self._begun = trio.Event()
+            await trio.sleep(pause)
 
     def in_flight(self, job: Job) -> bool:
         return job.identity in self._flights
 
-    def _join(self, jobs: Sequence[Job], priority: Priority, merge: int) -> list[_Flight]:
+    def _join(self, jobs: Sequence[Job], priority: Priority, merge: int, behind: bool = False) -> list[_Flight]:
         """A flight for each job: one that is under way, or new ones started in merged groups."""
         flights: list[_Flight] = []
         group: list[_Flight] = []
@@ -154,8 +183,9 @@ class FetchScheduler:
             flight = self._flights.get(job.identity)
             if flight is None:
                 flight = self._flights[job.identity] = _Flight(job)
+                self._begun.set()
                 if group and not joinable([joined.job for joined in group], job, merge):
-                    self._nursery.start_soon(self._run, group, priority)
+                    self._nursery.start_soon(self._run, group, priority, behind)
                     group = []
                 if group:
                     flight.urgent = group[0].urgent
@@ -164,7 +194,7 @@ class FetchScheduler:
                 flight.urgent.set()
             flights.append(flight)
         if group:
-            self._nursery.start_soon(self._run, group, priority)
+            self._nursery.start_soon(self._run, group, priority, behind)
         return flights
 
     def _slots_of(self, source: Source) -> trio.Semaphore:
@@ -174,8 +204,10 @@ class FetchScheduler:
             slots = self._demand_slots[source.name] = trio.Semaphore(DEMAND_REQUESTS)
         return slots
 
-    async def _run(self, group: list[_Flight], priority: Priority) -> None:
+    async def _run(self, group: list[_Flight], priority: Priority, behind: bool) -> None:
         try:
+            if behind:
+                await trio.lowlevel.checkpoint()
             if priority is not Priority.PREFETCH:
                 # LEARNED too: its callers bound themselves, and a reader is about to wait for it.
                 await self._run_now(group, priority)
@@ -258,25 +290,27 @@ class FetchScheduler:
 
     async def _fetch_one(self, flight: _Flight, priority: Priority) -> None:
         job = flight.job
-        segment = job.segment
-        plain = bytearray(segment.size)
-        kept: list[bool] = []
-        ranges = list(runs(job.chunks, segment))
+        plain: Plain | None = None
+        kept = False
+        ranges = list(runs(job.chunks, job.segment))
         for number, (start, end, units) in enumerate(ranges):
+            results: _Results = []
             last = number == len(ranges) - 1
-            check = partial(self._verify, kept, [(job, units, plain)], start, last, self._decoders(priority))
+            check = partial(self._verify, results, [_Part(job, units, plain)], start, last, self._decoders(priority))
             await self._read(flight, start, end - start, priority, check)
-        self._finish(flight, plain, kept[0])
+            (plain,), (kept,) = results[-1].plain, results[-1].kept
+        assert plain is not None
+        self._finish(flight, plain, kept)
 
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
         start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
-        parts = [(job, next(runs(job.chunks, job.segment))[2], bytearray(job.segment.size)) for job in jobs]
-        kept: list[bool] = []
-        check = partial(self._verify, kept, parts, start, True, self._decoders(priority))
+        parts = [_Part(job, next(runs(job.chunks, job.segment))[2]) for job in jobs]
+        results: _Results = []
+        check = partial(self._verify, results, parts, start, True, self._decoders(priority))
         await self._read(group[0], start, end - start, priority, check)
-        for flight, (_, _, plain), there in zip(group, parts, kept, strict=True):
-            self._finish(flight, plain, there)
+        for flight, plain, kept in zip(group, results[-1].plain, results[-1].kept, strict=True):
+            self._finish(flight, plain, kept)
 
     def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
         return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
@@ -293,19 +327,26 @@ class FetchScheduler:
             job.counters.buffered_backend_size -= size
 
     async def _verify(
-        self, kept: list[bool], parts: _Parts, start: int, store: bool, limiter: trio.CapacityLimiter, stored: Buffer
+        self,
+        results: _Results,
+        parts: list[_Part],
+        start: int,
+        store: bool,
+        limiter: trio.CapacityLimiter,
+        stored: Buffer,
     ) -> None:
-        """The check of a source's bytes: verify everything, then write it if `store`; `kept`: which of them was kept.
+        """The check of a source's bytes: verify everything, then write it if `store`; appends what came of it.
 
         Raises `WrongBytes`.
         """
         view = memoryview(stored)
-        if len(stored) <= INLINE and sum(len(plain) for _, _, plain in parts) <= INLINE_PLAIN:
-            kept[:] = _decode_and_store(parts, start, view, store)
+        small = len(stored) <= INLINE or len(self._flights) <= 1
+        if small and sum(part.job.segment.size for part in parts) <= INLINE_PLAIN:
+            results.append(_decode_and_store(parts, start, view, store))
             return
-        kept[:] = await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter)
+        results.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter))
 
-    def _finish(self, flight: _Flight, plain: bytearray, kept: bool) -> None:
+    def _finish(self, flight: _Flight, plain: Plain, kept: bool) -> None:
         job = flight.job
         flight.plain = plain
         job.counters.entries_count += len(job.segment.rows)
@@ -329,16 +370,24 @@ def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:
     return segment.compressed_end - first.compressed_start <= merge
 
 
-def _decode_and_store(parts: _Parts, start: int, stored: memoryview, store: bool) -> list[bool]:
-    for job, units, plain in parts:
+def _decode_and_store(parts: list[_Part], start: int, stored: memoryview, store: bool) -> _Result:
+    found: list[Plain] = []
+    for part in parts:
+        job = part.job
         try:
-            decode(job.segment, job.chunks, units, start, stored, plain)
+            found.append(decode(job.segment, job.chunks, part.units, start, stored, part.plain))
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
-    return [store and job.cache is not None and job.cache.write(job.segment, plain) for job, _, plain in parts]
+    return _Result(
+        found,
+        [
+            store and part.job.cache is not None and part.job.cache.write(part.job.segment, plain)
+            for part, plain in zip(parts, found, strict=True)
+        ],
+    )
 
 
-def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[bytearray, bool] | None:
+def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[Plain, bool] | None:
     """The segment's bytes and whether the cache keeps them."""
     plain = foreign.take(job.chunks, job.segment)
     return None if plain is None else (plain, cache.write(job.segment, plain))

@@ -27,25 +27,16 @@ from nydusfs.foresight import Foresight
 from nydusfs.learning import Learner
 from nydusfs.prefetch import Prefetcher
 from nydusfs.profile import ProfileStore, Recorder
-from nydusfs.segments import SEGMENT_SIZE, Segment, make_segment
+from nydusfs.readahead import SMALL_FILE, BlobStreams, FileStreams
+from nydusfs.segments import SEGMENT_SIZE, Plain, Segment, make_segment
 from nydusfs.sources import Priority, Source
 from nydusfs.tables import Tables
 
 log = logging.getLogger("nydusfs.image")
 
 MAX_SEGMENTS = 4096  # descriptions kept per image; making one again costs 1 us per chunk in it
-# A reader that has read this much in sequence gets the next segments fetched ahead of it.
-SEQUENTIAL = 256 * 1024
-READ_AHEAD = 4 << 20
-MAX_STREAMS = 64
+MAX_PATHS = 64
 MAX_WALK = 500_000  # entries, about 2 s
-
-
-@dataclass(slots=True)
-class _Stream:
-    end: int
-    run: int
-    ahead: int  # file offset up to which fetching was started
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +80,12 @@ class ImageReader:
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._tables = Tables(name, bootstrap, chunks, source, store)
         self._describing = threading.Lock()  # over `_segments`
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._files = FileStreams(scheduler.courtesy.ahead)
+        self._runs = BlobStreams(self.segment_of, chunks, scheduler.courtesy.ahead)
+        try:
+            self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
+        except RuntimeError:
+            self._token = None  # read by `read` alone
         self._paths: dict[int, str] = {}
         self._closed = False
         self.profiles: ProfileStore | None = None
@@ -101,7 +97,12 @@ class ImageReader:
         return self.source.counters
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
-        """Bytes of a regular file, fewer only at its end.
+        """Bytes of a regular file, fewer only at its end. Raises as `read_parts` does."""
+        parts = await self.read_parts(ino, offset, size)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    async def read_parts(self, ino: int, offset: int, size: int) -> list[Plain]:
+        """The same in pieces, uncopied.
 
         Raises `ReadError`: EIO after every source failed, with one log line that names image, file, blob, chunk and
         the sources tried.
@@ -117,6 +118,7 @@ class ImageReader:
         except (RafsError, KeyError, ValueError, IndexError) as error:
             raise self._failed(ino, f"bad metadata: {error}") from None
         self.cache_counters.total += 1
+        self._read_ahead(ino, offset, size, pieces)
         try:
             parts = await self._collect(pieces)
         except SourceError as error:
@@ -124,12 +126,9 @@ class ImageReader:
                 raise self._unreadable(ino, pieces, error) from None
             await self._renew_tables(extents)
             parts = await self._chunk_by_chunk(ino, extents)
-        self._note_stream(ino, offset, size)
         if self.foresight is not None and offset == 0 and parts and parts[0][:4] == MAGIC:
             self.foresight.opened(ino)
-        if len(parts) == 1:
-            return bytes(parts[0])
-        return b"".join(parts)
+        return parts
 
     async def peek(self, ino: int, offset: int, size: int) -> bytes:
         """Bytes of a regular file for somebody who looks ahead: fetched as LEARNED, and no reader's. Raises
@@ -169,7 +168,17 @@ class ImageReader:
             return None
         self.cache_counters.total += 1
         self.cache_counters.partial_hits += len(parts)
+        last = pieces[-1].segment if pieces else None
+        if self._files.due(ino, offset + size) or (last is not None and self._runs.due(last)):
+            self._soon(ino, offset, size, pieces)
         return parts
+
+    def _soon(self, ino: int, offset: int, size: int, pieces: list[_Piece]) -> None:
+        try:
+            if self._token is not None:
+                self._token.run_sync_soon(self._read_ahead, ino, offset, size, pieces)
+        except trio.RunFinishedError:
+            pass
 
     def _pieces(self, extents: Sequence[Extent]) -> list[_Piece]:
         """What to copy out of which segment; neighbours in one segment are one piece."""
@@ -258,9 +267,7 @@ class ImageReader:
         cache = self.cache(segment.blob)
         return cache is not None and segment.key in cache
 
-    async def _collect(
-        self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND
-    ) -> list[bytes | bytearray | memoryview]:
+    async def _collect(self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND) -> list[Plain]:
         """The pieces' bytes. A cached segment that turns out damaged is fetched like a missing one."""
         missing: dict[bytes, Segment] = {}
         for piece in pieces:
@@ -269,7 +276,7 @@ class ImageReader:
         if missing and self.foresight is not None and priority is Priority.DEMAND:
             self.foresight.missed(missing.values())
         plain = await self._fetch(list(missing.values()), priority) if missing else {}
-        parts: list[bytes | bytearray | memoryview] = []
+        parts: list[Plain] = []
         for piece in pieces:
             segment = piece.segment
             if segment is None:
@@ -288,9 +295,9 @@ class ImageReader:
             parts.append(memoryview(whole)[piece.offset : piece.offset + piece.size])
         return parts
 
-    async def _fetch(self, segments: list[Segment], priority: Priority) -> dict[bytes, bytearray]:
+    async def _fetch(self, segments: list[Segment], priority: Priority) -> dict[bytes, Plain]:
         jobs: list[Job] = []
-        found: dict[bytes, bytearray] = {}
+        found: dict[bytes, Plain] = {}
         for segment in segments:
             job = self.job(segment)
             recent = self._scheduler.recent(job)
@@ -354,9 +361,9 @@ class ImageReader:
             return None
         return whole[piece.offset : piece.offset + piece.size]
 
-    async def _chunk_by_chunk(self, ino: int, extents: Sequence[Extent]) -> list[bytes | bytearray | memoryview]:
+    async def _chunk_by_chunk(self, ino: int, extents: Sequence[Extent]) -> list[Plain]:
         """After a segment failed: the chunks this read needs may be good all the same."""
-        parts: list[bytes | bytearray | memoryview] = []
+        parts: list[Plain] = []
         for piece in self._pieces(extents):
             segment = piece.segment
             if segment is None:
@@ -397,7 +404,7 @@ class ImageReader:
         if not ino:
             return "(any)"
         if ino not in self._paths:
-            if len(self._paths) >= MAX_STREAMS:
+            if len(self._paths) >= MAX_PATHS:
                 self._paths.clear()
             self._paths[ino] = self._walk_to(ino)
         return self._paths[ino]
@@ -428,36 +435,24 @@ class ImageReader:
 
     # Sequential readers
 
-    def _note_stream(self, ino: int, offset: int, size: int) -> None:
-        """Recognise sequential reading per file (kernel readahead keeps two requests of 128 KiB in flight at most) and
-        fetch the segments in front of it, so that a cold sequential read is bound by the link, not by its round trips.
-        """
-        stream = self._streams.get(ino)
-        if stream is None:
-            if len(self._streams) >= MAX_STREAMS:
-                self._streams.popitem(last=False)
-            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size)
-            return
-        self._streams.move_to_end(ino)
-        # Parallel readahead requests finish in any order: near the last end is in sequence.
-        if not stream.end - SEQUENTIAL <= offset <= stream.end + SEQUENTIAL:
-            self._streams[ino] = _Stream(offset + size, 0, offset + size)
-            return
-        stream.run += size
-        stream.end = max(stream.end, offset + size)
-        if stream.run >= SEQUENTIAL and stream.ahead < stream.end + READ_AHEAD // 2:
-            start = max(stream.end, stream.ahead)
-            window = min(READ_AHEAD, stream.run * 2)
-            stream.ahead = stream.end + window
-            if stream.ahead > start:
-                self._read_ahead(ino, start, stream.ahead - start)
-
-    def _read_ahead(self, ino: int, offset: int, size: int) -> None:
+    def _read_ahead(self, ino: int, offset: int, size: int, pieces: Sequence[_Piece]) -> None:
+        """Fetch what comes behind this read, where it goes on in sequence. Behind the read itself: it is started, and
+        nothing of it waits for this."""
+        own = {piece.segment.key: piece.segment for piece in pieces if piece.segment is not None}
+        wanted: list[Segment] = []
         try:
-            pieces = self._pieces(self.bootstrap.extents(ino, offset, size))
+            start, length = self._files.note(ino, offset, size)
+            if length:
+                ahead = self._pieces(self.bootstrap.extents(ino, start, length))
+                wanted = [piece.segment for piece in ahead if piece.segment is not None]
+            if ino and self.bootstrap.attr(ino).size <= SMALL_FILE:
+                for segment in own.values():
+                    wanted += self._runs.note(segment)
         except (RafsError, KeyError, ValueError, IndexError):
-            return  # the read itself will say so
-        self.start([piece.segment for piece in pieces if piece.segment is not None])
+            pass  # the read itself will say so
+        wanted = [segment for segment in wanted if segment.key not in own]
+        if wanted and not self._closed:
+            self.start(wanted)
 
     # Whole segments, for a driver whose files they are
 
@@ -480,7 +475,7 @@ class ImageReader:
         except SourceError as error:
             raise self._failed(0, str(error)) from None
 
-    async def whole(self, segment: Segment) -> bytes | bytearray | memoryview:
+    async def whole(self, segment: Segment) -> Plain:
         """All bytes of a segment, which is in the cache afterwards if the disk takes it. Raises `ReadError`."""
         piece = _Piece(segment, 0, segment.size)
         self.cache_counters.total += 1

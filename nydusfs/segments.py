@@ -45,6 +45,7 @@ BLOCK = 4096
 
 _PLACE = Struct("<QI").pack
 
+Plain: TypeAlias = bytes | bytearray | memoryview
 UnitMembers: TypeAlias = list[Member]
 """Chunks that share one unit."""
 
@@ -156,12 +157,20 @@ class BadChunk(Exception):
 
 
 def decode(
-    segment: Segment, chunks: ChunkMap, units: list[UnitMembers], offset: int, stored: memoryview, plain: bytearray
-) -> None:
-    """Decode and verify `units` out of `stored` (which begins at compressed `offset`) into `plain`.
+    segment: Segment,
+    chunks: ChunkMap,
+    units: list[UnitMembers],
+    offset: int,
+    stored: memoryview,
+    plain: Plain | None = None,
+) -> Plain:
+    """Decode and verify `units` out of `stored` (which begins at compressed `offset`) into `plain`, which an earlier
+    call for other units of the segment returned. A segment of one chunk is that chunk: nothing is copied.
 
     Raises `BadChunk`. Pure computation, releases the GIL for most of its time: for worker threads.
     """
+    if plain is None and len(segment.rows) > 1:
+        plain = bytearray(segment.size)
     for members in units:
         unit = members[0].unit
         try:
@@ -170,4 +179,10 @@ def decode(
             raise BadChunk(str(error)) from None
         for member, data in zip(members, parts, strict=True):
             place = segment.place(member.chunk.uncompressed_offset)
+            if plain is None:
+                if place == 0 and len(data) == segment.size:
+                    return data
+                plain = bytearray(segment.size)
+            assert isinstance(plain, bytearray)  # of more than one chunk, or with a gap
             plain[place : place + len(data)] = data
+    return bytearray(segment.size) if plain is None else plain

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
-from nydusfs.segments import Segment
+from nydusfs.segments import Plain, Segment
 
 
 class DeviceFiles:
@@ -66,7 +66,7 @@ class DeviceFiles:
         except OSError:
             return -1
 
-    def fill(self, blob_id: str, segment: Segment, plain: bytearray, link: Path) -> int:
+    def fill(self, blob_id: str, segment: Segment, plain: Plain, link: Path) -> int:
         """Give a device its bytes and the cache the same file at `link`. A descriptor of it; -1: no such device.
 
         Raises OSError, for a full disk; the device is then not complete.
@@ -109,7 +109,7 @@ class DeviceFiles:
             pass
 
 
-def write_whole(fd: int, plain: bytes | bytearray | memoryview, padded: int) -> None:
+def write_whole(fd: int, plain: Plain, padded: int) -> None:
     """From front to back and up to whole blocks: EROFS reads blocks. Raises OSError."""
     view = memoryview(bytes(plain) + bytes(padded - len(plain)) if padded > len(plain) else plain)
     at = 0

@@ -35,7 +35,7 @@ from nydusfs.cache.health import Health, Speed
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
-from nydusfs.segments import KEY_SIZE, Segment
+from nydusfs.segments import KEY_SIZE, Plain, Segment
 
 log = logging.getLogger("nydusfs.cache")
 
@@ -380,7 +380,7 @@ class BlobCache:
         for name in (segment.name, f"{segment.name}.{self.store.boot}"):
             _unlink(self.path / name)
 
-    def write(self, segment: Segment, plain: bytearray) -> bool:
+    def write(self, segment: Segment, plain: Plain) -> bool:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
         if not self.store.health.usable():
             return False
@@ -401,7 +401,7 @@ class BlobCache:
         self.store.health.worked()
         return True
 
-    def _write(self, segment: Segment, plain: bytearray) -> None:
+    def _write(self, segment: Segment, plain: Plain) -> None:
         part = self.path / f"{segment.name}.part"
         devices = self.store.devices
         fd, behind = -1, self.store.syncer.full()

@@ -342,10 +342,10 @@ class RequestLoop:
             with scope:
                 if self.closing:
                     return
-                data = await volume.read(ino, offset, size)
+                parts = await volume.read(ino, offset, size)
                 failed = False
-                self.connection.send(unique, data)
-                volume.stats.count_read(ino, size, len(data), time.perf_counter_ns() - began)
+                self.connection.send(unique, *parts)
+                volume.stats.count_read(ino, size, sum(map(len, parts)), time.perf_counter_ns() - began)
         except Exception as error:
             code = errno_of(error)
         finally:

@@ -76,7 +76,7 @@ class Metadata(Protocol):
 class ImageData(Protocol):
     """Where file content comes from (`nydusfs.image_reader.ImageReader`)."""
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+    async def read_parts(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]: ...
     def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
         """From any thread: the bytes if all of them are here, else None."""
 
@@ -103,7 +103,7 @@ class Volume(Protocol):
     def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]: ...
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
-    async def read(self, ino: int, offset: int, size: int) -> bytes: ...
+    async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]: ...
     def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None: ...
 
 
@@ -165,8 +165,8 @@ class ImageVolume:
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         return self.metadata.xattrs(ino) if self.serve_xattrs else {}
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
-        return await self.data.read(ino, offset, size)
+    async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]:
+        return await self.data.read_parts(ino, offset, size)
 
     def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
         return self.data.read_now(ino, offset, size)
@@ -339,7 +339,7 @@ class PseudoTree:
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         return {}
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes]:
         raise KeyError(ino)
 
     def read_now(self, ino: int, offset: int, size: int) -> None:

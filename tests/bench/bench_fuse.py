@@ -1,10 +1,11 @@
-"""Our nydusd beside upstream's: the same image, a directory of blobs, each with a cache of its own.
+"""Our nydusd beside upstream's: the same image, each with a cache of its own.
 
-    python -m tests.bench.bench_fuse [--big MiB] [--files N] [--rounds N] [--json FILE]
+    python -m tests.bench.bench_fuse [--big MiB] [--files N] [--entries N] [--rounds N] [--only PLACE ...] [--json FILE]
 
-Prints the median of the rounds for both and the ratio (above 1: ours is better). "cold": nothing cached by the daemon;
-"disk": the daemon's cache is filled, the kernel's page cache dropped; "warm": the kernel has the pages; "link": cold
-again, from a registry behind 20 ms and 40 Mbit/s.
+Prints the median of the rounds for both and the ratio (above 1: ours is better). The blobs come from a directory
+(`local`; "cold": nothing cached by the daemon; "disk": its cache is full, the kernel's pages dropped; "warm": the
+kernel has the pages), or, always cold, from a registry on this machine (`registry`), behind 5 ms and 1 Gbit/s (`fast`)
+or behind 20 ms and 40 Mbit/s (`slow`). "all": 8 readers, each with a file of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from bootstrap.build import build_directory
@@ -51,8 +53,13 @@ print(len(offsets) / (time.perf_counter() - began))
 """
 
 
-def make_tree(root: Path, big_mib: int, files: int) -> None:
-    """One big file and many small ones, of half compressible bytes."""
+_READERS = 8
+_TAR = "tar cf - tree | cat >/dev/null"
+_LINKS = {"fast": (5.0, 1000.0), "slow": (20.0, 40.0)}  # ms, Mbit/s
+
+
+def make_tree(root: Path, big_mib: int, files: int, entries: int) -> None:
+    """One big file and many small ones, of half compressible bytes, and entries without any."""
     rng = random.Random(1)
 
     def half(size: int) -> bytes:
@@ -60,7 +67,8 @@ def make_tree(root: Path, big_mib: int, files: int) -> None:
 
     root.mkdir()
     # "link" is read over the slow link: 3 s of it. "random" is met by random reads first.
-    for name, size in (("big", big_mib), ("random", 8), ("link", 24)):
+    parts = [(f"part-{number}", max(1, big_mib // _READERS)) for number in range(_READERS)]
+    for name, size in (("big", big_mib), ("random", 32), ("link", 24), *parts):
         with (root / name).open("wb") as file:
             for _ in range(size * 16):
                 file.write(half(MIB // 16))
@@ -68,6 +76,10 @@ def make_tree(root: Path, big_mib: int, files: int) -> None:
         folder = root / "tree" / f"d{number // 50:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"file-{number}").write_bytes(half(rng.randrange(200, 16000)))
+    for number in range(entries):
+        folder = root / "many" / f"d{number // 500:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}").touch()
 
 
 def _figure(code: str, *arguments: str | Path) -> float:
@@ -90,21 +102,29 @@ def registry_config(host: str, work: Path) -> str:
     return json.dumps({"device": {"id": "", "backend": backend, "cache": cache}, "mode": "direct"})
 
 
-def measure_link(binary: Path | None, boot: Path, host: str) -> dict[str, float]:
-    """What a fresh daemon reads over the shaped link: a large file front to back, then 150 small files."""
+def measure_remote(binary: Path | None, boot: Path, host: str, place: str) -> dict[str, float]:
+    """What a fresh daemon reads from a registry, all of it for the first time."""
     daemon = Nydusd(binary=binary)
     config = daemon.dir / "c.json"
     config.write_text(registry_config(host, daemon.dir / "cache"))
     daemon.args = ("-B", boot, "-C", config)
+    drop_caches()
     with daemon:
+        if place == "slow":
+            return {
+                "slow: sequential, MiB/s": _figure(_SEQUENTIAL, daemon.mnt / "link"),
+                "slow: tar of 150, s": _seconds("tar cf - tree/d000 tree/d005 tree/d009 | cat >/dev/null", daemon.mnt),
+            }
         return {
-            "sequential link, MiB/s": _figure(_SEQUENTIAL, daemon.mnt / "link"),
-            "tar link, s": _seconds("tar cf - tree/d000 tree/d005 tree/d009 | cat >/dev/null", daemon.mnt),
+            f"{place}: sequential, MiB/s": _figure(_SEQUENTIAL, daemon.mnt / "big"),
+            f"{place}: random 4K, 1/s": _figure(_RANDOM, daemon.mnt / "random", "200"),
+            f"{place}: all, s": _seconds("for i in part-*; do cat $i >/dev/null & done; wait", daemon.mnt),
+            f"{place}: tar, s": _seconds(_TAR, daemon.mnt),
         }
 
 
-def measure(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
-    """All figures of one daemon, started for this."""
+def measure_local(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
+    """Figures of one daemon, started for this, with a directory of blobs."""
     daemon = Nydusd(binary=binary)
     config = daemon.dir / "c.json"
     config.write_text(localfs_config(blobs, work_dir=daemon.dir / "cache"))
@@ -112,25 +132,25 @@ def measure(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     drop_caches()
     with daemon:
-        tar = "tar cf - tree | cat >/dev/null"
         big = daemon.mnt / "big"
         figures["ready, s"] = daemon.ready_seconds
         figures["idle RSS, MiB"] = daemon.memory("VmRSS") / 1024
         figures["find -ls first, s"] = _seconds("find . -ls", daemon.mnt)
         figures["find -ls again, s"] = _seconds("find . -ls", daemon.mnt)
         figures["sequential cold, MiB/s"] = _figure(_SEQUENTIAL, big)
+        figures["all cold, s"] = _seconds("for i in part-*; do cat $i >/dev/null & done; wait", daemon.mnt)
         figures["sequential warm, MiB/s"] = _figure(_SEQUENTIAL, big)
         figures["random 4K cold, 1/s"] = _figure(_RANDOM, daemon.mnt / "random", "300")
         figures["random 4K warm, 1/s"] = _figure(_RANDOM, big, "20000")
-        figures["tar cold, s"] = _seconds(tar, daemon.mnt)
-        figures["tar warm, s"] = _seconds(tar, daemon.mnt)
+        figures["tar cold, s"] = _seconds(_TAR, daemon.mnt)
+        figures["tar warm, s"] = _seconds(_TAR, daemon.mnt)
         time.sleep(1.5)  # let the cache become durable: its writing is not what the next lines measure
         drop_caches()
         figures["sequential disk, MiB/s"] = _figure(_SEQUENTIAL, big)
         drop_caches()
         figures["random 4K disk, 1/s"] = _figure(_RANDOM, big, "3000")
         drop_caches()
-        figures["tar disk, s"] = _seconds(tar, daemon.mnt)
+        figures["tar disk, s"] = _seconds(_TAR, daemon.mnt)
         figures["RSS after, MiB"] = daemon.memory("VmRSS") / 1024
         figures["RSS anonymous after, MiB"] = daemon.memory("RssAnon") / 1024
     return figures
@@ -139,7 +159,9 @@ def measure(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--big", type=int, default=48, metavar="MIB", help="size of the one big file")
-    parser.add_argument("--files", type=int, default=1500, help="number of small files")
+    parser.add_argument("--files", type=int, default=10_000, help="number of small files")
+    parser.add_argument("--entries", type=int, default=90_000, help="number of empty files, for find")
+    parser.add_argument("--only", choices=("local", "registry", *_LINKS), action="append", help="places to measure")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -154,7 +176,7 @@ def main() -> int:
         contenders["upstream"] = reference
     base = work_dir()
     try:
-        make_tree(base / "t", options.big, options.files)
+        make_tree(base / "t", options.big, options.files, options.entries)
         blob = base / "blob"
         with blob.open("wb") as out:
             result = build_directory(str(base / "t"), out, BuildOptions())
@@ -165,12 +187,24 @@ def main() -> int:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         path = base / "blobs" / result.blob_id
         stored = Blob(f"sha256:{result.blob_id}", path.stat().st_size, path, "application/octet-stream")
-        with Registry(base / "reg") as registry, ShapedLink(base / "link", registry.host) as link:
+        places = options.only or ["local", "registry", *_LINKS]
+        with ExitStack() as stack:
+            registry = stack.enter_context(Registry(base / "reg"))
             push_blob(registry.host, "bench", stored)
+            hosts = {"registry": registry.host}
+            for place, (rtt, mbit) in _LINKS.items():
+                link = ShapedLink(base / place, registry.host, rtt_ms=rtt, mbit=mbit)
+                hosts[place] = stack.enter_context(link).host
             for _ in range(options.rounds):
-                for name, binary in contenders.items():  # alternating: a busy minute hits both
-                    figures = measure(binary, boot, base / "blobs")
-                    runs[name].append(figures | measure_link(binary, boot, link.host))
+                figures: dict[str, dict[str, float]] = {name: {} for name in contenders}
+                for place in places:
+                    for name, binary in contenders.items():  # alternating: a busy minute hits both
+                        if place == "local":
+                            figures[name] |= measure_local(binary, boot, base / "blobs")
+                        else:
+                            figures[name] |= measure_remote(binary, boot, hosts[place], place)
+                for name in contenders:
+                    runs[name].append(figures[name])
     finally:
         remove_tree(base)
     table = {

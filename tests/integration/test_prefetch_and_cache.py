@@ -133,8 +133,9 @@ def test_demand_reads_do_not_wait_for_prefetch(image: TinyImage, origin: FaultyS
                     mark = len(origin.data_requests)
                     await reader.read(ino, offset, 4096)
                     names.append(len(origin.data_requests) - mark)
-                # Each demand read caused its own request at most (and read-ahead none: the reads are not in sequence).
-                assert all(count <= 1 for count in names), (before, names)
+                # Each demand read caused its own request (and read-ahead none: the reads are not in sequence); beside
+                # it at most one of prefetch was begun.
+                assert all(count <= 2 for count in names), (before, names)
                 nursery.cancel_scope.cancel()
             reader.close()
 

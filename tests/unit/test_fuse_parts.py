@@ -85,10 +85,10 @@ class TinyImage:
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         return {b"user.a": b"1"}
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read_parts(self, ino: int, offset: int, size: int) -> list[bytes]:
         if self.letter == b"!":
             await trio.sleep_forever()
-        return self.letter * size
+        return [self.letter * size]
 
     def read_now(self, ino: int, offset: int, size: int) -> None:
         return None

@@ -1,0 +1,122 @@
+"""Who reads in sequence, and what will be asked for next: of a file, or of a blob by files that lie one after another.
+
+The kernel reads ahead within one file only, two requests of up to 1 MiB; what it knows nothing of is a small file's
+neighbour, which `tar`, `find -exec` or an import of many modules wants next. Blobs hold files in the order of their
+tree, so that is a sequence too. A reader that goes on gets a window that doubles up to a moment's worth of the link, so
+that a cold reader is bound by the link and not by its round trips; one that stops costs at most what it has read twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bootstrap.chunkmap import ChunkMap
+from nydusfs.segments import Segment
+
+# A reader that has read this much of a file in sequence gets the next segments fetched ahead of it.
+SEQUENTIAL = 256 * 1024
+WINDOW = 16 << 20  # uncompressed bytes at most
+MAX_STREAMS = 64
+# Segments one after the other, and bytes, that make a sequence of small files; less is seen in any start of a program,
+# and over a slow link what nobody reads delays what somebody does.
+RUN, RUN_BYTES = 4, 1 << 20
+SMALL_FILE = 1 << 20
+
+
+@dataclass(slots=True)
+class _Stream:
+    end: int
+    run: int
+    ahead: int  # up to where fetching was started
+
+
+class FileStreams:
+    """Places are file offsets. `due` from any thread, the rest from one."""
+
+    def __init__(self, window: Callable[[int], int]) -> None:
+        """`window`: how much of so many bytes may be fetched ahead now."""
+        self._window = window
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+
+    def due(self, ino: int, end: int) -> bool:
+        """Whether a reader that was answered from the cache has come close to where reading ahead ended."""
+        stream = self._streams.get(ino)
+        return stream is not None and stream.end < end <= stream.ahead < end + self._window(WINDOW) // 2
+
+    def note(self, ino: int, offset: int, size: int) -> tuple[int, int]:
+        """Offset and size of what should be fetched now; size 0: nothing."""
+        stream = self._streams.get(ino)
+        if stream is None:
+            if len(self._streams) >= MAX_STREAMS:
+                self._streams.popitem(last=False)
+            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size)
+            return 0, 0
+        self._streams.move_to_end(ino)
+        # Parallel readahead requests finish in any order, and what was read ahead is read without a note.
+        if not stream.end - SEQUENTIAL <= offset <= max(stream.end, stream.ahead) + SEQUENTIAL:
+            self._streams[ino] = _Stream(offset + size, 0, offset + size)
+            return 0, 0
+        stream.run += max(size, offset + size - stream.end)
+        stream.end = max(stream.end, offset + size)
+        window = min(self._window(WINDOW), stream.run * 2)
+        if stream.run < SEQUENTIAL or stream.ahead >= stream.end + window // 2:
+            return 0, 0
+        start = max(stream.end, stream.ahead)
+        stream.ahead = max(start, stream.end + window)
+        return start, stream.ahead - start
+
+
+@dataclass(slots=True)
+class _Run:
+    begin: int  # rows of the chunk map
+    end: int
+    ahead: int
+    ahead_at: int  # uncompressed offset
+    count: int
+    size: int
+
+
+class BlobStreams:
+    """Sequences of small files. Rows of the chunk map follow each other without gaps, segment numbers need not."""
+
+    def __init__(
+        self, segment_of: Callable[[int, int], Segment], chunks: ChunkMap, window: Callable[[int], int]
+    ) -> None:
+        self._window = window
+        self._segment_of = segment_of
+        self._chunks = chunks
+        self._runs: dict[int, _Run] = {}
+
+    def due(self, segment: Segment) -> bool:
+        run = self._runs.get(segment.blob.index)
+        if run is None or run.count < RUN:
+            return False
+        here = segment.start + segment.size
+        return run.end < segment.rows.stop <= run.ahead and run.ahead_at < here + self._window(WINDOW) // 2
+
+    def note(self, segment: Segment) -> list[Segment]:
+        """What should be fetched now. Raises KeyError or RafsError."""
+        rows, blob_index, here = segment.rows, segment.blob.index, segment.start + segment.size
+        run = self._runs.get(blob_index)
+        if run is None or not run.begin <= rows.start <= run.ahead:
+            self._runs[blob_index] = _Run(rows.start, rows.stop, rows.stop, here, 1, segment.size)
+            return []
+        if rows.stop <= run.end:
+            return []
+        run.end = rows.stop
+        run.count += 1
+        run.size += segment.size
+        if run.ahead < run.end:
+            run.ahead, run.ahead_at = run.end, here
+        found: list[Segment] = []
+        window = min(self._window(WINDOW), run.size)
+        if run.count < RUN or run.size < RUN_BYTES or run.ahead_at >= here + window // 2:
+            return found
+        last = self._chunks.blob_rows(blob_index).stop
+        until = here + window
+        while run.ahead < last and run.ahead_at < until:
+            found.append(self._segment_of(blob_index, run.ahead))
+            run.ahead, run.ahead_at = found[-1].rows.stop, found[-1].start + found[-1].size
+        return found
