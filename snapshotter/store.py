@@ -3,6 +3,10 @@
 A directory gets its final name inside the transaction that writes its row, so after a kill at any instant a row
 always has its directory, and a directory without a row is a leftover. Leftovers of Remove are rows of their own
 (`gone`); those of a kill are found at the next start.
+
+The name of a directory is made durable by Commit, not by Prepare: that wait for the disk is half of Prepare's time. So
+a power cut may leave the row of a young snapshot without its directory, which never held anything durable: it is made
+again at the start (`_make_again`).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from snapshotter.database import Database
 from snapshotter.directories import TEMPORARY, Fresh, Rewrite, disk_usage, has_record, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.filters import Equals
-from snapshotter.labels import SNAPSHOT_REF
+from snapshotter.labels import SNAPSHOT_REF, id_mapping
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +158,7 @@ class Store:
             return identity
 
         with Fresh(self._path, record_of(made), work=kind is Kind.ACTIVE) as fresh:
-            identity = self._database.apply(insert, before=self._sync, undo=fresh.unsettle)
+            identity = self._database.apply(insert, undo=fresh.unsettle)
             fresh.keep()
         return replace(made, id=identity)
 
@@ -186,7 +190,7 @@ class Store:
             return named
 
         with Fresh(self._path, record_of(made), work=False) as fresh:
-            named = self._database.apply(insert, before=self._sync, undo=fresh.unsettle)
+            named = self._database.apply(insert, undo=fresh.unsettle)
             if named is not None:
                 fresh.keep()
         return named
@@ -225,7 +229,7 @@ class Store:
             rewrite.apply()
 
         with Rewrite(f"{self._path}/{active.id}", record_of(done)) as rewrite:
-            self._database.apply(change)
+            self._database.apply(change, before=self._sync)
 
     def remove(self, key: str) -> Snapshot:
         """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
@@ -321,7 +325,7 @@ class Store:
                 shutil.rmtree(f"{self._path}/{name}", ignore_errors=True)
         found = {int(name) for name in names if name.isdecimal() and name.isascii() and len(name) < 19}
         known = self.ids()
-        self.missing = sorted(known - found)
+        self.missing = [identity for identity in sorted(known - found) if not self._make_again(identity)]
         highest = max(found, default=0)
 
         def write(writer: sqlite3.Connection) -> None:
@@ -344,6 +348,23 @@ class Store:
                 writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (highest,))
 
         self._database.apply(write)
+
+
+    def _make_again(self, identity: int) -> bool:
+        """The directory of a row that has none: empty, if that is no lie. False for an unpacked layer: it is lost."""
+        snapshot = self.by_id(identity)
+        if snapshot is None or (snapshot.kind is Kind.COMMITTED and snapshot.inodes):
+            return False
+        parent = self.stat(snapshot.parent).id if snapshot.parent else None
+        mapping = id_mapping(snapshot.labels)
+        try:
+            with Fresh(self._path, record_of(snapshot), work=snapshot.kind is Kind.ACTIVE) as fresh:
+                fresh.settle(identity, parent, mapping[1] if mapping else None)
+                fresh.keep()
+        except FileNotFoundError:  # its parent is lost
+            return False
+        log.warning("snapshot %d (%s) had no directory after a power cut: it is empty now", identity, snapshot.key)
+        return True
 
 
 def record_of(snapshot: Snapshot) -> dict[str, object]:

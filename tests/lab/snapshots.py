@@ -23,8 +23,11 @@ REF = "containerd.io/snapshot.ref"
 class Client:
     """Plain calls; errors come out as grpc.RpcError."""
 
-    def __init__(self, socket: Path) -> None:
-        self.channel = grpc.insecure_channel(f"unix:{socket}")
+    def __init__(self, socket: Path, metadata: Mapping[str, str] | None = None, snapshotter: str = "nydus") -> None:
+        self.channel: grpc.Channel = grpc.insecure_channel(f"unix:{socket}")
+        self.snapshotter = snapshotter
+        if metadata:
+            self.channel = grpc.intercept_channel(self.channel, _Metadata(metadata))
         self.stub = rpc.SnapshotsStub(self.channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Client:
@@ -34,18 +37,22 @@ class Client:
         self.channel.close()
 
     def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> list[Any]:
-        request = pb.PrepareSnapshotRequest(snapshotter="nydus", key=key, parent=parent, labels=dict(labels or {}))
+        request = pb.PrepareSnapshotRequest(
+            snapshotter=self.snapshotter, key=key, parent=parent, labels=dict(labels or {})
+        )
         return list(self.stub.Prepare(request, timeout=CALL_SECONDS).mounts)
 
     def view(self, key: str, parent: str = "") -> list[Any]:
-        request = pb.ViewSnapshotRequest(snapshotter="nydus", key=key, parent=parent)
+        request = pb.ViewSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent)
         return list(self.stub.View(request, timeout=CALL_SECONDS).mounts)
 
     def mounts(self, key: str) -> list[Any]:
         return list(self.stub.Mounts(pb.MountsRequest(key=key), timeout=CALL_SECONDS).mounts)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str] | None = None, parent: str = "") -> None:
-        request = pb.CommitSnapshotRequest(name=name, key=key, labels=dict(labels or {}), parent=parent)
+        request = pb.CommitSnapshotRequest(
+            snapshotter=self.snapshotter, name=name, key=key, labels=dict(labels or {}), parent=parent
+        )
         self.stub.Commit(request, timeout=CALL_SECONDS)
 
     def remove(self, key: str) -> None:
@@ -69,6 +76,14 @@ class Client:
 
     def cleanup(self) -> None:
         self.stub.Cleanup(pb.CleanupRequest(), timeout=CALL_SECONDS)
+
+
+class _Metadata(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self._metadata = list(metadata.items())
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=[*(details.metadata or ()), *self._metadata]), request)
 
 
 def option(mount: Any, name: str) -> str:

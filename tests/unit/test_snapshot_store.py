@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -302,12 +303,13 @@ def test_callers_of_one_commit_fail_alone(tmp_path: Path) -> None:
 
 def test_a_commit_that_fails_takes_back_every_directory(store: Store, tmp_path: Path) -> None:
     fails = True
+    apply = store._database.apply
 
     def sync() -> None:
         if fails:
             raise OSError(28, "No space left on device")
 
-    store._sync = sync  # type: ignore[method-assign]
+    store._database.apply = partial(apply, before=sync)  # type: ignore[method-assign]
     errors: list[OSError] = []
 
     def create(number: int) -> None:
@@ -326,3 +328,24 @@ def test_a_commit_that_fails_takes_back_every_directory(store: Store, tmp_path: 
     fails = False
     made = store.create(Kind.ACTIVE, "after", "", {})
     assert directories(store) == {str(made.id)}
+
+
+def test_directories_that_a_power_cut_took_are_made_again_where_they_were_empty(store: Store, tmp_path: Path) -> None:
+    store.create(Kind.ACTIVE, "k", "", {})
+    os.chown(store.upper(1), 7, 8)
+    store.commit("layer", "k", {})
+    store.create(Kind.ACTIVE, "container", "layer", {"l": "1"})
+    store.create(Kind.VIEW, "view", "layer", {})
+    store.commit_skipped("x", "layer", "sha256:s", {SNAPSHOT_REF: "sha256:s"})
+    before = store.all()
+    for identity in (2, 3, 4):
+        shutil.rmtree(store.path(identity))
+    again = open_store(tmp_path)
+    assert (again.all(), again.missing, again.gone()) == (before, [], [])
+    for identity, inside in ((2, {"fs", "work"}), (3, {"fs"}), (4, {"fs"})):
+        assert set(os.listdir(again.path(identity))) == inside | {"snapshot.json"}
+        stat = os.stat(again.upper(identity))
+        assert (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (7, 8, 0o755)
+    shutil.rmtree(again.path(1))  # what it held is gone: no container may start on an empty one
+    assert open_store(tmp_path).missing == [1]
+    assert not again.path(1).exists()
