@@ -6,6 +6,7 @@ configuration.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -188,6 +189,7 @@ def _run(**options: Any) -> None:
     from snapshotter.errors import SettingsError, SnapshotterError
     from snapshotter.recovery import Program, repair
 
+    _few_arenas()
     stacks.on_signal()
     buffered = logs.buffer_until_known()
     try:
@@ -211,6 +213,14 @@ def _run(**options: Any) -> None:
     logging.shutdown()
     # gRPC's threads may still wait for a call; nothing of ours is left to do
     os._exit(0)
+
+
+def _few_arenas() -> None:
+    """64 threads of gRPC otherwise spread over 8 heaps a CPU: 6 MB of 60 that nobody uses twice."""
+    try:
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX of glibc
+    except AttributeError:
+        pass
 
 
 def _stop_on_signals() -> threading.Event:

@@ -301,6 +301,8 @@ class Images:
         deadline = time.monotonic() + RECOVERY_SECONDS
         known = self._recovered.wait(RECOVERY_SECONDS)
         record = self._instances.get(snapshot)
+        if record is not None and self.serves(record):
+            return  # others of the same daemon may not be mounted again yet
         for daemon in list(self._daemons.values()) if known else ():
             its_own = not daemon.shared and daemon.mountpoint == self._own_mountpoint(snapshot)
             if daemon.id == record.daemon if record else its_own or (daemon.shared and self._settings.shared):
