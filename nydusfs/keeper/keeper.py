@@ -456,6 +456,7 @@ def run(spec: dict[str, Any]) -> int:
 
 def main(argv: list[str]) -> int:
     """`python -m nydusfs.keeper.keeper FD`: started by a worker whose keeper died."""
+    _shield()
     keeper = Keeper({})
     keeper.inherit(socket.socket(fileno=int(argv[1])))
     return keeper.run()

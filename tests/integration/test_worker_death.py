@@ -40,6 +40,10 @@ def info(daemon: Nydusd) -> dict[str, int]:
     return {name: body[name] for name in ("keeper_pid", "worker_pid")}
 
 
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def settled(daemon: Nydusd, before: dict[str, int], *names: str) -> dict[str, int]:
     """Once these have other pids."""
     try:
@@ -57,6 +61,7 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
         assert daemon.mount("/a/b", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
         first = info(daemon)
         assert first["keeper_pid"] == daemon.pid
+        hidden = oom_score(daemon.pid)  # -999 where that is allowed
         listed = sorted(os.listdir(daemon.mnt / "a" / "b"))
         with subprocess.Popen(["sleep", "60"], cwd=daemon.mnt / "a" / "b") as inside:
             try:
@@ -66,6 +71,8 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
                 os.kill(second["keeper_pid"], signal.SIGKILL)
                 third = settled(daemon, second, "keeper_pid")
                 assert third["worker_pid"] == second["worker_pid"]
+                wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 10, "the new keeper's start")
+                assert oom_score(third["worker_pid"]) == 0
                 # the new keeper keeps as well as the old one; and without its zygote too
                 helpers = set(processes_mentioning(str(daemon.sock))) - set(third.values())
                 for pid in helpers:
