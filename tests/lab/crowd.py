@@ -218,7 +218,7 @@ def many_starts(
             figures["requests"], figures["distinct ranges"] = len(asked), len(set(asked))
             figures["requests without a token"] = len(served) - len(asked)
             figures["token requests"] = len(registry.tokens)
-            figures["worker's peak, MiB"] = peak(daemon.worker_pid)
+            figures["worker's peak, MiB"] = peak(daemon.worker_pid if binary is None else daemon.pid)
             if binary is None and idle:
                 figures["idle after, s"] = round(until_idle(daemon), 1)
                 figures["processor time of 10 s idle, ticks"] = _idle_ticks(daemon)
