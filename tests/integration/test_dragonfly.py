@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from nydusfs.sources.dragonfly import PIECE
 from tests.lab.daemon import Nydusd, can_mount_fuse
-from tests.lab.dragonfly import CLASSIC, FLAVORS, MODERN, Dragonfly, missing
+from tests.lab.dragonfly import CLASSIC, FLAVORS, MODERN, Dragonfly, Program, missing
 from tests.lab.faulty import FaultyServer, Request, faulty_server
 from tests.lab.process import remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.stack import daemon_config
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(bool(can_mount_fuse()), reason=can_mount_fuse() or "-"),
 ]
 BOUND = 2.0  # seconds of a read while something is broken
+LONG_SECONDS = 240
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -54,15 +56,18 @@ class Lab:
         self.registry.blobs[built.blob_id] = built.blob
         return built
 
-    def node(self, image: TinyImage, peer: int = 0, *, prefetch: bool = False) -> Nydusd:
-        """With the deployment's configuration, and nothing cached."""
-        name = f"{image.blob_id[:6]}-{peer}-{time.monotonic_ns()}"
+    def node(self, image: TinyImage, number: int = 0, *, prefetch: bool = False, proxy: bool = False) -> Nydusd:
+        """With the deployment's configuration, and nothing cached; with `proxy` the peer is not a mirror but that."""
+        name = f"{image.blob_id[:6]}-{number}-{time.monotonic_ns()}"
+        peer = self.dragonfly.peers[number]
+        way = {"proxy": {"url": peer.url, "ping_url": peer.ping_url, "fallback": True}} if proxy else {}
         config = daemon_config(
-            [self.dragonfly.mirror(peer)],
+            [] if proxy else [self.dragonfly.mirror(number)],
             work_dir=str(self.work / f"cache-{name}"),
             host=self.registry.netloc,
             repo="lab/image",
             prefetch=prefetch,
+            **way,
         )
         path = self.work / f"{name}.json"
         path.write_text(json.dumps(config))
@@ -77,7 +82,7 @@ class Lab:
         """What the registry was asked for of this image: by Dragonfly, which passes on the headers it got, and by
         daemons."""
         found = [one for one in self.registry.data_requests if one.span and one.target.endswith(image.blob_id)]
-        ours = [one for one in found if "x-dragonfly-registry" not in one.headers]
+        ours = [one for one in found if not any(name.startswith("x-dragonfly-") for name in one.headers)]
         return [one for one in found if one not in ours], ours
 
     def complaints(self, node: Nydusd) -> str:
@@ -122,6 +127,12 @@ def twice(requests: list[Request]) -> list[tuple[int, int]]:
     return found
 
 
+def damage(files: Iterable[Path]) -> None:
+    assert files
+    for path in files:
+        path.write_bytes(bytes(path.stat().st_size))
+
+
 def right(figures: Figures) -> None:
     """Bytes, and seconds: what a loaded machine takes away is not the daemon's."""
     assert not figures.wrong
@@ -133,10 +144,10 @@ def right(figures: Figures) -> None:
 
 @pytest.mark.parametrize("lab", [CLASSIC], indirect=True)
 def test_two_nodes_start_an_image_and_the_registry_sees_each_range_once(lab: Lab) -> None:
-    """At the same time, in different orders, one with prefetch as the deployment has it: classic Dragonfly finds only
-    the very same ranges. The totals it invents are no trouble."""
+    """At the same time, in different orders, one with prefetch as the deployment has it and one through a proxy:
+    classic Dragonfly finds only the very same ranges. The totals it invents are no trouble."""
     image = lab.image(5)
-    with lab.node(image, 0, prefetch=True) as first, lab.node(image, 1) as second:
+    with lab.node(image, 0, prefetch=True) as first, lab.node(image, 1, proxy=True) as second:
         for reader in [lab.read(first, image, 1), lab.read(second, image, 2)]:
             right(reader.figures())
     theirs, ours = lab.asked(image)
@@ -154,7 +165,7 @@ def test_a_second_node_gets_from_peers_what_the_first_fetched(lab: Lab) -> None:
         right(lab.read(first, image, 1).figures())
     before = volume(lab.asked(image)[0])
     assert before <= 1.1 * len(image.blob)
-    with lab.node(image, 1) as second:
+    with lab.node(image, 1, proxy=True) as second:
         right(lab.read(second, image, 2).figures())
         theirs, ours = lab.asked(image)
         assert volume(theirs) - before <= 2 * PIECE + KIB
@@ -170,26 +181,6 @@ def test_a_registry_that_ignores_ranges(lab: Lab) -> None:
     lab.registry.mode = "whole-200"
     with lab.node(image) as node:
         right(lab.read(node, image).figures())
-
-
-def test_a_peer_whose_cache_is_damaged(lab: Lab) -> None:
-    """It serves what it has as good."""
-    image = lab.image(3 if lab.dragonfly.flavor == CLASSIC else 6)
-    peer = lab.dragonfly.peers[0]
-    known = set(peer.stored())
-    with lab.node(image) as node:
-        right(lab.read(node, image).figures())
-    peer.kill()
-    stored = set(peer.stored()) - known
-    assert stored
-    for path in stored:
-        path.write_bytes(bytes(path.stat().st_size))
-    peer.start()
-    _, before = lab.asked(image)
-    with lab.node(image) as node:
-        right(lab.read(node, image).figures())
-    _, after = lab.asked(image)
-    assert len(after) > len(before)  # healed by the registry
 
 
 def test_a_frozen_scheduler(lab: Lab) -> None:
@@ -209,17 +200,76 @@ def test_a_frozen_scheduler(lab: Lab) -> None:
             assert len(after) > len(before)
 
 
-def test_a_dfdaemon_killed_in_mid_read_and_restarted(lab: Lab) -> None:
-    image = lab.image(8 if lab.dragonfly.flavor == CLASSIC else 30, files=100)
+def test_a_dfdaemon_killed_in_mid_read_comes_back_with_a_damaged_cache(lab: Lab) -> None:
+    """Its cache it serves as good."""
+    image = lab.image(6 if lab.dragonfly.flavor == CLASSIC else 30, files=100)
     peer = lab.dragonfly.peers[0]
+    known = set(peer.stored())
     lab.registry.latency = 0.03
     with lab.node(image) as node:
         reader = lab.read(node, image)
-        wait_until(lambda: bool(lab.asked(image)[0]), 20, "the first request")
-        time.sleep(0.2)
+        wait_until(lambda: bool(peer.alive() and set(peer.stored()) - known), 20, "the first request")
+        time.sleep(0.3)
         assert reader.running()
         peer.kill()
+        damage(set(peer.stored()) - known)
         assert reader.running()
         peer.start()
         right(reader.figures())
-        wait_until(lambda: lab.peer_state(node) != "down", 30, "the peer")
+    _, before = lab.asked(image)
+    with lab.node(image) as node:
+        right(lab.read(node, image).figures())
+    _, after = lab.asked(image)
+    assert len(after) > len(before)  # healed by the registry
+
+
+@pytest.mark.long
+def test_everything_goes_wrong_for_minutes(lab: Lab) -> None:
+    """Two nodes read one fresh image after the other, while peers, seed and scheduler are killed, frozen, damaged."""
+    rng = random.Random(1)
+    dragonfly = lab.dragonfly
+    assert dragonfly.seed is not None
+    peers = [*dragonfly.peers, dragonfly.seed]
+    frozen: list[tuple[float, Program]] = []
+    runs: list[tuple[Nydusd, TimedReads] | None] = [None, None]
+    images, reads, worst = 0, 0, 0.0
+    end = time.monotonic() + LONG_SECONDS
+    try:
+        while time.monotonic() < end or any(runs):
+            for number, run in enumerate(runs):
+                if run is not None and not run[1].running():
+                    figures = run[1].figures()
+                    right(figures)
+                    reads, worst = reads + figures.reads, max(worst, figures.worst)
+                    run[0].__exit__()
+                    runs[number] = run = None
+                if run is None and time.monotonic() < end:
+                    images += 1
+                    image = lab.image(6, files=60)
+                    node = lab.node(image, number, prefetch=rng.random() < 0.5, proxy=rng.random() < 0.3)
+                    node.__enter__()
+                    runs[number] = node, lab.read(node, image)
+            time.sleep(rng.uniform(0.1, 1.0))
+            while frozen and frozen[0][0] < time.monotonic():
+                frozen.pop(0)[1].thaw()
+            match rng.choice(["kill", "freeze", "freeze", "damage", "none"]):
+                case "kill":
+                    peer = rng.choice(peers)
+                    peer.kill()
+                    time.sleep(rng.uniform(0.0, 1.0))
+                    dragonfly.scheduler.thaw()  # without one no dfdaemon starts
+                    peer.start()
+                case "freeze":
+                    program = rng.choice([dragonfly.scheduler, *peers])
+                    program.freeze()
+                    frozen.append((time.monotonic() + rng.uniform(1, 8), program))
+                case "damage":
+                    stored = dragonfly.peers[0].stored()
+                    damage(rng.sample(stored, min(len(stored), 5)))
+    finally:
+        for run in runs:
+            if run is not None:
+                run[1].process.kill()
+                run[0].__exit__()
+    print(f"{dragonfly.flavor}: {images} images, {reads} reads, the longest {worst:.2f} s")
+    assert images > 4
