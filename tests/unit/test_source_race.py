@@ -14,7 +14,7 @@ from nydusfs.sources.base import Buffer, Priority
 from nydusfs.sources.endpoint import Range, Refused
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
 from nydusfs.sources.probe import Prober
-from nydusfs.sources.race import ORIGIN_HEDGE, STALLED, UNKNOWN, Racer, ReadFailed
+from nydusfs.sources.race import BULKY_HEDGE, ORIGIN_HEDGE, STALLED, UNKNOWN, Racer, ReadFailed
 from nydusfs.sources.standing import PROVEN, State
 from tests.lab.fleet import GOOD, FakeSource, answers, check, hangs, lies, read_many, refused
 
@@ -147,7 +147,7 @@ def test_a_source_asked_for_more_than_is_wanted_may_take_its_time() -> None:
         for _ in range(40):  # more than the budget of doubled requests
             before = trio.current_time()
             await race.read(WANTED, check)
-            assert trio.current_time() - before == pytest.approx(ORIGIN_HEDGE + 0.1)
+            assert trio.current_time() - before == pytest.approx(BULKY_HEDGE + 0.1)
 
     virtual(main)
     assert mirror.standing.state is State.UP and mirror.requests == 40
