@@ -244,11 +244,14 @@ class Database:
                     writer.execute("ROLLBACK")
             except sqlite3.Error as second:
                 log.error("snapshot database %s: %s", self.path, second)
-            for job in kept:
-                if job.undo is not None:
-                    job.undo()
             for job in jobs:
                 job.error = job.error or (self._translated(error) if isinstance(error, sqlite3.Error) else error)
+            for job in kept:
+                try:
+                    if job.undo is not None:
+                        job.undo()
+                except OSError as third:
+                    log.error("a snapshot that could not be written leaves a directory until the next start: %s", third)
 
     def _translated(self, error: sqlite3.Error) -> SnapshotterError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -27,7 +27,7 @@ from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
-THREADS = 64  # calls that wait for a mount occupy one each
+THREADS = 512  # made when needed; calls that wait for a mount occupy one each, and others must not wait for them
 MAX_MESSAGE = 16 << 20  # containerd's own limit
 LIST_BATCH = 100
 GRACE_SECONDS = 5.0

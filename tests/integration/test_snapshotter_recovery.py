@@ -218,14 +218,15 @@ def test_a_hanging_nydusd_holds_up_its_own_image_only(ours: Snapshotter) -> None
             client.list()
             assert client.mounts(f"c {metas[0]}") == mounts[0]
             assert read(lower(mounts[0]) / some_file())
-            with ThreadPoolExecutor(1) as pool:
-                waiting = pool.submit(client.mounts, f"c {metas[1]}")
+            with ThreadPoolExecutor(150) as pool:
+                waiting = [pool.submit(client.mounts, f"c {metas[1]}") for _ in range(150)]
                 time.sleep(1)
-                assert not waiting.done()
+                assert not any(one.done() for one in waiting)
                 client.prepare("plain2")
+                assert client.mounts(f"c {metas[0]}") == mounts[0]
                 for pid in stopped:
                     os.kill(pid, signal.SIGCONT)
-                assert waiting.result(60) == mounts[1]
+                assert all(one.result(60) == mounts[1] for one in waiting)
     finally:
         for pid in stopped:
             try:
