@@ -101,6 +101,8 @@ class Snapshotter:
     def find(self, filters: Sequence[str]) -> list[Snapshot]:
         """Raises InvalidArgument for a filter outside the grammar."""
         matches = parse(filters)
+        if not any(filters):
+            return self._store.all()
         return [found for found in self._store.candidates(matches.alternatives) if matches(_adaptor(found))]
 
     def usage(self, key: str) -> tuple[int, int]:

@@ -129,10 +129,9 @@ def _mount(mount: Mount) -> Any:
 
 
 def _info(snapshot: Snapshot) -> Any:
-    kind = pb.Kind.Name(snapshot.kind)
-    info = pb.Info(name=snapshot.key, parent=snapshot.parent, kind=kind, labels=dict(snapshot.labels))
-    info.created_at.FromNanoseconds(snapshot.created)
-    info.updated_at.FromNanoseconds(snapshot.updated)
+    info = pb.Info(name=snapshot.key, parent=snapshot.parent, kind=snapshot.kind.name, labels=snapshot.labels)
+    for stamp, time_ns in ((info.created_at, snapshot.created), (info.updated_at, snapshot.updated)):
+        stamp.seconds, stamp.nanos = divmod(time_ns, 10**9)
     return info
 
 

@@ -177,7 +177,7 @@ def start_up(side: Side, snapshots: int = 1000, images: int = 100, repeat: int =
     try:
         with Snapshotter(work / "s", template(), upstream=side.name == "upstream", mode="shared") as ours:
             with Wire(ours.socket) as wire:
-                for number in range(snapshots - 6 * images):
+                for number in range(snapshots - 5 * images):
                     wire.call("Prepare", pb.PrepareSnapshotRequest(key=f"fill{number}").SerializeToString())
             with Client(ours.socket) as client:
                 metas = [pull(client, case("v6-merged3"), work, IMAGE, tag=f"i{number}-") for number in range(images)]
