@@ -21,7 +21,7 @@ import pytest
 
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
-from tests.lab.process import LabError, mounts_below, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.process import LabError, kill_together, mounts_below, remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 from tests.lab.steps import Control
@@ -293,6 +293,32 @@ class RemoveImage(Image):
         client.cleanup()
 
 
+class NydusdDies(Image):
+    """The one of an image of its own, while the snapshotter is there to start it again."""
+
+    def ready(self, node: Node, client: Client) -> None:
+        super().ready(node, client)
+        super().call(node, client)
+        self.lower = Path(option(client.mounts(self.key)[0], "lowerdir"))
+
+    def call(self, node: Node, client: Client) -> None:
+        kill_together([pid for pid in node.ours.daemons() if str(self.lower) in command_line(pid)])
+        wait_until(lambda: node.dead() or os.access(self.lower / node.file, os.R_OK), 20, "the image again")
+
+    def after(self, node: Node, client: Client) -> None:
+        assert client.mounts(self.key)
+        assert (self.lower / node.file).read_bytes() == node.content
+        client.remove(self.key)
+        remove_image(client, self.meta)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def remove_image(client: Client, meta: str) -> None:
     name = meta
     while name:
@@ -359,6 +385,7 @@ def die(node: Node, kind: type[Call], step: int, *, torn: bool = False) -> bool:
 
 CALLS = (Prepare, View, Skipped, Commit, Update, Remove, Cleanup)
 IMAGE_CALLS = (Image, RemoveImage)
+MODES = [("shared", CALLS), ("shared", IMAGE_CALLS), ("dedicated", (*IMAGE_CALLS, NydusdDies))]
 
 
 def chosen(steps: int, every: int) -> Iterator[int]:
@@ -379,7 +406,8 @@ def kill_at(mode: str, kinds: tuple[type[Call], ...], every: int, report: Callab
                     die(node, kind, step, torn=True)
             deaths += reached
             report(f"{mode} {kind.__name__}: {steps} steps, {reached} deaths")
-        report(f"{mode} start: {die_while_starting(node, every)} deaths")
+        if kinds is not IMAGE_CALLS:
+            report(f"{mode} start: {die_while_starting(node, every)} deaths")
         with Client(node.ours.socket) as client:
             node.check(client, "all")
     return deaths
@@ -410,13 +438,13 @@ def die_while_starting(node: Node, every: int) -> int:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("mode", "kinds"), [("shared", CALLS), ("shared", IMAGE_CALLS), ("dedicated", IMAGE_CALLS)])
+@pytest.mark.parametrize(("mode", "kinds"), MODES)
 def test_death_at_some_steps(mode: str, kinds: tuple[type[Call], ...]) -> None:
     assert kill_at(mode, kinds, every=13)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("mode", "kinds"), [("shared", CALLS), ("shared", IMAGE_CALLS), ("dedicated", IMAGE_CALLS)])
+@pytest.mark.parametrize(("mode", "kinds"), MODES)
 def test_death_at_every_step(mode: str, kinds: tuple[type[Call], ...]) -> None:
     assert kill_at(mode, kinds, every=1)
