@@ -60,6 +60,7 @@ _BOOLEAN: dict[str, str] = {
     "--enable-kubeconfig-keychain": "remote.auth.enable_kubeconfig_keychain",
     "--enable-cri-keychain": "remote.auth.enable_cri_keychain",
     "--enable-system-controller": "system.enable",
+    "--enable-tarfs": "experimental.tarfs.enable_tarfs",
     "--enable-index-detect": "experimental.enable_index_detect",
     "--enable-referrer-detect": "experimental.enable_referrer_detect",
     "--enable-kubelet-credential-providers": "remote.auth.enable_kubelet_credential_providers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from nydusfs.errors import NydusError
@@ -20,11 +21,10 @@ from snapshotter.labels import (
     PULL_SECRET,
     PULL_USER,
     SNAPSHOT_REF,
-    STARGZ,
-    TWIN,
     id_mapping,
     image_label,
     is_data,
+    is_left_packed,
     is_meta,
     runs_lazily,
 )
@@ -113,7 +113,7 @@ class Snapshotter:
         size = snapshot.size
         if is_data(snapshot.labels):
             size += self._images.cache_usage(snapshot.labels.get(LAYER_DIGEST, "").rpartition(":")[2])
-        return size, snapshot.inodes
+        return size + self._lazy.usage(snapshot), snapshot.inodes
 
     def cleanup(self) -> None:
         """Unmounts the images of removed snapshots and deletes their directories; what takes long goes on behind."""
@@ -126,6 +126,7 @@ class Snapshotter:
             path = self._store.path(identity)
             try:
                 images |= self._images.release(identity)
+                self._lazy.release(identity)
                 self._trash.put(path)
             except FileNotFoundError:
                 pass  # an earlier life came so far
@@ -198,21 +199,24 @@ class Snapshotter:
                         "user namespaces on Nydus images are not supported yet: "
                         'take "remap-ids" out of the capabilities of proxy_plugins.nydus'
                     )
-                return self._layout.lazy(chain[0], chain[1:depth], self._images.ensure(layer))
+                return self._layout.lazy(chain[0], chain[1:depth], self._mounted(layer))
             self._unpack(chain, depth)
         return self._layout.ordinary(chain)
 
     def _unpack(self, chain: Sequence[Snapshot], depth: int) -> None:
         """A layer whose directory is empty as the image it came with runs lazily, while this one does not."""
-        if TWIN in chain[depth].labels or STARGZ in chain[depth].labels:
+        if is_left_packed(chain[depth].labels):
             self._lazy.unpack(chain[depth], lambda: self._below(chain[depth:]))
+
+    def _mounted(self, layer: Snapshot) -> Path:
+        return self._lazy.local(layer) or self._images.ensure(layer)
 
     def _below(self, chain: Sequence[Snapshot]) -> list[str]:
         """Directories under `chain[0]`, nearest first."""
         found: list[str] = []
         for depth, layer in enumerate(chain[1:], 1):
             if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
-                return [*found, str(self._images.ensure(layer))]
+                return [*found, str(self._mounted(layer))]
             self._unpack(chain, depth)
             found.append(str(self._store.upper(layer.id)))
         return found

@@ -20,6 +20,8 @@ TOC_DIGEST = PREFIX + "stargz/toc.digest"
 DIFF_ID = PREFIX + "diff-id"
 SIGNATURE = PREFIX + "nydus-signature"
 STARGZ = PREFIX + "stargz"
+TARFS = PREFIX + "nydus-tarfs"
+TARFS_HINT = PREFIX + "tarfs-hint"
 INDEX_ALTERNATIVE = PREFIX + "nydus-index-alternative"
 # Ours: digest of the Nydus manifest on the top layer of a plain image that runs as its twin, `layer` on those below.
 TWIN = PREFIX + "nydus-twin"
@@ -42,6 +44,11 @@ def is_data(labels: Labels) -> bool:
     return DATA_LAYER in labels
 
 
+def is_left_packed(labels: Labels) -> bool:
+    """Whether it is a layer of a plain image that was not unpacked at the pull."""
+    return STARGZ in labels or TARFS in labels or TWIN in labels
+
+
 def is_layer_of_twin(labels: Labels) -> bool:
     """Not unpacked although plain, and no image by itself: it counts only below the layer that is."""
     return labels.get(TWIN) == TWIN_LAYER
@@ -49,7 +56,7 @@ def is_layer_of_twin(labels: Labels) -> bool:
 
 def runs_lazily(labels: Labels) -> bool:
     """Whether everything up to this layer is one lazily read image."""
-    return is_meta(labels) or STARGZ in labels or (TWIN in labels and not is_layer_of_twin(labels))
+    return is_meta(labels) or STARGZ in labels or TARFS in labels or (TWIN in labels and not is_layer_of_twin(labels))
 
 
 def image_label(labels: Labels) -> str:

@@ -96,12 +96,13 @@ class Program:
         self._images = Images(images, store, records, self._auth.chain)
         self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
         self._images.on_credentials = self._renewer.learned
+        self._lazy = LazyFinder(settings.lazy, Registries(template, self._auth.chain), store)
         self.snapshotter = Snapshotter(
             store,
             Layout(store.directory, volatile=settings.volatile),
             self._images,
             self._auth.vault,
-            LazyFinder(settings.lazy, Registries(template, self._auth.chain), store),
+            self._lazy,
             sync_remove=settings.sync_remove,
         )
         handlers: list[grpc.GenericRpcHandler[Any, Any]] = [ExplainService(self._auth.chain, store)]
@@ -139,6 +140,7 @@ class Program:
         self._renewer.close()
         self._auth.close()
         self._images.close(umount=self._settings.cleanup_on_close)
+        self._lazy.close(umount=self._settings.cleanup_on_close)
         self._database.close()
         try:
             # another instance may have put its own socket there by now

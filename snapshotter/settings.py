@@ -42,7 +42,6 @@ class Key(NamedTuple):
 
 
 _LATER = "not supported yet"
-_NO_TARFS = "tarfs images are read like any other, nothing is converted to tarfs here"
 
 
 KEYS: dict[str, Key] = {
@@ -106,11 +105,11 @@ KEYS: dict[str, Key] = {
     "experimental.enable_referrer_detect": Key(bool, False),
     "experimental.enable_index_detect": Key(bool, False),
     "experimental.enable_backend_source": Key(bool, False, _LATER),
-    "experimental.tarfs.enable_tarfs": Key(bool, False, _NO_TARFS),
-    "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, _NO_TARFS),
-    "experimental.tarfs.tarfs_hint": Key(bool, False, _NO_TARFS),
-    "experimental.tarfs.max_concurrent_proc": Key(int, 0, _NO_TARFS),
-    "experimental.tarfs.export_mode": Key(str, "", _NO_TARFS),
+    "experimental.tarfs.enable_tarfs": Key(bool, False),
+    "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, "tarfs images are always mounted on the host"),
+    "experimental.tarfs.tarfs_hint": Key(bool, False),
+    "experimental.tarfs.max_concurrent_proc": Key(int, 0),
+    "experimental.tarfs.export_mode": Key(str, "", "images are mounted, not exported for virtual machines"),
 }
 
 
@@ -201,7 +200,9 @@ def load(flags: Mapping[str, Any]) -> Settings:
     mode, driver = get("daemon_mode"), get("daemon.fs_driver")
     if mode not in _MODES:
         raise SettingsError(f"daemon_mode {mode!r} is not supported: use one of {', '.join(_MODES)}")
-    if driver != "fusedev":
+    if driver == "blockdev" and not get("experimental.tarfs.enable_tarfs"):
+        raise SettingsError("fs_driver blockdev needs experimental.tarfs.enable_tarfs: it is for tarfs images")
+    if driver not in ("fusedev", "blockdev"):
         raise SettingsError(f"fs_driver {driver!r} is not supported yet: use fusedev")
     policy = get("daemon.recover_policy")
     if policy not in ("none", "restart", "failover"):
@@ -268,6 +269,9 @@ def load(flags: Mapping[str, Any]) -> Settings:
             index=get("experimental.enable_index_detect"),
             referrers=get("experimental.enable_referrer_detect"),
             estargz=get("experimental.enable_stargz"),
+            tarfs=get("experimental.tarfs.enable_tarfs"),
+            tarfs_hint=get("experimental.tarfs.tarfs_hint"),
+            tarfs_jobs=get("experimental.tarfs.max_concurrent_proc"),
             signed=get("image.validate_signature"),
         ),
         public_key=public_key,

@@ -24,16 +24,19 @@ from snapshotter.labels import (
     MANIFEST_DIGEST,
     SIGNATURE,
     STARGZ,
+    TARFS,
     TWIN,
     TWIN_LAYER,
     image_label,
     image_ref,
+    is_left_packed,
 )
-from snapshotter.lazy import estargz, plain
+from snapshotter.lazy import estargz, plain, tarfs
 from snapshotter.lazy.registries import Registries
 from snapshotter.lazy.settings import LazySettings
 from snapshotter.lazy.twins import Twin, TwinFinder, bootstrap_layer
 from snapshotter.store import Snapshot, Store
+from snapshotter.system import mountpoints
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,10 @@ class LazyFinder:
         self._settings, self._registries, self._store = settings, registries, store
         self._twins = TwinFinder(registries, index=settings.index, referrers=settings.referrers)
         self._estargz = estargz.Estargz(registries)
+        self._tarfs = tarfs.Tarfs(registries, settings.tarfs_jobs)
+        self._no_tarfs = tarfs.why_not(store.directory) if settings.tarfs else ""
+        if self._no_tarfs:
+            log.warning("enable_tarfs: %s. Layers are unpacked as usual", self._no_tarfs)
         self._lock = threading.Lock()
         self._busy: dict[int, threading.Lock] = {}
 
@@ -63,7 +70,9 @@ class LazyFinder:
     def claim(self, parent: str, labels: Mapping[str, str]) -> Claim | None:
         """For a layer of a plain image that is about to be unpacked; None: unpack it. Asks the registry."""
         settings = self._settings
-        if not (settings.index or settings.referrers or settings.estargz) or not image_label(labels):
+        if not image_label(labels) or not (
+            settings.index or settings.referrers or settings.estargz or (settings.tarfs and not self._no_tarfs)
+        ):
             return None
         try:
             image = parse(image_label(labels))
@@ -73,8 +82,16 @@ class LazyFinder:
         twin = self._twins.find(image, labels.get(MANIFEST_DIGEST, ""), labels)
         if twin is not None:
             return self._twin(image, twin, parent, labels)
-        if settings.estargz and not settings.signed and SHA256_DIGEST.fullmatch(labels.get(LAYER_DIGEST, "")):
-            return self._estargz_layer(image, parent, labels)
+        if not SHA256_DIGEST.fullmatch(labels.get(LAYER_DIGEST, "")):
+            return None
+        # only from the bottom up: their files are merged, and what lies below must be among them
+        below = self._store.stat(parent).labels if parent else {STARGZ: "", TARFS: ""}
+        if settings.estargz and not settings.signed and STARGZ in below:
+            claim = self._estargz_layer(image, parent, labels)
+            if claim is not None:
+                return claim
+        if settings.tarfs and not self._no_tarfs and TARFS in below:
+            return self._tarfs_layer(image, parent, labels)
         return None
 
     def _twin(self, image: Reference, twin: Twin, parent: str, labels: Mapping[str, str]) -> Claim:
@@ -94,9 +111,6 @@ class LazyFinder:
         return Claim(marks, settle)
 
     def _estargz_layer(self, image: Reference, parent: str, labels: Mapping[str, str]) -> Claim | None:
-        # only from the bottom up: their files are merged, and what lies below must be among them
-        if parent and STARGZ not in self._store.stat(parent).labels:
-            return None
         table = self._estargz.claim(image, labels, lowest=not parent)
         if table is None:
             return None
@@ -110,6 +124,15 @@ class LazyFinder:
         # upstream's value is `true`; only presence counts
         return Claim({STARGZ: "true", estargz.DIGEST_LABEL: table.digest}, settle)
 
+    def _tarfs_layer(self, image: Reference, parent: str, labels: Mapping[str, str]) -> Claim | None:
+        if self._settings.tarfs_hint and not self._tarfs.hinted(image, labels):
+            return None
+
+        def settle(made: Snapshot) -> None:
+            self._tarfs.begin(image, made.labels, self._store.path(made.id), lowest=not parent)
+
+        return Claim({TARFS: labels[LAYER_DIGEST].removeprefix("sha256:")}, settle)
+
     # ---- when a container comes
 
     def complete(self, chain: Sequence[Snapshot]) -> bool:
@@ -118,12 +141,14 @@ class LazyFinder:
         Raises SnapshotterError.
         """
         layer = chain[0]
-        if TWIN not in layer.labels and STARGZ not in layer.labels:
+        if not is_left_packed(layer.labels):
             return True
         with self._one(layer.id):
             if (self._store.path(layer.id) / plain.DONE).exists():
                 return False
-            boot = self._store.upper(layer.id) / "image" / "image.boot"
+            boot = self._boot(layer)
+            if TARFS in layer.labels:
+                return self._mount_tarfs(chain, boot)
             if boot.exists():
                 return True
             if STARGZ in layer.labels:
@@ -131,6 +156,28 @@ class LazyFinder:
             image = parse(image_ref(layer.labels, str(layer.id)))
             self._fetch_bootstrap(image, layer, None)
             return True
+
+    def local(self, layer: Snapshot) -> Path | None:
+        """Where a completed layer is mounted that needs no nydusd."""
+        return self._store.path(layer.id) / "mnt" if TARFS in layer.labels else None
+
+    def release(self, snapshot: int) -> None:
+        """Its directory is about to go. Raises OSError."""
+        mountpoint = self._store.path(snapshot) / "mnt"
+        if os.path.lexists(mountpoint):  # the mount table is long
+            tarfs.umount(mountpoint)
+
+    def usage(self, layer: Snapshot) -> int:
+        """Bytes that a layer which was not unpacked takes in its directory, besides `fs`."""
+        tar = tarfs.any_tar_of(self._store.path(layer.id)) if TARFS in layer.labels else None
+        return tar.stat().st_blocks * 512 if tar else 0
+
+    def close(self, *, umount: bool) -> None:
+        self._tarfs.close()
+        if umount:
+            for path in mountpoints():
+                if Path(path).name == "mnt" and Path(path).parent.parent == self._store.directory:
+                    tarfs.umount(Path(path))
 
     def unpack(self, layer: Snapshot, below: Callable[[], Sequence[str]]) -> None:
         """A layer that was not unpacked is now. `below`: directories under it, asked for if needed."""
@@ -140,7 +187,10 @@ class LazyFinder:
                 return
             image = parse(image_ref(layer.labels, str(layer.id)))
             log.info("image %s: layer %s is unpacked for an image built on it", image, layer.labels.get(LAYER_DIGEST))
-            plain.unpack(self._registries, image, layer.labels, folder, below())
+            tar = tarfs.any_tar_of(folder)
+            plain.unpack(self._registries, image, layer.labels, folder, below(), tar)
+            if tar is not None:
+                tar.unlink()
 
     def _merge(self, chain: Sequence[Snapshot], boot: Path) -> bool:
         tables = []
@@ -161,6 +211,31 @@ class LazyFinder:
             log.warning("image %s: %s: its layers are unpacked instead", image_label(chain[0].labels), error)
             return False
         return True
+
+    def _mount_tarfs(self, chain: Sequence[Snapshot], boot: Path) -> bool:
+        if self._no_tarfs or not self._settings.tarfs:  # of a time when it was wanted
+            self._no_tarfs = self._no_tarfs or tarfs.why_not(self._store.directory)
+            if self._no_tarfs:
+                log.warning("tarfs layers are unpacked: %s", self._no_tarfs)
+                return False
+        try:
+            layers = []
+            for number, layer in enumerate(reversed(chain)):
+                image = parse(image_ref(layer.labels, str(layer.id)))
+                folder = self._store.path(layer.id)
+                layers.append(self._tarfs.finish(image, layer.labels, folder, lowest=not number))
+            if not boot.exists():
+                tarfs.merge(layers, boot)
+            tarfs.mount(boot, [tar for _, tar in layers], self._store.path(chain[0].id) / "mnt")
+        except Unavailable:
+            raise
+        except SnapshotterError as error:
+            log.warning("image %s: %s: unpacked instead", image_label(chain[0].labels), error)
+            return False
+        return True
+
+    def _boot(self, layer: Snapshot) -> Path:
+        return self._store.upper(layer.id) / "image" / "image.boot"
 
     def _fetch_bootstrap(self, image: Reference, layer: Snapshot, known: tuple[str, int] | None) -> None:
         """Raises Unavailable, SnapshotterError."""

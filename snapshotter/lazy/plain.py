@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -28,10 +29,15 @@ _PIECE = 1 << 20
 
 
 def unpack(
-    registries: Registries, image: Reference, labels: Mapping[str, str], folder: Path, below: Sequence[str]
+    registries: Registries,
+    image: Reference,
+    labels: Mapping[str, str],
+    folder: Path,
+    below: Sequence[str],
+    tar: Path | None = None,
 ) -> None:
     """Downloads the layer and makes `folder`/fs of it, which nobody has used so far. `below`: directories of the layers
-    under it, nearest first.
+    under it, nearest first. `tar`: the layer, where it is on this node.
 
     `folder`/DONE tells that it is complete. Raises Unavailable, SnapshotterError.
     """
@@ -49,7 +55,7 @@ def unpack(
         owner = (folder / "fs").stat()
         os.chown(scratch / "fs", owner.st_uid, owner.st_gid)
         os.chmod(scratch / "fs", FS_MODE)
-        _apply(registries, image, labels, layer, [str(scratch), *below])
+        _apply(registries, image, labels, layer, [str(scratch), *below], tar)
         for entry in (folder / "fs").iterdir():  # of an attempt that was cut short here, or of the lazy way
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         os.rename(scratch / "fs", folder / "fs")
@@ -59,9 +65,13 @@ def unpack(
 
 
 def _apply(
-    registries: Registries, image: Reference, labels: Mapping[str, str], layer: str, places: Sequence[str]
+    registries: Registries,
+    image: Reference,
+    labels: Mapping[str, str],
+    layer: str,
+    places: Sequence[str],
+    tar: Path | None,
 ) -> None:
-    from bootstrap.decompress import open_layer
     from bootstrap.errors import RafsError
 
     command = [sys.executable, "-P", "-m", "snapshotter.lazy.apply", *places]
@@ -69,16 +79,10 @@ def _apply(
     assert child.stdin is not None
     digest = hashlib.sha256()
     try:
-        with (
-            registries.open(image, labels) as client,
-            client.open_blob(image.repository, layer) as stored,
-            open_layer(cast(BinaryIO, stored)) as plain,
-        ):
+        with _open(registries, image, labels, layer, tar) as plain:
             while piece := plain.read(_PIECE):
                 digest.update(piece)
                 child.stdin.write(piece)
-            while stored.read(_PIECE):  # to its end, where its digest is compared
-                pass
     except BrokenPipeError:
         pass  # it says why
     except (NydusError, RafsError) as error:
@@ -96,3 +100,24 @@ def _apply(
     wanted = labels.get(DIFF_ID)
     if wanted and wanted != f"sha256:{digest.hexdigest()}":
         raise SnapshotterError(f"image {image}: layer {layer} unpacks to other bytes than its diff id {wanted}")
+
+
+@contextmanager
+def _open(
+    registries: Registries, image: Reference, labels: Mapping[str, str], layer: str, tar: Path | None
+) -> Iterator[BinaryIO]:
+    """Raises NydusError, RafsError, OSError, also at the end: when the bytes are not those of the digest."""
+    from bootstrap.decompress import open_layer
+
+    if tar is not None:
+        with tar.open("rb") as file:
+            yield file
+        return
+    with (
+        registries.open(image, labels) as client,
+        client.open_blob(image.repository, layer) as stored,
+        open_layer(cast(BinaryIO, stored)) as plain,
+    ):
+        yield plain
+        while stored.read(_PIECE):
+            pass

@@ -12,4 +12,7 @@ class LazySettings:
     index: bool = False
     referrers: bool = False
     estargz: bool = False
+    tarfs: bool = False
+    tarfs_hint: bool = False  # only images that ask for it
+    tarfs_jobs: int = 0
     signed: bool = False

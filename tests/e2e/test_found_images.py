@@ -17,9 +17,9 @@ from tests.e2e.conftest import containerd_of, require_programs
 from tests.lab.cri import Cri
 from tests.lab.images import MANIFEST, Image, ImageLayout, Layer, Member, entry, fetch_manifest, push_image
 from tests.lab.paths import ref_bin
-from tests.lab.process import remove_tree, run, wait_until, work_dir
+from tests.lab.process import mounts_below, remove_tree, run, wait_until, work_dir
 from tests.lab.registry import Registry
-from tests.lab.sample import pause_image, small_image
+from tests.lab.sample import pause_image, small_image, small_layers
 from tests.lab.stack import Stack, StackOptions, program
 
 pytestmark = pytest.mark.timeout(300)
@@ -263,6 +263,61 @@ def test_nydus_images_of_every_kind(pods: Pods, form: str, producer: str) -> Non
 
 
 @one_generation
+def test_tarfs(pods: Pods) -> None:
+    """Layers as they are, mounted by the kernel; what shares them with a plain image; away with the image."""
+    stack = pods.stack
+    restart(
+        pods, "--enable-index-detect=false", "--enable-referrer-detect=false", "--enable-stargz=false", "--enable-tarfs"
+    )
+    layout = ImageLayout(pods.work / "tarfs")
+    members = small_layers("tarfs", PAYLOAD)
+    # of no other test's image: on layers that are unpacked already nothing is merged
+    bottom = layout.add_layer([entry("for-tarfs"), *members[0]])
+    named = layout.add_layer([entry("tmp", mode=0o1777), *members[1]])
+    unnamed, top = layout.add_layer(members[1]), layout.add_layer(members[2])
+    for tag, middle in (("named", named), ("oci", unnamed)):
+        layout.finish([bottom, middle, top], cmd=["sh"]).push(stack.registry.host, "lab/tarfs", tag)
+    good(pods.read(pods.pull("tarfs", "named")), "tarfs")
+
+    def mounts() -> list[str]:
+        return [path for path in mounts_below(stack.snapshotter.root / "snapshots") if path.endswith("/mnt")]
+
+    (mounted,) = mounts()
+    # the same with the snapshotter gone meanwhile, and after a reboot, which takes mounts away
+    stack.snapshotter.kill()
+    run(["umount", mounted], timeout=20)
+    stack.snapshotter.start()
+    connected(pods)
+    good(pods.read(pods.pull("tarfs", "named")), "tarfs")
+    assert mounts() == [mounted]
+    # a layer in between that names no directories cannot be merged: unpacked, from what is here already
+    mark = stack.registry.mark()
+    pulled = pods.pull("tarfs", "oci")
+    code, text = pods.cri.run(pods.pod, pods.config, pulled, "ls", "-ldn", "/tmp", "/tmp/middle")
+    assert (code, text.split()[0]) == (0, "drwxrwxrwt")
+    good(pods.read(pulled), "tarfs")
+    assert len(big(stack, mark)) == 1
+    assert "does not name its directory tmp" in log_of(pods)
+    for tag in ("named", "oci"):
+        pods.cri.remove_image(f"{stack.host}/lab/tarfs:{tag}")
+    wait_until(lambda: mounts() == [], 20, "the unmount")
+
+
+def restart(pods: Pods, *arguments: str) -> None:
+    pods.stack.snapshotter.stop()
+    pods.stack.snapshotter.arguments += arguments
+    pods.stack.snapshotter.start()
+    connected(pods)
+
+
+def connected(pods: Pods) -> None:
+    """containerd goes on to think for up to 3 s that a snapshotter that was restarted is away."""
+    ctr, probe = pods.stack.containerd.ctr, ("snapshots", "--snapshotter", "nydus")
+    wait_until(lambda: ctr(*probe, "prepare", "probe", check=False).returncode == 0, 20, "containerd's connection")
+    ctr(*probe, "rm", "probe")
+
+
+@one_generation
 def test_signed_bootstraps(pods: Pods) -> None:
     """This module's last test: the snapshotter is told to want signatures."""
     stack, folder = pods.stack, pods.work / "signing"
@@ -291,13 +346,7 @@ def test_signed_bootstraps(pods: Pods) -> None:
 
     sign("good", key)
     sign("bad", other)
-    stack.snapshotter.stop()
-    stack.snapshotter.arguments += ("--validate-signature", f"--publickey-file={public}")
-    stack.snapshotter.start()
-    # containerd goes on to think for up to 3 s that it is away
-    prepare = ("snapshots", "--snapshotter", "nydus", "prepare", "probe")
-    wait_until(lambda: stack.containerd.ctr(*prepare, check=False).returncode == 0, 20, "containerd's connection")
-    stack.containerd.ctr("snapshots", "--snapshotter", "nydus", "rm", "probe")
+    restart(pods, "--validate-signature", f"--publickey-file={public}")
     for tag, words in (("nydus", "is not signed"), ("bad", "was not made with the key of")):
         pulled = pods.pull("signed", tag)
         with pytest.raises(Exception, match=words):

@@ -55,6 +55,7 @@ def open_erofs(image: str, devices: Iterable[str]) -> int:
     context = _call("fsopen", SYS_fsopen, b"erofs", ctypes.c_uint(FSOPEN_CLOEXEC))
     try:
         try:
+            _config(context, FSCONFIG_SET_FLAG, b"ro", None)  # before block devices are opened
             _config(context, FSCONFIG_SET_STRING, b"source", os.fsencode(image))
             for device in devices:
                 _config(context, FSCONFIG_SET_STRING, b"device", os.fsencode(device))
