@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from nydusfs import stacks
 from snapshotter import httpd, logs
 from snapshotter.daemons import Daemon
-from snapshotter.errors import NotFound, SnapshotterError
+from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.httpd import Reply, Request, as_json, as_text, failure
 from snapshotter.images import Images
 from snapshotter.nydusd_api import ApiError
@@ -29,6 +30,7 @@ from snapshotter.tally import tally
 log = logging.getLogger(__name__)
 
 SOCKET = "system.sock"  # below the root
+UPGRADE_SECONDS = 30.0
 MAX_PROFILE_SECONDS = 120.0
 
 
@@ -114,7 +116,7 @@ class Controller:
                 if not daemon.alive:
                     continue
                 try:
-                    daemon.api.upgrade()
+                    _upgrade_and_wait(daemon)
                 except SnapshotterError as error:
                     log.error("nydusd %s is not upgraded: %s", daemon.id, error)
                     return failure(500, f"nydusd {daemon.id}: {error}")
@@ -227,6 +229,22 @@ def _body(request: Request, kind: type) -> Any:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, kind) else None
+
+
+def _upgrade_and_wait(daemon: Daemon) -> None:
+    """Returns when the new worker answers. Raises SnapshotterError."""
+    before = daemon.api.info().get("worker_pid")
+    daemon.api.upgrade()
+    deadline = time.monotonic() + UPGRADE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            info = daemon.api.info(timeout=5)
+            if info.get("worker_pid") != before and info.get("state") == "RUNNING":
+                return
+        except SnapshotterError:
+            pass  # between two workers
+        time.sleep(0.02)
+    raise Unavailable(f"its new worker does not answer within {UPGRADE_SECONDS:.0f} s")
 
 
 def _same_program(one: str, other: str) -> bool:

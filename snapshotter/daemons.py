@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from snapshotter.cgroup import MemoryGroup
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.nydusd_api import NydusdApi
 from snapshotter.records import DaemonRecord, Records
@@ -49,6 +50,7 @@ class DaemonSettings:
     failover_policy: str = "resend"
     cpu_seconds: int = 0  # window after a start in which CPU time is measured, 0: not
     log_format: str = "text"
+    group: MemoryGroup | None = None
 
 
 def new_id() -> str:
@@ -247,6 +249,8 @@ class Daemon:
     def _live(self, process: subprocess.Popen[bytes] | None) -> None:
         self._alive = True
         self._born = time.monotonic()
+        if self._settings.group is not None:
+            self._settings.group.add(self._processes())
         descriptor = os.pidfd_open(self._record.pid)
         threading.Thread(
             target=self._watch, args=(self._record.pid, descriptor, process), name=f"watch-{self.id}", daemon=True

@@ -15,6 +15,7 @@ from snapshotter import controller
 from snapshotter.auth.explain import ExplainService
 from snapshotter.auth.renewal import Renewer
 from snapshotter.auth.setup import Auth
+from snapshotter.cgroup import MemoryGroup
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, StartError
@@ -76,6 +77,7 @@ class Program:
             failover_policy=settings.failover_policy,
             cpu_seconds=settings.system.cpu_seconds,
             log_format=settings.log_format,
+            group=MemoryGroup(settings.memory_limit) if settings.cgroup else None,
         )
         cache = settings.cache_dir
         if template.work_dir and template.work_dir != cache:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from snapshotter.auth import durations
 from snapshotter.auth.settings import AuthSettings
+from snapshotter.cgroup import parse_limit
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError
 from snapshotter.lazy.settings import LazySettings
@@ -99,8 +100,8 @@ KEYS: dict[str, Key] = {
     "log.log_rotation_max_age": Key(int, 0),
     "log.log_rotation_local_time": Key(bool, True),
     "log.log_rotation_compress": Key(bool, True),
-    "cgroup.enable": Key(bool, False, _LATER),
-    "cgroup.memory_limit": Key(str, "", _LATER),
+    "cgroup.enable": Key(bool, False),
+    "cgroup.memory_limit": Key(str, ""),
     "experimental.enable_stargz": Key(bool, False),
     "experimental.enable_referrer_detect": Key(bool, False),
     "experimental.enable_index_detect": Key(bool, False),
@@ -152,6 +153,8 @@ class Settings:
     hosts_dir: str  # certs.d for nydusd; "": its own default
     collect_cache: bool
     collect_period: float  # seconds, 0: only when images are removed
+    cgroup: bool
+    memory_limit: int  # bytes of all nydusd together, 0: none
     system: SystemSettings
     metrics: MetricsSettings
     log_to_stdout: bool
@@ -242,6 +245,8 @@ def load(flags: Mapping[str, Any]) -> Settings:
         hosts_dir=hosts_dir,
         collect_cache=not get("cache_manager.disable"),
         collect_period=duration("cache_manager.gc_period", get("cache_manager.gc_period")),
+        cgroup=get("cgroup.enable"),
+        memory_limit=parse_limit(get("cgroup.memory_limit")),
         system=SystemSettings(
             enable=get("system.enable"),
             address=Path(get("system.address")).absolute(),

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nydusfs import stacks
-from snapshotter import httpd, logs, settings
+from snapshotter import cgroup, httpd, logs, settings
 from snapshotter.errors import NotFound, SettingsError
 from snapshotter.exposition import Family, render
 from snapshotter.rotation import RotatingFile
@@ -130,6 +130,23 @@ def test_the_environment_of_zero_values(tmp_path: Path) -> None:
     file.write_text("version = 1\n[log]\nlog_rotation_max_backups = 0\nlog_rotation_compress = false\n")
     found = settings.load({"config": str(file)})
     assert (found.log_rotation_backups, found.log_rotation_compress, found.log_rotation_local_time) == (0, False, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [("", 0), ("209715200", 200 << 20), ("200MiB", 200 << 20), ("200Mi", 200 << 20), ("200mb", 200_000_000),
+     ("1.5Gi", 3 << 29), ("10 KB", 10_000)],
+)  # fmt: skip
+def test_memory_limits(text: str, limit: int) -> None:
+    assert cgroup.parse_limit(text) == limit
+
+
+def test_memory_limits_that_are_none() -> None:
+    everything = cgroup.parse_limit("100%")
+    assert abs(cgroup.parse_limit("10%") - everything / 10) < 2
+    for text in ("0", "-1", "many", "0%", "101%", "x%", "200 MiBs"):
+        with pytest.raises(SettingsError, match=r"cgroup\.memory_limit"):
+            cgroup.parse_limit(text)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("10s", 10), ("24h", 86400), ("1h30m", 5400), ("500ms", 0.5), ("0", 0)])
