@@ -134,7 +134,7 @@ class Courtesy:
 
 
 class RequestPace:
-    """The `Pace` of one prefetch request."""
+    """The `Pace` of one request; `urgent`: a reader waits for it."""
 
     def __init__(self, courtesy: Courtesy, urgent: trio.Event) -> None:
         self._courtesy = courtesy
@@ -149,3 +149,19 @@ class RequestPace:
 
     async def permit(self, size: int) -> float:
         return await self._courtesy.permit(size, self._urgent)
+
+
+class ReplayPace(RequestPace):
+    """Of what readers will want if they do what they did before: a few requests fill the link, until a reader waits for
+    something else. `doubts` knows these readers, `link` the rate."""
+
+    def __init__(self, doubts: Courtesy, urgent: trio.Event, link: Courtesy) -> None:
+        super().__init__(doubts, urgent)
+        self._link = link
+
+    @property
+    def window(self) -> int:
+        return int(min(max(2 * self._link.rate * QUEUE, 2 * MIN_WINDOW), 2 * MAX_WINDOW))
+
+    def begun(self, seconds: float) -> None:
+        self._link.waited(seconds)

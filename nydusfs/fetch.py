@@ -27,7 +27,7 @@ from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.counters import CacheCounters
-from nydusfs.courtesy import Courtesy, RequestPace
+from nydusfs.courtesy import Courtesy, ReplayPace, RequestPace
 from nydusfs.errors import SourceError
 from nydusfs.http.pacing import PACE
 from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode, runs
@@ -104,6 +104,7 @@ class FetchScheduler:
         self._begun = trio.Event()  # a fetch, since `settled` looked
         self._demand_slots: dict[str, trio.Semaphore] = {}
         self.courtesy = Courtesy()
+        self._doubts = Courtesy()  # readers that do something else than their image's profile says
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
         self._recent: OrderedDict[_Identity, tuple[Segment, BlobCache | None, Plain]] = OrderedDict()
@@ -136,21 +137,34 @@ class FetchScheduler:
             if self._recent.pop(identity, None) is not None:
                 self._recent_bytes -= len(plain)
 
-    async def fetch(self, jobs: Sequence[Job], priority: Priority, merge: int = MERGE) -> list[Plain]:
+    async def fetch(
+        self,
+        jobs: Sequence[Job],
+        priority: Priority,
+        merge: int = MERGE,
+        *,
+        doubtful: bool = False,
+        strange: bool = False,
+    ) -> list[Plain]:
         """The plain bytes of each job's segment, verified and, where the disk allows, cached.
 
-        Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes.
+        Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes. While
+        a reader waits for something `strange`, that no profile told, what is `doubtful` has little of the link.
         Raises `SourceError`.
         """
-        flights = self._join(jobs, priority, merge)
+        flights = self._join(jobs, priority, merge, doubtful=doubtful)
         if priority is Priority.DEMAND:
             self.courtesy.reader_comes()
+        if strange:
+            self._doubts.reader_comes()
         try:
             for flight in flights:
                 await flight.done.wait()
         finally:
             if priority is Priority.DEMAND:
                 self.courtesy.reader_goes()
+            if strange:
+                self._doubts.reader_goes()
         found: list[Plain] = []
         for flight in flights:
             if flight.error is not None:
@@ -175,7 +189,9 @@ class FetchScheduler:
     def in_flight(self, job: Job) -> bool:
         return job.identity in self._flights
 
-    def _join(self, jobs: Sequence[Job], priority: Priority, merge: int, behind: bool = False) -> list[_Flight]:
+    def _join(
+        self, jobs: Sequence[Job], priority: Priority, merge: int, *, behind: bool = False, doubtful: bool = False
+    ) -> list[_Flight]:
         """A flight for each job: one that is under way, or new ones started in merged groups."""
         flights: list[_Flight] = []
         group: list[_Flight] = []
@@ -185,7 +201,7 @@ class FetchScheduler:
                 flight = self._flights[job.identity] = _Flight(job)
                 self._begun.set()
                 if group and not joinable([joined.job for joined in group], job, merge):
-                    self._nursery.start_soon(self._run, group, priority, behind)
+                    self._nursery.start_soon(self._run, group, priority, behind, doubtful)
                     group = []
                 if group:
                     flight.urgent = group[0].urgent
@@ -194,7 +210,7 @@ class FetchScheduler:
                 flight.urgent.set()
             flights.append(flight)
         if group:
-            self._nursery.start_soon(self._run, group, priority, behind)
+            self._nursery.start_soon(self._run, group, priority, behind, doubtful)
         return flights
 
     def _slots_of(self, source: Source) -> trio.Semaphore:
@@ -204,10 +220,12 @@ class FetchScheduler:
             slots = self._demand_slots[source.name] = trio.Semaphore(DEMAND_REQUESTS)
         return slots
 
-    async def _run(self, group: list[_Flight], priority: Priority, behind: bool) -> None:
+    async def _run(self, group: list[_Flight], priority: Priority, behind: bool, doubtful: bool) -> None:
         try:
             if behind:
                 await trio.lowlevel.checkpoint()
+            if doubtful:
+                PACE.set(ReplayPace(self._doubts, group[0].urgent, self.courtesy))
             if priority is not Priority.PREFETCH:
                 # LEARNED too: its callers bound themselves, and a reader is about to wait for it.
                 await self._run_now(group, priority)

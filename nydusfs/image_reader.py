@@ -307,13 +307,14 @@ class ImageReader:
                 jobs.append(job)
         if jobs:
             foreign = any(self._scheduler.in_flight(job) for job in jobs)
+            strange = priority is Priority.DEMAND and self.recorder is not None and self.recorder.strange(segments)
             try:
-                buffers = await self._scheduler.fetch(jobs, priority)
+                buffers = await self._scheduler.fetch(jobs, priority, strange=strange)
             except SourceError:
                 if not foreign:
                     raise
                 # It may have been another image's source that failed: once more with our own.
-                buffers = await self._scheduler.fetch(jobs, priority)
+                buffers = await self._scheduler.fetch(jobs, priority, strange=strange)
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 

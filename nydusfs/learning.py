@@ -10,7 +10,6 @@ import trio
 
 from bootstrap.errors import RafsError
 from nydusfs.errors import CacheError, SourceError
-from nydusfs.fetch import MERGE
 from nydusfs.foresight import Foresight
 from nydusfs.profile import Profile, ProfileStore, Recorder, identity
 from nydusfs.sources import Priority
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("nydusfs.profile")
 
 REQUESTS = 4  # in flight: enough to keep a link of 200 ms full, few enough to let a stranger through
-FIRST_WINDOW, WINDOW = 8, 64  # segments ordered by place at once: small first, so that the first reader waits least
+FIRST_WINDOW, WINDOW = 8, 32  # segments ordered by place at once: small first, so that the first reader waits least
+# Compressed bytes of one request: a reader waits for all of it that wants some of it.
+MERGE = 512 * 1024
 MAX_FAILURES = 8
 
 
@@ -38,7 +39,7 @@ class Learner:
     async def run(self) -> None:
         """Until the run is over or this is cancelled; what was learned is saved either way."""
         profile = await trio.to_thread.run_sync(self._store.load, self._name)
-        recorder = self._reader.recorder = Recorder(profile)
+        recorder = self._reader.recorder = Recorder()
         try:
             async with trio.open_nursery() as nursery:
                 if profile is not None and profile.segments:
@@ -64,13 +65,13 @@ class Learner:
             self._reader.foresight = None
 
     async def _replay(self, recorder: Recorder, keys: list[tuple[str, int]]) -> None:
-        groups = self._groups(keys)
+        groups = self._groups(recorder, keys)
         slots = trio.Semaphore(REQUESTS)
         fetched = 0
 
         async def fetch(group: list[Job]) -> None:
             try:
-                await self._scheduler.fetch(group, Priority.LEARNED, MERGE)
+                await self._scheduler.fetch(group, Priority.LEARNED, MERGE, doubtful=True)
             except SourceError as error:
                 self._failures += 1
                 log.info("image %s: replay: %s", self._reader.name, error)
@@ -89,10 +90,11 @@ class Learner:
         if fetched:
             log.info("image %s: %d segments of its profile fetched ahead", self._reader.name, fetched)
 
-    def _groups(self, keys: list[tuple[str, int]]) -> Iterator[list[Job]]:
+    def _groups(self, recorder: Recorder, keys: list[tuple[str, int]]) -> Iterator[list[Job]]:
         """Requests, in the order of need by windows, in the order of places within one."""
         begin, size = 0, FIRST_WINDOW
         while begin < len(keys):
+            recorder.planned.update(keys[begin : begin + size])
             segments = sorted(
                 self._segments(keys[begin : begin + size]), key=lambda s: (s.blob.index, s.compressed_start)
             )

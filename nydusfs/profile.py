@@ -34,8 +34,8 @@ FORGET = 0.3  # below: three cold runs without it
 COLD = 0.5  # of the known segments read: less, and the run says nothing of those it did not read (pages were cached)
 MAX_FILE = 8 << 20
 MAX_ENTRIES = 65_536
-# A replay is given up when readers asked for this many segments that it does not hold, and for more of them than of
-# those it does: the image runs something else today. Costs these fetches' share of the link and no more.
+# A replay is given up when readers asked for this many segments whose turn had not come, and for more of them than of
+# others: the image runs something else today, or the profile is of no use.
 STRANGERS = 8
 
 
@@ -148,10 +148,10 @@ def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:
 class Recorder:
     """What one run reads. `note` from any thread: dictionary operations only. Times are of time.monotonic."""
 
-    def __init__(self, expected: Profile | None) -> None:
+    def __init__(self) -> None:
         self.segments: dict[tuple[str, int], None] = {}
         self.inodes: dict[int, None] = {}
-        self.expected = expected.segments if expected is not None else {}
+        self.planned: set[tuple[str, int]] = set()  # what was fetched ahead, or is about to be
         self.familiar = self.strangers = 0
         self.born = time.monotonic()
         self.first = self.last = 0.0  # of the first read and of the last new segment
@@ -169,10 +169,14 @@ class Recorder:
             self.segments[key] = None
             self.last = time.monotonic()
             self.first = self.first or self.last
-            if key in self.expected:
+            if key in self.planned:
                 self.familiar += 1
             else:
                 self.strangers += 1
+
+    def strange(self, segments: Iterable[Segment]) -> bool:
+        """Whether this replay does not know of one of them yet."""
+        return any((segment.blob.id, segment.number) not in self.planned for segment in segments)
 
     @property
     def astray(self) -> bool:

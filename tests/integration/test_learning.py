@@ -107,3 +107,28 @@ def test_learning_can_be_switched_off(tmp_path: Path) -> None:
             read(daemon, READ)
             assert daemon.get("profile?id=/a").status == 404
         assert not (tmp_path / "cache.profiles").exists()
+
+
+def test_a_hostile_profile_is_given_up_and_costs_little(tmp_path: Path) -> None:
+    """It names all of the image, what the program reads last."""
+    names = sorted(FILES)[1::3]
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
+        with start(image, server, work) as daemon:
+            read(daemon, names)
+            needed = asked(server)
+            value = daemon.get("profile?id=/a").body
+        (saved,) = (tmp_path / "cache.profiles").glob("*.json")
+        shutil.rmtree(work)
+        server.requests.clear()
+        wanted = [(blob, number) for blob, number, _ in json.loads(saved.read_bytes())["segments"]]
+        everything = [(image.blob_id, number) for number in range(64)]  # not all of them exist
+        listed = [key for key in everything if key not in wanted] + wanted
+        value |= {"segments": [[blob, number, 2.5] for blob, number in listed], "inodes": [1, 2, 1 << 40]}
+        saved.write_text(json.dumps(value))
+        server.rate = 500_000
+        with start(image, server, work) as daemon:
+            read(daemon, names)
+            wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
+            assert asked(server) <= needed + 5 * 512 * 1024, "what was on its way when readers went elsewhere"

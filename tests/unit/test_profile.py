@@ -76,7 +76,8 @@ def test_a_run_that_goes_elsewhere_is_noticed() -> None:
             self.number = number
             self.blob = type("Blob", (), {"id": "a"})
 
-    recorder = Recorder(Profile(1, {("a", number): 1.0 for number in range(100)}))
+    recorder = Recorder()
+    recorder.planned.update(("a", number) for number in range(100))
     recorder.note(1, [Segment(n) for n in range(20)])  # type: ignore[misc]
     recorder.note(1, [Segment(n) for n in range(100, 119)])  # type: ignore[misc]
     assert not recorder.astray
