@@ -78,21 +78,22 @@ def dynamic(data: bytes) -> dict[int, list[int]]:
     return found
 
 
-def tables(shape: Layout, tags: dict[int, list[int]]) -> Range | None:
-    """The run of symbol, string and relocation tables, which lie side by side. Relocations are read to their end; of
-    the others lookups touch scattered pages."""
-    low: list[int] = []
-    high: list[int] = []
-    for tag, size_tag in ((RELATAB, RELASZ), (JMPREL, PLTRELSZ), (STRTAB, STRSZ)):
-        place = shape.offset(tags[tag][0]) if tag in tags else None
-        if place is not None:
-            low.append(place)
-            high.append(place + (tags[size_tag][0] if size_tag in tags else 0))
-    for tag in _TABLES:
-        place = shape.offset(tags[tag][0]) if tag in tags else None
-        if place is not None:
-            low.append(place)
-    return (min(low), max(high) - min(low)) if high and max(high) > min(low) else None
+def tables(shape: Layout, tags: dict[int, list[int]]) -> list[Range]:
+    """The runs of symbol, string and relocation tables, one for each mapped part that holds some (tools that edit
+    programs put a longer string table behind everything). Relocations are read to their end; of the others lookups
+    touch scattered pages."""
+    runs: dict[int, Range] = {}
+    for tag, size_tag in ((RELATAB, RELASZ), (JMPREL, PLTRELSZ), (STRTAB, STRSZ), *((tag, 0) for tag in _TABLES)):
+        if tag not in tags:
+            continue
+        address, size = tags[tag][0], tags[size_tag][0] if size_tag in tags else 1
+        for number, (start, offset, length) in enumerate(shape.loads):
+            if start <= address < start + length:
+                low, high = offset + address - start, offset + min(address - start + size, length)
+                if number in runs:
+                    low, high = min(low, runs[number][0]), max(high, sum(runs[number]))
+                runs[number] = (low, high - low)
+    return list(runs.values())
 
 
 def string(data: bytes, offset: int) -> bytes:

@@ -179,8 +179,8 @@ class Foresight:
                     self._start(nursery, found)
             for start, length in shape.written:
                 await self._read(ino, start, min(length, MAX_TABLES))
-            if (table := elf.tables(shape, tags)) is not None:
-                await self._read(ino, table[0], min(table[1], MAX_TABLES))
+            for start, length in elf.tables(shape, tags):
+                await self._read(ino, start, min(length, MAX_TABLES))
             for start in await self._constructors(ino, shape, tags):
                 await self._read(ino, start, 1)
         except _WRONG as error:

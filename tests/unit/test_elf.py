@@ -50,11 +50,18 @@ def test_a_program_names_its_loader_and_libraries() -> None:
 def test_what_is_told_lies_in_the_file(path: str) -> None:
     data, shape, tags = parts(path)
     assert shape.written and all(start >= 0 and start + size <= len(data) for start, size in shape.written)
-    table = elf.tables(shape, tags)
-    assert table is not None and table[0] > 0 and sum(table) <= len(data)
+    found = elf.tables(shape, tags)
+    assert found and all(start > 0 and size > 0 and start + size <= len(data) for start, size in found)
     relocations = shape.offset(tags[elf.RELATAB][0])
     assert relocations is not None
-    assert table[0] <= relocations and relocations + tags[elf.RELASZ][0] <= sum(table)
+    assert any(s <= relocations and relocations + tags[elf.RELASZ][0] <= s + size for s, size in found)
+
+
+def test_a_table_that_was_moved_behind_everything_does_not_bring_the_text_along() -> None:
+    loads = ((0, 0, 0x1000), (0x1000, 0x1000, 0x900000), (0xA00000, 0xA00000, 0x2000))
+    shape = elf.Layout(62, 0, loads, None, None, ())
+    tags = {elf.SYMTAB: [0x200], elf.RELATAB: [0x800], elf.RELASZ: [0x300], elf.STRTAB: [0xA00100], elf.STRSZ: [0x80]}
+    assert sorted(elf.tables(shape, tags)) == [(0x200, 0x900), (0xA00100, 0x80)]
 
 
 def test_damaged_headers_are_no_program_or_one_with_other_numbers() -> None:
