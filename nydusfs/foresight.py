@@ -8,7 +8,9 @@ other while the link idles. Two things can be known all the same:
   known when the image is mounted, a third of a second before the container runs.
 - Runs. Files of one directory lie side by side in a blob, and who reads one package reads its neighbours: of a Python
   program with numpy, pandas and Django three quarters of the segments asked for were followed by the next one. Two
-  neighbours in a row are a run, and the next ones are fetched, more the longer it goes on.
+  neighbours in a row are a run, and the next ones are fetched, more the longer it goes on. Where an answer is waited
+  for longer than its bytes take (a peer-to-peer mirror, a fast link), one is enough: of that program's 208 requests one
+  after the other 126 were left, for a quarter more bytes. Behind 40 Mbit/s and 20 ms these would cost what they save.
 
 Fetched ahead is at the rank of a profile (LEARNED): it does not wait for demand reads, and few requests are in flight.
 """
@@ -109,9 +111,10 @@ class Foresight:
         blob, first, behind = segment.blob.index, segment.rows.start, segment.rows.stop
         length = self._runs.pop((blob, first), 0) + 1
         ahead: list[Segment] = []
-        if length >= RUN:
+        cheap = self._reader.source.cheap(segment.compressed_end - segment.compressed_start)
+        if length >= RUN or cheap:
             rows = self._reader.chunks.blob_rows(blob)
-            for _ in range(min(length, WINDOW)):
+            for _ in range(WINDOW if cheap else min(length, WINDOW)):
                 try:
                     following = self._reader.segment_of(blob, behind) if behind < rows.stop else None
                 except _WRONG:

@@ -32,6 +32,9 @@ class Source(Protocol):
     def by_range(self) -> bool:
         """Other nodes find what this one fetched only under the very same range: ask for whole segments, one by one."""
 
+    def cheap(self, size: int) -> bool:
+        """Whether so many bytes more cost little beside the wait for an answer, as far as is known."""
+
     async def read(
         self,
         blob_id: str,

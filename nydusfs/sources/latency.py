@@ -43,6 +43,10 @@ class Latency:
         """Seconds that a request for `size` bytes takes."""
         return self.first + size / self.rate
 
+    def waits_longer_than(self, size: int) -> bool:
+        """Whether an answer's first byte takes longer than `size` bytes do; False while too little is known."""
+        return self.samples >= _TRUSTED and self.first > size / self.rate
+
     def estimate(self, size: int, now: float) -> float:
         """`expected`, drawn to the prior the longer the source was not used: an old grudge is looked into again."""
         unused = max(0.0, now - self._touched)

@@ -50,6 +50,9 @@ class LocalDiskSource:
     def _find(self, blob_id: str) -> DiskBlob | None:
         return self._blobs.get(blob_id) or self._blobs.get(blob_id[:_SHORT_NAME]) or self._alone
 
+    def cheap(self, size: int) -> bool:
+        return False  # nothing is waited for
+
     async def read(
         self,
         blob_id: str,

@@ -39,6 +39,9 @@ class LocalFsSource:
             return []
         return [Path(folder) / blob_id for folder in self._dirs]
 
+    def cheap(self, size: int) -> bool:
+        return False  # nothing is waited for
+
     async def read(
         self,
         blob_id: str,

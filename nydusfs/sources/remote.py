@@ -26,6 +26,10 @@ class RemoteSource:
         """So it is while such a mirror or proxy is in use; when it is down there is only the registry to ask."""
         return any(one.by_range and one.standing.state is not State.DOWN for one in self.racer.endpoints)
 
+    def cheap(self, size: int) -> bool:
+        asked = next((one for one in self.racer.endpoints if one.standing.state is not State.DOWN), None)
+        return asked is not None and asked.standing.latency.waits_longer_than(2 * size)
+
     async def read(
         self,
         blob_id: str,

@@ -32,7 +32,7 @@ def program_files() -> dict[str, bytes]:
 @pytest.fixture
 def image(tmp_path: Path) -> TinyImage:
     files = program_files() | {
-        f"small/{number:03}": noise(30_000, 100 + number) + bytes(30_000) for number in range(60)
+        f"small/{number:03}": noise(30_000, 100 + number) + bytes(30_000) for number in range(240)
     }
     return tiny_image(tmp_path, files, BuildOptions(chunk_size=CHUNK), mode=0o755)
 
@@ -80,6 +80,8 @@ def test_a_program_that_is_started_has_its_libraries_fetched(
 def test_neighbours_in_a_row_are_a_run(image: TinyImage, running: tuple[FaultyServer, Nydusd]) -> None:
     server, daemon = running
 
+    server.rate = 4_000_000  # bytes are dear: what nobody asks for is not fetched
+
     def read(number: int) -> None:
         name = f"small/{number:03}"
         assert (daemon.mnt / "a" / name).read_bytes() == image.files[name]
@@ -94,3 +96,19 @@ def test_neighbours_in_a_row_are_a_run(image: TinyImage, running: tuple[FaultySe
     read(50)
     read(40)
     assert len(server.data_requests) == requests + 2, "two places are no run"
+
+
+def test_where_waiting_costs_more_than_bytes_one_place_is_enough(
+    image: TinyImage, running: tuple[FaultyServer, Nydusd]
+) -> None:
+    server, daemon = running
+    for number in range(0, 200, 20):
+        (daemon.mnt / "a" / f"small/{number:03}").read_bytes()
+    settled(server)
+    before = len(server.data_requests)
+    (daemon.mnt / "a" / "small/213").read_bytes()
+    settled(server)
+    assert len(server.data_requests) > before + 1
+    requests = len(server.data_requests)
+    (daemon.mnt / "a" / "small/218").read_bytes()
+    assert len(server.data_requests) == requests
