@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -30,8 +31,19 @@ from nydusfs.registry import mediatypes as mt
 from tests.lab.images import entry
 from tests.lab.paths import ref_bin, shared_dir
 
-NOWHERE = Endpoint()
-NOWHERE.name = NOWHERE.image = "localhost:5000/app:oci"
+
+class _Nowhere(Endpoint):
+    """A place that the rules under test must not ask anything."""
+
+    name = image = "localhost:5000/app:oci"
+
+    def _asked(self, *arguments: object, **options: object) -> Any:
+        raise AssertionError("the place was asked")
+
+    manifest = open_blob = open_blob_ranges = has_blob = blob_size = _asked
+
+
+NOWHERE = _Nowhere()
 
 interop = pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
 
