@@ -137,9 +137,11 @@ class ImageReader:
         await self._need_tables(extents)
         return b"".join(await self._collect(self._pieces(extents), Priority.LEARNED))
 
-    def read_now(self, ino: int, offset: int, size: int) -> list[bytearray] | None:
+    def read_now(self, ino: int, offset: int, size: int, pid: int = 0) -> list[bytearray] | None:
         """The bytes of a regular file if all of them are cached, else None. For any thread but the trio thread; waits
-        for the disk. Whatever is wrong is left to `read`, which says what."""
+        for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the reader, where it is known."""
+        if (recorder := self.recorder) is not None and recorder.command.open:
+            recorder.command.seen(pid)
         if self._validate:
             return None
         try:
@@ -147,7 +149,7 @@ class ImageReader:
             if any(extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index) for extent in extents):
                 return None
             pieces = self._pieces(extents)
-            if (recorder := self.recorder) is not None:
+            if recorder is not None:
                 recorder.note(ino, [piece.segment for piece in pieces])
             parts = []
             for piece in pieces:

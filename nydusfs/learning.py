@@ -11,7 +11,7 @@ import trio
 from bootstrap.errors import RafsError
 from nydusfs.errors import CacheError, SourceError
 from nydusfs.foresight import Foresight
-from nydusfs.profile import Profile, ProfileStore, Recorder, identity
+from nydusfs.profile import Key, Profile, ProfileStore, Recorder, identity
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Learner:
         recorder = self._reader.recorder = Recorder()
         try:
             async with trio.open_nursery() as nursery:
-                if profile is not None and profile.segments:
-                    await self._replay(recorder, list(profile.segments))
-                if profile is None or not profile.segments or recorder.astray:
+                if profile is not None and profile.all.segments:
+                    nursery.start_soon(self._follow, recorder, profile, nursery)
+                else:
                     nursery.start_soon(self._foresee)
                 while (seconds := recorder.over()) > 0:  # noqa: ASYNC110 - readers' threads note, they must not wake us
                     await trio.sleep(seconds)
@@ -54,7 +54,18 @@ class Learner:
             if recorder.segments:
                 # The file may have been replaced meanwhile: by an import, or by another mount of the image.
                 base = self._store.load(self._name) or profile or Profile()
-                self._store.save(self._name, base.merged(list(recorder.segments), list(recorder.inodes)))
+                merged = base.merged(list(recorder.segments), list(recorder.inodes), recorder.command.name)
+                self._store.save(self._name, merged)
+
+    async def _follow(self, recorder: Recorder, profile: Profile, nursery: trio.Nursery) -> None:
+        """What all commands read at once, the rest when it is known which of them runs."""
+        await self._replay(recorder, profile.common())
+        if len(profile.commands) > 1 and not recorder.astray:
+            name = await recorder.command.known()
+            rest = [key for key in profile.of(name) if key not in recorder.planned]
+            await self._replay(recorder, rest)
+        if recorder.astray:
+            nursery.start_soon(self._foresee)
 
     async def _foresee(self) -> None:
         foresight = self._reader.foresight = Foresight(self._reader, self._scheduler)
@@ -64,7 +75,7 @@ class Learner:
             log.exception("image %s: looking ahead failed unexpectedly", self._reader.name)
             self._reader.foresight = None
 
-    async def _replay(self, recorder: Recorder, keys: list[tuple[str, int]]) -> None:
+    async def _replay(self, recorder: Recorder, keys: list[Key]) -> None:
         groups = self._groups(recorder, keys)
         slots = trio.Semaphore(REQUESTS)
         fetched = 0
@@ -90,7 +101,7 @@ class Learner:
         if fetched:
             log.info("image %s: %d segments of its profile fetched ahead", self._reader.name, fetched)
 
-    def _groups(self, recorder: Recorder, keys: list[tuple[str, int]]) -> Iterator[list[Job]]:
+    def _groups(self, recorder: Recorder, keys: list[Key]) -> Iterator[list[Job]]:
         """Requests, in the order of need by windows, in the order of places within one."""
         begin, size = 0, FIRST_WINDOW
         while begin < len(keys):
@@ -110,7 +121,7 @@ class Learner:
             if group:
                 yield group
 
-    def _segments(self, keys: list[tuple[str, int]]) -> Iterator[Segment]:
+    def _segments(self, keys: list[Key]) -> Iterator[Segment]:
         indexes = {blob.id: blob.index for blob in self._reader.bootstrap.blobs}
         for blob_id, number in keys:
             index = indexes.get(blob_id)

@@ -1,10 +1,11 @@
 """What starts of an image read first: recorded by itself, kept on the node, fetched ahead at the next cold start.
 
 A run records the segments that readers ask for, in order, from the first read until nothing new was asked for during
-`SETTLED` seconds, for `WINDOW` seconds at most. Runs are merged: the order of the last cold run, weights that fade for
-what it did not read. The file lies beside the cache and outlives it; it names segments by blob and number, so it fits
-every node and may be copied to others. What it says is only ever fetched, never believed: each byte is verified as
-usual, segments that the image does not have are left out, and a replay that readers do not follow is given up.
+`SETTLED` seconds, for `WINDOW` seconds at most. Runs are merged: the order of the last cold run, weights that fade
+for what it did not read; once for all runs and once for each command (`nydusfs.command`). The file lies beside the
+cache and outlives it; it names segments by blob and number, so it fits every node and may be copied to others. What
+it says is only ever fetched, never believed: each byte is verified as usual, segments that the image does not have
+are left out, and a replay that readers do not follow is given up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from bootstrap.base import Bootstrap
 from bootstrap.errors import RafsError
+from nydusfs.command import FirstCommand
 from nydusfs.segments import Segment
 
 log = logging.getLogger("nydusfs.profile")
@@ -34,20 +36,25 @@ FORGET = 0.3  # below: three cold runs without it
 COLD = 0.5  # of the known segments read: less, and the run says nothing of those it did not read (pages were cached)
 MAX_FILE = 8 << 20
 MAX_ENTRIES = 65_536
+MAX_COMMANDS = 8  # of an image; the one whose last run is longest ago makes room
 # A replay is given up when readers asked for this many segments whose turn had not come, and for more of them than of
 # others: the image runs something else today, or the profile is of no use.
 STRANGERS = 8
 
+Key = tuple[str, int]
+"""A segment on every node: blob id and number."""
+
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """`segments`: (blob id, number) -> weight, in the order of reading. `inodes`: files read, in order."""
+class Course:
+    """What some runs read. `segments`: (blob id, number) -> weight, in the order of reading. `inodes`: files read, in
+    order."""
 
     runs: int = 0
-    segments: dict[tuple[str, int], float] = field(default_factory=dict)
+    segments: dict[Key, float] = field(default_factory=dict)
     inodes: tuple[int, ...] = ()
 
-    def merged(self, segments: Sequence[tuple[str, int]], inodes: Iterable[int]) -> Profile:
+    def merged(self, segments: Sequence[Key], inodes: Iterable[int]) -> Course:
         """With one more run."""
         seen = dict.fromkeys(segments)
         known = self.segments
@@ -60,11 +67,42 @@ class Profile:
             rest = {key: 1.0 for key in seen if key not in known}
         result |= rest
         files = tuple(dict.fromkeys([*inodes, *self.inodes] if cold else [*self.inodes, *inodes]))
-        return Profile(self.runs + 1, dict(list(result.items())[:MAX_ENTRIES]), files[:MAX_ENTRIES])
+        return Course(self.runs + 1, dict(list(result.items())[:MAX_ENTRIES]), files[:MAX_ENTRIES])
+
+    def value(self) -> dict[str, Any]:
+        segments = [[blob, number, round(weight, 3)] for (blob, number), weight in self.segments.items()]
+        return {"runs": self.runs, "segments": segments, "inodes": self.inodes}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`all`: every run of the image; `commands`: those of one command each, the last run last."""
+
+    all: Course = Course()
+    commands: dict[str, Course] = field(default_factory=dict)
+
+    def merged(self, segments: Sequence[Key], inodes: Sequence[int], command: str = "") -> Profile:
+        """With one more run, of a command if it is known."""
+        commands = dict(self.commands)
+        if command:
+            commands[command] = commands.pop(command, Course()).merged(segments, inodes)
+        kept = dict(list(commands.items())[-MAX_COMMANDS:])
+        return Profile(self.all.merged(segments, inodes), kept)
+
+    def common(self) -> list[Key]:
+        """What every command reads, in the order of the one that ran last; all there is while only one is known."""
+        if len(self.commands) < 2:
+            return list(self.all.segments)
+        *others, last = self.commands.values()
+        return [key for key in last.segments if all(key in other.segments for other in others)]
+
+    def of(self, command: str) -> list[Key]:
+        """What a command reads, as far as one can tell."""
+        return list(self.commands.get(command, self.all).segments)
 
     def encode(self) -> bytes:
-        segments = [[blob, number, round(weight, 3)] for (blob, number), weight in self.segments.items()]
-        value = {"version": VERSION, "runs": self.runs, "segments": segments, "inodes": self.inodes}
+        value = {"version": VERSION, **self.all.value()}
+        value["commands"] = {name: course.value() for name, course in self.commands.items()}
         return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -74,15 +112,22 @@ def decode(data: bytes) -> Profile:
         value = json.loads(data)
         if value["version"] != VERSION:
             raise ValueError(f"version {value['version']}, this program reads {VERSION}")
-        segments: dict[tuple[str, int], float] = {}
-        for blob, number, weight in value["segments"][:MAX_ENTRIES]:
-            if not isinstance(blob, str) or not isinstance(number, int) or not 0 <= number < 1 << 32:
-                raise ValueError("a segment is not [blob id, number, weight]")
-            segments[blob, number] = min(max(float(weight), 0.0), 2.5)
-        inodes = tuple(int(ino) for ino in value["inodes"][:MAX_ENTRIES])
-        return Profile(min(max(int(value["runs"]), 0), 1 << 30), segments, inodes)
-    except (KeyError, TypeError, RecursionError) as error:
+        commands: dict[str, Course] = {}
+        for name, course in list(value.get("commands", {}).items())[:MAX_COMMANDS]:
+            commands[name] = _course(course)
+        return Profile(_course(value), commands)
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a profile ({type(error).__name__}: {error})") from None
+
+
+def _course(value: Any) -> Course:
+    segments: dict[Key, float] = {}
+    for blob, number, weight in value["segments"][:MAX_ENTRIES]:
+        if not isinstance(blob, str) or not isinstance(number, int) or not 0 <= number < 1 << 32:
+            raise ValueError("a segment is not [blob id, number, weight]")
+        segments[blob, number] = min(max(float(weight), 0.0), 2.5)
+    inodes = tuple(int(ino) for ino in value["inodes"][:MAX_ENTRIES])
+    return Course(min(max(int(value["runs"]), 0), 1 << 30), segments, inodes)
 
 
 def identity(bootstrap: Bootstrap) -> str:
@@ -130,7 +175,7 @@ def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:
     """The profile of an image as a JSON value, with the paths of its files in the order of reading: the list that
     `nydusify convert --prefetch-patterns` and `nydus-image create --prefetch-policy fs` take."""
     profile = store.load(identity(bootstrap)) or Profile()
-    wanted = set(profile.inodes)
+    wanted = set(profile.all.inodes)
     paths: dict[int, str] = {}
     try:
         for path, entry in bootstrap.walk():
@@ -141,7 +186,7 @@ def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:
     except RafsError as error:
         log.warning("not all files of the profile can be named: %s", error)
     value: dict[str, Any] = json.loads(profile.encode())
-    value["files"] = [paths[ino] for ino in profile.inodes if ino in paths]
+    value["files"] = [paths[ino] for ino in profile.all.inodes if ino in paths]
     return value
 
 
@@ -149,9 +194,10 @@ class Recorder:
     """What one run reads. `note` from any thread: dictionary operations only. Times are of time.monotonic."""
 
     def __init__(self) -> None:
-        self.segments: dict[tuple[str, int], None] = {}
+        self.segments: dict[Key, None] = {}
         self.inodes: dict[int, None] = {}
-        self.planned: set[tuple[str, int]] = set()  # what was fetched ahead, or is about to be
+        self.command = FirstCommand()
+        self.planned: set[Key] = set()  # what was fetched ahead, or is about to be
         self.familiar = self.strangers = 0
         self.born = time.monotonic()
         self.first = self.last = 0.0  # of the first read and of the last new segment

@@ -279,11 +279,11 @@ class RequestLoop:
         self._over.set()
 
     def _one(self, request: bytes) -> None:
-        _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
+        _, opcode, unique, node, _, _, pid, _, _ = IN_HEADER.unpack_from(request)
         connection = self.connection
         try:
             if opcode == OPCODE_READ:
-                self._read(unique, node, request)
+                self._read(unique, node, pid, request)
             elif opcode in _QUIET:
                 pass
             elif opcode == Opcode.INTERRUPT:
@@ -305,14 +305,14 @@ class RequestLoop:
         except trio.RunFinishedError:
             pass  # the process is about to end; a successor has the request delivered again
 
-    def _read(self, unique: int, node: int, request: bytes) -> None:
+    def _read(self, unique: int, node: int, pid: int, request: bytes) -> None:
         volume, ino = self.operations.route(node)
         if self.closing:
             raise FuseError(errno.EIO)
         _, offset, size, *_ = READ_IN.unpack_from(request, BODY)
         began = time.perf_counter_ns()
         try:
-            parts = volume.read_now(ino, offset, size)
+            parts = volume.read_now(ino, offset, size, pid)
         except Exception as error:
             volume.stats.count(Fop.READ, ino, time.perf_counter_ns() - began, True)
             raise FuseError(errno_of(error)) from None

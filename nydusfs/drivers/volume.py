@@ -15,6 +15,7 @@ from bootstrap.layout.common import BlobFeatures
 from nydusfs.drivers.stats import FsStats
 from nydusfs.errors import NydusError
 
+Buffer = bytes | bytearray | memoryview
 INDEX_SHIFT = 48
 INO_MASK = (1 << INDEX_SHIFT) - 1
 LINK_NUMBER = 1 << 47  # apart from handles, which are addresses in 32-byte units
@@ -76,8 +77,8 @@ class Metadata(Protocol):
 class ImageData(Protocol):
     """Where file content comes from (`nydusfs.image_reader.ImageReader`)."""
 
-    async def read_parts(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]: ...
-    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
+    async def read_parts(self, ino: int, offset: int, size: int) -> Sequence[Buffer]: ...
+    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None:
         """From any thread: the bytes if all of them are here, else None."""
 
 
@@ -103,8 +104,8 @@ class Volume(Protocol):
     def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]: ...
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
-    async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]: ...
-    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None: ...
+    async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]: ...
+    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None: ...
 
 
 class ImageVolume:
@@ -165,11 +166,11 @@ class ImageVolume:
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         return self.metadata.xattrs(ino) if self.serve_xattrs else {}
 
-    async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview]:
+    async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]:
         return await self.data.read_parts(ino, offset, size)
 
-    def read_now(self, ino: int, offset: int, size: int) -> Sequence[bytes | bytearray | memoryview] | None:
-        return self.data.read_now(ino, offset, size)
+    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None:
+        return self.data.read_now(ino, offset, size, pid)
 
 
 class _DirAttr(NamedTuple):
@@ -342,5 +343,5 @@ class PseudoTree:
     async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes]:
         raise KeyError(ino)
 
-    def read_now(self, ino: int, offset: int, size: int) -> None:
+    def read_now(self, ino: int, offset: int, size: int, pid: int) -> None:
         raise KeyError(ino)

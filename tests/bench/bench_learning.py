@@ -28,7 +28,7 @@ from bootstrap.build import build_directory
 from bootstrap.chunkmap import ChunkMap
 from bootstrap.options import BuildOptions
 from bootstrap.reader import open_bootstrap
-from nydusfs.profile import Profile, identity
+from nydusfs.profile import Course, Profile, identity
 from nydusfs.segments import SEGMENT_SIZE, make_segment
 from tests.bench.bench_fuse import registry_config
 from tests.lab.daemon import Nydusd, can_mount_fuse
@@ -139,7 +139,7 @@ class Bench:
         self.run(link, work, self.other)
         found["stale"] = self.run(link, work, self.mine)
         keys = sorted(self.sizes, key=lambda key: (key in needed, key))
-        file.write_bytes(Profile(9, dict.fromkeys(keys, 2.5)).encode())
+        file.write_bytes(Profile(Course(9, dict.fromkeys(keys, 2.5))).encode())
         found["hostile"] = self.run(link, work, self.mine)
         file.unlink()
         for figures in found.values():

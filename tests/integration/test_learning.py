@@ -21,6 +21,10 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reaso
 FILES = {f"f{number:02}": noise(300_000, number) for number in range(40)}
 READ = [f"f{number:02}" for number in (31, 2, 17, 5, 22, 30, 9)]
 _READ = "import sys\nfor path in sys.argv[1:]: print(len(open(path, 'rb').read()))"
+_READ_AND_WAIT = """import sys
+for path in sys.argv[1:]:
+    print(len(open(path, 'rb').read()))
+    if path == sys.argv[1]: sys.stdin.readline()"""
 
 
 def config(server: FaultyServer, work: Path) -> str:
@@ -36,6 +40,19 @@ def read(daemon: Nydusd, names: list[str]) -> None:
     paths = [str(daemon.mnt / "a" / name) for name in names]
     done = subprocess.run([sys.executable, "-c", _READ, *paths], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["300000"] * len(names), done.stderr
+
+
+@contextmanager
+def begin(daemon: Nydusd, names: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A program with the same arguments at each mount, which has read the first file and waits for a line."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _READ_AND_WAIT, *names],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=daemon.mnt / "a",
+    ) as program:  # fmt: skip
+        try:
+            yield program
+        finally:
+            program.kill()
 
 
 def asked(server: FaultyServer) -> int:
@@ -80,6 +97,32 @@ def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
             assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
             wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
             assert daemon.call("PUT", "profile?id=/a", '{"version": 7}').status == 400
+
+
+def test_each_command_has_what_it_reads_fetched_ahead(tmp_path: Path) -> None:
+    """Two programs of one image that share their first file, in turn."""
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    names = sorted(FILES)
+    commands = [[*names[:1], *names[10:16]], [*names[:1], *names[24:34]]]
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
+        for command in commands:
+            with start(image, server, work) as daemon, begin(daemon, command) as program:
+                program.communicate("go on\n", timeout=30)
+            shutil.rmtree(work)
+            server.requests.clear()
+        for number in (0, 1, 0):
+            with start(image, server, work) as daemon:
+                with begin(daemon, commands[number]) as program:
+                    needed = 300_000 * len(commands[number])
+                    wait_until(lambda n=needed: asked(server) >= n * 0.95, 20, "what this command reads")
+                    requests = len(server.data_requests)
+                    output, errors = program.communicate("go on\n", timeout=30)
+                assert output.split() == ["300000"] * len(commands[number]), errors
+                assert len(server.data_requests) == requests, "the reader had to wait for nothing"
+                assert asked(server) <= needed * 1.1, "nothing of the other command's"
+            shutil.rmtree(work)
+            server.requests.clear()
 
 
 def test_a_profile_of_something_else_is_given_up(tmp_path: Path) -> None:

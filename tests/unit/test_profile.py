@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nydusfs.profile import FADE, FORGET, MAX_ENTRIES, Profile, ProfileStore, Recorder, decode
+from nydusfs.command import TRIES, FirstCommand, command_of
+from nydusfs.profile import FADE, FORGET, MAX_COMMANDS, MAX_ENTRIES, Course, Profile, ProfileStore, Recorder, decode
 
 Keys = list[tuple[str, int]]
 keys = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 40)), unique=True, max_size=30)
@@ -18,7 +21,7 @@ keys = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 40)), uniq
 
 @given(st.lists(keys, min_size=1, max_size=6))
 def test_the_last_cold_run_gives_the_order_and_what_is_not_read_fades(runs: list[Keys]) -> None:
-    profile = Profile()
+    profile = Course()
     for seen in runs:
         before = profile
         profile = before.merged(seen, [])
@@ -31,12 +34,12 @@ def test_the_last_cold_run_gives_the_order_and_what_is_not_read_fades(runs: list
                     assert profile.segments.get(key, 0.0) == (weight * FADE if weight * FADE >= FORGET else 0.0)
         else:
             assert list(profile.segments)[: len(before.segments)] == list(before.segments), "a warm run forgets nothing"
-    assert decode(profile.encode()).segments.keys() == profile.segments.keys()
+    assert decode(Profile(profile).encode()).all.segments.keys() == profile.segments.keys()
     assert profile.runs == len(runs)
 
 
 def test_what_is_not_read_any_more_is_forgotten() -> None:
-    profile = Profile().merged([("a", 1), ("a", 2), ("a", 3)], [7])
+    profile = Course().merged([("a", 1), ("a", 2), ("a", 3)], [7])
     for _ in range(4):
         profile = profile.merged([("a", 1), ("a", 2)], [])
     assert list(profile.segments) == [("a", 1), ("a", 2)]
@@ -46,6 +49,7 @@ good: dict[str, Any] = {"version": 1, "runs": 1, "segments": [["a", 1, 1.0]], "i
 bad: list[Any] = [
     b"", b"[]", b"{}", b"\xff", b"[" * 100_000, {**good, "version": 2}, {**good, "segments": [["a", -1, 1]]},
     {**good, "segments": [["a", 1 << 40, 1]]}, {**good, "segments": [[1, 1, 1]]}, {**good, "segments": [["a", 1]]},
+    {**good, "commands": []}, {**good, "commands": {"x": 1}}, {**good, "commands": {"x": {**good, "inodes": 1}}},
     {**good, "inodes": ["x"]}, {**good, "inodes": None}, {**good, "segments": [["a", 1, "many"]]},
 ]  # fmt: skip
 
@@ -56,15 +60,59 @@ def test_what_is_no_profile_is_refused(value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode(data)
     store = ProfileStore(str(tmp_path / "cache"))
-    store.save("x", Profile(1, {("a", 1): 1.0}))
+    store.save("x", Profile(Course(1, {("a", 1): 1.0})))
     (store.path / "x.json").write_bytes(data)
     assert store.load("x") is None
     assert not (store.path / "x.json").exists()
 
 
+def test_commands_have_courses_of_their_own() -> None:
+    one, two = [("a", n) for n in range(10)], [("a", n) for n in (3, 1, 20, 21)]
+    profile = Profile().merged(one, [1], "one")
+    assert profile.common() == one, "of a single one all is fetched at once"
+    profile = profile.merged(two, [2], "two").merged([("a", 3)], [], "")
+    profile = decode(profile.encode())
+    assert profile.common() == [("a", 3), ("a", 1)], "what both read, as the later one did"
+    assert (profile.of("one"), profile.of("two")) == (one, two)
+    assert set(profile.of("three")) == {*one, *two}
+    for number in range(MAX_COMMANDS):
+        profile = profile.merged(one, [], f"c{number}").merged(two, [], "two")
+    assert list(profile.commands) == [*(f"c{n}" for n in range(1, MAX_COMMANDS)), "two"]
+
+
+def test_the_command_is_that_of_the_first_process_that_is_no_runtime() -> None:
+    processes = [
+        subprocess.Popen(["sleep", "30"]),
+        subprocess.Popen(["sleep", "30.0"]),
+        subprocess.Popen(["/proc/self/exe", "init"], executable="/bin/sh", stdin=subprocess.PIPE),
+    ]
+
+    async def watch(one: int, other: int, runtime: int) -> None:
+        command = FirstCommand()
+        command.seen(runtime)
+        command.seen(0)
+        assert command.open
+        command.seen(one)
+        command.seen(other)
+        with trio.fail_after(5):
+            assert await command.known() == command_of(one) != command_of(other)
+        nobody = FirstCommand()
+        for _ in range(TRIES):
+            nobody.seen(0)
+        with trio.fail_after(5):
+            assert await nobody.known() == ""
+
+    try:
+        trio.run(watch, *(process.pid for process in processes))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=5)
+
+
 def test_sizes_are_bounded() -> None:
     huge = {**good, "segments": [["a", n, 1e300] for n in range(MAX_ENTRIES + 5)], "runs": 1 << 80}
-    profile = decode(json.dumps(huge).encode())
+    profile = decode(json.dumps(huge).encode()).all
     assert len(profile.segments) == MAX_ENTRIES
     assert max(profile.segments.values()) < 10
     assert profile.runs < 1 << 31

@@ -247,10 +247,10 @@ class ErofsDriver:
 
     # -- what the kernel asks (`events.Server`)
 
-    def ready(self, name: str, fd: int) -> bool:
+    def ready(self, name: str, fd: int, pid: int) -> bool:
         size = os.fstat(fd).st_size
         for image in self._users(name):
-            complete = image.asked(name, size)
+            complete = image.asked(name, size, pid)
             if complete is not None:
                 if complete and image.is_durable(name):
                     fanotify.ignore(self._group, fd)

@@ -31,7 +31,7 @@ _DELETED = " (deleted)"
 class Server(Protocol):
     """`name` of a device as in `cache.devices`. `fd`: it, open for writing without events; -1: not at hand."""
 
-    def ready(self, name: str, fd: int) -> bool:
+    def ready(self, name: str, fd: int, pid: int) -> bool:
         """From the reading threads: whether the device is complete. Must not wait."""
 
     async def fill(self, name: str, fd: int) -> bool:
@@ -126,7 +126,7 @@ class Events:
             slot = self._journal.write(event.fd, name)
             self._journal.reading(number, False)
             try:
-                if event.pid == self._pid or self._server.ready(name, event.fd):
+                if event.pid == self._pid or self._server.ready(name, event.fd, event.pid):
                     self._answer(event.fd, slot, fanotify.FAN_ALLOW, event.fd)
                     continue
                 self._token.run_sync_soon(self._begin, event.fd, slot, name)

@@ -92,8 +92,8 @@ class ErofsImage:
         """Whether this image wants to know that a device is read although it is complete."""
         return (self.reader.recorder is not None and device not in self._read) or device in self._watched
 
-    def asked(self, device: str, size: int) -> bool | None:
-        """A device of this size is to be read: whether it is complete; None when it is not of this image.
+    def asked(self, device: str, size: int, pid: int) -> bool | None:
+        """A device of this size is to be read by a process: whether it is complete; None when it is not of this image.
 
         From the reading threads.
         """
@@ -102,6 +102,7 @@ class ErofsImage:
             return None
         if (recorder := self.reader.recorder) is not None:
             recorder.note(0, [segment])
+            recorder.command.seen(pid)
             self._read.add(device)
         if size < segment.padded:
             return False
