@@ -30,7 +30,6 @@ from bootstrap.options import BuildOptions
 from bootstrap.reader import open_bootstrap
 from bootstrap.zran import Contexts, decode_slice
 from nydusfs.config import load_config
-from nydusfs.convert.endpoints.base import Endpoint
 from nydusfs.convert.endpoints.docker import DockerArchive
 from nydusfs.convert.endpoints.tarindex import TarIndex
 from nydusfs.convert.images import load_images
@@ -47,6 +46,7 @@ from snapshotter import filters, settings
 from snapshotter.errors import SnapshotterError
 from tests.fuzz import seeds
 from tests.fuzz.mutate import mutate, mutate_json
+from tests.lab.nowhere import Nowhere
 
 MAX_PATHS = 2000  # of a tree looked at: a hostile one may show an endless number
 DOMAIN = (RafsError, NydusError, SnapshotterError, HttpError)
@@ -241,7 +241,7 @@ def _run_contexts(data: bytes) -> None:
 # ---- texts
 
 
-class _Canned(Endpoint):
+class _Canned(Nowhere):
     name = image = "canned"
 
     def __init__(self, top: tuple[str, bytes], manifest: bytes, config: bytes) -> None:

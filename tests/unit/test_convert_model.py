@@ -11,7 +11,6 @@ import stat
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +20,7 @@ from nydusfs.convert.bootstrap_layer import chunk_table, unpack_bootstrap_layer,
 from nydusfs.convert.cli import cli
 from nydusfs.convert.cmd_convert import command
 from nydusfs.convert.compare import compare
-from nydusfs.convert.endpoints import Connections, Endpoint, LayoutLocation
+from nydusfs.convert.endpoints import Connections, LayoutLocation
 from nydusfs.convert.images import Descriptor, Image, load_images, parse_descriptor
 from nydusfs.convert.platforms import Platform
 from nydusfs.convert.sourcetree import Node, apply_layer, new_root, read_layer
@@ -29,21 +28,10 @@ from nydusfs.convert.views import TreeView
 from nydusfs.errors import ConvertError
 from nydusfs.registry import mediatypes as mt
 from tests.lab.images import entry
+from tests.lab.nowhere import Nowhere
 from tests.lab.paths import ref_bin, shared_dir
 
-
-class _Nowhere(Endpoint):
-    """A place that the rules under test must not ask anything."""
-
-    name = image = "localhost:5000/app:oci"
-
-    def _asked(self, *arguments: object, **options: object) -> Any:
-        raise AssertionError("the place was asked")
-
-    manifest = open_blob = open_blob_ranges = has_blob = blob_size = _asked
-
-
-NOWHERE = _Nowhere()
+NOWHERE = Nowhere()
 
 interop = pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
 
