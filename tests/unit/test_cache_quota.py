@@ -163,7 +163,8 @@ def test_upstreams_cache_files_are_taken_over(tmp_path: Path) -> None:
                 places = {}
                 for name, content in FILES.items():
                     (ref,) = reader.bootstrap.chunk_refs(reader.bootstrap.resolve(name.encode()))
-                    places[name] = range(ref.compressed_offset, ref.compressed_offset + ref.compressed_size)
+                    chunk = reader.chunks.chunk(ref.chunk_index)
+                    places[name] = range(chunk.compressed_offset, chunk.compressed_offset + chunk.compressed_size)
                     if name != "f3":
                         data.seek(ref.uncompressed_offset)
                         data.write(content if name != "f4" else b"\0" + content[1:])
