@@ -8,6 +8,7 @@
 - Missing neighbours of one read are one request, unless other nodes would not find what was fetched so (`by_range`).
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
   are decoded in place, where the two switches (about 100 us) would cost more than the work.
+- A reader goes on as soon as its segment is verified: the cache file is written meanwhile.
 - Failure is never remembered: the next read tries again.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -37,6 +38,11 @@ log = logging.getLogger("nydusfs.fetch")
 
 DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
 MERGE = 1 << 20  # compressed bytes of one merged request
+# What is read ahead of a sequential reader: so many seconds of the link, at most. A request costs a registry (Debian's
+# docker-registry on loopback) 5 ms of processor time and each MiB 1.2: with 1 MiB a request it is the limit.
+MERGE_SECONDS, MOST_MERGE = 0.06, 8 << 20
+# Uncompressed bytes that are fetched ahead at the same time, for all readers together: memory.
+MOST_AHEAD = 64 << 20
 # Compressed bytes decoded on the loop: about 0.2 ms. Where nothing else is fetched, any number: the reader is not to
 # wait for two more switches, each of them milliseconds on a machine that is busy.
 INLINE = 48 * 1024
@@ -69,7 +75,10 @@ class Job:
 @dataclass(slots=True)
 class _Flight:
     job: Job
-    done: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = field(default_factory=trio.Event)  # verified, or failed
+    stored: trio.Event = field(default_factory=trio.Event)  # and in the cache, if the disk takes it
+    awaited: bool = False  # by a reader
+    ahead: int = 0  # bytes that nobody had asked for
     urgent: trio.Event = field(default_factory=trio.Event)  # a reader waits; one for all flights of a request
     plain: Plain | None = None
     error: SourceError | None = None
@@ -82,6 +91,7 @@ class _Part:
     job: Job
     units: list[UnitMembers]
     plain: Plain | None = None
+    completes: _Flight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,8 @@ class FetchScheduler:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._flights: dict[_Identity, _Flight] = {}
+        self._ahead = 0  # bytes that `start` began to fetch
+        self._token = trio.lowlevel.current_trio_token()
         self._begun = trio.Event()  # a fetch, since `settled` looked
         self._demand_slots: dict[str, trio.Semaphore] = {}
         self.courtesy = Courtesy()
@@ -145,8 +157,10 @@ class FetchScheduler:
         *,
         doubtful: bool = False,
         strange: bool = False,
+        stored: bool = False,
     ) -> list[Plain]:
-        """The plain bytes of each job's segment, verified and, where the disk allows, cached.
+        """The plain bytes of each job's segment, verified; for readers (DEMAND) before they are written to the cache,
+        unless `stored`, for all others afterwards.
 
         Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes. While
         a reader waits for something `strange`, that no profile told, what is `doubtful` has little of the link.
@@ -157,9 +171,12 @@ class FetchScheduler:
             self.courtesy.reader_comes()
         if strange:
             self._doubts.reader_comes()
+        early = priority is Priority.DEMAND and not stored
+        for flight in flights:
+            flight.awaited |= early
         try:
             for flight in flights:
-                await flight.done.wait()
+                await (flight.done if early else flight.stored).wait()
         finally:
             if priority is Priority.DEMAND:
                 self.courtesy.reader_goes()
@@ -167,16 +184,21 @@ class FetchScheduler:
                 self._doubts.reader_goes()
         found: list[Plain] = []
         for flight in flights:
-            if flight.error is not None:
+            if flight.plain is None:
+                assert flight.error is not None
                 raise SourceError(flight.error.what, flight.error.tried, damaged=flight.error.damaged)
-            assert flight.plain is not None
             found.append(flight.plain)
         return found
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Begin to fetch without waiting, what a sequential reader will ask for next, behind what is asked for in this
         turn of the loop. Errors show when the reader comes."""
-        self._join(jobs, Priority.DEMAND, MERGE, behind=True)
+        merge = int(min(max(self.courtesy.rate * MERGE_SECONDS, MERGE), MOST_MERGE))
+        self._join(jobs, Priority.DEMAND, merge, behind=True)
+
+    def ahead(self, longest: int) -> int:
+        """Uncompressed bytes that may be fetched ahead of a sequential reader."""
+        return max(MERGE, min(self.courtesy.ahead(longest), MOST_AHEAD - self._ahead))
 
     async def settled(self, pause: float) -> None:
         """Return when there were fetches and, at two looks `pause` seconds apart, no more."""
@@ -199,6 +221,9 @@ class FetchScheduler:
             flight = self._flights.get(job.identity)
             if flight is None:
                 flight = self._flights[job.identity] = _Flight(job)
+                if behind:
+                    flight.ahead = job.segment.size
+                    self._ahead += flight.ahead
                 self._begun.set()
                 if group and not joinable([joined.job for joined in group], job, merge):
                     self._nursery.start_soon(self._run, group, priority, behind, doubtful)
@@ -244,7 +269,9 @@ class FetchScheduler:
                     flight.job.counters.fetched_ahead(flight.job.segment.key)
                 if self._flights.get(flight.job.identity) is flight:
                     del self._flights[flight.job.identity]
+                self._ahead -= flight.ahead
                 flight.done.set()
+                flight.stored.set()
 
     async def _run_now(self, group: list[_Flight], priority: Priority) -> None:
         self.courtesy.reader_comes()
@@ -314,7 +341,8 @@ class FetchScheduler:
         for number, (start, end, units) in enumerate(ranges):
             results: _Results = []
             last = number == len(ranges) - 1
-            check = partial(self._verify, results, [_Part(job, units, plain)], start, last, self._decoders(priority))
+            part = _Part(job, units, plain, flight if last else None)
+            check = partial(self._verify, results, [part], start, last, self._decoders(priority))
             await self._read(flight, start, end - start, priority, check)
             (plain,), (kept,) = results[-1].plain, results[-1].kept
         assert plain is not None
@@ -323,7 +351,10 @@ class FetchScheduler:
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
         start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
-        parts = [_Part(job, next(runs(job.chunks, job.segment))[2]) for job in jobs]
+        parts = [
+            _Part(job, next(runs(job.chunks, job.segment))[2], None, flight)
+            for job, flight in zip(jobs, group, strict=True)
+        ]
         results: _Results = []
         check = partial(self._verify, results, parts, start, True, self._decoders(priority))
         await self._read(group[0], start, end - start, priority, check)
@@ -359,10 +390,26 @@ class FetchScheduler:
         """
         view = memoryview(stored)
         small = len(stored) <= INLINE or len(self._flights) <= 1
-        if small and sum(part.job.segment.size for part in parts) <= INLINE_PLAIN:
-            results.append(_decode_and_store(parts, start, view, store))
+        if not small or sum(part.job.segment.size for part in parts) > INLINE_PLAIN:
+            results.append(
+                await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)
+            )
             return
-        results.append(await trio.to_thread.run_sync(_decode_and_store, parts, start, view, store, limiter=limiter))
+        plain = _decode(parts, start, view, _serve)
+        if any(part.completes is not None and part.completes.awaited for part in parts):
+            await trio.lowlevel.checkpoint()  # readers are woken in this turn
+            await trio.lowlevel.checkpoint()  # and have answered now
+        results.append(_Result(plain, _store(parts, plain, store)))
+
+    def _decode_and_store(self, parts: list[_Part], start: int, stored: memoryview, store: bool) -> _Result:
+        def tell(flight: _Flight, plain: Plain) -> None:
+            try:
+                self._token.run_sync_soon(_serve, flight, plain)
+            except trio.RunFinishedError:
+                pass
+
+        plain = _decode(parts, start, stored, tell)
+        return _Result(plain, _store(parts, plain, store))
 
     def _finish(self, flight: _Flight, plain: Plain, kept: bool) -> None:
         job = flight.job
@@ -388,21 +435,32 @@ def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:
     return segment.compressed_end - first.compressed_start <= merge
 
 
-def _decode_and_store(parts: list[_Part], start: int, stored: memoryview, store: bool) -> _Result:
+def _serve(flight: _Flight, plain: Plain) -> None:
+    """Let readers have what was verified."""
+    flight.plain = plain
+    flight.done.set()
+
+
+def _decode(parts: list[_Part], start: int, stored: memoryview, ready: Callable[[_Flight, Plain], None]) -> list[Plain]:
+    """Verify all parts; what a reader waits for is `ready` at once. Raises `WrongBytes`."""
     found: list[Plain] = []
     for part in parts:
         job = part.job
         try:
-            found.append(decode(job.segment, job.chunks, part.units, start, stored, part.plain))
+            plain = decode(job.segment, job.chunks, part.units, start, stored, part.plain)
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
-    return _Result(
-        found,
-        [
-            store and part.job.cache is not None and part.job.cache.write(part.job.segment, plain)
-            for part, plain in zip(parts, found, strict=True)
-        ],
-    )
+        if part.completes is not None and part.completes.awaited:
+            ready(part.completes, plain)
+        found.append(plain)
+    return found
+
+
+def _store(parts: list[_Part], found: list[Plain], store: bool) -> list[bool]:
+    return [
+        store and part.job.cache is not None and part.job.cache.write(part.job.segment, plain)
+        for part, plain in zip(parts, found, strict=True)
+    ]
 
 
 def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[Plain, bool] | None:

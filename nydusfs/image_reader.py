@@ -80,8 +80,8 @@ class ImageReader:
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._tables = Tables(name, bootstrap, chunks, source, store)
         self._describing = threading.Lock()  # over `_segments`
-        self._files = FileStreams(scheduler.courtesy.ahead)
-        self._runs = BlobStreams(self.segment_of, chunks, scheduler.courtesy.ahead)
+        self._files = FileStreams(scheduler.ahead)
+        self._runs = BlobStreams(self.segment_of, chunks, scheduler.ahead)
         try:
             self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
         except RuntimeError:
@@ -269,15 +269,18 @@ class ImageReader:
         cache = self.cache(segment.blob)
         return cache is not None and segment.key in cache
 
-    async def _collect(self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND) -> list[Plain]:
-        """The pieces' bytes. A cached segment that turns out damaged is fetched like a missing one."""
+    async def _collect(
+        self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND, *, stored: bool = False
+    ) -> list[Plain]:
+        """The pieces' bytes; `stored`: after they were written to the cache. A cached segment that turns out damaged is
+        fetched like a missing one."""
         missing: dict[bytes, Segment] = {}
         for piece in pieces:
             if piece.segment is not None and not self.is_ready(piece.segment):
                 missing.setdefault(piece.segment.key, piece.segment)
         if missing and self.foresight is not None and priority is Priority.DEMAND:
             self.foresight.missed(missing.values())
-        plain = await self._fetch(list(missing.values()), priority) if missing else {}
+        plain = await self._fetch(list(missing.values()), priority, stored=stored) if missing else {}
         parts: list[Plain] = []
         for piece in pieces:
             segment = piece.segment
@@ -292,12 +295,12 @@ class ImageReader:
                 if data is not None:
                     parts.append(data)
                     continue
-                plain.update(await self._fetch([segment], priority))
+                plain.update(await self._fetch([segment], priority, stored=stored))
                 whole = plain[segment.key]
             parts.append(memoryview(whole)[piece.offset : piece.offset + piece.size])
         return parts
 
-    async def _fetch(self, segments: list[Segment], priority: Priority) -> dict[bytes, Plain]:
+    async def _fetch(self, segments: list[Segment], priority: Priority, *, stored: bool) -> dict[bytes, Plain]:
         jobs: list[Job] = []
         found: dict[bytes, Plain] = {}
         for segment in segments:
@@ -311,12 +314,12 @@ class ImageReader:
             foreign = any(self._scheduler.in_flight(job) for job in jobs)
             strange = priority is Priority.DEMAND and self.recorder is not None and self.recorder.strange(segments)
             try:
-                buffers = await self._scheduler.fetch(jobs, priority, strange=strange)
+                buffers = await self._scheduler.fetch(jobs, priority, strange=strange, stored=stored)
             except SourceError:
                 if not foreign:
                     raise
                 # It may have been another image's source that failed: once more with our own.
-                buffers = await self._scheduler.fetch(jobs, priority, strange=strange)
+                buffers = await self._scheduler.fetch(jobs, priority, strange=strange, stored=stored)
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 
@@ -483,7 +486,7 @@ class ImageReader:
         piece = _Piece(segment, 0, segment.size)
         self.cache_counters.total += 1
         try:
-            return (await self._collect([piece]))[0]
+            return (await self._collect([piece], stored=True))[0]
         except SourceError as error:
             if error.damaged:
                 await self._tables.renew(segment.blob.index)

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import trio
 
 from bootstrap.options import BuildOptions
+from nydusfs.cache import BlobCache
 from nydusfs.config import load_config
+from nydusfs.fetch import MERGE
 from nydusfs.image_reader import ImageReader
-from nydusfs.segments import SEGMENT_SIZE
+from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 from nydusfs.services import Services, open_services
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
@@ -199,6 +202,60 @@ def test_a_sequential_reader_is_read_ahead_of(image: TinyImage, origin: FaultySe
             times = [request.when for request in origin.data_requests]
             assert len(times) >= 3
             assert any(second - first < 0.15 for first, second in itertools.pairwise(times))  # overlapping round trips
+            reader.close()
+
+    trio.run(main)
+
+
+def test_what_is_read_ahead_comes_in_few_requests_over_a_fast_link_only(tmp_path: Path) -> None:
+    data = noise(16 * MIB, 9)
+    image = tiny_image(tmp_path, {"big": data})
+
+    async def main(origin: FaultyServer) -> None:
+        async with open_services() as services:
+            for rate, most in ((200e6, 8 * MIB), (1e6, MERGE)):
+                services.scheduler.courtesy.rate = rate
+                reader = await open_reader(services, image, config_text(tmp_path / str(rate), origin))
+                origin.requests.clear()
+                assert await read_file(reader, "big") == data
+                sizes = [request.span[1] - request.span[0] + 1 for request in origin.data_requests if request.span]
+                assert most // 2 <= max(sizes) <= most
+                assert sum(sizes) <= 17 * MIB
+                reader.close()
+
+    with faulty_server({image.blob_id: image.blob}, rate=15e6) as origin:
+        trio.run(main, origin)
+
+
+def test_a_reader_does_not_wait_for_the_cache_to_be_written(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, go_on = BlobCache.write, threading.Event()
+
+    def hang(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
+        assert go_on.wait(20)
+        return write(cache, segment, plain)
+
+    monkeypatch.setattr(BlobCache, "write", hang)
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            ino = reader.bootstrap.resolve(b"b/data")
+            with trio.fail_after(10):
+                assert await reader.read(ino, 0, 2 * MIB) == FILES["b/data"][: 2 * MIB]
+                assert await reader.read(ino, 4096, 4096) == FILES["b/data"][4096:8192]  # not fetched again
+            assert len({request.span for request in origin.data_requests}) == len(origin.data_requests)
+            (extent,) = reader.bootstrap.extents(ino, 0, 4096)
+            segment = reader.segment_of(extent.blob_index, reader.chunks.find(extent.blob_index, extent.blob_offset))
+            assert not reader.is_ready(segment)
+            with trio.move_on_after(0.2):
+                await reader.whole(segment)  # a kernel mount's: it must be in the file
+                pytest.fail("not in the cache, and said to be")
+            go_on.set()
+            with trio.fail_after(10):
+                assert bytes(await reader.whole(segment)) == FILES["b/data"][: segment.size]
+            assert reader.is_ready(segment)
             reader.close()
 
     trio.run(main)
