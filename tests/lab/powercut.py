@@ -459,6 +459,10 @@ def _mount(kind: str, disk: Path, where: Path) -> bool:
         return False
     if kind == "ext4":
         run(["fsck.ext4", "-fy", disk], check=False)
+    for _ in range(5):  # another mount of this machine may take the same loop device
+        if run(command, check=False).returncode == 0:
+            return True
+        time.sleep(0.3)
     run(command)
     return True
 
