@@ -200,6 +200,11 @@ class FetchScheduler:
         """Uncompressed bytes that may be fetched ahead of a sequential reader."""
         return max(MERGE, min(self.courtesy.ahead(longest), MOST_AHEAD - self._ahead))
 
+    async def idle(self) -> None:
+        """Return when nothing is being fetched or written to the cache."""
+        while self._flights:
+            await next(iter(self._flights.values())).stored.wait()
+
     async def settled(self, pause: float) -> None:
         """Return when there were fetches and, at two looks `pause` seconds apart, no more."""
         self._begun = trio.Event()

@@ -80,6 +80,7 @@ def test_every_byte(name: str, tmp_path: Path) -> None:
                 assert files or "no-data" in name
                 if step != 131072:  # a second process finds everything in the cache
                     assert reader.backend_counters.read_count == before == 0
+                await services.scheduler.idle()
                 reader.close()
 
     trio.run(main)

@@ -75,6 +75,7 @@ def test_holes_of_v5_files_are_zeros(tmp_path: Path) -> None:
             for step in (5000, 1 << 20):
                 parts = [await reader.read(ino, at, step) for at in range(0, len(whole), step)]
                 assert b"".join(parts) == whole
+                await services.scheduler.idle()
                 now = await trio.to_thread.run_sync(reader.read_now, ino, 100, 3 * CHUNK)
                 assert now is not None and b"".join(now) == whole[100 : 100 + 3 * CHUNK]
             await reader.prefetch()
