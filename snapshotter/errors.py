@@ -41,3 +41,7 @@ class SettingsError(SnapshotterError):
 
 class StartError(SnapshotterError):
     """The machine cannot run the snapshotter, or another one is running."""
+
+
+class InstallError(SnapshotterError):
+    """A node that cannot be changed as asked, or not safely."""

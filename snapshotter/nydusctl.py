@@ -13,6 +13,7 @@ from nydusfs.daemon import ctl
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("snapshotter.doctor.ctl:command", "What is wrong on this node, and what to do about it."),
     "explain": ("snapshotter.explain.ctl:command", "Was a container or image lazy, and what did it wait for?"),
+    "node": ("snapshotter.install.ctl:command", "Make this machine a node with this snapshotter, or take it away."),
     "snapshotter": ("snapshotter.operate:command", "The snapshotter itself: stacks, log level, upgrade of all nydusd."),
     "top": ("snapshotter.top:command", "Images, mirrors and daemons at work, live."),
     "auth": ("snapshotter.auth.ctl:command", "Which source has the registry credentials of an image."),

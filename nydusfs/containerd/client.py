@@ -159,6 +159,15 @@ class Containerd(Connection):
         request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=snapshotter, key=key)
         self.call(f"removing snapshot {key}", self._snapshots.Remove, request)
 
+    def snapshots(self, snapshotter: str) -> dict[str, str]:
+        """Key -> parent, "" for none, of all in this namespace."""
+        request = snapshots_pb2.ListSnapshotsRequest(snapshotter=snapshotter)
+        try:
+            replies = self._snapshots.List(request, timeout=CALL_TIMEOUT, metadata=self.metadata())
+            return {one.name: one.parent for reply in replies for one in reply.info}
+        except grpc.RpcError as error:
+            raise self.wrapped(f"listing the snapshots of {snapshotter}", error) from None
+
     def apply(self, layer: Described, mounts: list[Any]) -> str:
         """Unpacks a stored layer into mounts; the diff id of what was unpacked."""
         request = diff_pb2.ApplyRequest(diff=_descriptor(layer), mounts=mounts)

@@ -69,6 +69,10 @@ class Containers(Containerd):
             raise ContainerdError(f"container {name} is ambiguous, it may be {listed}: give more of its id")
         return found[0]
 
+    def all(self) -> list[Container]:
+        """Of this namespace."""
+        return self._list([])
+
     def _list(self, filters: Sequence[str]) -> list[Container]:
         request = containers_pb2.ListContainersRequest(filters=filters)
         reply = self.call("listing containers", self._containers.List, request)

@@ -1,0 +1,184 @@
+"""A node for `nydusctl node`: own mount and PID namespaces, a real containerd and a stand-in for systemd:
+
+    unshare --mount --pid --fork --kill-child --mount-proc python -m tests.lab.installing WORK CONTAINERD
+
+Installs, runs a container, tries to uninstall under it, upgrades, uninstalls, and installs with a containerd that
+does not come back. Prints what was seen as JSON; asserting it is the caller's part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from snapshotter.system import mountpoints
+from tests.lab.process import run
+from tests.lab.registry import Registry
+from tests.lab.sample import small_image
+from tests.lab.stack import program
+
+SOCKET = "/run/containerd/containerd.sock"
+CONFIG = Path("/etc/containerd/config.toml")
+DATA = Path("/var/lib/containerd-nydus")
+CONTAINERD = "containerd.service"
+
+
+class Lab:
+    def __init__(self, work: Path, containerd: Path) -> None:
+        self.work, self.containerd = work, containerd
+        self.ctr_program = containerd.with_name("ctr")
+        self.seen: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Own /etc, /run and data directories; the machine's are not touched."""
+        run(["mount", "--make-rprivate", "/"], timeout=10)
+        for name in ("/etc", "/var/lib"):
+            above = self.work / name.replace("/", "_")
+            for part in ("up", "work"):
+                (above / part).mkdir(parents=True)
+            options = f"lowerdir={name},upperdir={above}/up,workdir={above}/work"
+            run(["mount", "-t", "overlay", "overlay", "-o", options, name], timeout=10)
+        run(["mount", "-t", "tmpfs", "tmpfs", "/run"], timeout=10)
+        Path("/run/systemd/system").mkdir(parents=True)
+        for place in (DATA, Path("/run/containerd"), Path("/etc/systemd/system"), CONFIG.parent):
+            place.mkdir(parents=True, exist_ok=True)
+        (self.work / "data").mkdir()
+        run(["mount", "--bind", self.work / "data", DATA], timeout=10)
+        bin = self.work / "bin"
+        bin.mkdir()
+        (bin / "systemctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.lab.systemctl "$@"\n')
+        # refuses to start with what is written while /run/refuse is there
+        (bin / "containerd-fussy").write_text(
+            "#!/bin/sh\n[ -e /run/refuse ] && grep -q containerd-nydus-grpc $2 && exit 1\n"
+            f'exec {self.containerd} "$@"\n'
+        )
+        for path in bin.iterdir():
+            path.chmod(0o755)
+        os.environ["PATH"] = f"{bin}:{self.containerd.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        default = run([self.containerd, "config", "default"], timeout=20).stdout
+        for quote in ("'", '"'):
+            default = default.replace(f"root = {quote}/var/lib/containerd{quote}", f'root = "{self.work}/c"', 1)
+            default = default.replace(f"imports = [{quote}/etc/containerd/conf.d/*.toml{quote}]", "imports = []")
+        CONFIG.write_text(default)
+        Path("/etc/systemd/system", CONTAINERD).write_text(
+            f"[Service]\nType=notify\nExecStart={bin}/containerd-fussy -c {CONFIG}\nKillMode=process\n"
+        )
+
+    def ctr(self, *words: str) -> str:
+        done = run([self.ctr_program, "-a", SOCKET, *words], timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    def node(self, *words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "snapshotter.nydusctl", "node", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    def state(self) -> dict[str, str]:
+        """Of everything the installation may touch: a digest of each file."""
+        found = {}
+        for folder in ("/etc/containerd", "/etc/nydus", "/etc/systemd/system"):
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_symlink():
+                    found[str(path)] = str(path.readlink())
+                elif path.is_file():
+                    found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+    def pid(self, unit: str = CONTAINERD) -> int:
+        from tests.lab.systemctl import main_pid
+
+        return main_pid(unit)
+
+    def nydusds(self) -> list[str]:
+        found = []
+        for name in os.listdir("/proc"):
+            if name.isdecimal():
+                try:
+                    words = Path(f"/proc/{name}/cmdline").read_bytes()
+                except OSError:
+                    continue
+                if b"--apisock" in words:
+                    found.append(name)
+        return found
+
+    def run(self) -> None:
+        see = self.seen
+        self.prepare()
+        before = self.state()
+        run(["systemctl", "start", CONTAINERD], timeout=40)
+        see["dry"] = self.node("install", "--dry-run")
+        see["dry changed"] = self.state() != before
+        see["install"] = self.node("install")
+        see["plugins"] = [line.split() for line in self.ctr("plugins", "ls").splitlines() if " nydus " in line]
+        installed, pids = self.state(), (self.pid(), self.pid("containerd-nydus-grpc.service"))
+        see["again"] = self.node("install")
+        see["again changed"] = self.state() != installed
+        see["again restarted"] = pids != (self.pid(), self.pid("containerd-nydus-grpc.service"))
+        self.container()
+        see["refused"] = self.node("uninstall")
+        see["refused changed"] = self.state() != installed
+        see["still reads"] = self.ctr("tasks", "exec", "--exec-id", "x", "app", "cat", "/marker")
+        self.ctr("tasks", "rm", "-f", "app")
+        self.ctr("containers", "rm", "app")
+        see["nydusd before"] = len(self.nydusds())
+        see["uninstall"] = self.node("uninstall")
+        see["uninstall left"] = {key: value for key, value in self.state().items() if before.get(key) != value}
+        see["uninstall lost"] = sorted(before.keys() - self.state().keys())
+        see["nydusd after"] = self.nydusds()
+        see["mounts after"] = [path for path in mountpoints() if path.startswith(f"{DATA}/")]
+        see["data kept"] = (DATA / "cache").is_dir()
+        see["containerd after"] = bool(self.pid())
+        see["plugins after"] = [line for line in self.ctr("plugins", "ls").splitlines() if " nydus " in line]
+        self.break_containerd(before)
+        see["install 2"] = self.node("install")
+        self.container()
+        see["second life"] = self.ctr("tasks", "exec", "--exec-id", "x", "app", "cat", "/marker")
+        see["purge"] = self.node("uninstall", "--purge", "--force")
+        see["purge left"] = sorted(path.name for path in DATA.iterdir()) if DATA.is_dir() else []
+        see["purge state"] = self.state() == before
+        for unit in (CONTAINERD, "containerd-nydus-grpc.service"):
+            run(["systemctl", "stop", unit], timeout=40)
+
+    def break_containerd(self, before: dict[str, str]) -> None:
+        """One that does not start any more with our lines."""
+        Path("/run/refuse").touch()
+        self.seen["broken"] = self.node("install")
+        self.seen["broken config"] = self.state()[str(CONFIG)] == before[str(CONFIG)]
+        self.seen["broken alive"] = bool(self.pid()) and "io.containerd" in self.ctr("plugins", "ls")
+        Path("/run/refuse").unlink()
+
+    def container(self) -> None:
+        ref = f"{self.host}/lab/app:nydus"
+        rpull = [program("ctr-remote"), "-a", SOCKET, "images", "rpull", "--plain-http", ref]
+        self.seen.setdefault("rpull", []).append(run(rpull, timeout=60, check=False).stdout)
+        words = ("run", "-d", "--net-host", "--snapshotter", "nydus", ref, "app", "sleep", "600")
+        self.seen.setdefault("run", []).append(self.ctr(*words))
+
+    def with_image(self, then: Callable[[], None]) -> None:
+        with Registry(self.work / "reg") as registry:
+            self.host = registry.host
+            small_image(self.work / "image", payload=1 << 20).push(registry.host, "lab/app", "oci")
+            convert = [program("nydusify"), "convert", "--source", f"{self.host}/lab/app:oci", "--target",
+                       f"{self.host}/lab/app:nydus", "--source-insecure", "--target-insecure",
+                       "--work-dir", self.work / "nydusify"]  # fmt: skip
+            run(convert, timeout=60)
+            then()
+
+
+def main() -> None:
+    lab = Lab(Path(sys.argv[1]), Path(sys.argv[2]))
+    began = time.monotonic()
+    lab.with_image(lab.run)
+    lab.seen["seconds"] = time.monotonic() - began
+    print(json.dumps(lab.seen))
+
+
+if __name__ == "__main__":
+    main()
