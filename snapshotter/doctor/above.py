@@ -21,7 +21,7 @@ SECONDS = 5.0
 CRI_2 = "io.containerd.grpc.v1.cri"  # configuration version 2; [plugins.cri] in version 1
 IMAGES_3 = "io.containerd.cri.v1.images"
 TRANSFER = "io.containerd.transfer.v1.local"
-_SNIPPETS = "examples/containerd/ has the lines for each version"
+_SNIPPETS = "nydusctl node install writes the lines, examples/containerd/ has them for each version"
 
 
 def checks(node: Node) -> Iterator[Finding]:

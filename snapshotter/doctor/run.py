@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from nydusfs.errors import NydusError
-from snapshotter.doctor import above, machine, remote, services, storage
+from snapshotter.doctor import above, installed, machine, remote, services, storage
 from snapshotter.doctor.finding import Check, Finding, Level
 from snapshotter.errors import SnapshotterError
 from snapshotter.node import Node
@@ -15,7 +15,7 @@ from snapshotter.node import Node
 def findings(node: Node, images: tuple[str, ...] = ()) -> Iterator[Finding]:
     """`images`: references whose registries are tried although none of them is mounted."""
     tried: list[Check] = [partial(check, extra=images) for check in remote.CHECKS]
-    for check in (*machine.CHECKS, *services.CHECKS, *above.CHECKS, *storage.CHECKS, *tried):
+    for check in (*machine.CHECKS, *services.CHECKS, *installed.CHECKS, *above.CHECKS, *storage.CHECKS, *tried):
         try:
             yield from check(node)
         except SnapshotterError as failure:

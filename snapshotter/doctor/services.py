@@ -66,7 +66,7 @@ def unit(node: Node) -> Iterator[Finding]:
             yield warning(
                 "snapshotter.unit",
                 f"no unit file{f' {given}' if given else ''}: the snapshotter is not started at boot",
-                "cp systemd/containerd-nydus-grpc.service /etc/systemd/system/, systemctl enable containerd-nydus-grpc",
+                "nydusctl node install; or systemd/containerd-nydus-grpc.service to /etc/systemd/system by hand",
             )
         else:
             yield note("snapshotter.unit", "systemd does not run here, no unit file is looked at")

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from snapshotter.doctor.finding import Level
+from snapshotter.doctor.installed import judge as judge_node
 from snapshotter.errors import InstallError
 from snapshotter.install.containerd import CRI, RUNTIMES, UNPACK, Wish, edited, judge, release_of
 from snapshotter.install.ctl import command
 from snapshotter.install.edit import Editor, restored
-from snapshotter.install.parts import CONFIG, RECORD, UNIT, UNIT_FILE
+from snapshotter.install.host import Host
+from snapshotter.install.parts import CONFIG, RECORD, UNIT, UNIT_FILE, Record
 from snapshotter.install.tomlfile import lookup
 from snapshotter.settings import ADDRESS, OLD_ROOT
 from tests.lab.paths import ref_bin
@@ -286,3 +289,31 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / RECORD[1:]).write_text("{}")
     code, said = tree.run("uninstall")
     assert (code, f"{RECORD} is damaged" in said) == (1, True)
+
+
+def test_doctor_tells_of_an_installation_that_is_not_whole(tmp_path: Path) -> None:
+    def found() -> dict[str, str]:
+        return {one.check: one.text for one in judge_node(host, "/etc/containerd/config.toml") if one.level > Level.OK}
+
+    tree = Tree(tmp_path)
+    host = Host(tmp_path)
+    assert list(judge_node(host, "/etc/containerd/config.toml")) == []
+    assert tree.run("install", "--bin", "/opt/bin")[0] == 0
+    assert found() == {}
+    (tmp_path / f"{CONFIG[1:]}.nydus-new").touch()
+    (tmp_path / f"etc/systemd/system/multi-user.target.wants/{UNIT}").unlink()
+    config = tmp_path / "etc/containerd/config.toml"
+    edited_text = config.read_text()
+    config.write_text("version = 2\n")
+    assert found().keys() == {"node.leftover", "node.enabled", "node.containerd"}
+    (tmp_path / UNIT_FILE[1:]).unlink()
+    (tmp_path / CONFIG[1:]).unlink()
+    assert found().keys() == {"node.leftover", "node.unit", "node.config", "node.containerd"}
+    record = Record.read(host)
+    assert record is not None
+    record.state = "uninstalling"
+    record.write(host)
+    assert found() == {"node.install": f"{RECORD}: uninstalling was begun and did not come to its end"}
+    (tmp_path / RECORD[1:]).unlink()
+    config.write_text(edited_text)
+    assert "is gone" in found()["node.install"]
