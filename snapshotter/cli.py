@@ -193,6 +193,7 @@ def _run(**options: Any) -> None:
     _few_arenas()
     stacks.on_signal()
     buffered = logs.buffer_until_known()
+    os.umask(os.umask(0o077) | 0o027)  # whoever started this: nothing is made for others, nothing for a group to write
     try:
         chosen = settings.load(settings_of(options))
         if os.geteuid() == 0:

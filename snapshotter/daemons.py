@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapshotter.cgroup import MemoryGroup
+from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.nydusd_api import NydusdApi
 from snapshotter.records import DaemonRecord, Records
@@ -182,10 +183,10 @@ class Daemon:
         # nydusd takes a stale socket beside a mount for a crash it should fail over from, and waits for ever
         detach(str(record.mountpoint))
         record.socket.unlink(missing_ok=True)
-        record.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record.mountpoint.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_private(record.socket.parent)
+        record.mountpoint.mkdir(mode=0o750, parents=True, exist_ok=True)
         log_dir = settings.log_dir / record.id
-        log_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        log_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._records.save_daemon(replace(record, pid=0, started=0))
         command = [settings.program, "fuse"]
         if settings.threads:
@@ -202,7 +203,7 @@ class Daemon:
             command += ["--log-format", settings.log_format]
         output = log_dir / "nydusd.out"
         try:
-            with output.open("ab") as out:
+            with open(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "ab") as out:
                 self._said = out.tell()
                 # No preexec_fn: subprocess then uses vfork, which is safe beside gRPC's threads. Its own session:
                 # signals to this program's group, and its death, pass it by.

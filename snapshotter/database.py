@@ -7,6 +7,7 @@ by the next (`apply`): 64 clients then wait for the disk a few times, not 64 tim
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -106,6 +107,14 @@ class _Job(Generic[T]):
         self.error: BaseException | None = None
 
 
+def _make_private(path: Path) -> None:
+    """SQLite gives its log and index the mode of the file, and the file what the umask leaves of 0644."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        os.chmod(path, 0o600)
+
+
 class Database:
     """WAL, synchronous=FULL: what a call was told is there after a power cut. Readers never wait for writers."""
 
@@ -118,6 +127,10 @@ class Database:
         self._idle: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
         for _ in range(READERS):
             self._idle.put(None)  # connected when first needed
+        try:
+            _make_private(path)
+        except OSError as error:
+            raise StartError(f"snapshot database {path}: {error.strerror}") from None
         try:
             self._writer = self._connect()
             self.created = self._migrate()

@@ -153,6 +153,15 @@ def disk_usage(path: Path) -> tuple[int, int]:
     return size, len(seen)
 
 
+def make_private(path: Path) -> None:
+    """A directory for root alone, and those above it that are missing. Raises OSError."""
+    for folder in (*reversed(path.parents), path):
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+
+
 def _mkdir(path: str, mode: int) -> None:
     os.mkdir(path, mode)
     os.chmod(path, mode)  # whatever the umask

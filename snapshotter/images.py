@@ -22,7 +22,7 @@ from snapshotter import cachegc, leftovers
 from snapshotter.auth.chain import Chain, parse
 from snapshotter.auth.renewal import Renewal, Result
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
-from snapshotter.directories import disk_usage
+from snapshotter.directories import disk_usage, make_private
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.labels import image_ref
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
@@ -412,7 +412,7 @@ class Images:
             credentials = found.credentials
             self.on_credentials(record.snapshot, found.expires)
         text = self._derive(record, credentials)
-        self._settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._settings.cache_dir)
         write_private(self._config_path(record), text)
         return text
 

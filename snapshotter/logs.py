@@ -115,7 +115,7 @@ def level() -> str:
 def _open(settings: Settings) -> logging.Handler:
     path = settings.log_dir / FILE
     try:
-        settings.log_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        settings.log_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         return _File(
             path,
             limit=settings.log_rotation_size << 20,

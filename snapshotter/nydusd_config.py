@@ -28,6 +28,7 @@ from nydusfs.config import load_config
 from nydusfs.errors import NydusError
 from nydusfs.registry.credentials import Credentials, decode_auth
 from nydusfs.registry.reference import DOCKER_HUB, Reference
+from snapshotter.directories import make_private
 from snapshotter.errors import InvalidArgument, SettingsError
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ def _speaks_http(name: str, port: int) -> bool:
 
 def write_private(path: Path, text: str) -> None:
     """A file only root can read, complete or not there."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # 0600
     try:
         with os.fdopen(descriptor, "w") as file:

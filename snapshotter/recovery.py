@@ -175,7 +175,7 @@ def _make_root(path: Path) -> Path:
         for name in ("mnt", "socket", "config"):
             # mnt may be a mount whose server is dead: it must not be touched
             try:
-                (root / name).mkdir(mode=0o700 if name != "mnt" else 0o755)
+                (root / name).mkdir(mode=0o700 if name != "mnt" else 0o750)
             except FileExistsError:
                 pass
     except OSError as error:

@@ -20,6 +20,7 @@ from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from protos.containerd.types import mount_pb2
 from snapshotter import errors
+from snapshotter.directories import make_private
 from snapshotter.flow import Snapshotter
 from snapshotter.mounts import Mount
 from snapshotter.store import Snapshot
@@ -140,7 +141,7 @@ def _info(snapshot: Snapshot) -> Any:
 
 def claim_address(path: Path) -> None:
     """Makes the path free for a new socket. Raises StartError if somebody answers there, or it is no socket."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

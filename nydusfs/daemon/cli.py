@@ -5,6 +5,7 @@ Exit status: 0 after a stop by signal, API or umount; 1 after any error, said in
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -137,6 +138,7 @@ def fuse(
         "log_rotation_size": log_rotation_size,
         "log_format": log_format,
     }
+    os.umask(os.umask(0o077) | 0o027)  # whoever started this: nothing is made for others, nothing for a group to write
     if keeper:
         from nydusfs.keeper import keeper as keeping
 

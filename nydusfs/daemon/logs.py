@@ -74,7 +74,7 @@ class RotatingFile(logging.Handler):
         super().__init__()
         self.path = path
         self.limit = limit
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._file = self._open()
 
     def _open(self) -> IO[str]:
