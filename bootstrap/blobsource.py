@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -96,6 +97,9 @@ def local_meta(image: Bootstrap, blob: Blob) -> blobmeta.BlobMeta | None:
     for name in names:
         path = os.path.join(folder, name + META_SUFFIX)
         try:
+            # A layer brought it: no link to files elsewhere is followed, no pipe waited for, no device opened.
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
             with open(path, "rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError):  # not there, or empty

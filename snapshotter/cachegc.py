@@ -11,31 +11,35 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
+from snapshotter.bootstrapfile import PLACES, begins_like_one, is_plain_file
 from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
-BOOTSTRAPS = ("image/image.boot", "image.boot")
 YOUNG = 60.0  # seconds: a blob may be there a moment before the bootstrap that names it
 _BLOB = re.compile(r"([0-9a-f]{64})(?:\.(?:blob|chunk|segments)[a-z_.]*)?")
 
 
 def bootstraps(snapshots: Path) -> Iterator[Path]:
-    """Of every snapshot there is, committed or not."""
+    """Of every snapshot there is, committed or not; what could never be mounted is none."""
     for entry in os.scandir(snapshots):
-        for name in BOOTSTRAPS:
+        for name in PLACES:
             path = Path(entry.path, "fs", name)
-            if path.is_file():
+            if is_plain_file(path) and begins_like_one(path):
                 yield path
 
 
-def used_blobs(paths: Iterable[Path]) -> set[str]:
-    """Ids of all blobs that these images read from. Raises RafsError: then nothing is known to be unused."""
+def used_blobs(paths: Iterable[Path], mounted: Collection[Path]) -> set[str]:
+    """Ids of all blobs that these images read from.
+
+    Raises RafsError for a mounted one that is damaged now: then nothing is known to be unused. Any other that cannot
+    be read cannot be mounted either, and must not keep the cache full.
+    """
     found: set[str] = set()
     for path in paths:
         try:
@@ -45,19 +49,19 @@ def used_blobs(paths: Iterable[Path]) -> set[str]:
         except FileNotFoundError:
             continue  # removed this moment
         except RafsError as error:
-            if path.exists():
+            if path in mounted:
                 raise
-            log.debug("%s is gone: %s", path, error)
+            log.log(logging.WARNING if path.exists() else logging.DEBUG, "%s names no blobs: %s", path, error)
     return found
 
 
-def orphans(cache: Path, snapshots: Path) -> list[str]:
-    """Blob ids in the cache that no bootstrap names. Empty when a bootstrap cannot be read."""
+def orphans(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> list[str]:
+    """Blob ids in the cache that no bootstrap names. Empty when that of an image that is `mounted` cannot be read."""
     try:
         names = [(match[1], entry) for entry in os.scandir(cache) if (match := _BLOB.fullmatch(entry.name))]
         if not names:
             return []
-        used = used_blobs(bootstraps(snapshots))
+        used = used_blobs(bootstraps(snapshots), mounted)
     except FileNotFoundError:
         return []
     except (RafsError, OSError) as error:

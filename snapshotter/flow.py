@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from nydusfs.containerd.chain import chain_ids
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
 from snapshotter.auth.local import label_credentials
@@ -17,7 +18,9 @@ from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgumen
 from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images
 from snapshotter.labels import (
+    DATA_LAYER,
     LAYER_DIGEST,
+    OWN,
     PULL_SECRET,
     PULL_USER,
     SNAPSHOT_REF,
@@ -67,6 +70,7 @@ class Snapshotter:
         ref = labels.get(SNAPSHOT_REF, "")
         # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
         if ref and is_data(labels) and not is_meta(labels):
+            self._check_chain(key, parent, ref, labels)
             self._skip(key, parent, ref, labels)
         if ref and not is_meta(labels) and (claim := self._lazy.claim(parent, labels)) is not None:
             self._skip(key, parent, ref, {**labels, **claim.labels}, claim.settle)
@@ -141,6 +145,24 @@ class Snapshotter:
 
     # ----
 
+    def _check_chain(self, key: str, parent: str, ref: str, labels: Mapping[str, str]) -> None:
+        """Raises InvalidArgument for a data layer under a chain id that is not its own.
+
+        containerd takes the chain id from the image's config and compares diff ids when it unpacks, which it does not
+        do here. An image could so have any other image's layer taken for there, and empty. The diff id of a data layer
+        is its digest (RAFS format 6.3), so the chain id can be told.
+        """
+        digest = labels.get(LAYER_DIGEST, "")
+        below = self._store.stat(parent).labels.get(SNAPSHOT_REF, "") if parent else ""
+        if not digest or (parent and not below):
+            return  # a client that does not say
+        wanted = chain_ids([below, digest] if below else [digest])[-1]
+        if ref != wanted:
+            raise InvalidArgument(
+                f"snapshot {key}: layer {digest} is labelled {DATA_LAYER} and its image's config claims chain id {ref} "
+                f"for it, where {wanted} is right: diff ids of data layers must be their digests, convert it again"
+            )
+
     def _skip(
         self,
         key: str,
@@ -157,7 +179,8 @@ class Snapshotter:
         raise AlreadyExists(f'target snapshot "{ref}": already exists')
 
     def _taken(self, labels: Mapping[str, str]) -> Mapping[str, str]:
-        """Labels to store: without the password that some agents send in them, which is kept apart."""
+        """Labels to store: without the password that some agents send in them, which is kept apart, and without what
+        only this program may say of a layer."""
         credentials = label_credentials(labels)
         image = image_label(labels)
         if credentials is not None and image:
@@ -165,7 +188,7 @@ class Snapshotter:
                 self._vault.remember(LABELS, Reference.parse(image), credentials)
             except NydusError as error:
                 log.warning("credentials in the labels of a snapshot are of no use: %s", error)
-        return {key: value for key, value in labels.items() if key not in (PULL_USER, PULL_SECRET)}
+        return {key: value for key, value in labels.items() if key not in (PULL_USER, PULL_SECRET, *OWN)}
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         mapping = id_mapping(labels)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from nydusfs.registry.credentials import Credentials
 from snapshotter import cachegc, leftovers
 from snapshotter.auth.chain import Chain, parse
 from snapshotter.auth.renewal import Renewal, Result
+from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.directories import disk_usage, make_private
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
@@ -39,7 +38,6 @@ RECOVER_TOGETHER = 4  # daemons: a start costs 0.3 s of a CPU
 UMOUNT_SECONDS = 10.0  # normal: milliseconds; an image left mounted is unmounted by the next start's `_settle`
 IMAGE_SECONDS = 120.0  # wait for another call's mount of the same image; that one is bounded itself
 _BLOB_ID = re.compile(r"[0-9a-f]{64}")
-_V5_MAGIC, _V6_MAGIC = 0x52414653, 0xE0F5E1E2
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,8 @@ class Images:
     def _collect(self) -> None:
         """Blobs of the cache that no image here names any more go; see `cachegc`."""
         with self._collecting:
-            blobs = cachegc.orphans(self._settings.cache_dir, self._store.directory)
+            mounted = {one.bootstrap for one in self.instances()}
+            blobs = cachegc.orphans(self._settings.cache_dir, self._store.directory, mounted)
             log.debug("blob cache: %d blobs are of no image any more", len(blobs))
             for blob in blobs:
                 with self._lock:
@@ -509,27 +508,3 @@ class Images:
             yield
         finally:
             lock.release()
-
-
-def find_bootstrap(upper: Path, image: str) -> Path:
-    """The bootstrap a meta layer brought. Raises NotFound when it is missing or is none.
-
-    The layer's author is not trusted: a link would have nydusd read a file of the host, or another image's.
-    """
-    for path in (upper / "image" / "image.boot", upper / "image.boot"):
-        if not os.path.lexists(path):
-            continue
-        if os.path.realpath(path) != str(path) or not path.is_file():
-            raise NotFound(f"image {image}: {path} is not a regular file: this is no Nydus image")
-        with path.open("rb") as file:
-            head = file.read(1028)
-        v5 = len(head) >= 8 and struct.unpack_from("<II", head) == (_V5_MAGIC, 0x500)
-        v6 = len(head) == 1028 and struct.unpack_from("<I", head, 1024)[0] == _V6_MAGIC
-        if not v5 and not v6:
-            raise NotFound(
-                f"image {image}: {path} is no RAFS bootstrap (v5 or v6): its last layer is damaged, pull it again"
-            )
-        return path
-    raise NotFound(
-        f"image {image}: its layer labelled nydus-bootstrap holds no image/image.boot in {upper}: convert it again"
-    )

@@ -33,6 +33,11 @@ GID_MAPPING = PREFIX + "gidmapping"
 PULL_USER = PREFIX + "pullusername"
 PULL_SECRET = PREFIX + "pullsecret"
 
+STARGZ_TOC = PREFIX + "nydus-stargz-toc"  # ours: what the manifest says of the table, however it was learned
+# What this program alone writes. A manifest's annotations below PREFIX become labels of its layers, and a layer is
+# shared by all images with its chain id: who could write these could have another image's containers run his files.
+OWN = frozenset({STARGZ, STARGZ_TOC, TARFS, TWIN, INDEX_ALTERNATIVE})
+
 Labels = Mapping[str, str]
 
 

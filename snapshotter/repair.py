@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.database import NAME, Database
 from snapshotter.directories import read_record, write_record
 from snapshotter.errors import SnapshotterError, StartError
-from snapshotter.images import find_bootstrap
 from snapshotter.labels import image_ref, is_meta
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.store import Kind, Snapshot, record_of

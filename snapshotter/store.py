@@ -26,7 +26,7 @@ from snapshotter.database import Database
 from snapshotter.directories import TEMPORARY, Fresh, Rewrite, disk_usage, has_record, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.filters import Equals
-from snapshotter.labels import SNAPSHOT_REF, id_mapping
+from snapshotter.labels import OWN, SNAPSHOT_REF, id_mapping
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,10 @@ class Store:
         return self._database.apply(delete)
 
     def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
-        """Changes labels only, as the field mask says. Raises NotFound; InvalidArgument for any path but labels."""
+        """Changes labels only, as the field mask says, and never those of `OWN`.
+
+        Raises NotFound; InvalidArgument for any path but labels.
+        """
         for path in mask:
             if path != "labels" and not (path.startswith("labels.") and len(path) > len("labels.")):
                 raise InvalidArgument(f"cannot update {path!r} of snapshot {key}: only labels can be changed")
@@ -266,6 +269,8 @@ class Store:
                 else:
                     name = path.removeprefix("labels.")
                     changed[name] = labels.get(name, "")
+            changed = {name: value for name, value in changed.items() if name not in OWN}
+            changed |= {name: value for name, value in before.labels.items() if name in OWN}
             after = replace(before, labels=_kept(changed), updated=time.time_ns())
             writer.execute(
                 "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",

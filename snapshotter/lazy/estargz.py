@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.labels import LAYER_DIGEST, PREFIX, TOC_DIGEST
+from snapshotter.labels import LAYER_DIGEST, TOC_DIGEST
 from snapshotter.lazy.registries import Registries
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DIGEST_LABEL = PREFIX + "nydus-stargz-toc"  # ours: what the manifest says of the table, however it was learned
 TABLE = "layer.toc"  # in the snapshot's directory, beside `fs`
 _HEAD = Struct("<QQ")
 

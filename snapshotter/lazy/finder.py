@@ -24,6 +24,7 @@ from snapshotter.labels import (
     MANIFEST_DIGEST,
     SIGNATURE,
     STARGZ,
+    STARGZ_TOC,
     TARFS,
     TWIN,
     TWIN_LAYER,
@@ -122,7 +123,7 @@ class LazyFinder:
                 log.warning("%s; it is fetched again for the first container", error)
 
         # upstream's value is `true`; only presence counts
-        return Claim({STARGZ: "true", estargz.DIGEST_LABEL: table.digest}, settle)
+        return Claim({STARGZ: "true", STARGZ_TOC: table.digest}, settle)
 
     def _tarfs_layer(self, image: Reference, parent: str, labels: Mapping[str, str]) -> Claim | None:
         if self._settings.tarfs_hint and not self._tarfs.hinted(image, labels):
@@ -197,7 +198,7 @@ class LazyFinder:
         for layer in reversed(chain):
             image = parse(image_ref(layer.labels, str(layer.id)))
             blob = layer.labels.get(LAYER_DIGEST, "").removeprefix("sha256:")
-            digest = layer.labels.get(estargz.DIGEST_LABEL, "")
+            digest = layer.labels.get(STARGZ_TOC, "")
             path = self._store.path(layer.id) / estargz.TABLE
             try:
                 table = estargz.Table.load(path, blob, digest)

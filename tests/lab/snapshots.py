@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from nydusfs.containerd.chain import chain_ids
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 
@@ -109,18 +110,15 @@ def mounted(mounts: Sequence[Any], target: Path) -> Iterator[Path]:
 def pull(client: Client, case: Path, work: Path, image: str, tag: str = "") -> str:
     """A merged reference image as containerd's unpacker brings it; the committed name of its meta layer.
 
-    `tag` makes another image of it: other chain ids.
+    `tag` makes another image of it: other chain ids, which are not those of its layers, so their digests are not said.
     """
     blobs = sorted(name for name in os.listdir(case) if len(name) == 64)
     parent = ""
-    for blob in blobs:
-        ref = f"sha256:{tag}{blob}"
-        labels = {
-            REF: ref,
-            PREFIX + "cri.image-ref": image,
-            PREFIX + "cri.layer-digest": f"sha256:{blob}",
-            PREFIX + "nydus-blob": "true",
-        }
+    for blob, chain in zip(blobs, chain_ids([f"sha256:{blob}" for blob in blobs]), strict=True):
+        ref = f"sha256:{tag}{blob}" if tag else chain
+        labels = {REF: ref, PREFIX + "cri.image-ref": image, PREFIX + "nydus-blob": "true"}
+        if not tag:
+            labels[PREFIX + "cri.layer-digest"] = f"sha256:{blob}"
         with contextlib.suppress(grpc.RpcError):
             client.prepare(f"default/1/extract-{tag}{blob[:8]} {ref}", parent, labels)
             raise AssertionError("a data layer must be answered with AlreadyExists")

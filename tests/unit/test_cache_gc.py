@@ -31,9 +31,29 @@ def test_only_blobs_that_no_bootstrap_names_are_orphans(tmp_path: Path) -> None:
     for path in cache.iterdir():
         os.utime(path, (old, old))
     assert orphans(cache, snapshots) == sorted([images[2].blob_id, "c" * 64, "d" * 64])
-    (snapshots / "0" / "fs" / "image.boot").write_bytes(b"damaged")
-    assert orphans(cache, snapshots) == [], "a bootstrap that cannot be read may name anything"
     assert orphans(tmp_path / "none", snapshots) == []
+
+
+def test_bootstraps_that_cannot_be_read(tmp_path: Path) -> None:
+    """Damage of a running image keeps its cache; a layer that looks like an image must not keep it full."""
+    cache, snapshots = tmp_path / "cache", tmp_path / "snapshots"
+    image = tiny_image(tmp_path, {"f": noise(5000)})
+    damaged, linked, strange, pipe, good = (snapshots / name / "fs" / "image" for name in "12345")
+    for place in (damaged, linked, strange, pipe, good, cache / ("c" * 64), cache / image.blob_id):
+        place.mkdir(parents=True)
+    whole = image.bootstrap.read_bytes()
+    (damaged / "image.boot").write_bytes(whole[:4000])
+    (linked / "image.boot").symlink_to(image.bootstrap)
+    (strange / "image.boot").write_bytes(b"the init script of somebody's boot loader")
+    os.mkfifo(pipe / "image.boot")
+    (good / "image.boot").write_bytes(whole)
+    old = time.time() - 3600
+    for path in cache.iterdir():
+        os.utime(path, (old, old))
+    assert orphans(cache, snapshots) == ["c" * 64]
+    assert orphans(cache, snapshots, {damaged / "image.boot"}) == []
+    (good / "image.boot").unlink()  # a link to it does not count: nydusd would not follow it
+    assert orphans(cache, snapshots) == sorted(["c" * 64, image.blob_id])
 
 
 def test_a_removed_blob_is_fetched_again_when_it_is_needed(tmp_path: Path) -> None:
