@@ -51,6 +51,7 @@ _name_size = Struct("<100xH").unpack_from
 _chunk_place = Struct("<32xI8xI8xQQ").unpack_from  # blob index, uncompressed size, uncompressed offset, file offset
 _INODE_SIZE = v5.INODE.size
 _RECORD_SIZE = CHUNK_RECORD.size
+_DOTS = frozenset((b".", b".."))  # stored by no builder: the kernel has its own
 _VECTOR_INODES = 20_000  # from here on importing numpy pays
 
 
@@ -324,7 +325,7 @@ class BootstrapV5(Bootstrap):
             index = first + number
             at = self._at(index)
             name = self._name(at)
-            if not name or b"/" in name or b"\0" in name:
+            if not name or b"/" in name or b"\0" in name or name in _DOTS:
                 raise FormatError("inode", at, f"name {name!r}")
             handle, mode = _mode(self._map, at)
             if handle != index:

@@ -112,7 +112,7 @@ def unpack_bootstrap_layer(stream: BinaryIO, folder: Path, what: str, limit: int
                 name = member.name.removeprefix("./").lstrip("/")
                 parts = name.split("/")
                 wanted = name in BOOTSTRAP_PATHS or (
-                    len(parts) == 2 and parts[0] == "image" and parts[1] not in (".", "..")
+                    len(parts) == 2 and parts[0] == "image" and parts[1] not in ("", ".", "..")
                 )
                 source = archive.extractfile(member) if member.isreg() and wanted else None
                 if source is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 import trio
 
@@ -135,7 +136,7 @@ def open_http_proxy(backend: HttpProxyBackend, hub: SourceHub) -> RemoteSource:
     base = f"{backend.addr.rstrip('/')}/{backend.path.strip('/')}".rstrip("/")
 
     def prepare(blob_id: str) -> tuple[Url, Headers]:
-        return parse_url(f"{base}/{blob_id}"), ()
+        return parse_url(f"{base}/" + quote(blob_id, safe="")), ()  # one part, whatever a bootstrap's author called it
 
     return _open(name, "http-proxy", parse_url(base).origin, prepare, backend.connection, hub, sloppy=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import trio
 
@@ -198,7 +198,7 @@ class RegistryEndpoint:
             # Signed targets live 5 to 20 minutes; whatever the refusal, the full way is gone once.
             self._redirects.drop(wanted.blob_id)
             log.info("The redirected link has expired: %s, will retry read", known)
-        url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{wanted.blob_id}{self.way.query}")
+        url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{_part(wanted.blob_id)}{self.way.query}")
         if self.authenticator.settled:
             response = await self._authorized(url, wanted, patience, progress)
         else:
@@ -256,7 +256,7 @@ class RegistryEndpoint:
         """A mirror's challenge could name any realm; credentials go only where the registry itself says."""
         origin = self._origin
         assert origin is not None
-        url = Url(origin._base.origin, f"{origin._prefixed(origin._blobs)}sha256:{wanted.blob_id}")
+        url = Url(origin._base.origin, f"{origin._prefixed(origin._blobs)}sha256:{_part(wanted.blob_id)}")
         response = await origin._get(url, origin.way.headers, Range(wanted.blob_id, 0, 1), patience, None)
         if response.status != 401:
             raise AuthError(f"{self.name}: 401, though the registry wants no credentials", url=str(url))
@@ -367,3 +367,8 @@ def proxy_via(url: str) -> Via:
     user_info = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
     user, _, password = user_info.partition(":")
     return Via(parse_url(url).origin, basic_auth(unquote(user), unquote(password)) if user_info else "")
+
+
+def _part(blob_id: str) -> str:
+    """One part of a path, whatever a bootstrap's author called the blob."""
+    return quote(blob_id, safe="")
