@@ -23,6 +23,7 @@ from snapshotter.labels import (
     LAYER_DIGEST,
     MANIFEST_DIGEST,
     SIGNATURE,
+    SNAPSHOT_REF,
     STARGZ,
     STARGZ_TOC,
     TARFS,
@@ -130,7 +131,7 @@ class LazyFinder:
             return None
 
         def settle(made: Snapshot) -> None:
-            self._tarfs.begin(image, made.labels, self._store.path(made.id), lowest=not parent)
+            self._tarfs.begin(image, made.labels, self._store.path(made.id), below=self._chain_id(parent))
 
         return Claim({TARFS: labels[LAYER_DIGEST].removeprefix("sha256:")}, settle)
 
@@ -189,7 +190,8 @@ class LazyFinder:
             image = parse(image_ref(layer.labels, str(layer.id)))
             log.info("image %s: layer %s is unpacked for an image built on it", image, layer.labels.get(LAYER_DIGEST))
             tar = tarfs.any_tar_of(folder)
-            plain.unpack(self._registries, image, layer.labels, folder, below(), tar)
+            chain = self._chain_id(layer.parent)
+            plain.unpack(self._registries, image, layer.labels, folder, below(), tar, chain=chain)
             if tar is not None:
                 tar.unlink()
 
@@ -221,10 +223,11 @@ class LazyFinder:
                 return False
         try:
             layers = []
-            for number, layer in enumerate(reversed(chain)):
+            for layer in reversed(chain):
                 image = parse(image_ref(layer.labels, str(layer.id)))
                 folder = self._store.path(layer.id)
-                layers.append(self._tarfs.finish(image, layer.labels, folder, lowest=not number))
+                below = self._chain_id(layer.parent)
+                layers.append(self._tarfs.finish(image, layer.labels, folder, below=below))
             if not boot.exists():
                 tarfs.merge(layers, boot)
             tarfs.mount(boot, [tar for _, tar in layers], self._store.path(chain[0].id) / "mnt")
@@ -234,6 +237,10 @@ class LazyFinder:
             log.warning("image %s: %s: unpacked instead", image_label(chain[0].labels), error)
             return False
         return True
+
+    def _chain_id(self, key: str) -> str | None:
+        """Of the layers up to this one; "" for none, None where the client did not say."""
+        return self._store.stat(key).labels.get(SNAPSHOT_REF) if key else ""
 
     def _boot(self, layer: Snapshot) -> Path:
         return self._store.upper(layer.id) / "image" / "image.boot"

@@ -20,7 +20,8 @@ from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
 from snapshotter.directories import FS_MODE
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.labels import DIFF_ID, LAYER_DIGEST
+from snapshotter.labels import LAYER_DIGEST
+from snapshotter.lazy import content
 from snapshotter.lazy.registries import Registries
 
 DONE = "unpacked"  # in the snapshot's directory, beside `fs`
@@ -35,9 +36,12 @@ def unpack(
     folder: Path,
     below: Sequence[str],
     tar: Path | None = None,
+    *,
+    chain: str | None = None,
 ) -> None:
     """Downloads the layer and makes `folder`/fs of it, which nobody has used so far. `below`: directories of the layers
-    under it, nearest first. `tar`: the layer, where it is on this node.
+    under it, nearest first; `chain`: their chain id, as for `content.check`. `tar`: the layer, where it is on
+    this node.
 
     `folder`/DONE tells that it is complete. Raises Unavailable, SnapshotterError.
     """
@@ -55,7 +59,7 @@ def unpack(
         owner = (folder / "fs").stat()
         os.chown(scratch / "fs", owner.st_uid, owner.st_gid)
         os.chmod(scratch / "fs", FS_MODE)
-        _apply(registries, image, labels, layer, [str(scratch), *below], tar)
+        content.check(image, labels, chain, _apply(registries, image, labels, layer, [str(scratch), *below], tar))
         for entry in (folder / "fs").iterdir():  # of an attempt that was cut short here, or of the lazy way
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         os.rename(scratch / "fs", folder / "fs")
@@ -71,7 +75,8 @@ def _apply(
     layer: str,
     places: Sequence[str],
     tar: Path | None,
-) -> None:
+) -> str:
+    """Its diff id."""
     from bootstrap.errors import RafsError
 
     command = [sys.executable, "-P", "-m", "snapshotter.lazy.apply", *places]
@@ -97,9 +102,7 @@ def _apply(
     if child.returncode:
         reason = (said.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise SnapshotterError(f"image {image}: layer {layer} cannot be unpacked: {reason}")
-    wanted = labels.get(DIFF_ID)
-    if wanted and wanted != f"sha256:{digest.hexdigest()}":
-        raise SnapshotterError(f"image {image}: layer {layer} unpacks to other bytes than its diff id {wanted}")
+    return f"sha256:{digest.hexdigest()}"
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from typing import BinaryIO, cast
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.labels import DIFF_ID, LAYER_DIGEST, MANIFEST_DIGEST, TARFS_HINT
+from snapshotter.labels import LAYER_DIGEST, MANIFEST_DIGEST, TARFS_HINT
+from snapshotter.lazy import content
 from snapshotter.lazy.registries import Registries
 from snapshotter.system import detach, mountpoints
 
@@ -63,20 +64,22 @@ class Tarfs:
             self._hints[key] = isinstance(annotations, dict) and TARFS_HINT in annotations
         return self._hints[key]
 
-    def begin(self, image: Reference, labels: Mapping[str, str], folder: Path, *, lowest: bool) -> None:
-        """Has a layer fetched and indexed in the background."""
+    def begin(self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None) -> None:
+        """Has a layer fetched and indexed in the background. `below`: as for `content.check`."""
         with self._lock:
             if folder not in self._running:
-                self._running[folder] = self._pool.submit(self._convert, image, labels, folder, lowest)
+                self._running[folder] = self._pool.submit(self._convert, image, labels, folder, below)
 
-    def finish(self, image: Reference, labels: Mapping[str, str], folder: Path, *, lowest: bool) -> tuple[Path, Path]:
+    def finish(
+        self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None
+    ) -> tuple[Path, Path]:
         """(bootstrap, tar) of a layer, waited for. Raises Unavailable, SnapshotterError."""
         if (tar := tar_of(folder)) is None:
             if any_tar_of(folder) is not None:
                 raise SnapshotterError(
                     f"image {image}: layer {labels.get(LAYER_DIGEST)} cannot be part of a tarfs image"
                 )
-            self.begin(image, labels, folder, lowest=lowest)
+            self.begin(image, labels, folder, below=below)
             with self._lock:
                 running = self._running[folder]
             try:
@@ -92,15 +95,16 @@ class Tarfs:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _convert(self, image: Reference, labels: Mapping[str, str], folder: Path, lowest: bool) -> None:
+    def _convert(self, image: Reference, labels: Mapping[str, str], folder: Path, below: str | None) -> None:
         if tar_of(folder) is not None:
             return
         layer = labels[LAYER_DIGEST]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tarfs-") as scratch:
             tar, boot = Path(scratch, "layer.tar"), Path(scratch, BOOT)
             identity = self._fetch(image, labels, tar)
+            content.check(image, labels, below, f"sha256:{identity}")
             # also where the index cannot be used: it need not be fetched again to be unpacked
-            if not lowest and (name := _unnamed(tar)):
+            if below != "" and (name := _unnamed(tar)):
                 os.rename(tar, folder / f"plain-{identity}.tar")
                 raise SnapshotterError(
                     f"image {image}: layer {layer} does not name its directory {name}, which would get other rights"
@@ -142,9 +146,6 @@ class Tarfs:
             raise Unavailable(f"image {image}: layer {layer} cannot be fetched: {error}") from None
         except OSError as error:
             raise SnapshotterError(f"image {image}: layer {layer}: {error.strerror}") from None
-        wanted = labels.get(DIFF_ID)
-        if wanted and wanted != f"sha256:{digest.hexdigest()}":
-            raise SnapshotterError(f"image {image}: layer {layer} has other content than its diff id {wanted}")
         return digest.hexdigest()
 
 

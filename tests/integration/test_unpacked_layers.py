@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from nydusfs.containerd.chain import chain_ids
 from nydusfs.drivers.erofs import mount as erofs_mount
 from nydusfs.drivers.erofs.selftest import tiny_image
+from nydusfs.registry.reference import Reference
 from snapshotter.database import NAME, Database
-from snapshotter.labels import IMAGE_REF, LAYER_DIGEST
-from snapshotter.lazy import tarfs
+from snapshotter.errors import FailedPrecondition
+from snapshotter.labels import DIFF_ID, IMAGE_REF, LAYER_DIGEST, SNAPSHOT_REF
+from snapshotter.lazy import plain, tarfs
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.settings import LazySettings
 from snapshotter.store import Store
@@ -125,6 +129,34 @@ def test_no_layer_reaches_out_of_its_directory(tmp_path: Path, members: list[Mem
     assert os.listdir(outside) == ["file"]
     after = os.lstat(outside)
     assert (after.st_mode, after.st_uid, after.st_mtime_ns) == facts
+
+
+def test_a_layer_is_what_its_images_config_says(tmp_path: Path) -> None:
+    """All images with its chain id share it, and containerd compares nothing: it did not unpack it."""
+    image, data = Reference.parse("r.example/a:b"), layer(entry("file", "x"))
+    diff_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    under = "sha256:" + "1" * 64
+    (tmp_path / "layer.tar").write_bytes(data)
+    labels = {LAYER_DIGEST: "sha256:" + "2" * 64}
+
+    def unpack(name: str, chain: str | None, **more: str) -> list[str]:
+        (tmp_path / name / "fs").mkdir(parents=True)
+        said = {**labels, **{{"ref": SNAPSHOT_REF, "diff": DIFF_ID}[key]: value for key, value in more.items()}}
+        tar = tmp_path / "layer.tar"
+        plain.unpack(None, image, said, tmp_path / name, [], tar, chain=chain)  # type: ignore[arg-type]
+        return os.listdir(tmp_path / name / "fs")
+
+    assert unpack("lowest", "", ref=diff_id) == ["file"]
+    assert unpack("above", under, ref=chain_ids([under, diff_id])[-1], diff=diff_id) == ["file"]
+    assert unpack("unknown", None, ref=under) == ["file"]
+    for name, chain, more in (
+        ("another", "", {"ref": under}),
+        ("moved", under, {"ref": diff_id}),
+        ("differs", None, {"diff": under}),
+    ):
+        with pytest.raises(FailedPrecondition, match="not what the image's config says"):
+            unpack(name, chain, **more)
+        assert os.listdir(tmp_path / name) == ["fs"] and not os.listdir(tmp_path / name / "fs")
 
 
 def test_damage_is_said_in_one_line(tmp_path: Path) -> None:
