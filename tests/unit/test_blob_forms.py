@@ -4,6 +4,7 @@ from damaged ones, each unit fetched and decoded once."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import trio
 from bootstrap import blobmeta as meta_module
 from bootstrap import chunkmap
 from bootstrap.blobmeta import BlobMeta, open_cache_form
-from bootstrap.blobsource import open_blobs
+from bootstrap.blobsource import local_meta, open_blobs
 from bootstrap.check import check_bootstrap
 from bootstrap.checkblob import check_blobs
 from bootstrap.errors import FormatError, RafsError
@@ -189,6 +190,27 @@ def test_a_wrong_table_beside_the_bootstrap_is_replaced(form: str, tmp_path: Pat
 
         serve(made, tmp_path / "cache", act)
         shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_a_layer_put_beside_the_bootstrap_is_a_file_or_not_opened(kind: str, tmp_path: Path) -> None:
+    """Whoever made the layer chose it: no other file of the host is read, nothing is waited for, no device touched."""
+    made = make("zran", tmp_path / "image", beside=True)
+    path = made.folder / f"{made.info.meta_digest.hex()}.blob.meta"
+    if not path.exists():
+        path = made.folder / f"{made.info.id}.blob.meta"
+    path.rename(tmp_path / "elsewhere")
+    with open_bootstrap(made.boot) as image:
+        if kind == "link":
+            path.symlink_to(tmp_path / "elsewhere")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+        assert local_meta(image, image.blobs[0]) is None
+        path.rmdir() if kind == "folder" else path.unlink()
+        (tmp_path / "elsewhere").rename(path)
+        assert local_meta(image, image.blobs[0]) is not None
 
 
 @pytest.mark.parametrize("form", FORMS)
