@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MAX_SENTENCE = 600  # characters, of up to 12 bytes each on the wire; clients take 8 KiB of headers
+
 
 class SnapshotterError(Exception):
     """Base: `str(error)` is one sentence for the user."""
@@ -45,3 +47,13 @@ class StartError(SnapshotterError):
 
 class InstallError(SnapshotterError):
     """A node that cannot be changed as asked, or not safely."""
+
+
+def sentence(message: str) -> str:
+    """One line whatever names are in it, and short: a longer one does not fit the header it travels in, and the client
+    sees RESOURCE_EXHAUSTED instead. Its end stays, as clients look for words there."""
+    if len(message) > MAX_SENTENCE:
+        message = f"{message[: MAX_SENTENCE // 2]}...{message[-MAX_SENTENCE // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in message)

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 THREADS = 512  # made when needed; calls that wait for a mount occupy one each, and others must not wait for them
 MAX_MESSAGE = 16 << 20  # containerd's own limit
 LIST_BATCH = 100
-MAX_SENTENCE = 600  # characters, of up to 12 bytes each on the wire; clients take 8 KiB of headers
 GRACE_SECONDS = 5.0
 T = TypeVar("T")
 
@@ -121,20 +120,10 @@ def _answer(context: grpc.ServicerContext, what: str, call: Callable[[], T]) -> 
         tally.operation(what.upper(), time.monotonic() - began)
     if code not in _EXPECTED:
         tally.count("snapshotter_snapshot_operation_errors_total", what.upper(), code.name)
-    message = _sentence(message)
+    message = errors.sentence(message)
     log.log(level, "%s: %s", what, message)
     context.abort(code, message)
     raise AssertionError("abort always raises")
-
-
-def _sentence(message: str) -> str:
-    """One line whatever names are in it, and short: a longer one does not fit the header it travels in, and the client
-    sees RESOURCE_EXHAUSTED instead. Its end stays, as clients look for words there."""
-    if len(message) > MAX_SENTENCE:
-        message = f"{message[: MAX_SENTENCE // 2]}...{message[-MAX_SENTENCE // 2 :]}"
-    if message.isprintable():
-        return message
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in message)
 
 
 def _mount(mount: Mount) -> Any:

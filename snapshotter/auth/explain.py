@@ -11,7 +11,7 @@ from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
 from snapshotter.auth.chain import Chain
 from snapshotter.auth.vault import image_key
-from snapshotter.errors import InvalidArgument
+from snapshotter.errors import InvalidArgument, sentence
 from snapshotter.labels import image_label
 from snapshotter.store import Store
 
@@ -32,7 +32,7 @@ class ExplainService(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         try:
             return json.dumps(self._chain.explain(image, self._labels(image))).encode()
         except InvalidArgument as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, sentence(str(error)))
             raise AssertionError("abort always raises") from None
 
     def _labels(self, image: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nydusfs.containerd.chain import chain_ids
+from snapshotter.auth import explain
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.process import remove_tree, unmount_below, work_dir
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
@@ -185,6 +186,19 @@ def mapping(text: str) -> dict[str, str]:
 
 DIGESTS = ["sha256:" + hashlib.sha256(bytes([number])).hexdigest() for number in range(3)]
 CHAIN = chain_ids(DIGESTS)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_whose_credentials_are_asked_for(node: Snapshotter, data: st.DataObject) -> None:
+    before = seen(node)
+    try:
+        answer = explain.ask(str(node.socket), data.draw(names(node)), timeout=30)
+        assert answer["source"] is None and explain.lines(answer)
+    except grpc.RpcError as error:
+        assert error.code() is Code.INVALID_ARGUMENT
+        refused(error)
+    assert seen(node) == before
 
 
 @pytest.mark.parametrize(
