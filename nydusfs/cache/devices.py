@@ -9,6 +9,10 @@ A device is empty until its segment is verified; then it is written from front t
 segment file of the cache (a hard link). So its size tells whether it is complete: what a dead worker left half-written
 is a beginning of the right bytes, and the kernel reads EIO behind the end of a file. Sizes say nothing after a power
 cut, so the folder has the boot's id: devices of another boot are deleted, the cache's own files are durable.
+
+Where a cache has no limit, mounts have complete segments by their plain path, and nobody is ever asked about those.
+Where it has one they are devices like all others, so that they can be emptied (`leaving`). `<folder>/.plain` tells that
+a mount of this boot did the former: then nothing is emptied any more, since that mount could not ask for it.
 """
 
 from __future__ import annotations
@@ -16,25 +20,40 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
+from nydusfs.cache.leaving import Leaving
 from nydusfs.segments import Plain, Segment
+
+PLAIN = ".plain"
+
+
+class Driver(Protocol):
+    """Who makes the mounts. `device` is `<key>/<blob id>/<segment>`. From any thread."""
+
+    def durable(self, device: str, fd: int) -> None:
+        """It is complete and on the disk: before that a failed write-out may put zeros where bytes were."""
+
+    def ask(self, path: Path) -> int:
+        """See `Leaving`."""
+
+    def quiet(self, fd: int) -> None:
+        """See `Leaving`."""
 
 
 class DeviceFiles:
-    """Of one cache store. `durable(device, fd)` is called, in the syncing thread, for each that is complete and on the
-    disk: before that a failed write-out may put zeros where bytes were. `device` is `<key>/<blob id>/<segment>`.
+    """Of one cache store. Raises OSError when the folders cannot be made."""
 
-    Raises OSError when the folders cannot be made.
-    """
-
-    def __init__(self, store_path: Path, boot: str, durable: Callable[[str, int], None]) -> None:
+    def __init__(self, store_path: Path, boot: str, driver: Driver) -> None:
         self.images = store_path / ".erofs" / "images"
         self.root = store_path / ".erofs" / f"files.{boot}"
         self.key = blake2b(os.fsencode(store_path.resolve()), digest_size=4).hexdigest()
         self.files = self.root / self.key
-        self._durable = durable
+        self.leaving = Leaving(driver.ask, driver.quiet)
+        self._driver = driver
         self.images.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         for other in (store_path / ".erofs").glob("files.*"):
@@ -56,6 +75,26 @@ class DeviceFiles:
         os.close(fd)
         return True
 
+    def note_plain(self) -> None:
+        """A mount is about to open a segment by its plain path. Raises OSError."""
+        (self.root / PLAIN).touch(mode=0o600)
+
+    def can_leave(self, blob_id: str, name: str) -> bool:
+        """Whether a segment is a device whose data can go while mounts have it."""
+        return os.path.exists(self.files / blob_id / name) and not os.path.exists(self.root / PLAIN)
+
+    def writing(self, blob_id: str, name: str) -> AbstractContextManager[None]:
+        """See `Leaving`."""
+        return self.leaving.writing(self.device(blob_id, name))
+
+    def leave(self, blob_id: str, name: str) -> int:
+        """See `Leaving`. Raises OSError, FileNotFoundError when no mount has it any more."""
+        return self.leaving.leave(self.device(blob_id, name), self.files / blob_id / name)
+
+    def empty(self, blob_id: str, name: str, fd: int, forget: Callable[[], None]) -> bool:
+        """See `Leaving`. Raises OSError."""
+        return self.leaving.empty(self.device(blob_id, name), fd, forget)
+
     def device(self, blob_id: str, name: str) -> str:
         return f"{self.key}/{blob_id}/{name}"
 
@@ -75,7 +114,8 @@ class DeviceFiles:
         if fd < 0:
             return -1
         try:
-            write_whole(fd, plain, segment.padded)
+            with self.writing(blob_id, segment.name):
+                write_whole(fd, plain, segment.padded)
             link.parent.mkdir(mode=0o700, exist_ok=True)
             link.unlink(missing_ok=True)
             os.link(self.files / blob_id / segment.name, link)
@@ -85,7 +125,7 @@ class DeviceFiles:
         return fd
 
     def adopt(self, blob_id: str, name: str, file: Path) -> None:
-        """Make a device of a cached file that is complete and not durable, unless there is one. Raises OSError."""
+        """Make a device of a cached file that is complete, unless there is one. Raises OSError."""
         path = self.files / blob_id / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
         try:
@@ -97,7 +137,7 @@ class DeviceFiles:
         """A segment file is on the disk: perhaps it is a device."""
         try:
             if os.path.samestat(os.stat(self.files / blob_id / name), os.fstat(fd)):
-                self._durable(self.device(blob_id, name), fd)
+                self._driver.durable(self.device(blob_id, name), fd)
         except OSError:
             pass  # no device
 

@@ -4,6 +4,9 @@ A segment is charged before it is written, so the limit holds at every moment, h
 first is what was used longest ago, with ten minutes' grace for each doubling of its uses: a base layer's interpreter
 outlives the pages of a file that was read once. Readers lose nothing: who has the file open reads on, and a segment
 that is gone is fetched again.
+
+Kernel mounts read what they have without telling anybody. Segments of theirs are given notice before they go, many at
+once, and those that turn out to be in use stay (`leaving`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ log = logging.getLogger("nydusfs.cache")
 BLOCK = 4096
 BATCH = 0.01  # of the limit, freed at once: choosing victims sorts all segments
 GRACE = 600.0  # seconds of recency that each doubling of uses is worth
+NOTICE_SHARE = 4  # of the limit, given notice at once at most, as it takes a quarter of a second
+NOTICE_MOST = 64 << 20
+ROUNDS = 4  # of notices, when all that got one turn out to be in use
 FLOOR_EVERY = 8 << 20  # bytes written between two looks at the free space
 
 
@@ -40,6 +46,7 @@ class _Entry:
     used: float
     uses: int = 1
     writing: bool = False  # its file appears at any moment: deleted now, it would stay, and nobody would count it
+    noticed: bool = False
 
     def worth(self) -> float:
         return self.used + GRACE * math.log2(self.uses)
@@ -49,12 +56,20 @@ Slot = tuple[str, bytes]  # blob id, segment key
 
 
 class Quota:
-    """`evict` deletes a segment's file; it is called from the thread that writes. All methods from any thread."""
+    """`evict` deletes a segment's file, or is True: it needs notice. `notice` waits, deletes those that are not in
+    use and says which. Both are called from the thread that writes. All methods from any thread."""
 
-    def __init__(self, path: Path, limit: Limit, evict: Callable[[Slot, str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limit: Limit,
+        evict: Callable[[Slot, str], bool | None],
+        notice: Callable[[dict[Slot, str]], set[Slot]] | None = None,
+    ) -> None:
         self.limit = limit
         self._path = path
         self._evict = evict
+        self._notice = notice
         self._lock = threading.Lock()
         self._entries: dict[Slot, _Entry] = {}
         self._total = 0
@@ -94,10 +109,13 @@ class Quota:
             if entry is not None:
                 self._total -= entry.size
 
-    def reserve(self, slot: Slot, name: str, size: int) -> bool:
-        """Room for a segment about to be written, made if need be; it is charged then. False: it cannot be kept."""
+    def reserve(self, slot: Slot, name: str, size: int, *, must: bool = False) -> bool:
+        """Room for a segment about to be written, made if need be; it is charged then. False: it cannot be kept.
+
+        `must`: it is written in any case, since a kernel mount waits for it, and what is too much goes the next time.
+        """
         with self._lock:
-            if not self._make_room(size):
+            if not self._make_room(size) and not must:
                 return False
             self._charge(slot, name, size, time.time())
             self._entries[slot].writing = True
@@ -119,28 +137,29 @@ class Quota:
     def _make_room(self, size: int) -> bool:
         need = -(-size // BLOCK) * BLOCK
         limit, floor = self.limit.size, self.limit.floor
-        short = 0
-        if limit:
-            if need > limit:
-                if not self._too_small:
-                    self._too_small = True
-                    log.warning("cache %s: a limit of %d is less than one segment, nothing is kept", self._path, limit)
-                return False
-            if self._total + need > limit:
-                short = self._total + need - limit + int(limit * BATCH)
-        if floor and self._unlooked >= FLOOR_EVERY:
-            free = self._free()
-            if free - need < floor:
-                short = max(short, floor + need - free + (4 << 20))
-            else:
-                self._unlooked = 0
-        if short > 0:
-            freed = self._free_up(short)
+        if limit and need > limit:
+            if not self._too_small:
+                self._too_small = True
+                log.warning("cache %s: a limit of %d is less than one segment, nothing is kept", self._path, limit)
+            return False
+        for _ in range(ROUNDS):
+            short = 0
             if limit and self._total + need > limit:
-                return False
-            if floor and freed < short and self._free() - need < floor:
-                return False
-        return True
+                short = self._total + need - limit + int(limit * BATCH)
+            if floor and self._unlooked >= FLOOR_EVERY:
+                free = self._free()
+                if free - need < floor:
+                    short = max(short, floor + need - free + (4 << 20))
+                else:
+                    self._unlooked = 0
+            if short <= 0:
+                return True
+            freed, noticed = self._free_up(short)
+            if not noticed or freed >= short:
+                break
+        if limit and self._total + need > limit:
+            return False
+        return not (floor and freed < short and self._free() - need < floor)
 
     def _free(self) -> int:
         try:
@@ -149,16 +168,41 @@ class Quota:
             return 1 << 62
         return info.f_bavail * info.f_frsize
 
-    def _free_up(self, short: int) -> int:
+    def _free_up(self, short: int) -> tuple[int, bool]:
+        """Bytes freed, and whether some were given notice. The lock is open while that runs."""
         freed = 0
+        given: dict[Slot, _Entry] = {}
+        size, most = 0, min(self.limit.size // NOTICE_SHARE or NOTICE_MOST, NOTICE_MOST)
         for slot, entry in sorted(self._entries.items(), key=lambda item: item[1].worth()):
-            if freed >= short:
+            if freed + size >= (max(short, most) if given else short):
                 break
-            if entry.writing:
+            if entry.writing or entry.noticed:
                 continue
-            self._evict(slot, entry.name)
-            del self._entries[slot]
-            self._total -= entry.size
+            if self._evict(slot, entry.name):
+                entry.noticed = True
+                given[slot] = entry
+                size += entry.size
+                continue
+            self._drop(slot)
             freed += entry.size
-            self.evictions += 1
-        return freed
+        if given and self._notice is not None:
+            names = {slot: entry.name for slot, entry in given.items()}
+            self._lock.release()
+            try:
+                gone = self._notice(names)
+            finally:
+                self._lock.acquire()
+            for slot, entry in given.items():
+                entry.noticed = False
+                if self._entries.get(slot) is not entry:
+                    continue  # gone, and perhaps written again
+                if slot in gone:
+                    self._drop(slot)
+                    freed += entry.size
+                else:
+                    entry.used, entry.uses = time.time(), entry.uses + 1
+        return freed, bool(given)
+
+    def _drop(self, slot: Slot) -> None:
+        self._total -= self._entries.pop(slot).size
+        self.evictions += 1

@@ -23,6 +23,8 @@ import os
 import re
 import threading
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -32,6 +34,7 @@ from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import RWF_NOWAIT, Syncer, resident
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
 from nydusfs.cache.health import Health, Speed
+from nydusfs.cache.leaving import GRACE
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
@@ -80,7 +83,7 @@ class CacheStore:
         if self.quota is not None:
             self.quota.limit = limit
         elif limit.size or limit.floor:
-            quota = Quota(self.path, limit, self._evict)
+            quota = Quota(self.path, limit, self._evict, self._give_notice)
             for folder in os.scandir(self.path):
                 if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
                     continue
@@ -95,7 +98,14 @@ class CacheStore:
         if self.quota is not None:
             self.quota.trim()
 
-    def _evict(self, slot: tuple[str, bytes], name: str) -> None:
+    def _evict(self, slot: tuple[str, bytes], name: str) -> bool:
+        """True: kernel mounts have it, `_give_notice` first."""
+        if self.devices is not None and self.devices.can_leave(slot[0], name):
+            return True
+        self._delete(slot, name)
+        return False
+
+    def _delete(self, slot: tuple[str, bytes], name: str) -> None:
         blob_id, key = slot
         blob = self._blobs.get(blob_id)
         if blob is not None:
@@ -104,6 +114,28 @@ class CacheStore:
         folder = blob.path if blob is not None else self.folder(blob_id)
         for ending in (f".{self.boot}", ""):  # in this order: `sync` may rename the first to the second meanwhile
             _unlink(folder / f"{name}{ending}")
+
+    def _give_notice(self, segments: dict[tuple[str, bytes], str]) -> set[tuple[str, bytes]]:
+        """Empty the devices of those that nobody reads during `GRACE`; which went."""
+        devices, given, gone = self.devices, dict[tuple[str, bytes], int](), set[tuple[str, bytes]]()
+        assert devices is not None
+        for slot, name in segments.items():
+            try:
+                given[slot] = devices.leave(slot[0], name)
+            except FileNotFoundError:  # its last mount went
+                self._delete(slot, name)
+                gone.add(slot)
+            except OSError as error:
+                log.error("cache %s: blob %s, segment %s cannot go: %s", self.path, slot[0], name, error.strerror)
+        time.sleep(GRACE)
+        for slot, fd in given.items():
+            name = segments[slot]
+            try:
+                if devices.empty(slot[0], name, fd, partial(self._delete, slot, name)):
+                    gone.add(slot)
+            except OSError as error:
+                log.error("cache %s: blob %s, segment %s did not go: %s", self.path, slot[0], name, error.strerror)
+        return gone
 
     def folder(self, blob_id: str) -> Path:
         """Where the segments of a blob are."""
@@ -295,12 +327,14 @@ class BlobCache:
         self.store.health.failed(error)
         self.forget(key)
         self.store.files.drop((self.blob_id, key))
-        for ending in ("", f".{self.store.boot}"):
-            try:
-                os.truncate(self.path / f"{name}{ending}", 0)
-            except OSError:
-                pass  # not there, or a disk in no state to do it
-            _unlink(self.path / f"{name}{ending}")
+        devices = self.store.devices
+        with nullcontext() if devices is None else devices.writing(self.blob_id, name):
+            for ending in ("", f".{self.store.boot}"):
+                try:
+                    os.truncate(self.path / f"{name}{ending}", 0)
+                except OSError:
+                    pass  # not there, or a disk in no state to do it
+                _unlink(self.path / f"{name}{ending}")
 
     def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
         """Like `read`, from any thread but the event loop's: waits for the disk."""
@@ -384,8 +418,9 @@ class BlobCache:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
         if not self.store.health.usable():
             return False
-        quota, slot = self.store.quota, (self.blob_id, segment.key)
-        if quota is not None and not quota.reserve(slot, segment.name, len(plain)):
+        quota, slot, devices = self.store.quota, (self.blob_id, segment.key), self.store.devices
+        must = devices is not None and devices.can_leave(self.blob_id, segment.name)
+        if quota is not None and not quota.reserve(slot, segment.name, len(plain), must=must):
             return False
         try:
             self._write(segment, plain)

@@ -96,6 +96,35 @@ def test_a_floor_of_free_space_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert free[0] >= 60 * BLOCK
 
 
+def test_what_needs_notice_goes_together_and_stays_when_it_is_used() -> None:
+    """Kernel mounts: `must` writes over the limit when all is in use, and that is made good later."""
+    used: set[bytes] = set()
+    notices: list[list[bytes]] = []
+
+    def notice(names: dict[tuple[str, bytes], str]) -> set[tuple[str, bytes]]:
+        notices.append([slot[1] for slot in names])
+        total = quota.total
+        quota.gone(("b", b"none"))  # the lock is open, and what was given notice still counts
+        assert quota.total == total
+        return {slot for slot in names if slot[1] not in used}
+
+    quota = Quota(Path("/"), Limit(80 * BLOCK), lambda slot, name: True, notice)
+    for number in range(80):
+        quota.found(("b", b"%d" % number), "n", BLOCK, 1_000_000.0 + number)
+    used.update(b"%d" % number for number in range(10))
+    assert quota.reserve(("b", b"new"), "n", BLOCK)
+    assert [len(notice) for notice in notices] == [20]
+    assert quota.total == 71 * BLOCK
+    used.update(b"%d" % number for number in range(80))
+    assert not quota.reserve(("b", b"more"), "n", 20 * BLOCK)
+    assert quota.reserve(("b", b"more"), "n", 20 * BLOCK, must=True)
+    assert quota.total == 91 * BLOCK
+    used.clear()
+    quota.written(("b", b"more"))
+    quota.trim()
+    assert quota.total <= 80 * BLOCK
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [(5, 5), ("5", 5), ("1KiB", 1024), ("2k", 2048), ("1.5 GiB", 3 << 29), ("3MB", 3 << 20), ("1T", 1 << 40)],

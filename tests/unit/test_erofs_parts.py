@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bootstrap.errors import FormatError
 from bootstrap.write_erofs import read_devices
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
+from nydusfs.cache.leaving import Leaving
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs.image import fingerprint, open_image, write_image
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
@@ -86,17 +88,64 @@ def test_device_tables_are_bounds_checked() -> None:
         read_devices(bytes(5000))
 
 
+class Told:
+    """A driver without a kernel: what it was told, and which files it is asked about."""
+
+    def __init__(self) -> None:
+        self.durables: list[str] = []
+        self.silent: set[int] = set()
+
+    def durable(self, device: str, fd: int) -> None:
+        self.durables.append(device)
+
+    def ask(self, path: Path) -> int:
+        fd = os.open(path, os.O_RDWR)
+        self.silent.discard(os.fstat(fd).st_ino)
+        return fd
+
+    def quiet(self, fd: int) -> None:
+        self.silent.add(os.fstat(fd).st_ino)
+
+
+def test_a_device_is_emptied_unless_somebody_wants_it(tmp_path: Path) -> None:
+    """Never while it is written, never when it was asked for since the notice, and never silent when it is empty."""
+    told = Told()
+    leaving, path = Leaving(told.ask, told.quiet), tmp_path / "device"
+    path.write_bytes(bytes(8192))
+    inode, forgotten = path.stat().st_ino, list[int]()
+
+    def notice_and(between: Callable[[], object]) -> bool:
+        fd = leaving.leave("d", path)
+        assert inode not in told.silent
+        between()
+        return leaving.empty("d", fd, lambda: forgotten.append(path.stat().st_size))
+
+    with path.open("rb") as file:
+        assert leaving.quiet("d", file.fileno(), 8192)
+        assert not notice_and(lambda: leaving.keep("d"))
+        assert not notice_and(lambda: leaving.quiet("d", file.fileno(), 8192))
+        assert told.silent == {inode}
+        with leaving.writing("d"):
+            assert not leaving.quiet("d", file.fileno(), 8192)
+            assert not notice_and(lambda: None)
+        assert (forgotten, path.stat().st_size) == ([], 8192)
+        assert notice_and(lambda: None)
+        assert (forgotten, path.stat().st_size) == ([8192], 0)
+        assert not leaving.quiet("d", file.fileno(), 8192)
+        assert told.silent == set()
+
+
 def test_devices_of_another_boot_go_and_cached_segments_stay(tmp_path: Path) -> None:
-    devices = DeviceFiles(tmp_path, BOOT, lambda device, fd: None)
+    devices = DeviceFiles(tmp_path, BOOT, Told())
     assert devices.create("blob", "1-00")
     assert not devices.create("blob", "1-00")
     made = devices.files / "blob" / "1-00"
     made.write_bytes(bytes(4096))
     kept = tmp_path / "kept"
     os.link(made, kept)
-    assert DeviceFiles(tmp_path, BOOT, lambda device, fd: None).files == devices.files
+    assert DeviceFiles(tmp_path, BOOT, Told()).files == devices.files
     assert made.exists()
-    DeviceFiles(tmp_path, "ffffffff", lambda device, fd: None)
+    DeviceFiles(tmp_path, "ffffffff", Told())
     assert not made.exists()
     assert kept.stat().st_size == 4096
 
@@ -115,20 +164,20 @@ def test_a_device_and_the_cache_are_one_file(tmp_path: Path) -> None:
     """Filled through the cache; damaged caches, leftovers and a removed directory make no difference."""
     case = image_case("v6-zstd-blake3-1m")
     config = load_config(localfs_config(case, work_dir=tmp_path), "test")
-    told: list[str] = []
+    told = Told()
 
     async def go() -> None:
         async with open_services() as services:
             reader = await services.open_image(str(case / "image.boot"), config, name="/")
             store = reader.store
             assert isinstance(store, CacheStore)
-            store.devices = devices = DeviceFiles(store.path, store.boot, lambda device, fd: told.append(device))
+            store.devices = devices = DeviceFiles(store.path, store.boot, told)
             blob = reader.bootstrap.blobs[0]
             segment = reader.segment(0, 0)
             devices.create(blob.id, segment.name)
             plain = await reader.whole(segment)
             device = devices.files / blob.id / segment.name
-            assert told == [], "not before it is on the disk"
+            assert told.durables == [], "not before it is on the disk"
             assert device.stat().st_size == segment.padded
             cache = reader.cache(blob)
             assert cache is not None
@@ -138,8 +187,9 @@ def test_a_device_and_the_cache_are_one_file(tmp_path: Path) -> None:
                 assert path.samefile(device)
                 assert path.read_bytes() == bytes(plain).ljust(segment.padded, b"\0")
                 store.sync()
+            assert path is not None
             assert path.name == segment.name
-            assert told == [devices.device(blob.id, segment.name)]
+            assert told.durables == [devices.device(blob.id, segment.name)]
             shutil.rmtree(cache.path)
             cache.drop(segment)
             assert await reader.whole(segment) == plain

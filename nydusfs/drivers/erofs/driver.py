@@ -163,8 +163,7 @@ class ErofsDriver:
             raise
 
     def _mount(self, image: ErofsImage, path: Path, files: list[DeviceFile]) -> None:
-        """Complete segments are opened by their plain path: nothing is ever asked about them. The others by the clone,
-        whose mark must be there before the mount is."""
+        """What `device_path` opens by the clone is asked about: the clone's mark must be there before the mount is."""
         tree = self._tree(image)
         for attempt in range(3):
             try:
@@ -176,6 +175,7 @@ class ErofsDriver:
                     raise
                 continue
             try:
+                image.let_be()  # now that the mount holds the files, whose marks would go with them
                 mount.attach(mounted, self._target(image.where))
             finally:
                 os.close(mounted)
@@ -196,7 +196,7 @@ class ErofsDriver:
     def _open_devices(self, store: CacheStore) -> DeviceFiles:
         devices = self._devices.get(store)
         if devices is None:
-            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self._durable)
+            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self)
             store.devices = devices
         return devices
 
@@ -248,13 +248,13 @@ class ErofsDriver:
     # -- what the kernel asks (`events.Server`)
 
     def ready(self, name: str, fd: int, pid: int) -> bool:
-        size = os.fstat(fd).st_size
         for image in self._users(name):
+            kept = image.devices.leaving.keep(name)
+            size = os.fstat(fd).st_size if kept else 0
             complete = image.asked(name, size, pid)
             if complete is not None:
                 if complete and image.is_durable(name):
-                    fanotify.ignore(self._group, fd)
-                    return True
+                    return image.devices.leaving.quiet(name, fd, size)
                 return complete and resident(fd)
         return False
 
@@ -272,13 +272,37 @@ class ErofsDriver:
     def _users(self, device: str) -> tuple[ErofsImage, ...]:
         return tuple(self._blobs.get(device.rpartition("/")[0], ()))
 
-    def _durable(self, device: str, fd: int) -> None:
-        """A device is complete and on the disk: nothing needs to be asked about it, unless reads are of interest."""
+    # -- what devices tell (`cache.devices.Driver`)
+
+    def durable(self, device: str, fd: int) -> None:
+        """Nothing needs to be asked about it, unless reads are of interest."""
         images = self._users(device)
         if any(image.curious(device) for image in images):
             self._later.append((images[0].devices, device))
-        elif self._group >= 0:
-            fanotify.ignore(self._group, fd)
+        else:
+            self._let_be(device, fd)
+
+    def _let_be(self, device: str, fd: int) -> None:
+        for image in self._users(device):
+            segment = image.segment(device)
+            if segment is not None and self._group >= 0:
+                image.devices.leaving.quiet(device, fd, segment.padded)
+                return
+
+    def quiet(self, fd: int) -> None:
+        fanotify.ignore(self._group, fd)
+
+    def ask(self, path: Path) -> int:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            # For mounts of a daemon that is gone, whose mark went with it. What we do to the file ourselves is then
+            # announced too, and allowed at once.
+            fanotify.mark_inode(self._group, fd)
+            fanotify.heed(self._group, fd)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     async def _settle(self) -> None:
         """Drop the marks of devices that were complete before anybody read them, once that is of no interest."""
@@ -295,7 +319,7 @@ class ErofsDriver:
             _, blob_id, name = device.split("/")
             fd = devices.open(blob_id, name, os.O_RDONLY)
             if fd >= 0:
-                fanotify.ignore(self._group, fd)
+                self._let_be(device, fd)
                 os.close(fd)
 
 

@@ -122,11 +122,16 @@ class Events:
             if event is None:
                 self._journal.reading(number, False)
                 continue
+            if event.pid == self._pid:  # it changes a file with a mark of its own; it would not outlive its own death
+                self._tell(event.fd, fanotify.FAN_ALLOW)
+                os.close(event.fd)
+                self._journal.reading(number, False)
+                continue
             name = _name(event.fd)
             slot = self._journal.write(event.fd, name)
             self._journal.reading(number, False)
             try:
-                if event.pid == self._pid or self._server.ready(name, event.fd, event.pid):
+                if self._server.ready(name, event.fd, event.pid):
                     self._answer(event.fd, slot, fanotify.FAN_ALLOW, event.fd)
                     continue
                 self._token.run_sync_soon(self._begin, event.fd, slot, name)
@@ -154,12 +159,15 @@ class Events:
 
     def _answer(self, number: int, slot: int, response: int, fd: int) -> None:
         """The descriptor goes last: until then no other event gets its number."""
+        self._tell(number, response)
+        self._journal.clear(slot)
+        os.close(fd)
+
+    def _tell(self, number: int, response: int) -> None:
         try:
             fanotify.answer(self._group, number, response)
         except OSError as error:
             log.error("the kernel does not take the answer to event %d: %s", number, error.strerror)
-        self._journal.clear(slot)
-        os.close(fd)
 
 
 def _name(fd: int) -> str:

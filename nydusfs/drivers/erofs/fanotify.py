@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from struct import Struct
 from typing import NamedTuple
@@ -70,6 +71,11 @@ def ignore(group: int, fd: int) -> None:
     _mark(group, FAN_MARK_ADD | FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE, _path(fd))
 
 
+def heed(group: int, fd: int) -> None:
+    """Take `ignore` back, if it was there. Raises OSError."""
+    _mark(group, FAN_MARK_REMOVE | FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY, _path(fd), absent_ok=True)
+
+
 def read_event(group: int) -> Event | None:
     """The next event; None when there is none, or it has no file. Raises OSError."""
     try:
@@ -95,8 +101,10 @@ def _path(fd: int) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
-def _mark(group: int, flags: int, path: bytes) -> None:
+def _mark(group: int, flags: int, path: bytes, *, absent_ok: bool = False) -> None:
     if _libc.fanotify_mark(group, flags, FAN_PRE_ACCESS, -100, path) != 0:
+        if absent_ok and ctypes.get_errno() == errno.ENOENT:
+            return
         raise _error("fanotify_mark")
 
 

@@ -15,11 +15,12 @@ from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
-from nydusfs.segments import SEGMENT_SIZE, Segment
+from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 
 log = logging.getLogger("nydusfs.erofs")
 
 READ_AHEAD = 4 << 20  # bytes in front of a sequential reader
+FILLS = 4  # attempts to have a device complete that a cache at its limit empties meanwhile
 
 
 class ErofsImage:
@@ -38,6 +39,7 @@ class ErofsImage:
         self._scopes: set[trio.CancelScope] = set()
         self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
         self._read: set[str] = set()
+        self._plain = False  # some segments were opened by their plain path
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
     def blob_id(self, file: DeviceFile) -> str:
@@ -58,9 +60,12 @@ class ErofsImage:
         cache = self.reader.cache(blob)
         ready = cache.ready_path(file.name) if cache is not None else None
         if ready is not None and usable(ready, file.size):
-            if ready.name == file.name:
+            if ready.name == file.name and self.store.quota is None:
+                if not self._plain:
+                    self._plain = True
+                    self.devices.note_plain()
                 return str(ready)
-            self.devices.adopt(blob.id, file.name, ready)  # to be asked about until it is durable
+            self.devices.adopt(blob.id, file.name, ready)  # to be asked about until it is durable, or has to go
         if not self.devices.create(blob.id, file.name) and (fd := self.devices.open(blob.id, file.name)) >= 0:
             # Perhaps a mount from before the death of all processes has it, whose mark died with them. A mark on the
             # file lets that mount ask again, and our own writes as well, which `events` allows at once.
@@ -70,6 +75,18 @@ class ErofsImage:
             finally:
                 os.close(fd)
         return f"/proc/self/fd/{tree}/{self.devices.device(blob.id, file.name)}"
+
+    def let_be(self) -> None:
+        """Nothing is asked about devices that were durable at the mount. Raises OSError."""
+        if self._plain or self.store.quota is None:
+            return
+        for file in self.files:
+            device = self.devices.device(self.blob_id(file), file.name)
+            if self.is_durable(device) and (fd := self.devices.open(self.blob_id(file), file.name, os.O_RDONLY)) >= 0:
+                try:
+                    self.devices.leaving.quiet(device, fd, file.size)
+                finally:
+                    os.close(fd)
 
     def segment(self, device: str) -> Segment | None:
         """The segment a device is; None when this image has no such one, or not now. From any thread."""
@@ -104,6 +121,8 @@ class ErofsImage:
             recorder.note(0, [segment])
             recorder.command.seen(pid)
             self._read.add(device)
+        if (quota := self.store.quota) is not None:
+            quota.used((segment.blob.id, segment.key))
         if size < segment.padded:
             return False
         if device in self._watched:
@@ -142,21 +161,43 @@ class ErofsImage:
         if target < 0:
             return False  # deleted under us; the kernel asks again and brings a descriptor
         try:
-            if not self._sure(device, segment, target):
+            for _ in range(FILLS):
+                if self._sure(device, segment, target):
+                    break
                 plain = await self.reader.whole(segment)
                 # Mostly the cache has put them there. Not if the folder was cleaned up under us, if it had the segment
                 # before this device was made, or if the disk does not take it.
-                if not self._sure(device, segment, target):
-                    await trio.to_thread.run_sync(_write_durably, target, plain, segment.padded)
+                if self._sure(device, segment, target):
+                    break
+                await trio.to_thread.run_sync(self._write_durably, device, target, plain, segment.padded)
+                if self.devices.leaving.keep(device) and os.fstat(target).st_size >= segment.padded:
+                    break
+            else:
+                log.error("image %s: device %s is emptied again and again: EIO", self.where, device)
+                return False
         finally:
             if own >= 0:
                 os.close(own)
         self._read_ahead(segment)
         return True
 
+    def _write_durably(self, device: str, fd: int, plain: Plain, padded: int) -> None:
+        """Raises OSError; the device is then empty, if the disk allows."""
+        with self.devices.leaving.writing(device):
+            try:
+                write_whole(fd, plain, padded)
+                os.fdatasync(fd)
+            except OSError:
+                try:
+                    os.ftruncate(fd, 0)
+                except OSError:
+                    pass
+                raise
+
     def _sure(self, device: str, segment: Segment, fd: int) -> bool:
-        """Whether what the kernel reads from a device is what was verified."""
-        return os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
+        """Whether what the kernel reads from a device is what was verified, and will be for a moment."""
+        kept = self.devices.leaving.keep(device)
+        return kept and os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
     def _read_ahead(self, segment: Segment) -> None:
         """Fetch in front of a reader who takes one segment after the other."""
@@ -179,16 +220,3 @@ class ErofsImage:
         if missing := [segment for segment in ahead if not self.reader.is_ready(segment)]:
             self._watched.update(self.devices.device(segment.blob.id, segment.name) for segment in missing)
             self.reader.start(missing)
-
-
-def _write_durably(fd: int, plain: bytes | bytearray | memoryview, padded: int) -> None:
-    """Raises OSError; the device is then empty, if the disk allows."""
-    try:
-        write_whole(fd, plain, padded)
-        os.fdatasync(fd)
-    except OSError:
-        try:
-            os.ftruncate(fd, 0)
-        except OSError:
-            pass
-        raise
