@@ -6,11 +6,13 @@ Every reader is a process of its own with a deadline: one that hangs in the kern
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import pytest
 
 from nydusfs.segments import SEGMENT_SIZE
 from tests.integration.test_erofs import ON, bound, digests, marked_devices, read_all, registry_config
-from tests.lab.daemon import Nydusd, wait_until
-from tests.lab.erofs import cannot_mount_erofs, is_erofs, settle
+from tests.lab.cgroups import Group, no_groups
+from tests.lab.daemon import Nydusd, reader, wait_until
+from tests.lab.erofs import READ_ALL, cannot_mount_erofs, is_erofs, settle
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import READER
-from tests.lab.process import kill_together
+from tests.lab.process import drop_caches, kill_together, processes_mentioning
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())]
@@ -138,3 +141,189 @@ def test_a_complete_mount_with_a_limit_asks_nobody_until_its_data_has_to_go(tmp_
             assert read_all(running.mnt / "a") == digests(image)
             assert len(server.data_requests) > before
             assert held_bytes(work) <= 20 * SEGMENT_SIZE
+
+
+WAITS = ("fanotify", "folio", "filemap")
+HASH = """
+import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
+"""
+
+
+@contextmanager
+def waiting_readers(*paths: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """One process per file that hashes it; in the block all of them wait for the daemon."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", HASH, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for path in paths
+    ]
+    try:
+        for process in processes:
+            wchan = Path(f"/proc/{process.pid}/wchan")
+            # the second reader of a page waits for the page
+            wait_until(lambda wchan=wchan: any(w in wchan.read_text() for w in WAITS), 15, "a reader to wait")  # type: ignore[misc]
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+
+
+def results(processes: list[subprocess.Popen[str]]) -> list[str]:
+    return ["".join(process.communicate(timeout=30)).strip() for process in processes]
+
+
+@pytest.mark.skipif(no_groups("memory") != "", reason=no_groups("memory"))
+def test_little_memory_for_readers_and_for_the_daemon(tmp_path: Path) -> None:
+    """An image of 48 MiB: readers who may have 24, then a daemon that may have little more than it needs idle."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(16 * SEGMENT_SIZE, n) for n in range(12)})
+    code = f"""
+import os, sys
+open(sys.argv[2] + "/cgroup.procs", "w").write(str(os.getpid()))
+sys.argv[1:] = sys.argv[1:2]
+{READ_ALL}
+"""
+    with faulty_server({image.blob_id: image.blob}) as server, Nydusd(*ON) as running, Group("memory") as group:
+        work = tmp_path / "cache"
+        assert running.mount("/a", image.bootstrap, registry_config(server, work)).status == 204
+        group.limit_memory(24 << 20)
+        for _ in range(2):  # cold, then with the backing files out of memory
+            done = reader(code, running.mnt / "a", group.path, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout) == digests(image)
+            settle(work)
+            drop_caches()
+        assert group.memory_peak() > 20 << 20, "the limit was never felt"
+        group.limit_memory(40 << 20)  # what it had before it was moved there is not counted
+        group.add(pids := processes_mentioning(str(running.sock)))
+        worker = running.worker_pid
+        other = tmp_path / "other"
+        assert running.mount("/b", image.bootstrap, registry_config(server, other)).status == 204
+        assert read_all(running.mnt / "b", timeout=60) == digests(image)
+        assert group.memory_peak() > 36 << 20, "the limit was never felt"
+        assert running.worker_pid == worker, "killed for its memory"
+        assert set(pids) == set(processes_mentioning(str(running.sock)))
+
+
+def test_pages_are_dropped_below_readers_who_wait(tmp_path: Path) -> None:
+    """The kernel takes back what it can of pages, dentries and inodes all the time; a mark that went with it would give
+    errors."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(SEGMENT_SIZE + 4096 * n, n) for n in range(8)})
+    with faulty_server({image.blob_id: image.blob}, latency=1.0) as server, Nydusd(*ON) as running:
+        assert running.mount("/a", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
+        paths = [running.mnt / "a" / name for name in image.files]
+        with ThreadPoolExecutor(1) as pool, waiting_readers(*paths[:6]) as processes:
+            drops = [pool.submit(drop_caches) for _ in range(12)]
+            assert results(processes) == list(digests(image).values())[:6]
+            for drop in drops:
+                drop.result(30)
+        server.latency = 0
+        for _ in range(2):
+            drop_caches()
+            assert read_all(running.mnt / "a") == digests(image)
+
+
+@contextmanager
+def frozen(group: Group, pids: Iterable[int]) -> Iterator[None]:
+    group.add(pids)
+    group.freeze()
+    try:
+        yield
+    finally:
+        group.thaw()
+
+
+@pytest.mark.skipif(no_groups("freezer") != "", reason=no_groups("freezer"))
+def test_frozen_readers_and_a_frozen_daemon(tmp_path: Path) -> None:
+    """A frozen reader's data comes meanwhile; who waits for the same pages may have to wait for the thaw (version 1 of
+    control groups freezes a reader who has pages locked), nobody else. A frozen daemon is a pause."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(SEGMENT_SIZE, n) for n in range(40)})
+    expected = digests(image)
+    with (
+        faulty_server({image.blob_id: image.blob}, latency=0.6) as server,
+        Nydusd(*ON) as running,
+        Group("freezer") as group,
+        ExitStack() as stack,
+    ):
+        assert running.mount("/a", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
+        base = stack.enter_context(bound(running.mnt / "a", tmp_path / "held"))
+        with waiting_readers(base / "f0", base / "f0") as processes:
+            with frozen(group, [processes[0].pid]):
+                assert reader(HASH, base / "f10").stdout.strip() == expected["f10"]
+                assert processes[0].poll() is None
+            assert results(processes) == [expected["f0"]] * 2
+        with (
+            frozen(group, processes_mentioning(str(running.sock))),
+            waiting_readers(base / "f20", base / "f35") as processes,
+        ):
+            time.sleep(0.5)
+            assert [process.poll() for process in processes] == [None, None]
+            processes[1].kill()  # whoever waits can be killed, whatever the daemon does
+            processes[1].wait(5)
+            group.thaw()
+            assert results(processes[:1]) == [expected["f20"]]
+        assert read_all(base) == expected
+
+
+def test_what_the_daemon_does_to_devices_is_not_announced_to_itself(tmp_path: Path) -> None:
+    """By the plain path nothing raises an event, though the kernel asks about the same file through its mount."""
+    done = reader(_OWN_WAYS, tmp_path, timeout=20)
+    assert (done.returncode, done.stdout.split()) == (0, ["silent", "asked"]), done.stderr
+
+
+_OWN_WAYS = """
+import mmap, os, select, sys, threading
+from pathlib import Path
+from nydusfs.drivers.erofs import fanotify, mount, selftest
+base = Path(sys.argv[1])
+files = base / "files"; files.mkdir()
+(base / "image").write_bytes(selftest.tiny_image("d"))
+device = files / "d"; device.touch()
+group, tree = fanotify.init(), mount.clone_tree(files)
+fanotify.mark_mount(group, tree)
+mounted = mount.open_erofs(str(base / "image"), [f"/proc/self/fd/{tree}/d"])
+fd = os.open(device, os.O_RDWR)
+os.pwrite(fd, b"x" * 8192, 0); os.fdatasync(fd); os.pread(fd, 4096, 0); os.preadv(fd, [bytearray(10)], 5)
+os.truncate(device, 4096); os.posix_fallocate(fd, 0, 8192); os.ftruncate(fd, 8192)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+os.link(device, base / "link"); (base / "link").read_bytes()
+os.sendfile(os.open(base / "out", os.O_RDWR | os.O_CREAT), fd, 0, 8192)
+with mmap.mmap(fd, 0) as view: bytes(view)
+if select.select([group], [], [], 0.2)[0]: sys.exit("own access raised an event")
+print("silent")
+reading = threading.Thread(target=lambda: os.pread(os.open("f", os.O_RDONLY, dir_fd=mounted), 4096, 0), daemon=True)
+reading.start()
+if not select.select([group], [], [], 10)[0]: sys.exit("a read through the mount raised none")
+event = fanotify.read_event(group)
+fanotify.answer(group, event.fd, fanotify.FAN_ALLOW)
+reading.join(10)
+print("asked")
+"""
+
+
+def test_hundreds_of_mounts_share_one_group_and_leave_nothing(tmp_path: Path) -> None:
+    """Mounts of one image with one cache, and of another; what one has fetched the others read without asking."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(SEGMENT_SIZE, n) for n in range(3)})
+    count, work = 150, tmp_path / "cache"
+
+    def open_files(kind: str) -> int:
+        folder = Path(f"/proc/{running.worker_pid}/fd")
+        return sum(kind in os.readlink(path) for path in folder.iterdir() if os.path.lexists(path))
+
+    with faulty_server({image.blob_id: image.blob}) as server, Nydusd(*ON) as running:
+        config = registry_config(server, work)
+        for number in range(count):
+            assert running.mount(f"/{number}", image.bootstrap, config).status == 204
+        assert sum(is_erofs(running.mnt / str(number)) for number in (0, 1, count - 1)) == 3
+        for number in (0, 77, count - 1):
+            assert read_all(running.mnt / str(number)) == digests(image)
+        assert len({request.span for request in server.data_requests}) == len(server.data_requests), "fetched twice"
+        assert open_files("[fanotify]") == 1
+        worker = running.worker_pid
+        kill_together([worker])
+        wait_until(lambda: running.running() and running.worker_pid != worker, 20, "the next worker")
+        assert read_all(running.mnt / "5") == digests(image)
+        for number in range(count):
+            assert running.umount(f"/{number}").status == 204
+        assert marked_devices(work) == []
+        assert os.listdir(running.mnt) == []
