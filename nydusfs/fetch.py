@@ -395,6 +395,7 @@ class FetchScheduler:
         """
         view = memoryview(stored)
         small = len(stored) <= INLINE or len(self._flights) <= 1
+        small = small and not any(part.job.cache is not None and part.job.cache.write_waits() for part in parts)
         if not small or sum(part.job.segment.size for part in parts) > INLINE_PLAIN:
             results.append(
                 await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)

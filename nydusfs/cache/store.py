@@ -414,6 +414,10 @@ class BlobCache:
         for name in (segment.name, f"{segment.name}.{self.store.boot}"):
             _unlink(self.path / name)
 
+    def write_waits(self) -> bool:
+        """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""
+        return self.store.quota is not None and self.store.devices is not None
+
     def write(self, segment: Segment, plain: Plain) -> bool:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
         if not self.store.health.usable():
