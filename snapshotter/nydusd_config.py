@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nydusfs.config import load_config
+from nydusfs.config import FsDriver, load_config
 from nydusfs.errors import NydusError
 from nydusfs.registry.credentials import Credentials, decode_auth
 from nydusfs.registry.reference import DOCKER_HUB, Reference
@@ -52,6 +52,11 @@ class Template:
         cache = self.document["device"].get("cache") or {}
         value = (cache.get("config") or {}).get("work_dir")
         return Path(value) if value else None
+
+    @property
+    def fs_driver(self) -> FsDriver:
+        value: FsDriver = self.document.get("fs_driver") or "fuse"
+        return value
 
     def with_hosts_dir(self, folder: str) -> Template:
         """`remote.mirrors_config.dir`: hosts.toml files for registries, unless the template names a folder."""

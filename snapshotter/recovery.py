@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from nydusfs.drivers.erofs import selftest
 from snapshotter import controller
 from snapshotter.auth.explain import ExplainService
 from snapshotter.auth.renewal import Renewer
@@ -26,7 +27,7 @@ from snapshotter.lazy.registries import Registries
 from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
-from snapshotter.nydusd_config import load_template
+from snapshotter.nydusd_config import Template, load_template
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
 from snapshotter.settings import Settings
@@ -56,6 +57,7 @@ class Program:
                 f"{root}): containers need it. Try modprobe overlay, or another --root"
             )
         self._settings = settings
+        self._template = template
         self._database = Database(root / NAME)
         store = self._store = Store(root, self._database)
         for identity in store.missing:
@@ -125,6 +127,7 @@ class Program:
     def _recover(self) -> None:
         self._auth.start(self._renewer.kick)
         self._images.recover()
+        _say_driver(self._template, self._settings.cache_dir)
         try:
             if written := self._store.write_records():
                 log.info("%d snapshot directories of an older version have their records now", written)
@@ -165,6 +168,18 @@ def repair(settings: Settings) -> list[str]:
         return rebuild(root).lines()
     finally:
         os.close(lock)
+
+
+def _say_driver(template: Template, cache: Path) -> None:
+    """One line: by which driver images are served, and why."""
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        driver, reason = selftest.choose(template.fs_driver, cache)
+    except OSError as error:
+        log.warning("fs_driver %s: cache directory %s: %s", template.fs_driver, cache, error.strerror)
+        return
+    level = logging.WARNING if template.fs_driver == "erofs" != driver else logging.INFO
+    log.log(level, "fs_driver %s: images are served by %s: %s", template.fs_driver, driver, reason)
 
 
 def _make_root(path: Path) -> Path:

@@ -59,7 +59,7 @@ def driver(node: Node) -> Iterator[Finding]:
     """Which way images take to the kernel, and why."""
     settings = node.need()
     try:
-        chosen = node.template.document.get("fs_driver") or "fuse"
+        chosen = node.template.fs_driver
     except SnapshotterError:
         return  # said by another check
     table = kernel.mounts()
@@ -71,24 +71,22 @@ def driver(node: Node) -> Iterator[Finding]:
     if folder is None:
         yield ok("machine.driver", told)
         return
-    try:
-        selftest.run(folder)
-        reason = ""
-    except NydusError as failure:
-        reason = str(failure)
-    if chosen == "erofs" and reason:
+    possible, reason = selftest.choose("auto", folder)
+    if chosen == "fuse":
+        able = (
+            f"EROFS is not possible here: {reason}" if possible == "fuse" else "EROFS would be possible: fs_driver auto"
+        )
+        yield ok("machine.driver", f"{told} ({able})")
+    elif possible == "erofs":
+        yield ok("machine.driver", f"{told}; EROFS, as {reason}")
+    elif chosen == "auto":
+        yield note("machine.driver", f"{told}; by FUSE, as EROFS is not possible here: {reason}")
+    else:
         yield error(
             "machine.driver",
             f"{told}, and this machine cannot: {reason}",
             "fs_driver auto or fuse in the nydusd template",
         )
-    elif chosen == "auto" and reason:
-        yield note("machine.driver", f"{told}; by FUSE, as EROFS is not possible here: {reason}")
-    elif chosen == "fuse":
-        able = "EROFS is not possible here" if reason else "EROFS would be possible: fs_driver auto"
-        yield ok("machine.driver", f"{told} ({able})")
-    else:
-        yield ok("machine.driver", told)
 
 
 def limits(node: Node) -> Iterator[Finding]:

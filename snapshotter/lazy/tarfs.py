@@ -229,7 +229,7 @@ def why_not(folder: Path) -> str:
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".selftest-") as scratch:
         image, device, target = (Path(scratch, name) for name in ("image", "device", "mnt"))
-        image.write_bytes(tiny_image("device"))
+        image.write_bytes(tiny_image())
         device.write_bytes(bytes(8192))
         target.mkdir()
         try:

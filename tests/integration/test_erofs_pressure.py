@@ -277,7 +277,7 @@ from pathlib import Path
 from nydusfs.drivers.erofs import fanotify, mount, selftest
 base = Path(sys.argv[1])
 files = base / "files"; files.mkdir()
-(base / "image").write_bytes(selftest.tiny_image("d"))
+(base / "image").write_bytes(selftest.tiny_image())
 device = files / "d"; device.touch()
 group, tree = fanotify.init(), mount.clone_tree(files)
 fanotify.mark_mount(group, tree)

@@ -167,7 +167,7 @@ def test_damage_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_loop_devices_where_files_cannot_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, device, target = (tmp_path / name for name in ("image", "device", "mnt"))
-    image.write_bytes(tiny_image("device"))
+    image.write_bytes(tiny_image())
     device.write_bytes(bytes(range(256)) * 32)
     target.mkdir()
     real, tried = erofs_mount.open_erofs, []

@@ -27,6 +27,10 @@ from tests.lab.process import (
     work_dir,
 )
 
+DRIVER = os.environ.get("NYDUS_TEST_FS_DRIVER", "")
+"""fuse, erofs or auto: for every daemon of ours for which a test does not choose. So the tests of one driver run for
+the other: `NYDUS_TEST_FS_DRIVER=auto tests/run integration`."""
+
 
 class Answer(NamedTuple):
     status: int
@@ -73,8 +77,8 @@ class Nydusd:
         if not mounts_below(self.mnt):
             self.mnt.mkdir(exist_ok=True)
         program = [self.binary] if self.binary else [sys.executable, "-m", "nydusfs.daemon.cli"]
-        limit = ["--rlimit-nofile", "0"] if self.binary else []
-        self.child = Child("nydusd", [*program, "fuse", "-M", self.mnt, "-A", self.sock, *limit, *self.args], self.log)
+        extra = ["--rlimit-nofile", "0"] if self.binary else ["--fs-driver", DRIVER] if DRIVER else []
+        self.child = Child("nydusd", [*program, "fuse", "-M", self.mnt, "-A", self.sock, *extra, *self.args], self.log)
         if ready:
             self.ready_seconds = self.child.wait_ready(self.running)
         return self

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.lab.containerd import Containerd
+from tests.lab.daemon import DRIVER
 from tests.lab.mirror import Mirror
 from tests.lab.paths import ref_bin
 from tests.lab.process import (
@@ -77,6 +78,8 @@ class Snapshotter:
         mode: str = "",
         nydusd: str = "nydusd",
     ) -> None:
+        if DRIVER and not upstream:
+            config = {"fs_driver": DRIVER, **config}
         self.work, self.config, self.upstream, self.arguments = work, config, upstream, arguments
         self.nydusd = nydusd
         self.root, self.socket, self.log = work / "r", work / "g.sock", work / "snapshotter.log"
@@ -194,6 +197,7 @@ class StackOptions:
     snapshotter_arguments: tuple[str, ...] = ()
     mode: str = ""
     nydusd: str = "nydusd"  # which of upstream's
+    fs_driver: str = ""
 
 
 class Stack:
@@ -236,6 +240,8 @@ class Stack:
                     }
                 )
             config = daemon_config(mirrors, prefetch=options.prefetch, **options.backend)
+            if options.fs_driver:
+                config["fs_driver"] = options.fs_driver
             self.new_node(config)
         except BaseException:
             self._exits.close()

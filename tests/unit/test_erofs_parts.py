@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 
 from bootstrap.errors import FormatError
-from bootstrap.write_erofs import read_devices
+from bootstrap.flat import INODE, FlatTree
+from bootstrap.layout.tables import CHUNK
+from bootstrap.write_erofs import Device, read_devices, write_erofs
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.leaving import Leaving
 from nydusfs.config import load_config
+from nydusfs.drivers.erofs import selftest
 from nydusfs.drivers.erofs.image import fingerprint, open_image, write_image
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
 from nydusfs.services import open_services
@@ -86,6 +91,16 @@ def test_device_tables_are_bounds_checked() -> None:
         read_devices(bytes(1000))
     with pytest.raises(FormatError, match="EROFS superblock"):
         read_devices(bytes(5000))
+
+
+def test_the_image_of_the_self_test_is_what_our_writer_makes() -> None:
+    inodes, chunks = np.zeros(2, INODE), np.zeros(2, CHUNK)
+    inodes["mode"] = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644
+    inodes["first"], inodes["count"], inodes["size"] = (1, 0), (1, 2), (0, len(selftest.DATA))
+    inodes["xattrs"] = -1
+    chunks["uncompressed_offset"], chunks["uncompressed_size"] = (0, 4096), 4096
+    tree = FlatTree(names=[b"", b"f"], inodes=inodes, refs=np.array([0, 1]), chunks=chunks)
+    assert write_erofs(tree, [Device("d", 2)], chunk_size=4096) == selftest.tiny_image()
 
 
 class Told:

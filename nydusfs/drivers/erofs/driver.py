@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +37,7 @@ log = logging.getLogger("nydusfs.erofs")
 GROUP, JOURNAL = "fanotify", "journal"  # names of held descriptors
 TABLES_SECONDS = 10.0  # for the blobs' own tables, which FUSE can wait for later
 MAX_IMAGES = 256  # metadata images kept per cache
+AGAIN = 600.0  # seconds until a self-test that failed is tried again
 SETTLE = 5.0  # seconds between looks at devices that got complete and are still asked for
 _T = TypeVar("_T")
 
@@ -54,7 +57,7 @@ class ErofsDriver:
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
         self._later: list[tuple[DeviceFiles, str]] = []
-        self._tested_disks: set[int] = set()
+        self._tested_disks: dict[int, tuple[str, float]] = {}  # why not, and until when that is believed
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
 
@@ -182,15 +185,19 @@ class ErofsDriver:
             return
 
     def _tested(self, store: CacheStore) -> DeviceFiles:
+        """Tried once for each disk; again after a while where it failed: it may have been full."""
         disk = os.stat(store.path).st_dev
-        if disk not in self._tested_disks:
-            try:
-                selftest.run(store.path)
-            except NydusError as error:
-                log.info("fs_driver: no EROFS mounts with the cache %s: %s", store.path, error)
-                raise
-            log.info("fs_driver: the self-test of EROFS mounts passed with the cache %s", store.path)
-            self._tested_disks.add(disk)
+        reason, until = self._tested_disks.get(disk, ("", 0.0))
+        if time.monotonic() >= until:
+            driver, reason = selftest.choose("auto", store.path)
+            passed = driver == "erofs"
+            self._tested_disks[disk] = ("" if passed else reason, inf if passed else time.monotonic() + AGAIN)
+            log.info(
+                "fs_driver %s: images with the cache %s are served by %s: %s", self._choice, store.path, driver, reason
+            )
+            reason = "" if passed else reason
+        if reason:
+            raise UnsuitableError(reason)
         return self._open_devices(store)
 
     def _open_devices(self, store: CacheStore) -> DeviceFiles:
