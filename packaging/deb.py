@@ -48,7 +48,7 @@ if [ "$1" = configure ]; then
         if [ -n "$2" ]; then
             deb-systemd-invoke restart {UNIT} >/dev/null || true
             # the nydusd that serve running containers go over to the new code, one after the other
-            timeout 120 nydusctl snapshotter upgrade >/dev/null 2>&1 || true
+            timeout 120 nydusctl snapshotter upgrade --wait 30 >/dev/null 2>&1 || true
         else
             deb-systemd-invoke start {UNIT} >/dev/null || true
         fi

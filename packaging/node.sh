@@ -37,9 +37,9 @@ copy() {
 # Running containers read on through the restart and the change of code.
 upgrade() {
     if [ ! -d "$HOST/bundle.old" ]; then return 0; fi
-    if on_node systemctl is-active --quiet containerd-nydus-grpc; then
-        on_node systemctl restart containerd-nydus-grpc
-        on_node timeout 120 "$PLACE/bundle/bin/nydusctl" snapshotter upgrade || say "some nydusd keep the code they have"
+    if on_node systemctl is-active --quiet containerd-nydus-grpc.service; then
+        on_node systemctl restart containerd-nydus-grpc.service
+        on_node timeout 120 "$PLACE/bundle/bin/nydusctl" snapshotter upgrade --wait 30 || say "some nydusd keep the code they have"
     fi
     rm -rf "$HOST/bundle.old"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -22,6 +23,12 @@ def api(root: str) -> NydusdApi:
         return NydusdApi((Path(root) if root else Node(Choices()).root) / SOCKET)
     except SnapshotterError as failure:
         raise click.ClickException(str(failure)) from None
+
+
+def answers(path: Path) -> bool:
+    from snapshotter.doctor.services import listens
+
+    return path.exists() and listens(path)
 
 
 @click.group("snapshotter")
@@ -50,8 +57,12 @@ def log_level(level: str, root: str, daemons: bool) -> None:
 
 @command.command()
 @_root
-def upgrade(root: str) -> None:
+@click.option("--wait", default=0.0, metavar="SECONDS", help="For a snapshotter that was started a moment ago.")
+def upgrade(root: str, wait: float) -> None:
     """Have every nydusd go over to the code that is installed now, under its mounts."""
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline and not answers(api(root).path):
+        time.sleep(0.1)
     _asked(api(root), "PUT", "/api/v1/daemons/upgrade", {"policy": "rolling"})
 
 
