@@ -422,7 +422,7 @@ class FetchScheduler:
         flight.plain = plain
         job.counters.entries_count += len(job.segment.rows)
         if kept and job.cache is not None:
-            job.cache.add(job.segment)
+            job.cache.add(job.segment, plain)
             return
         if job.identity not in self._recent:
             self._recent[job.identity] = job.segment, job.cache, plain

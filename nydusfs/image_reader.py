@@ -8,7 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -39,8 +39,7 @@ MAX_PATHS = 64
 MAX_WALK = 500_000  # entries, about 2 s
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     segment: Segment | None  # None: a hole
     offset: int  # in the segment file
     size: int
@@ -137,40 +136,35 @@ class ImageReader:
         await self._need_tables(extents)
         return b"".join(await self._collect(self._pieces(extents), Priority.LEARNED))
 
-    def read_now(self, ino: int, offset: int, size: int, pid: int = 0) -> list[bytearray] | None:
+    def read_now(self, ino: int, offset: int, size: int, pid: int = 0) -> list[Plain] | None:
         """The bytes of a regular file if all of them are cached, else None. For any thread but the trio thread; waits
         for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the reader, where it is known."""
         if (recorder := self.recorder) is not None and recorder.command.open:
             recorder.command.seen(pid)
         if self._validate:
             return None
+        counters = self.cache_counters
+        parts: list[Plain] = []
         try:
-            extents = self.bootstrap.extents(ino, offset, size)
-            if any(extent.blob_index != HOLE and self.chunks.lacks_meta(extent.blob_index) for extent in extents):
-                return None
-            pieces = self._pieces(extents)
+            pieces = self._pieces(self.bootstrap.extents(ino, offset, size))  # `MissingMeta` is a RafsError
             if recorder is not None:
-                recorder.note(ino, [piece.segment for piece in pieces])
-            parts = []
-            for piece in pieces:
-                segment = piece.segment
+                recorder.note(ino, [piece[0] for piece in pieces])
+            for segment, place, length in pieces:
                 if segment is None:
-                    parts.append(bytearray(piece.size))
+                    parts.append(bytes(length))
                     continue
-                if self.cache_counters.unused:
-                    self.cache_counters.used(segment.key)
+                if counters.unused:
+                    counters.used(segment.key)
                 cache = self._caches.get(segment.blob.index)
-                if cache is None or segment.key not in cache:
-                    return None
-                data = cache.read_now(segment, piece.offset, piece.size)
+                data = cache.read_now(segment, place, length) if cache is not None else None
                 if data is None:
                     return None
                 parts.append(data)
         except (RafsError, KeyError, ValueError, IndexError):
             return None
-        self.cache_counters.total += 1
-        self.cache_counters.partial_hits += len(parts)
-        last = pieces[-1].segment if pieces else None
+        counters.total += 1
+        counters.partial_hits += len(parts)
+        last = pieces[-1][0] if pieces else None
         if self._files.due(ino, offset + size) or (last is not None and self._runs.due(last)):
             self._soon(ino, offset, size, pieces)
         return parts
@@ -192,7 +186,7 @@ class ImageReader:
             for row, offset, size in self.chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
                 segment = self.segment_of(extent.blob_index, row)
                 if segment.places is None:
-                    place = offset - segment.start
+                    place = offset - segment.number * SEGMENT_SIZE
                 else:
                     chunk = self.chunks.chunk(row).uncompressed_offset
                     place = segment.place(chunk) + offset - chunk
@@ -225,7 +219,8 @@ class ImageReader:
 
     def segment_of(self, blob_index: int, row: int) -> Segment:
         """The segment that holds a chunk. Raises KeyError or RafsError, `MissingMeta` among them."""
-        segment = self.segment(blob_index, self.chunks.anchor(blob_index, row) // SEGMENT_SIZE)
+        number = self.chunks.anchor(blob_index, row) // SEGMENT_SIZE
+        segment = self._segments.get((blob_index, number)) or self.segment(blob_index, number)
         if row not in segment.rows:
             raise KeyError((segment.blob.id, row))  # its table puts units in no order
         return segment
@@ -323,7 +318,7 @@ class ImageReader:
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 
-    async def _cached(self, segment: Segment, piece: _Piece) -> bytearray | None:
+    async def _cached(self, segment: Segment, piece: _Piece) -> Plain | None:
         cache = self.cache(segment.blob)
         if cache is None or segment.key not in cache:
             return None
@@ -341,7 +336,7 @@ class ImageReader:
             self.cache_counters.partial_hits += 1
         return data
 
-    async def _validated(self, cache: BlobCache, segment: Segment, piece: _Piece) -> bytearray | None:
+    async def _validated(self, cache: BlobCache, segment: Segment, piece: _Piece) -> Plain | None:
         """`cache.validate`: hash the touched chunks again. None drops the segment, so that it is fetched anew."""
         whole = await cache.read(segment, 0, segment.size, sure=True)
         if whole is None:

@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 MOST = 8192
@@ -36,13 +36,13 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def acquire(self, slot: Hashable, paths: Iterable[Path]) -> OpenFile | None:
-        """The file of a slot, opened at the first of `paths` that exists if it is not; None when there is none. To be
+    def acquire(self, slot: Hashable, paths: Callable[[], Iterable[Path]]) -> OpenFile | None:
+        """The file of a slot, opened at the first of `paths()` that exists if it is not; None when there is none. To be
         given back by `release`."""
         with self._lock:
             file = self._files.get(slot)
             if file is None:
-                fd = self._open(paths)
+                fd = self._open(paths())
                 if fd < 0:
                     return None
                 file = self._files[slot] = OpenFile(fd)

@@ -23,6 +23,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,10 @@ from nydusfs.cache.claim import claim
 from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import RWF_NOWAIT, Syncer, resident
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES, ForeignBlob
+from nydusfs.cache.fresh import Fresh
 from nydusfs.cache.health import Health, Speed
 from nydusfs.cache.leaving import GRACE
+from nydusfs.cache.maps import map_path
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
@@ -45,7 +48,6 @@ log = logging.getLogger("nydusfs.cache")
 SYNC_DELAY = 1.0  # seconds a finished segment may wait to be made durable: one journal commit then serves many
 INLINE_READ = 128 * 1024  # bytes; larger reads wait for the disk in a thread
 SEGMENTS_SUFFIX = ".segments"
-MAX_MAPS = 1024  # derived chunk maps (12 bytes per chunk) and tables of blobs (1 to 4 % of a gzip layer) kept
 _NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
 
 
@@ -69,6 +71,7 @@ class CacheStore:
         self.boot = boot or boot_id()
         self.path, self._lock_fd = claim(Path(work_dir))
         self.files = OpenFiles()
+        self.fresh = Fresh()
         self._blobs: dict[str, BlobCache] = {}
         self.syncer = Syncer(self.boot)
         self._wake = trio.Event()
@@ -181,26 +184,8 @@ class CacheStore:
             log.info("cache %s: blob %s removed, %d segments", self.path, blob_id, len(names))
 
     def map_path(self, name: str) -> str | None:
-        """Where to keep a derived chunk map of that name; the ones used longest ago make room. None when the disk does
-        not take it. For a worker thread."""
-        folder = self.path / ".maps"
-        try:
-            try:
-                os.utime(folder / name)
-                return str(folder / name)
-            except FileNotFoundError:
-                folder.mkdir(mode=0o700, exist_ok=True)
-                (folder / name).touch(mode=0o600)
-            if len(os.listdir(folder)) > MAX_MAPS:
-                maps = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-                for path in maps[:-MAX_MAPS]:
-                    _unlink(path)
-        except FileNotFoundError:
-            pass  # another image's map was renamed into place this instant
-        except OSError as error:
-            self.health.failed(error)
-            return str(folder / name) if os.path.exists(folder / name) else None
-        return str(folder / name)
+        """Where to keep a derived chunk map of that name, see `maps`."""
+        return map_path(self.path / ".maps", name, self.health)
 
     # Durability
 
@@ -222,12 +207,12 @@ class CacheStore:
 
     # Descriptors
 
-    def acquire(self, blob: BlobCache, key: bytes, names: tuple[str, ...]) -> OpenFile | None:
+    def acquire(self, blob: BlobCache, segment: Segment, durable: bool) -> OpenFile | None:
         """An open segment file, to be given back to `files`; None when there is none. From any thread."""
-        slot = (blob.blob_id, key)
+        slot = (blob.blob_id, segment.key)
         if self.quota is not None:
             self.quota.used(slot)
-        return self.files.acquire(slot, (blob.path / name for name in names))
+        return self.files.acquire(slot, lambda: blob.paths(segment, durable))
 
     def stop_syncing(self) -> None:
         """Any thread: the process is about to end."""
@@ -336,19 +321,34 @@ class BlobCache:
                     pass  # not there, or a disk in no state to do it
                 _unlink(self.path / f"{name}{ending}")
 
-    def read_now(self, segment: Segment, offset: int, size: int) -> bytearray | None:
-        """Like `read`, from any thread but the event loop's: waits for the disk."""
-        key, name = segment.key, segment.name
+    def paths(self, segment: Segment, durable: bool) -> Iterator[Path]:
+        """Where a ready segment may be."""
+        name = segment.name
+        yield self.path / name
+        if not durable:
+            yield self.path / f"{name}.{self.store.boot}"
+            yield self.path / name  # it is renamed when durable
+
+    def read_now(self, segment: Segment, offset: int, size: int) -> Plain | None:
+        """Like `read`, from any thread but the event loop's: waits for the disk. None for what is not ready, too."""
+        key = segment.key
         durable = self._ready.get(key)
-        if not durable and (key in self._unsure or not self.store.nowait):
+        if durable is None:
             return None
-        file = self.store.acquire(self, key, (name, f"{name}.{self.store.boot}", name))
+        store = self.store
+        plain = store.fresh.get((self.blob_id, key))
+        if plain is not None:
+            return memoryview(plain)[offset : offset + size]
+        if not durable and (key in self._unsure or not store.nowait):
+            return None
+        file = store.acquire(self, segment, durable)
         if file is None:
             return None
-        data = bytearray(size)
         try:
             if durable:
-                return data if os.preadv(file.fd, [data], offset) == size else None
+                found = os.pread(file.fd, size, offset)
+                return found if len(found) == size else None
+            data = bytearray(size)
             if resident(file.fd) and os.preadv(file.fd, [data], offset, RWF_NOWAIT) == size:
                 return data
             self._unsure.add(key)
@@ -356,19 +356,19 @@ class BlobCache:
         except OSError:
             return None  # `read` says why
         finally:
-            self.store.files.release(file)
+            store.files.release(file)
 
-    async def read(self, segment: Segment, offset: int, size: int, *, sure: bool = False) -> bytearray | None:
+    async def read(self, segment: Segment, offset: int, size: int, *, sure: bool = False) -> Plain | None:
         """Bytes of a ready segment; None when its file is gone or short, which makes the segment absent.
 
         Raises `NotSureError` when it is not durable and left the page cache: if its write-out failed, the disk has
         something else. `sure`: the caller verifies what it gets.
         """
         key = segment.key
-        name = segment.name
-        durable = self._ready.get(key)
-        names = (name,) if durable else (name, f"{name}.{self.store.boot}", name)
-        file = self.store.acquire(self, key, names)
+        durable = self._ready.get(key, False)
+        if not sure and key in self._ready and (plain := self.store.fresh.get((self.blob_id, key))) is not None:
+            return memoryview(plain)[offset : offset + size]
+        file = self.store.acquire(self, segment, durable)
         if file is None:
             self.forget(key)
             return None
@@ -482,14 +482,17 @@ class BlobCache:
         self._written[key] = fd
         self.store.syncer.held += fd >= 0
 
-    def add(self, segment: Segment) -> None:
-        """From the trio thread, after `write` said True: readable from now on, durable soon."""
+    def add(self, segment: Segment, plain: Plain | None = None) -> None:
+        """From the trio thread, after `write` said True: readable from now on, durable soon. `plain`, its bytes, will
+        not be changed any more."""
         fd = self._written.pop(segment.key, None)
         if fd is not None:
             self.store.syncer.held -= fd >= 0
             self.store.syncer.add(self, segment.name, segment.key, fd, synced=fd < 0)
             self.store.kick()
         self._unsure.discard(segment.key)
+        if plain is not None:
+            self.store.fresh.put((self.blob_id, segment.key), plain)
         self._ready.setdefault(segment.key, False)
 
     def abandon(self) -> None:

@@ -12,7 +12,7 @@ import trio
 
 from nydusfs.drivers import kernel
 from nydusfs.errors import NydusError
-from nydusfs.fetch import FetchScheduler
+from nydusfs.services import Services
 
 log = logging.getLogger("nydusfs.daemon")
 
@@ -115,8 +115,10 @@ def give_back_memory() -> None:
         pass
 
 
-async def give_back_when_idle(scheduler: FetchScheduler) -> None:
+async def give_back_when_idle(services: Services) -> None:
     """For ever: what fetching needed, once nothing was fetched for a while. No timer runs while nothing happens."""
     while True:
-        await scheduler.settled(IDLE_SECONDS)
+        await services.scheduler.settled(IDLE_SECONDS)
+        for store in services.stores():
+            store.fresh.clear()
         await trio.to_thread.run_sync(give_back_memory)

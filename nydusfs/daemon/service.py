@@ -241,7 +241,7 @@ class Daemon:
                     self._erofs = ErofsDriver(self._driver.mountpoint, self._link, self.options.fs_driver)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)
-                    nursery.start_soon(process.give_back_when_idle, services.scheduler)
+                    nursery.start_soon(process.give_back_when_idle, services)
                     if self._link is not None:
                         nursery.start_soon(self._link.watch, self._agree, self._refuse_upgrade)
                     try:

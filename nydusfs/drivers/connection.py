@@ -139,9 +139,11 @@ class Connection:
         self._write(-code, unique, ())
 
     def _write(self, error: int, unique: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
-        size = OUT_HEADER.size + sum(map(len, parts))
+        size = OUT_HEADER.size
+        for part in parts:
+            size += len(part)
         try:
-            os.writev(self.fd, [OUT_HEADER.pack(size, error, unique), *parts])
+            os.writev(self.fd, (OUT_HEADER.pack(size, error, unique), *parts))
         except OSError as failure:
             if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF):
                 raise

@@ -69,6 +69,8 @@ UNIQUE_RESEND = 1 << 63  # set in the number of a request that is delivered agai
 
 IN_HEADER = Struct("<IIQQIIIHH")
 """len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding"""
+IN_START = Struct("<4xIQQ8xI")
+"""opcode, unique, nodeid, pid: what every request is routed by"""
 OUT_HEADER = Struct("<IiQ")
 """len, error (0 or a negative errno), unique"""
 INIT_IN = Struct("<IIIII44x")
@@ -84,6 +86,8 @@ ATTR_OUT = Struct("<QII" + ATTR)
 """attr_valid, attr_valid_nsec, dummy, attr"""
 READ_IN = Struct("<QQIIQII")
 """fh, offset, size, read_flags, lock_owner, flags, padding; READDIR and READDIRPLUS too"""
+READ_RANGE = Struct("<8xQI")
+"""offset, size of a READ_IN"""
 GETXATTR_IN = Struct("<II")
 GETXATTR_OUT = Struct("<II")
 """size, padding; LISTXATTR too"""

@@ -28,9 +28,10 @@ from nydusfs.drivers.fuse_abi import (
     ENTRY_OUT,
     GETXATTR_IN,
     GETXATTR_OUT,
-    IN_HEADER,
+    IN_START,
     INTERRUPT_IN,
     READ_IN,
+    READ_RANGE,
     STATFS_OUT,
     WRITES,
     Opcode,
@@ -279,7 +280,7 @@ class RequestLoop:
         self._over.set()
 
     def _one(self, request: bytes) -> None:
-        _, opcode, unique, node, _, _, pid, _, _ = IN_HEADER.unpack_from(request)
+        opcode, unique, node, pid = IN_START.unpack_from(request)
         connection = self.connection
         try:
             if opcode == OPCODE_READ:
@@ -309,7 +310,7 @@ class RequestLoop:
         volume, ino = self.operations.route(node)
         if self.closing:
             raise FuseError(errno.EIO)
-        _, offset, size, *_ = READ_IN.unpack_from(request, BODY)
+        offset, size = READ_RANGE.unpack_from(request, BODY)
         began = time.perf_counter_ns()
         try:
             parts = volume.read_now(ino, offset, size, pid)

@@ -15,8 +15,9 @@ from typing import Protocol
 import trio
 
 # Wake up for this much of a body, not for every packet: on a 40 Mbit/s link that is 8 instead of 300 passes through
-# the loop for 400 kB.
-LOW_WATER = 16 * 1024
+# the loop for 400 kB. Twice as much each time, so that a link that is fast costs few passes and one that is slow is not
+# taken for one that has stopped.
+LOW_WATER, MOST_WATER = 16 * 1024, 64 * 1024
 
 IO_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ssl.SSLError)
 
@@ -49,6 +50,7 @@ class PlainTransport:
         self._sock.setblocking(False)
         stream.socket.close()
         self._low_water = 1
+        self._next_water = LOW_WATER
 
     async def send_all(self, data: bytes) -> None:
         view = memoryview(data)
@@ -58,8 +60,7 @@ class PlainTransport:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._sock)
 
-    def _expect(self, size: int) -> None:
-        level = min(size, LOW_WATER)
+    def _expect(self, level: int) -> None:
         if level != self._low_water:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, level)
             self._low_water = level
@@ -67,6 +68,7 @@ class PlainTransport:
     async def receive_some(self, limit: int) -> bytes:
         """Waits first: it is called for heads, whose bytes are not here yet."""
         self._expect(1)
+        self._next_water = LOW_WATER
         while True:
             await trio.lowlevel.wait_readable(self._sock)
             try:
@@ -80,8 +82,9 @@ class PlainTransport:
             try:
                 return self._sock.recv_into(view)
             except BlockingIOError:
-                self._expect(len(view))
+                self._expect(min(len(view), self._next_water))
                 await trio.lowlevel.wait_readable(self._sock)
+                self._next_water = min(2 * self._next_water, MOST_WATER)
 
     def quiet(self) -> bool:
         try:

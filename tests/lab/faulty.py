@@ -82,6 +82,9 @@ class FaultyServer:
 
     def close(self) -> None:
         self._stop.set()
+        # Closed under a thread that waits in accept, its number could be the next server's listener when that goes on.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
         self._listener.close()
         for connection in list(self._open):
             try:

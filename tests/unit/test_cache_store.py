@@ -19,6 +19,7 @@ from bootstrap.base import Blob
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from nydusfs.cache import CacheStore
 from nydusfs.cache.durability import resident
+from nydusfs.cache.fresh import Fresh
 from nydusfs.cache.store import NotSureError
 from nydusfs.errors import CacheError
 from nydusfs.segments import Segment
@@ -216,6 +217,33 @@ def test_close_does_not_wait_for_a_disk_that_takes_its_time(tmp_path: Path, monk
     again = CacheStore(tmp_path)
     assert [number for number in range(200) if found(again, number) != content(number)] == []
     again.close()
+
+
+def test_what_was_verified_last_is_read_from_memory_within_bounds(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path)
+    store.fresh = Fresh(20_000)
+    cache = store.blob(BLOB.id)
+    for number in range(10):
+        part = keep(store, number)
+        cache.add(part, content(number))
+        os.truncate(tmp_path / BLOB.id / f"{part.name}.{store.boot}", 0)
+
+    def read(number: int) -> bytes | None:
+        data = cache.read_now(segment(number, content(number)), 7, 100)
+        return None if data is None else bytes(data)
+
+    assert [read(number) for number in (7, 8, 9)] == [content(number)[7:107] for number in (7, 8, 9)]
+    assert store.fresh.size == sum(len(content(number)) for number in (7, 8, 9))
+    assert [read(number) for number in range(7)] == [None] * 7  # their files, which are empty
+    part = segment(8, content(8))
+    cache.drop(part)
+    assert read(8) is None  # what is not ready is not read from anywhere
+    store.fresh.clear()
+    assert store.fresh.size == 0
+    assert read(9) is None
+    cache.add(part, memoryview(content(8)))
+    assert store.fresh.size == 0  # it may be a view of a lot
+    store.close()
 
 
 def test_what_left_the_page_cache_before_it_was_durable_is_not_believed(tmp_path: Path) -> None:
