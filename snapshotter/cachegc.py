@@ -57,19 +57,33 @@ def used_blobs(paths: Iterable[Path], mounted: Collection[Path]) -> set[str]:
 
 def orphans(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> list[str]:
     """Blob ids in the cache that no bootstrap names. Empty when that of an image that is `mounted` cannot be read."""
+    return look(cache, snapshots, mounted)[0]
+
+
+def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[list[str], float]:
+    """The orphans, and in how many seconds those of them that are too young to tell will not be (0: there are none)."""
     try:
         names = [(match[1], entry) for entry in os.scandir(cache) if (match := _BLOB.fullmatch(entry.name))]
         if not names:
-            return []
+            return [], 0
         used = used_blobs(bootstraps(snapshots), mounted)
     except FileNotFoundError:
-        return []
+        return [], 0
     except (RafsError, OSError) as error:
         log.warning("the blob cache is not cleaned up: %s", error)
-        return []
+        return [], 0
     tally.set("snapshotter_cache_blobs_in_use", value=len({blob for blob, _ in names if blob in used}))
-    young = time.time() - YOUNG
-    return sorted({blob for blob, entry in names if blob not in used and entry.stat().st_mtime < young})
+    age: dict[str, float] = {}  # of what changed last
+    now = time.time()
+    for blob, entry in names:
+        if blob in used:
+            continue
+        try:
+            age[blob] = min(age.get(blob, now), now - entry.stat().st_mtime)
+        except FileNotFoundError:  # the cache gave it up this moment
+            continue
+    youngest = min(age.values(), default=YOUNG + 1)
+    return sorted(blob for blob in age if age[blob] > YOUNG), max(0.0, YOUNG - youngest)
 
 
 def remove(cache: Path, blob: str) -> None:

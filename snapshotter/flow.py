@@ -14,7 +14,7 @@ from nydusfs.registry.reference import Reference
 from snapshotter.auth.local import label_credentials
 from snapshotter.auth.vault import LABELS, Vault
 from snapshotter.directories import disk_usage
-from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SnapshotterError
+from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images
 from snapshotter.labels import (
@@ -29,16 +29,26 @@ from snapshotter.labels import (
     is_data,
     is_left_packed,
     is_meta,
+    namespace_of,
     runs_lazily,
+    unpacked_chain,
 )
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.mounts import Layout, Mount
+from snapshotter.origins import Origins
 from snapshotter.store import Kind, Snapshot, Store
 from snapshotter.tally import tally
 from snapshotter.trash import Trash
 
 log = logging.getLogger(__name__)
 
+_NOT_LAZY = (
+    "{image} is a Nydus image: its layers cannot be unpacked, and this client (ctr images pull of containerd 1.x or "
+    "with --local, or whoever runs an image that was loaded or pulled for another snapshotter) does not send the "
+    "labels of a lazy pull. Remove it (ctr -n {space} images rm {image}), then pull it with ctr-remote -n {space} "
+    "images rpull, nerdctl --snapshotter nydus, or, from containerd 2.1 on, ctr images pull --snapshotter nydus, which "
+    "needs an unpack_config for nydus in io.containerd.transfer.v1.local"
+)
 CLEANUP_PATIENCE = 2.0  # seconds: the images of 100 snapshots, or 20,000 files or so, are gone by then
 
 
@@ -52,11 +62,13 @@ class Snapshotter:
         images: Images,
         vault: Vault,
         lazy: LazyFinder,
+        origins: Origins | None = None,
         *,
         sync_remove: bool = False,
     ) -> None:
         self._store = store
         self._lazy = lazy
+        self._origins = origins
         self._vault = vault
         self._layout = layout
         self._images = images
@@ -66,7 +78,7 @@ class Snapshotter:
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
-        labels = self._taken(labels)
+        labels = self._described(key, parent, self._taken(labels))
         ref = labels.get(SNAPSHOT_REF, "")
         # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
         if ref and is_data(labels) and not is_meta(labels):
@@ -88,7 +100,12 @@ class Snapshotter:
         return self._mounts(chain)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
-        self._store.commit(name, key, self._taken(labels), parent)
+        labels = self._taken(labels)
+        if not is_meta(labels) and unpacked_chain(key):
+            active = self._store.stat(key)
+            if is_meta(active.labels):  # a client that sends no labels: ours say that it is one
+                labels = {**active.labels, **labels}
+        self._store.commit(name, key, labels, parent)
 
     def remove(self, key: str) -> None:
         """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""
@@ -162,6 +179,32 @@ class Snapshotter:
                 f"snapshot {key}: layer {digest} is labelled {DATA_LAYER} and its image's config claims chain id {ref} "
                 f"for it, where {wanted} is right: diff ids of data layers must be their digests, convert it again"
             )
+
+    def _described(self, key: str, parent: str, labels: Mapping[str, str]) -> Mapping[str, str]:
+        """What the client did not say of an image layer, where it is needed and containerd knows it.
+
+        Raises NotFound for a data layer that a client without labels wants to unpack: that client would try
+        again for ever if it were told that the layer is there, and the blob is no archive.
+        """
+        chain = labels.get(SNAPSHOT_REF, "") or unpacked_chain(key)
+        if self._origins is None or not chain or image_label(labels) or is_meta(labels) or is_data(labels):
+            return labels
+        if SNAPSHOT_REF in labels:
+            if not self._lazy.looks:
+                return labels
+        elif parent and not is_data(self._store.stat(parent).labels):
+            return labels  # the lowest layer of a Nydus image is one of data, or all there is
+        origin, why = self._origins.find(chain, namespace_of(key))
+        if origin is None:
+            log.debug("layer %s: %s", chain, why)
+            return labels
+        if SNAPSHOT_REF not in labels and is_data(origin.labels) and not is_meta(origin.labels):
+            log.warning("%s: a client without the labels of a lazy pull wants to unpack it", origin.image)
+            # not FailedPrecondition: nerdctl, told that something is missing, pulls again by itself, with labels
+            raise NotFound(_NOT_LAZY.format(image=origin.image, space=origin.namespace))
+        if SNAPSHOT_REF not in labels and not is_meta(origin.labels):
+            return labels
+        return {**origin.labels, **labels}
 
     def _skip(
         self,

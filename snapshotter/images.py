@@ -23,9 +23,10 @@ from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.directories import disk_usage, make_private
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
-from snapshotter.labels import image_ref
+from snapshotter.labels import SNAPSHOT_REF, image_label, image_ref, namespace_of
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
 from snapshotter.nydusd_config import Template, credentials_of, derive, write_private
+from snapshotter.origins import Origins
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.signature import Signatures
 from snapshotter.store import Snapshot, Store
@@ -54,8 +55,16 @@ class ImageSettings:
 class Images:
     """`ensure` is what the flow calls; everything else keeps it true over deaths of either program."""
 
-    def __init__(self, settings: ImageSettings, store: Store, records: Records, chain: Chain) -> None:
+    def __init__(
+        self,
+        settings: ImageSettings,
+        store: Store,
+        records: Records,
+        chain: Chain,
+        origins: Origins | None = None,
+    ) -> None:
         self._settings = settings
+        self._origins = origins
         self._chain = chain
         self.on_credentials: Callable[[int, float | None], None] = lambda snapshot, expires: None
         self._root = settings.daemon.root
@@ -69,6 +78,7 @@ class Images:
         self._recovered = threading.Event()  # what is on record is known here
         self._gates: dict[str, threading.Event] = {}  # of each daemon on record: it was found or started again
         self._collecting = threading.Lock()
+        self._patient = threading.Lock()  # held by the one collection that waits for blobs to be old enough
         self._closing = threading.Event()
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
 
@@ -87,7 +97,8 @@ class Images:
             if record is not None and meta.id in self._serving and self._daemons[record.daemon].alive:
                 return self.mountpoint(record)
             began = time.monotonic()
-            image = image_ref(labels, str(meta.id))
+            labels, why = self._with_image(meta, labels)
+            image = image_ref(labels, str(meta.id), why)
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             if record is None:
                 daemon = self._shared_daemon() if self._settings.shared else self._new_daemon(meta.id, shared=False)
@@ -105,6 +116,18 @@ class Images:
             tally.remember(f"image {meta.id}", waited=began - asked, mount=time.monotonic() - began)
             log.info("image %s mounted at %s", record.image, self.mountpoint(record))
             return self.mountpoint(record)
+
+    def _with_image(self, meta: Snapshot, labels: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
+        """The labels with the image that the client did not name; else why it is not known."""
+        if image_label(labels) or self._origins is None or not labels.get(SNAPSHOT_REF):
+            return labels, ""
+        origin, why = self._origins.find(labels[SNAPSHOT_REF], namespace_of(meta.key))
+        if origin is None:
+            return labels, why
+        log.info("snapshot %d is of image %s, as containerd says: the pull did not name it", meta.id, origin.image)
+        more = {key: value for key, value in origin.labels.items() if key not in labels}
+        self._store.update(meta.key, more, [f"labels.{key}" for key in more])
+        return {**labels, **more}, ""
 
     def mounted(self) -> list[int]:
         """Meta layers of the images that are served."""
@@ -152,17 +175,27 @@ class Images:
         """In the background: what the blob cache holds of removed images goes."""
         if not self._settings.collect:
             return
-        threading.Thread(target=self._collect, name="cache-gc", daemon=True).start()
+        threading.Thread(target=self._collect_all, name="cache-gc", daemon=True).start()
+
+    def _collect_all(self) -> None:
+        """Now, and again when the rest is old enough, so that an image's blobs do not outlive it by a day."""
+        again = self._collect()
+        if again and self._patient.acquire(blocking=False):
+            try:
+                while again and not self._closing.wait(again + 1):
+                    again = self._collect()
+            finally:
+                self._patient.release()
 
     def _collect_forever(self) -> None:
         while not self._closing.wait(self._settings.collect_period):
             self._collect()
 
-    def _collect(self) -> None:
-        """Blobs of the cache that no image here names any more go; see `cachegc`."""
+    def _collect(self) -> float:
+        """Blobs of the cache that no image here names any more go; see `cachegc`. In how many seconds more will."""
         with self._collecting:
             mounted = {one.bootstrap for one in self.instances()}
-            blobs = cachegc.orphans(self._settings.cache_dir, self._store.directory, mounted)
+            blobs, again = cachegc.look(self._settings.cache_dir, self._store.directory, mounted)
             log.debug("blob cache: %d blobs are of no image any more", len(blobs))
             for blob in blobs:
                 with self._lock:
@@ -176,6 +209,7 @@ class Images:
                 except SnapshotterError as error:
                     tally.count("snapshotter_cache_blob_deletion_errors_total")
                     log.warning("blob %s stays in the cache: %s", blob, error)
+        return again
 
     def mountpoint(self, record: InstanceRecord) -> Path:
         if self._settings_shared(record):

@@ -5,6 +5,7 @@ Only presence counts for the two layer marks: `nydus-blob=false` marks a data la
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from snapshotter.errors import InvalidArgument, NotFound
@@ -39,6 +40,7 @@ STARGZ_TOC = PREFIX + "nydus-stargz-toc"  # ours: what the manifest says of the 
 OWN = frozenset({STARGZ, STARGZ_TOC, TARFS, TWIN, INDEX_ALTERNATIVE})
 
 Labels = Mapping[str, str]
+_UNPACK = re.compile(r"extract-\d+-\S+ (sha256:[0-9a-f]{64})")
 
 
 def is_meta(labels: Labels) -> bool:
@@ -69,16 +71,35 @@ def image_label(labels: Labels) -> str:
     return labels.get(IMAGE_REF) or labels.get(STARGZ_REFERENCE) or ""
 
 
-def image_ref(labels: Labels, snapshot: str) -> str:
-    """Image reference recorded on a meta layer at pull time. Raises NotFound naming the settings that bring it."""
+def image_ref(labels: Labels, snapshot: str, why: str = "") -> str:
+    """Image reference recorded on a meta layer at pull time. Raises NotFound naming the settings that bring it.
+
+    `why`: the image is not known from elsewhere either.
+    """
     if image := image_label(labels):
         return image
     raise NotFound(
-        f"failed to find image ref of snapshot {snapshot}: label {IMAGE_REF} is missing, so the registry of this Nydus "
-        "image is unknown. Set disable_snapshot_annotations = false for containerd's CRI plugin (for the transfer "
+        f"failed to find image ref of snapshot {snapshot}: label {IMAGE_REF} is missing"
+        f"{f' ({why})' if why else ''}, so the registry of this Nydus image is unknown. "
+        "Set disable_snapshot_annotations = false for containerd's CRI plugin (for the transfer "
         'service of containerd 2.1 and later: enable_remote_snapshot_annotations = "true" in '
         "proxy_plugins.nydus.exports), then remove the image and pull it again"
     )
+
+
+def namespace_of(key: str) -> str:
+    """containerd's namespace in a snapshot key `NAMESPACE/NUMBER/NAME`, "" in any other."""
+    parts = key.split("/", 2)
+    return parts[0] if len(parts) == 3 and parts[1].isdecimal() else ""
+
+
+def unpacked_chain(key: str) -> str:
+    """The chain id of the layer that a client unpacks under this key, "" if the key says none.
+
+    `extract-NANOSECONDS-RANDOM CHAIN` is containerd's `UnpackKeyFormat`, of every client.
+    """
+    match = _UNPACK.fullmatch(key.rpartition("/")[2])
+    return match[1] if match else ""
 
 
 def id_mapping(labels: Labels) -> tuple[int, int, int] | None:

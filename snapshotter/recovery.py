@@ -28,6 +28,7 @@ from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
 from snapshotter.nydusd_config import Template, load_template
+from snapshotter.origins import Origins
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
 from snapshotter.settings import Settings
@@ -97,7 +98,8 @@ class Program:
         )
         records = Records(self._database)
         self._auth = Auth(settings.auth, template, root / "auth")
-        self._images = Images(images, store, records, self._auth.chain)
+        origins = Origins(settings.address, settings.auth.image_service)
+        self._images = Images(images, store, records, self._auth.chain, origins)
         self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
         self._images.on_credentials = self._renewer.learned
         self._lazy = LazyFinder(settings.lazy, Registries(template, self._auth.chain), store)
@@ -107,6 +109,7 @@ class Program:
             self._images,
             self._auth.vault,
             self._lazy,
+            origins,
             sync_remove=settings.sync_remove,
         )
         handlers: list[grpc.GenericRpcHandler[Any, Any]] = [ExplainService(self._auth.chain, store)]

@@ -12,6 +12,7 @@ import grpc
 
 from nydusfs.errors import NydusError
 from protos.containerd.services.leases.v1 import leases_pb2, leases_pb2_grpc
+from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
 
 CALL_TIMEOUT = 60.0  # seconds; a Prepare that mounts waits for a daemon to start
 _LEASE_LIFE = 24 * 3600
@@ -60,6 +61,18 @@ class Connection:
             return call(request, timeout=timeout, metadata=self.metadata())
         except grpc.RpcError as error:
             raise self.wrapped(what, error) from None
+
+    def stream(self, what: str, call: Callable[..., Any], request: Any, timeout: float = CALL_TIMEOUT) -> Iterator[Any]:
+        try:
+            yield from call(request, timeout=timeout, metadata=self.metadata())
+        except grpc.RpcError as error:
+            raise self.wrapped(what, error) from None
+
+    def namespaces(self) -> list[str]:
+        """All there are, this connection's first, whether it exists or not."""
+        service = self.stub(namespace_pb2_grpc.NamespacesStub)
+        reply = self.call("listing namespaces", service.List, namespace_pb2.ListNamespacesRequest())
+        return [self.namespace, *sorted({one.name for one in reply.namespaces} - {self.namespace})]
 
     def wrapped(self, what: str, error: grpc.RpcError) -> ContainerdError:
         code, details = error.code(), error.details() or ""

@@ -71,6 +71,13 @@ class Reference:
         return DOCKER_HUB_ENDPOINT if self.host == DOCKER_HUB else self.host
 
     @property
+    def hostname(self) -> str:
+        """The host without its port, as containerd writes it into labels `containerd.io/distribution.source.HOST`."""
+        if self.host.startswith("["):
+            return self.host[1:].partition("]")[0]
+        return self.host.partition(":")[0]
+
+    @property
     def name(self) -> str:
         """Host and repository."""
         return f"{self.host}/{self.repository}"

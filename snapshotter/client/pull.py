@@ -243,5 +243,5 @@ class _Downloads:
 
 
 def _source(reference: Reference) -> dict[str, str]:
-    """Where a blob came from: containerd pushes and mounts across repositories by this label."""
-    return {f"containerd.io/distribution.source.{reference.host}": reference.repository}
+    """Where a blob came from: containerd mounts blobs across repositories by this label when it pushes."""
+    return {f"containerd.io/distribution.source.{reference.hostname}": reference.repository}

@@ -143,7 +143,7 @@ def _changed_since_start(containerd: Containerd) -> bool:
 
 
 def _annotations(node: Node, containerd: Containerd, version: str) -> Iterator[Finding]:
-    """Without the labels of which image a layer is the registry of a Nydus image is not known."""
+    """Without the labels of which image a layer is containerd must be asked for the registry of a Nydus image."""
     name = containerd.snapshotter_name(node.need().address)
     if not name:
         return
@@ -170,11 +170,11 @@ def _annotations(node: Node, containerd: Containerd, version: str) -> Iterator[F
             f'snapshotter = "{name}" in [{place}] of {containerd.file}',
         )
     elif table.get("disable_snapshot_annotations", True) is not False:
-        yield error(
+        yield warning(
             "containerd.annotations",
-            f"snapshot annotations are disabled in [{place}] of {containerd.file}: the snapshotter does not learn "
-            "which image a layer is of, and containers of Nydus images do not start",
-            f"disable_snapshot_annotations = false in [{place}], restart containerd, pull the images again",
+            f"snapshot annotations are disabled in [{place}] of {containerd.file}: which image a layer is of is asked "
+            "of containerd when its first container comes, which takes some milliseconds more",
+            f"disable_snapshot_annotations = false in [{place}], then restart containerd",
         )
     else:
         yield ok("containerd.annotations", "CRI tells which image a layer is of")
@@ -194,7 +194,7 @@ def _transfer(containerd: Containerd, name: str) -> Iterator[Finding]:
     if exports.get("enable_remote_snapshot_annotations") != "true":
         yield warning(
             "containerd.transfer",
-            "pulls by the transfer service (nerdctl, ctr) do not say which image a layer is of",
+            "pulls by the transfer service (nerdctl, ctr) do not say which image a layer is of: containerd is asked",
             f'enable_remote_snapshot_annotations = "true" in [proxy_plugins.{name}.exports], then restart containerd',
         )
         return

@@ -19,7 +19,6 @@ from nydusfs.containerd.containers import Container, Containers
 from nydusfs.drivers import kernel
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
-from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
 from snapshotter.client.plan import (
     Descriptor,
     Platform,
@@ -157,9 +156,7 @@ def _find(node: Node, name: str) -> tuple[Explanation, Containers, Container | N
 
 def _namespaces(address: str, first: str) -> list[str]:
     with Connection(address, first, PROGRAM) as connection:
-        service = connection.stub(namespace_pb2_grpc.NamespacesStub)
-        reply = connection.call("listing namespaces", service.List, namespace_pb2.ListNamespacesRequest())
-        return [first, *sorted({one.name for one in reply.namespaces} - {first})]
+        return connection.namespaces()
 
 
 def _manifest(client: Containers, image: str, found: Explanation) -> tuple[list[Descriptor], list[str]]:

@@ -69,12 +69,16 @@ class LazyFinder:
 
     # ---- at the pull
 
+    @property
+    def looks(self) -> bool:
+        """Whether plain images may run lazily here."""
+        settings = self._settings
+        return settings.index or settings.referrers or settings.estargz or (settings.tarfs and not self._no_tarfs)
+
     def claim(self, parent: str, labels: Mapping[str, str]) -> Claim | None:
         """For a layer of a plain image that is about to be unpacked; None: unpack it. Asks the registry."""
         settings = self._settings
-        if not image_label(labels) or not (
-            settings.index or settings.referrers or settings.estargz or (settings.tarfs and not self._no_tarfs)
-        ):
+        if not image_label(labels) or not self.looks:
             return None
         try:
             image = parse(image_label(labels))

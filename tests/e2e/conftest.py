@@ -51,9 +51,11 @@ def nerdctl() -> Path:
     return found
 
 
-def load_image(stack: Stack, name: str = "lab/small", marker: str = "hello", **options: Any) -> Image:
+def load_image(
+    stack: Stack, name: str = "lab/small", marker: str = "hello", payload: int = PAYLOAD, **options: Any
+) -> Image:
     """Pushes the small image as NAME:oci and its conversion as NAME:nydus."""
-    image = small_image(stack.work / f"image-{marker}", marker, payload=PAYLOAD, **options)
+    image = small_image(stack.work / f"image-{marker}", marker, payload=payload, **options)
     image.push(stack.registry.host, name, "oci")
     stack.convert(f"{name}:oci", f"{name}:nydus")
     shutil.rmtree(image.directory)

@@ -175,6 +175,23 @@ def referrer_of_the_plain_image(pods: Pods, producer: str) -> None:
     assert f"lab/{name}:oci: there is a Nydus image of it among its referrers" in log_of(pods)
 
 
+@one_generation
+def test_a_layer_that_was_skipped_and_overlayfs_needs(pods: Pods) -> None:
+    """containerd has the image but not its layers: it says so, and pulling for the other snapshotter brings them."""
+    pods.push("both")
+    pods.convert("ours", "both", "nydus", "--with-referrer")
+    pods.lazy("both")
+    ref, containerd = f"{pods.stack.host}/lab/both:oci", pods.stack.containerd
+    plain = ("-n", "k8s.io", "run", "--rm", "--net-host", "--snapshotter", "overlayfs", ref, "plain", "sh", "-c", READ)
+    failed = containerd.ctr(*plain, check=False)
+    assert "not found" in failed.stderr
+    containerd.ctr("-n", "k8s.io", "images", "pull", "--plain-http", "--snapshotter", "overlayfs", ref)
+    good(containerd.ctr(*plain).stdout.split(), "both")
+    mark = pods.stack.registry.mark()
+    good(pods.read(pods.pull("both", "oci")), "both")
+    assert pods.stack.registry.since(mark).blobs().bytes == 0
+
+
 def test_estargz_as_it_is(pods: Pods) -> None:
     pods.push("estargz", estargz=4 << 20)
     pods.lazy("estargz")

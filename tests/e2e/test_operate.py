@@ -178,7 +178,7 @@ def containerd_stopped(lab: Lab) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def annotations_missing(lab: Lab) -> Iterator[dict[str, Any]]:
-    line = "  disable_snapshot_annotations = false\n"
+    line = "disable_snapshot_annotations = false\n"
     with edited(lab.stack.containerd.work / "config.toml", lambda text: text.replace(line, "")):
         yield {}
 
@@ -374,7 +374,7 @@ def reads_hang(lab: Lab) -> Iterator[dict[str, Any]]:
 
 FAULTS: list[tuple[Fault, dict[str, Level]]] = [
     (containerd_stopped, {"containerd.running": Level.ERROR}),
-    (annotations_missing, {"containerd.annotations": Level.ERROR, "containerd.stale": Level.WARNING}),
+    (annotations_missing, {"containerd.annotations": Level.WARNING, "containerd.stale": Level.WARNING}),
     (plugin_missing, {"containerd.proxy": Level.ERROR}),
     (plugin_elsewhere, {"containerd.proxy": Level.ERROR}),
     (plugin_not_loaded, {"containerd.loaded": Level.ERROR}),

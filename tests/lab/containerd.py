@@ -7,10 +7,13 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from tests.lab.paths import REPO
 from tests.lab.process import Child, LabError, end_processes, processes_mentioning, run, unmount_below
 
 UNUSED_PLUGINS = [
@@ -19,6 +22,39 @@ UNUSED_PLUGINS = [
     "io.containerd.nri.v1.nri",
     "io.containerd.internal.v1.opt",
 ]
+CRI_2 = "io.containerd.grpc.v1.cri"
+IMAGES_3, RUNTIME_3 = "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"
+RUNC = "io.containerd.runc.v2"
+NO_PAUSE = "127.0.0.1:1/none/pause:1"
+
+
+def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if value is None:
+            into.pop(key, None)
+        elif isinstance(value, Mapping):
+            _merge(into.setdefault(key, {}), value)
+        else:
+            into[key] = value
+
+
+def _toml(table: Mapping[str, Any], *path: str) -> Iterator[str]:
+    """What `tomllib` read, as text again; JSON writes strings, numbers and lists of them as TOML does."""
+    if path:
+        yield f"[{'.'.join(map(_key, path))}]\n"
+    for key, value in table.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            items = (", ".join(f"{_key(name)} = {json.dumps(item)}" for name, item in one.items()) for one in value)
+            yield f"{_key(key)} = [{', '.join('{' + item + '}' for item in items)}]\n"
+        elif not isinstance(value, Mapping):
+            yield f"{_key(key)} = {json.dumps(value)}\n"
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _toml(value, *path, key)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 def find_containerd() -> Path | None:
@@ -36,7 +72,10 @@ def version_of(binary: Path) -> tuple[int, ...]:
 
 
 class Containerd:
-    """`binary` is Debian's 1.6 or any newer one; its shim and ctr are taken from beside it, else from PATH."""
+    """`binary` is Debian's 1.6 or any newer one; its shim and ctr are taken from beside it, else from PATH.
+
+    `changes`: to its configuration, table by table, None takes a key away. `snippet`: of another version than its own.
+    """
 
     def __init__(
         self,
@@ -46,12 +85,16 @@ class Containerd:
         pause_ref: str = "",
         hosts: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        snippet: str = "",
+        snapshotter_root: Path | None = None,
     ) -> None:
         found = binary or find_containerd()
         if found is None:
             raise LabError("containerd is not installed: apt-get install containerd runc")
         self.binary, self.work, self.snapshotter_socket = found, work, snapshotter_socket
         self.pause_ref, self.hosts, self.env = pause_ref, dict(hosts or {}), env
+        self.changes, self.snippet, self.snapshotter_root = dict(changes or {}), snippet, snapshotter_root
         self.socket = work / "c.sock"
         self.log = work / "containerd.log"
         self.hosts_dir = work / "certs.d"
@@ -94,84 +137,68 @@ class Containerd:
         )
 
     def _config(self) -> str:
+        """The snippet that people add for this version, this machine's needs, then what the test wants otherwise."""
         third = self.version >= (2, 0)
-        lines = [
-            f"version = {3 if third else 2}",
-            f'root = "{self.work}/root"',
-            f'state = "{self.work}/state"',
-            "oom_score = 0",
-            f"disabled_plugins = {json.dumps(UNUSED_PLUGINS)}",
-            "[grpc]",
-            f'  address = "{self.socket}"',
-        ]
+        config: dict[str, Any] = {"version": 3 if third else 2}
         if self.snapshotter_socket is not None:
-            lines += ["[proxy_plugins.nydus]", '  type = "snapshot"', f'  address = "{self.snapshotter_socket}"']
-            if third:
-                lines += ["  [proxy_plugins.nydus.exports]", '    enable_remote_snapshot_annotations = "true"']
-        lines += self._cri_3() if third else self._cri_2()
-        return "\n".join(lines) + "\n"
+            name = self.snippet or ("2.x" if third else "1.7" if self.version >= (1, 7) else "1.6")
+            config = tomllib.loads((REPO / "examples" / "containerd" / f"config-{name}.toml").read_text())
+            third = config["version"] >= 3
+            proxy = config["proxy_plugins"]["nydus"]
+            proxy["address"] = str(self.snapshotter_socket)
+            if "exports" in proxy and self.snapshotter_root is not None:
+                proxy["exports"]["root"] = str(self.snapshotter_root)
+        lab: dict[str, Any] = {
+            "root": f"{self.work}/root",
+            "state": f"{self.work}/state",
+            "oom_score": 0,
+            "disabled_plugins": UNUSED_PLUGINS,
+            "grpc": {"address": str(self.socket)},
+            "plugins": self._cri_3() if third else self._cri_2(),
+        }
+        _merge(config, lab)
+        _merge(config, self.changes)
+        return "".join(_toml(config))
 
-    def _cri_2(self) -> list[str]:
-        cri = '[plugins."io.containerd.grpc.v1.cri"'
-        return [
-            f"{cri}]",
-            f'  sandbox_image = "{self.pause_ref or "127.0.0.1:1/none/pause:1"}"',
-            "  disable_apparmor = true",
-            "  disable_tcp_service = true",
-            '  stream_server_address = "127.0.0.1"',
-            '  stream_server_port = "0"',
-            "  restrict_oom_score_adj = true",
-            f"{cri}.containerd]",
-            f'  snapshotter = "{"nydus" if self.snapshotter_socket else "overlayfs"}"',
-            "  disable_snapshot_annotations = false",
-            "  discard_unpacked_layers = false",
-            f"{cri}.containerd.runtimes.runc]",
-            '  runtime_type = "io.containerd.runc.v2"',
-            f"{cri}.containerd.runtimes.runc.options]",
-            "  SystemdCgroup = false",
-            f"{cri}.cni]",
-            '  bin_dir = "/usr/lib/cni"',
-            f'  conf_dir = "{self.cni_dir}"',
-            f"{cri}.registry]",
-            f'  config_path = "{self.hosts_dir}"',
-        ]
+    def _cri_2(self) -> dict[str, Any]:
+        return {
+            CRI_2: {
+                "sandbox_image": self.pause_ref or NO_PAUSE,
+                "disable_apparmor": True,
+                "disable_tcp_service": True,
+                "stream_server_address": "127.0.0.1",
+                "stream_server_port": "0",
+                "restrict_oom_score_adj": True,
+                "stats_collect_period": 1,
+                "containerd": {
+                    "runtimes": {"runc": {"runtime_type": RUNC, "options": {"SystemdCgroup": False}}},
+                },
+                "cni": {"bin_dir": "/usr/lib/cni", "conf_dir": str(self.cni_dir)},
+                "registry": {"config_path": str(self.hosts_dir)},
+            }
+        }
 
-    def _cri_3(self) -> list[str]:
-        images, runtime = "[plugins.'io.containerd.cri.v1.images'", "[plugins.'io.containerd.cri.v1.runtime'"
-        lines = [
-            f"{images}]",
-            f'  snapshotter = "{"nydus" if self.snapshotter_socket else "overlayfs"}"',
-            "  disable_snapshot_annotations = false",
-            "  discard_unpacked_layers = false",
-            f"{images}.pinned_images]",
-            f'  sandbox = "{self.pause_ref or "127.0.0.1:1/none/pause:1"}"',
-            f"{images}.registry]",
-            f'  config_path = "{self.hosts_dir}"',
-            f"{runtime}]",
-            "  disable_apparmor = true",
-            "  restrict_oom_score_adj = true",
-            f"{runtime}.containerd.runtimes.runc]",
-            '  runtime_type = "io.containerd.runc.v2"',
-            f"{runtime}.containerd.runtimes.runc.options]",
-            "  SystemdCgroup = false",
-            f"{runtime}.cni]",
-            '  bin_dirs = ["/usr/lib/cni"]',
-            f'  conf_dir = "{self.cni_dir}"',
-            "[plugins.'io.containerd.grpc.v1.cri']",
-            '  stream_server_address = "127.0.0.1"',
-            '  stream_server_port = "0"',
-            "  disable_tcp_service = true",
-        ]
-        if self.snapshotter_socket is not None:
-            lines += [
-                "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]",
-                '  platform = "linux/amd64"',
-                '  snapshotter = "nydus"',
-                "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]",
-                '  platform = "linux/amd64"',
-                '  snapshotter = "overlayfs"',
-            ]
-        return lines
+    def _cri_3(self) -> dict[str, Any]:
+        return {
+            IMAGES_3: {
+                "pinned_images": {"sandbox": self.pause_ref or NO_PAUSE},
+                "registry": {"config_path": str(self.hosts_dir)},
+                "stats_collect_period": 1,
+            },
+            RUNTIME_3: {
+                "disable_apparmor": True,
+                "restrict_oom_score_adj": True,
+                "containerd": {
+                    "runtimes": {"runc": {"runtime_type": RUNC, "options": {"SystemdCgroup": False}}},
+                },
+                "cni": {"bin_dirs": ["/usr/lib/cni"], "conf_dir": str(self.cni_dir)},
+            },
+            CRI_2: {
+                "stream_server_address": "127.0.0.1",
+                "stream_server_port": "0",
+                "disable_tcp_service": True,
+            },
+        }
 
     def ctr_argv(self, *args: str | Path) -> list[str]:
         return [str(self.ctr_binary), "-a", str(self.socket), "-n", self.namespace, *map(str, args)]

@@ -57,18 +57,20 @@ class Cri:
         self.logs.mkdir(exist_ok=True)
         self.cgroup = f"ny{secrets.token_hex(4)}"
 
-    def sandbox(self) -> tuple[str, Any]:
+    def sandbox(self, runtime: str = "") -> tuple[str, Any]:
+        """(id, configuration) of a pod in the host's network; `runtime`: which of containerd's, "" its default."""
         m = self.messages
         options = m.NamespaceOption(network=_NODE)
         config = m.PodSandboxConfig(
             metadata=m.PodSandboxMetadata(name="pod", uid=secrets.token_hex(8), namespace="lab"),
             log_directory=str(self.logs),
+            annotations={"io.containerd.cri.runtime-handler": runtime} if runtime else {},
             linux=m.LinuxPodSandboxConfig(
                 cgroup_parent=f"/{self.cgroup}",
                 security_context=m.LinuxSandboxSecurityContext(namespace_options=options),
             ),
         )
-        made = self.runtime.RunPodSandbox(m.RunPodSandboxRequest(config=config), timeout=60)
+        made = self.runtime.RunPodSandbox(m.RunPodSandboxRequest(config=config, runtime_handler=runtime), timeout=60)
         return made.pod_sandbox_id, config
 
     def image_call(self, method: str, request: bytes = b"", package: str = "runtime.v1") -> bytes:
@@ -85,14 +87,15 @@ class Cri:
         answer = self.image_call("PullImage", request.SerializeToString(), "runtime.v1alpha2")
         return str(m.PullImageResponse.FromString(answer).image_ref)
 
-    def pull(self, image: str, config: Any, user: str = "", password: str = "") -> str:
+    def pull(self, image: str, config: Any, user: str = "", password: str = "", runtime: str = "") -> str:
         m = self.messages
         auth = m.AuthConfig(username=user, password=password) if user else None
-        request = m.PullImageRequest(image=m.ImageSpec(image=image), auth=auth, sandbox_config=config)
+        spec = m.ImageSpec(image=image, runtime_handler=runtime)
+        request = m.PullImageRequest(image=spec, auth=auth, sandbox_config=config)
         return str(self.images.PullImage(request, timeout=120).image_ref)
 
-    def run(self, pod: str, config: Any, image_ref: str, *command: str) -> tuple[int, str]:
-        """(exit code, standard output) of one container of the pod; the container is removed."""
+    def start(self, pod: str, config: Any, image_ref: str, *command: str) -> tuple[str, Path]:
+        """(id, log file) of a running container of the pod."""
         m = self.messages
         log = f"{secrets.token_hex(4)}.log"
         security = m.LinuxContainerSecurityContext(namespace_options=m.NamespaceOption(network=_NODE))
@@ -110,16 +113,45 @@ class Cri:
             ),
             timeout=60,
         ).container_id
-        name = m.ContainerId(container_id=container)
-        self.runtime.StartContainer(name, timeout=60)
+        self.runtime.StartContainer(m.ContainerId(container_id=container), timeout=60)
+        return str(container), self.logs / log
+
+    def run(self, pod: str, config: Any, image_ref: str, *command: str) -> tuple[int, str]:
+        """(exit code, standard output) of one container of the pod; the container is removed."""
+        container, log = self.start(pod, config, image_ref, *command)
+        name = self.messages.ContainerId(container_id=container)
         deadline = time.monotonic() + 60
         while (status := self.runtime.ContainerStatus(name, timeout=20).status).state != _EXITED:
             if time.monotonic() > deadline:
                 raise LabError(f"container {container} did not end")
             time.sleep(0.05)
         self.runtime.RemoveContainer(name, timeout=60)
-        lines = (self.logs / log).read_text().splitlines()
+        lines = log.read_text().splitlines()
         return status.exit_code, "\n".join(line.split(" ", 3)[3] for line in lines if " stdout " in line)
+
+    def exec(self, container: str, *command: str) -> tuple[int, str]:
+        request = self.messages.ExecSyncRequest(container_id=container, cmd=command, timeout=30)
+        done = self.runtime.ExecSync(request, timeout=60)
+        return done.exit_code, done.stdout.decode()
+
+    def stats(self, container: str) -> Any:
+        return self.runtime.ContainerStats(self.messages.ContainerId(container_id=container), timeout=30).stats
+
+    def stop(self, container: str) -> None:
+        self.runtime.StopContainer(
+            self.messages.StopContainerRequest(container_id=container, timeout=0), timeout=60
+        )
+        self.runtime.RemoveContainer(self.messages.ContainerId(container_id=container), timeout=60)
+
+    def image_filesystem(self) -> Any:
+        (found,) = self.images.ImageFsInfo(self.messages.Nothing(), timeout=30).image_filesystems
+        return found
+
+    def image(self, name: str) -> Any:
+        """None: there is no such image."""
+        spec = self.messages.ImageSpec(image=name)
+        found = self.images.ImageStatus(self.messages.ImageStatusRequest(image=spec), timeout=30)
+        return found.image if found.HasField("image") else None
 
     def remove(self, pod: str) -> None:
         name = self.messages.PodSandboxId(pod_sandbox_id=pod)

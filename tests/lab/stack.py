@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.lab.containerd import Containerd
 from tests.lab.daemon import DRIVER
+from tests.lab.interpose import Interposer
 from tests.lab.mirror import Mirror
 from tests.lab.paths import ref_bin
 from tests.lab.process import (
@@ -148,6 +149,9 @@ class Snapshotter:
         """Pids of the nydusd processes and other helpers that work for this root."""
         return [pid for pid in processes_mentioning(str(self.root)) if self._child is None or pid != self._child.pid]
 
+    def log_lines(self) -> list[str]:
+        return (self.root / "logs" / "nydus-snapshotter.log").read_text().splitlines()
+
     def services(self) -> list[int]:
         """Those of them that none of the others started: one for each nydusd."""
         pids = self.daemons()
@@ -198,6 +202,9 @@ class StackOptions:
     mode: str = ""
     nydusd: str = "nydusd"  # which of upstream's
     fs_driver: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)  # to containerd's configuration
+    snippet: str = ""  # of examples/containerd, instead of the one for its version
+    interpose: bool = False  # `stack.calls` is between containerd and the snapshotter
 
 
 class Stack:
@@ -210,6 +217,7 @@ class Stack:
         self.options = options or StackOptions()
         self.work = work or work_dir()
         self.leftovers: list[str] = []
+        self.calls: Interposer | None = None
         self.snapshotter: Snapshotter
         self.containerd: Containerd
         self._exits = contextlib.ExitStack()
@@ -259,18 +267,29 @@ class Stack:
             config,
             upstream=self.options.upstream,
             env=self.options.env,
-            arguments=self.options.snapshotter_arguments,
+            # through an interposer nothing shows whose snapshotter this is
+            arguments=(
+                *self.options.snapshotter_arguments,
+                *(["--image-service-address", str(self.node / "c" / "c.sock")] if self.options.interpose else []),
+            ),
             mode=self.options.mode,
             nydusd=self.options.nydusd,
         )
         self.snapshotter.start()
+        socket = self.snapshotter.socket
+        if self.options.interpose:
+            self.calls = self._exits.enter_context(Interposer(self.node / "i.sock", socket))
+            socket = self.calls.socket
         self.containerd = Containerd(
             self.node / "c",
-            self.snapshotter.socket,
+            socket,
             self.options.containerd,
             pause_ref=self.options.pause_ref or f"{self.registry.host}/lab/pause:1",
             hosts={self.host: f"http://{self.host}", self.registry.host: self.registry.url},
             env=self.options.env,
+            changes=self.options.changes,
+            snippet=self.options.snippet,
+            snapshotter_root=self.snapshotter.root,
         )
         self.containerd.start()
         probe = f"probe-{time.monotonic_ns()}"  # reaches the plugin itself, unlike `plugin ls` and `snapshots ls`

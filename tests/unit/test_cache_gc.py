@@ -10,7 +10,7 @@ import trio
 
 from nydusfs.config import load_config
 from nydusfs.services import open_services
-from snapshotter.cachegc import orphans
+from snapshotter.cachegc import look, orphans
 from tests.integration.test_sources_faults import config_text
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import noise, tiny_image
@@ -27,10 +27,11 @@ def test_only_blobs_that_no_bootstrap_names_are_orphans(tmp_path: Path) -> None:
         (cache / name).mkdir(parents=True)
     (cache / f"{'d' * 64}.blob.data").touch()
     assert orphans(cache, snapshots) == [], "all of it is young"
+    assert 50 < look(cache, snapshots)[1] <= 60
     old = time.time() - 3600
     for path in cache.iterdir():
         os.utime(path, (old, old))
-    assert orphans(cache, snapshots) == sorted([images[2].blob_id, "c" * 64, "d" * 64])
+    assert look(cache, snapshots) == (sorted([images[2].blob_id, "c" * 64, "d" * 64]), 0)
     assert orphans(tmp_path / "none", snapshots) == []
 
 
