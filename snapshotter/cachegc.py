@@ -1,4 +1,4 @@
-"""What the blob cache still holds of images that are gone.
+"""What the blob cache still holds of images that are gone, and its removal.
 
 A blob is kept as long as any bootstrap below the snapshots directory names it, whoever unpacked it; so images that
 share layers share them here too. Whatever does not look like a blob of ours is kept.
@@ -10,13 +10,16 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
 from snapshotter.bootstrapfile import PLACES, begins_like_one, is_plain_file
+from snapshotter.errors import SnapshotterError
 from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
@@ -96,3 +99,73 @@ def remove(cache: Path, blob: str) -> None:
             shutil.rmtree(entry.path, ignore_errors=True)
         else:
             Path(entry.path).unlink(missing_ok=True)
+
+
+class Dropper(Protocol):
+    """A nydusd: it drops what it has of a blob, unless an image mounted there uses it."""
+
+    def drop_blob(self, blob_id: str) -> None: ...
+
+
+class Collector:
+    """`daemons`: APIs of those that live; `mounted`: bootstraps of their images. `period` (seconds): collects by itself
+    so often, 0: only when told."""
+
+    def __init__(
+        self,
+        cache: Path,
+        snapshots: Path,
+        daemons: Callable[[], Iterable[Dropper]],
+        mounted: Callable[[], Collection[Path]],
+        *,
+        enabled: bool,
+        period: float,
+    ) -> None:
+        self._cache, self._snapshots, self._daemons, self._mounted = cache, snapshots, daemons, mounted
+        self._enabled, self._period = enabled, period
+        self._one = threading.Lock()
+        self._patient = threading.Lock()  # held by the one collection that waits for blobs to be old enough
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        if self._enabled and self._period:
+            threading.Thread(target=self._forever, name="cache-gc-timer", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def collect(self) -> None:
+        """In the background: what the blob cache holds of removed images goes."""
+        if self._enabled:
+            threading.Thread(target=self._collect_all, name="cache-gc", daemon=True).start()
+
+    def _collect_all(self) -> None:
+        """Now, and again when the rest is old enough, so that an image's blobs do not outlive it by a day."""
+        again = self._collect()
+        if again and self._patient.acquire(blocking=False):
+            try:
+                while again and not self._closing.wait(again + 1):
+                    again = self._collect()
+            finally:
+                self._patient.release()
+
+    def _forever(self) -> None:
+        while not self._closing.wait(self._period):
+            self._collect()
+
+    def _collect(self) -> float:
+        """In how many seconds there is more to do, 0 for never."""
+        with self._one:
+            blobs, again = look(self._cache, self._snapshots, self._mounted())
+            log.debug("blob cache: %d blobs are of no image any more", len(blobs))
+            for blob in blobs:
+                try:
+                    for daemon in self._daemons():
+                        daemon.drop_blob(blob)
+                    # what no daemon, or one that knows nothing of this, left
+                    remove(self._cache, blob)
+                    tally.count("snapshotter_cache_blobs_deleted_total")
+                except SnapshotterError as error:
+                    tally.count("snapshotter_cache_blob_deletion_errors_total")
+                    log.warning("blob %s stays in the cache: %s", blob, error)
+        return again

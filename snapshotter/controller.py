@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from nydusfs import stacks
 from snapshotter import httpd, logs
 from snapshotter.daemons import Daemon
-from snapshotter.errors import NotFound, SnapshotterError, Unavailable
+from snapshotter.errors import NotFound, SnapshotterError
 from snapshotter.httpd import Reply, Request, as_json, as_text, failure
 from snapshotter.images import Images
 from snapshotter.nydusd_api import ApiError
@@ -30,7 +29,6 @@ from snapshotter.tally import tally
 log = logging.getLogger(__name__)
 
 SOCKET = "system.sock"  # below the root
-UPGRADE_SECONDS = 30.0
 MAX_PROFILE_SECONDS = 120.0
 
 
@@ -75,7 +73,7 @@ class Controller:
         read = 0
         for one in instances:
             try:
-                read += daemon.api.metrics(identity=f"/{one.snapshot}" if daemon.shared else None)["data_read"]
+                read += daemon.api.metrics(identity=f"/{one.name}" if daemon.shared else None)["data_read"]
             except (SnapshotterError, TypeError, KeyError):
                 pass
         return {
@@ -89,8 +87,8 @@ class Controller:
             "memory_rss_kb": float(daemon.memory_kb()),
             "read_data_kb": read / 1024,
             "instances": {
-                str(one.snapshot): {
-                    "snapshot_id": str(one.snapshot),
+                one.name: {
+                    "snapshot_id": one.name,
                     "snapshot_dir": str(_snapshot_directory(one.bootstrap)),
                     "mountpoint": str(self._images.mountpoint(one)),
                     "image_id": one.image,
@@ -116,7 +114,7 @@ class Controller:
                 if not daemon.alive:
                     continue
                 try:
-                    _upgrade_and_wait(daemon)
+                    daemon.upgrade()
                 except SnapshotterError as error:
                     log.error("nydusd %s is not upgraded: %s", daemon.id, error)
                     return failure(500, f"nydusd {daemon.id}: {error}")
@@ -137,7 +135,7 @@ class Controller:
         ]
         instances = [
             {
-                "snapshot_id": str(one.snapshot),
+                "snapshot_id": one.name,
                 "daemon_id": one.daemon,
                 "image_id": one.image,
                 "bootstrap": str(one.bootstrap),
@@ -192,7 +190,7 @@ class Controller:
                     "api_socket": sockets.get(one.daemon, ""),
                     "mountpoint": str(self._images.mountpoint(one)),
                     "serving": self._images.serves(one),
-                    "times": tally.remembered(f"image {one.snapshot}"),
+                    "times": tally.remembered(f"image {one.name}"),
                 }
                 for one in self._images.instances()
             ]
@@ -229,22 +227,6 @@ def _body(request: Request, kind: type) -> Any:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, kind) else None
-
-
-def _upgrade_and_wait(daemon: Daemon) -> None:
-    """Returns when the new worker answers. Raises SnapshotterError."""
-    before = daemon.api.info().get("worker_pid")
-    daemon.api.upgrade()
-    deadline = time.monotonic() + UPGRADE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            info = daemon.api.info(timeout=5)
-            if info.get("worker_pid") != before and info.get("state") == "RUNNING":
-                return
-        except SnapshotterError:
-            pass  # between two workers
-        time.sleep(0.02)
-    raise Unavailable(f"its new worker does not answer within {UPGRADE_SECONDS:.0f} s")
 
 
 def _same_program(one: str, other: str) -> bool:

@@ -7,8 +7,6 @@ import os
 import secrets
 import select
 import signal
-import socket
-import struct
 import subprocess
 import threading
 import time
@@ -20,8 +18,10 @@ from pathlib import Path
 from snapshotter.cgroup import MemoryGroup
 from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.nydusd_api import NydusdApi
+from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
+from snapshotter.processes import installed_version, last_line, peer_pid, serving
 from snapshotter.records import DaemonRecord, Records
+from snapshotter.supervisor import EXCHANGE_SECONDS, Supervisor
 from snapshotter.system import cpu_seconds, detach, mountpoints, proportional_kb, start_time
 from snapshotter.tally import tally
 
@@ -34,6 +34,8 @@ KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 # Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
 LOCK_SECONDS = 60.0
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+TAKE_OVERS = 3
+UPGRADE_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a life this long makes the next restart immediate again
 EVENTS = "nydusd_lifetime_event_counts"
 _ALPHABET = "0123456789abcdefghijklmnopqrstuv"
@@ -47,7 +49,8 @@ class DaemonSettings:
     log_level: str = "info"
     log_rotation_size: int = 100  # MB
     threads: int = 0  # 0: nydusd's choice
-    restart: bool = True  # recover_policy
+    restart: bool = True  # recover_policy other than none
+    failover: bool = False  # recover_policy failover: a dead one's mount goes on with the next
     failover_policy: str = "resend"
     cpu_seconds: int = 0  # window after a start in which CPU time is measured, 0: not
     log_format: str = "text"
@@ -64,7 +67,8 @@ class Daemon:
     """A process that serves one FUSE mount. All methods may be called from any thread.
 
     `arguments` gives what the command line needs beyond the common part, fresh at each start; `on_start` runs after
-    each start of a new process, before others may use it: it mounts again what the dead one served.
+    each start of a new process, before others may use it: it mounts again what the dead one served; `on_take_over`
+    where the new process has the mounts of the dead one.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Daemon:
         record: DaemonRecord,
         arguments: Callable[[], Sequence[str]],
         on_start: Callable[[], None],
+        on_take_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.api = NydusdApi(record.socket)
         self.id = record.id
@@ -84,7 +89,12 @@ class Daemon:
         self._record = record
         self._arguments = arguments
         self._on_start = on_start
+        self._on_take_over = on_take_over
+        self._supervisor: Supervisor | None = None
+        if settings.failover:
+            self._supervisor = Supervisor(settings.root / "supervisor" / f"{record.id}.sock")
         self._alive = False
+        self._gives_state = True
         self._closing = threading.Event()
         self._born = 0.0
         self._said = 0  # length of the output file before this process
@@ -120,7 +130,7 @@ class Daemon:
                 try:
                     info = self.api.info(timeout=10)
                     state = info.get("state", "")
-                    pid = info.get("keeper_pid") or _peer_pid(self._record.socket)
+                    pid = info.get("keeper_pid") or peer_pid(self._record.socket)
                 except (SnapshotterError, OSError):
                     if not self._processes():
                         return False
@@ -132,7 +142,22 @@ class Daemon:
             self._record = replace(self._record, pid=pid, started=start_time(pid))
             self._records.save_daemon(self._record)
             self._live(None)
+            self.save_state()
             return True
+
+    def save_state(self) -> None:
+        """After each change of what it serves. Raises nothing: without it a death of all processes is a restart."""
+        with self.lock:
+            if self._supervisor is None or not self._gives_state:
+                return
+            try:
+                self._supervisor.save(lambda: self.api.send_state(EXCHANGE_SECONDS))
+            except ApiUnreachable as error:
+                log.warning("nydusd %s: its mount would not survive a death of it now: %s", self.id, error)
+            except SnapshotterError as error:
+                # started without a supervisor, or too old for one: asked again when it was started again
+                self._gives_state = False
+                log.warning("nydusd %s: its mount would not survive a death of it: %s", self.id, error)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -153,7 +178,50 @@ class Daemon:
             if self._closing.is_set():
                 raise Unavailable(f"nydusd {self.id} is being stopped")
             if not self._alive:
-                self._start()
+                self._resume()
+
+    def upgrade(self) -> None:
+        """The code that is installed now serves in place of the running one, under its mounts; returns when it does.
+
+        Raises SnapshotterError; then what ran before serves on.
+        """
+        before = self.api.info().get("worker_pid")
+        try:
+            self.api.upgrade()
+        except ApiError as error:
+            # upstream's has no such route: another process takes its mount over, as after a death
+            if error.status not in (400, 404, 501) or self._supervisor is None:
+                raise
+            with self.held():
+                self._supervisor.save(lambda: self.api.send_state(EXCHANGE_SECONDS))
+                self._alive = False
+                self._end_processes(signal.SIGKILL)
+                self._resume()
+            return
+        deadline = time.monotonic() + UPGRADE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                info = self.api.info(timeout=5)
+                if info.get("worker_pid") != before and info.get("state") == "RUNNING":
+                    self.save_state()
+                    return
+            except SnapshotterError:
+                pass  # between two workers
+            time.sleep(0.02)
+        raise Unavailable(f"its new worker does not answer within {UPGRADE_SECONDS:.0f} s")
+
+    def upgrade_if_older(self) -> None:
+        """After an update of the package, when this program was started again. Raises nothing."""
+        try:
+            running = self.api.info().get("version") or {}
+            installed = installed_version(self._settings.program)
+            told = (running.get("package_ver"), running.get("git_commit"))
+            if installed is None or told == installed:
+                return
+            log.info("nydusd %s is %s (%s), installed is %s (%s): it is upgraded", self.id, *told, *installed)
+            self.upgrade()
+        except (SnapshotterError, OSError) as error:
+            log.warning("nydusd %s goes on as it is: %s", self.id, error)
 
     def memory_kb(self) -> int:
         """Of all its processes, pages they share counted once."""
@@ -165,6 +233,8 @@ class Daemon:
         with self.lock:
             self._alive = False
             self._end_processes()
+            if self._supervisor is not None:
+                self._supervisor.close()
             detach(str(self.mountpoint))
             self._records.forget_daemon(self.id)
         tally.count(EVENTS, "DESTROYED")
@@ -176,22 +246,81 @@ class Daemon:
     # ---- starting
 
     def _start(self) -> None:
-        record, settings = self._record, self._settings
+        record = self._record
         if not os.path.exists("/dev/fuse"):
             raise Unavailable("Nydus images need FUSE: /dev/fuse is missing (modprobe fuse)")
         self._end_processes()
+        if self._supervisor is not None:
+            self._supervisor.forget()  # a connection that is kept would keep the old mount busy
         # nydusd takes a stale socket beside a mount for a crash it should fail over from, and waits for ever
         detach(str(record.mountpoint))
+        record.mountpoint.mkdir(mode=0o750, parents=True, exist_ok=True)
+        process, output = self._spawn(self._arguments())
+        try:
+            self._wait_state(process, output, "RUNNING")
+        except BaseException:
+            process.kill()
+            process.wait()
+            detach(str(record.mountpoint))
+            raise
+        self._begun(process)
+        log.info("nydusd %s started, pid %d, serving %s", record.id, process.pid, record.mountpoint)
+        self._on_start()
+        self.save_state()
+
+    def _resume(self) -> None:
+        if self._supervisor is not None and self._supervisor.has_state:
+            # a new mount is none to containers that run: it comes last, also where the next one dies as it begins
+            for _ in range(TAKE_OVERS):
+                try:
+                    self._take_over()
+                    return
+                except (SnapshotterError, OSError) as error:
+                    log.error("nydusd %s: another process cannot go on with its mount: %s", self.id, error)
+            log.error("nydusd %s: its mount is lost, a new one is made", self.id)
+        self._start()
+
+    def _take_over(self) -> None:
+        """Another process goes on with the mount of the dead one. Raises SnapshotterError, OSError; then none runs."""
+        assert self._supervisor is not None
+        self._end_processes()
+        process, output = self._spawn(["--upgrade"])
+        try:
+            self._wait_state(process, output, "INIT")
+            self._supervisor.restore(lambda: self.api.take_over(EXCHANGE_SECONDS))
+            self._wait_state(process, output, "READY")
+            self.api.start()
+            self._wait_state(process, output, "RUNNING")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        self._begun(process)
+        log.info("nydusd %s: pid %d goes on with %s, readers waited", self.id, process.pid, self.mountpoint)
+        self._on_take_over()
+        self.save_state()
+
+    def _begun(self, process: subprocess.Popen[bytes]) -> None:
+        self._gives_state = True
+        self._live(process)
+        tally.count(EVENTS, "RUNNING")
+        if self._settings.cpu_seconds:
+            threading.Thread(target=self._measure, args=(process.pid,), name=f"cpu-{self.id}", daemon=True).start()
+
+    def _spawn(self, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
+        """The process, on record, and the file it prints to."""
+        record, settings = self._record, self._settings
         record.socket.unlink(missing_ok=True)
         make_private(record.socket.parent)
-        record.mountpoint.mkdir(mode=0o750, parents=True, exist_ok=True)
         log_dir = settings.log_dir / record.id
         log_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._records.save_daemon(replace(record, pid=0, started=0))
         command = [settings.program, "fuse"]
         if settings.threads:
             command += ["--thread-num", str(settings.threads)]
-        command += self._arguments()
+        if self._supervisor is not None:
+            command += ["--id", record.id, "--supervisor", str(self._supervisor.path)]
+        command += arguments
         command += ["--mountpoint", str(record.mountpoint), "--apisock", str(record.socket)]
         command += ["--log-level", settings.log_level]
         if settings.log_rotation_size > 0:
@@ -214,36 +343,24 @@ class Daemon:
             raise Unavailable(f"nydusd cannot be started: {settings.program}: {error.strerror}") from None
         self._record = replace(record, pid=process.pid, started=start_time(process.pid))
         self._records.save_daemon(self._record)
-        try:
-            self._wait_running(process, output)
-        except BaseException:
-            process.kill()
-            process.wait()
-            detach(str(record.mountpoint))
-            raise
-        self._live(process)
-        tally.count(EVENTS, "RUNNING")
-        if settings.cpu_seconds:
-            threading.Thread(target=self._measure, args=(process.pid,), name=f"cpu-{self.id}", daemon=True).start()
-        log.info("nydusd %s started, pid %d, serving %s", record.id, process.pid, record.mountpoint)
-        self._on_start()
+        return process, output
 
-    def _wait_running(self, process: subprocess.Popen[bytes], output: Path) -> None:
+    def _wait_state(self, process: subprocess.Popen[bytes], output: Path, state: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         delay = 0.01
         while True:
             if process.poll() is not None:
-                said = f"status {process.returncode}: {_last_line(output, self._said)} (see {output.parent})"
+                said = f"status {process.returncode}: {last_line(output, self._said)} (see {output.parent})"
                 raise Unavailable(f"nydusd {self.id} ended at its start with {said}")
             try:
-                if self.api.info(timeout=5).get("state") == "RUNNING":
+                if self.api.info(timeout=5).get("state") == state:
                     return
             except SnapshotterError:
                 pass
             if self._closing.is_set():
                 raise Unavailable(f"nydusd {self.id} is being stopped")
             if time.monotonic() > deadline:
-                raise Unavailable(f"nydusd {self.id} is not running after {START_SECONDS:.0f} s (see {output.parent})")
+                raise Unavailable(f"nydusd {self.id} is not {state} after {START_SECONDS:.0f} s (see {output.parent})")
             time.sleep(delay)
             delay = min(delay * 1.5, 0.1)
 
@@ -273,7 +390,7 @@ class Daemon:
         if process is not None:
             process.wait()
         with self.lock:
-            if self._record.pid != pid or self._closing.is_set():
+            if self._record.pid != pid or self._closing.is_set() or not self._alive:
                 return
             if self._has_another_keeper(pid):
                 return
@@ -282,7 +399,7 @@ class Daemon:
             self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
         consequence = "starting it again" if self._settings.restart else "recover_policy is none"
         output = self._settings.log_dir / self.id / "nydusd.out"
-        log.error("nydusd %s (pid %d) died, its last words: %s; %s", self.id, pid, _last_line(output, 0), consequence)
+        log.error("nydusd %s (pid %d) died, its last words: %s; %s", self.id, pid, last_line(output, 0), consequence)
         if self._settings.restart:
             self._bring_back()
 
@@ -312,7 +429,7 @@ class Daemon:
                 if self._alive or self._closing.is_set():
                     return
                 try:
-                    self._start()
+                    self._resume()
                     return
                 except (SnapshotterError, OSError) as error:
                     self._deaths += 1
@@ -324,10 +441,10 @@ class Daemon:
             pids.add(self._record.pid)
         return pids
 
-    def _end_processes(self) -> None:
+    def _end_processes(self, first: signal.Signals = signal.SIGTERM) -> None:
         """SIGTERM, then SIGKILL, to every process of ours that was started for this socket."""
         pids = self._processes()
-        for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 2.0)):
+        for number, patience in ((first, STOP_SECONDS), (signal.SIGKILL, 2.0)):
             for pid in pids:
                 try:
                     os.kill(pid, number)
@@ -338,40 +455,3 @@ class Daemon:
                 time.sleep(0.01)
             if not pids:
                 return
-
-
-def _peer_pid(path: Path) -> int:
-    """Pid of the process that listens on a unix socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(5)
-        client.connect(str(path))
-        pid: int
-        pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid
-
-
-def serving(path: Path) -> list[int]:
-    """Processes whose command line names this API socket: also those whose pid could not be recorded any more."""
-    found = []
-    wanted = [b"--apisock", os.fsencode(path)]
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
-            try:
-                with open(f"/proc/{name}/cmdline", "rb") as file:
-                    words = file.read().split(b"\0")
-            except OSError:
-                continue
-            if any(words[at : at + 2] == wanted for at in range(len(words))):
-                found.append(int(name))
-    return found
-
-
-def _last_line(path: Path, start: int) -> str:
-    """Of what was printed behind `start` bytes."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(start, path.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1].strip() if lines else "it printed nothing"

@@ -79,8 +79,23 @@ CREATE INDEX snapshots_ref ON snapshots (ref) WHERE ref IS NOT NULL;
 CREATE TABLE gone (id INTEGER PRIMARY KEY) STRICT;
 """
 
+_THIRD = """
+-- One image may be mounted several times: once, and once for each user namespace (`12`, `12-userns-65536`).
+CREATE TABLE served (
+    seq       INTEGER PRIMARY KEY AUTOINCREMENT,
+    name      TEXT NOT NULL UNIQUE,
+    snapshot  INTEGER NOT NULL,
+    daemon    TEXT NOT NULL REFERENCES daemons (id) ON DELETE CASCADE,
+    image     TEXT NOT NULL,
+    bootstrap TEXT NOT NULL
+) STRICT;
+INSERT INTO served SELECT seq, CAST(snapshot AS TEXT), snapshot, daemon, image, bootstrap FROM instances;
+DROP TABLE instances;
+ALTER TABLE served RENAME TO instances;
+"""
+
 # Statements that lead from version N to N+1; PRAGMA user_version says where a file stands. Only ever append.
-MIGRATIONS = (_FIRST, _SECOND)
+MIGRATIONS = (_FIRST, _SECOND, _THIRD)
 
 _WAY_OUT = (
     "run containerd-nydus-grpc --repair with the same flags: it rebuilds the database from the directories and the "

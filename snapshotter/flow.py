@@ -13,6 +13,8 @@ from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
 from snapshotter.auth.local import label_credentials
 from snapshotter.auth.vault import LABELS, Vault
+from snapshotter.cachegc import Collector
+from snapshotter.cacheusage import CacheUsage
 from snapshotter.directories import disk_usage
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 from snapshotter.filters import Adaptor, parse
@@ -21,9 +23,12 @@ from snapshotter.labels import (
     DATA_LAYER,
     LAYER_DIGEST,
     OWN,
+    PROXY,
     PULL_SECRET,
     PULL_USER,
+    RECOVERED,
     SNAPSHOT_REF,
+    IdMapping,
     id_mapping,
     image_label,
     is_data,
@@ -36,9 +41,11 @@ from snapshotter.labels import (
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.mounts import Layout, Mount
 from snapshotter.origins import Origins
+from snapshotter.records import instance_name
 from snapshotter.store import Kind, Snapshot, Store
 from snapshotter.tally import tally
 from snapshotter.trash import Trash
+from snapshotter.volumes import VolumeSettings, extra_option, guest_pull
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +69,20 @@ class Snapshotter:
         images: Images,
         vault: Vault,
         lazy: LazyFinder,
+        cache: CacheUsage,
+        collector: Collector,
         origins: Origins | None = None,
         *,
         sync_remove: bool = False,
+        volumes: VolumeSettings = VolumeSettings(),  # noqa: B008 (immutable)
+        proxy: bool = False,
     ) -> None:
+        """`proxy`: no image's layers come to this machine, a virtual machine pulls them itself."""
         self._store = store
+        self._cache_usage = cache
+        self._collector = collector
+        self._volumes = volumes
+        self._proxy = proxy
         self._lazy = lazy
         self._origins = origins
         self._vault = vault
@@ -80,6 +96,13 @@ class Snapshotter:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
         labels = self._described(key, parent, self._taken(labels))
         ref = labels.get(SNAPSHOT_REF, "")
+        if ref and self._proxy:
+            if LAYER_DIGEST not in labels:
+                raise InvalidArgument(
+                    f"missing CRI reference annotation for snapshot {key}: with fs_driver proxy, layers need the label "
+                    f"{LAYER_DIGEST} (disable_snapshot_annotations = false for containerd's CRI plugin)"
+                )
+            self._skip(key, parent, ref, {**labels, PROXY: "true"})
         # A layer that carries both marks is the meta layer: without its bootstrap there is no image.
         if ref and is_data(labels) and not is_meta(labels):
             self._check_chain(key, parent, ref, labels)
@@ -131,10 +154,8 @@ class Snapshotter:
         snapshot = self._store.stat(key)
         if snapshot.kind is Kind.ACTIVE:
             return disk_usage(self._store.upper(snapshot.id))
-        size = snapshot.size
-        if is_data(snapshot.labels):
-            size += self._images.cache_usage(snapshot.labels.get(LAYER_DIGEST, "").rpartition(":")[2])
-        return size + self._lazy.usage(snapshot), snapshot.inodes
+        size, inodes = self._lazy.usage(snapshot)
+        return snapshot.size + size + self._cache_usage.of(snapshot), snapshot.inodes + inodes
 
     def cleanup(self) -> None:
         """Unmounts the images of removed snapshots and deletes their directories; what takes long goes on behind."""
@@ -156,8 +177,12 @@ class Snapshotter:
                 continue
             done.append(identity)
         self._store.forget(done)
+        try:
+            self._images.release_mapped(self._needed_names)
+        except SnapshotterError as error:
+            log.warning("%s", error)
         if images:
-            self._images.collect()
+            self._collector.collect()
             self._vault.sweep(lambda: {image_label(snapshot.labels) for snapshot in self._store.all()} - {""})
 
     # ----
@@ -236,7 +261,14 @@ class Snapshotter:
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         mapping = id_mapping(labels)
         began = time.monotonic()
-        snapshot = self._store.create(kind, key, parent, labels, mapping[1] if mapping else None)
+        owner = mapping.host if mapping else None
+        try:
+            snapshot = self._store.create(kind, key, parent, labels, owner)
+        except NotFound:
+            if not self._proxy or not parent:
+                raise
+            self._stand_in(parent)
+            snapshot = self._store.create(kind, key, parent, labels, owner)
         try:
             mounts = self._mounts(self._store.chain(key))
             tally.remember(f"snapshot {key}", prepare=time.monotonic() - began)
@@ -245,6 +277,17 @@ class Snapshotter:
             # else a retry with this key meets AlreadyExists, and containerd's collector has to find the rest
             self._undo(snapshot)
             raise
+
+    def _stand_in(self, name: str) -> None:
+        """An empty layer for one that another snapshotter unpacked, as the pause image's: the guest has its own."""
+        key = f"recovered {name}"
+        labels = {RECOVERED: "true", f"{RECOVERED}.at": str(int(time.time()))}
+        log.info("layer %s is not here, an empty one takes its place: the guest pulls the image", name)
+        try:
+            self._store.create(Kind.ACTIVE, key, "", {})
+            self._store.commit(name, key, labels)
+        except (AlreadyExists, NotFound):
+            pass  # another call did the same
 
     def _undo(self, snapshot: Snapshot) -> None:
         try:
@@ -258,24 +301,56 @@ class Snapshotter:
 
         The nearest one counts. The snapshot itself does not: a meta layer being unpacked is an ordinary directory.
         """
+        if self._in_guest(chain):
+            return self._layout.in_guest(chain, guest_pull(chain[1].labels if len(chain) > 1 else {}))
+        mapping = id_mapping(chain[0].labels)
         for depth, layer in enumerate(chain[1:], 1):
             if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
-                if id_mapping(chain[0].labels):
+                by_kernel = self._lazy.local(layer) is not None
+                if mapping and depth > 1 and not by_kernel:
                     raise InvalidArgument(
-                        "user namespaces on Nydus images are not supported yet: "
-                        'take "remap-ids" out of the capabilities of proxy_plugins.nydus'
+                        f"image {image_label(layer.labels)}: it has layers on top of a Nydus image, whose owners "
+                        "cannot be mapped to a user namespace: convert the whole image to Nydus"
                     )
-                return self._layout.lazy(chain[0], chain[1:depth], self._mounted(layer))
+                image = self._mounted(layer, mapping)
+                volumes = self._volumes_of(chain[0], chain[depth:])
+                return self._layout.lazy(chain[0], chain[1:depth], image, volumes, mapped=not by_kernel)
             self._unpack(chain, depth)
         return self._layout.ordinary(chain)
+
+    def _in_guest(self, chain: Sequence[Snapshot]) -> bool:
+        if len(chain) > 1 and PROXY in chain[1].labels and not self._proxy:
+            raise FailedPrecondition(
+                f"image {image_label(chain[1].labels)} was pulled with fs_driver proxy, its layers are not here: "
+                "remove it and pull it again"
+            )
+        if not self._proxy:
+            return False
+        return len(chain) == 1 or PROXY in chain[1].labels or not image_label(chain[1].labels)
+
+    def _volumes_of(self, own: Snapshot, image: Sequence[Snapshot]) -> list[str]:
+        if self._lazy.local(image[0]) is not None:
+            return self._lazy.volumes(image) if self._volumes.kata else []
+        if not self._volumes.extra:
+            return []
+        return [extra_option(*self._images.describe(image[0]), self._store.path(own.id))]
+
+    def _needed_names(self) -> set[str]:
+        """Of images as containers in user namespaces need them."""
+        return {
+            instance_name(layer.id, mapping)
+            for chain in self._store.mapped()
+            if (mapping := id_mapping(chain[0].labels)) is not None
+            for layer in chain[1:]
+        }
 
     def _unpack(self, chain: Sequence[Snapshot], depth: int) -> None:
         """A layer whose directory is empty as the image it came with runs lazily, while this one does not."""
         if is_left_packed(chain[depth].labels):
             self._lazy.unpack(chain[depth], lambda: self._below(chain[depth:]))
 
-    def _mounted(self, layer: Snapshot) -> Path:
-        return self._lazy.local(layer) or self._images.ensure(layer)
+    def _mounted(self, layer: Snapshot, mapping: IdMapping | None = None) -> Path:
+        return self._lazy.local(layer) or self._images.ensure(layer, mapping)
 
     def _below(self, chain: Sequence[Snapshot]) -> list[str]:
         """Directories under `chain[0]`, nearest first."""

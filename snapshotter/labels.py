@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from snapshotter.errors import InvalidArgument, NotFound
 
@@ -15,6 +16,7 @@ SNAPSHOT_REF = "containerd.io/snapshot.ref"
 META_LAYER = PREFIX + "nydus-bootstrap"
 DATA_LAYER = PREFIX + "nydus-blob"
 IMAGE_REF = PREFIX + "cri.image-ref"
+NYDUS_REF = PREFIX + "nydus-ref"
 LAYER_DIGEST = PREFIX + "cri.layer-digest"
 MANIFEST_DIGEST = PREFIX + "cri.manifest-digest"
 TOC_DIGEST = PREFIX + "stargz/toc.digest"
@@ -23,6 +25,9 @@ SIGNATURE = PREFIX + "nydus-signature"
 STARGZ = PREFIX + "stargz"
 TARFS = PREFIX + "nydus-tarfs"
 TARFS_HINT = PREFIX + "tarfs-hint"
+IMAGE_BLOCK = PREFIX + "nydus-image-block"
+LAYER_BLOCK = PREFIX + "nydus-layer-block"
+PROXY = PREFIX + "nydus-proxy-mode"
 INDEX_ALTERNATIVE = PREFIX + "nydus-index-alternative"
 # Ours: digest of the Nydus manifest on the top layer of a plain image that runs as its twin, `layer` on those below.
 TWIN = PREFIX + "nydus-twin"
@@ -34,13 +39,25 @@ GID_MAPPING = PREFIX + "gidmapping"
 PULL_USER = PREFIX + "pullusername"
 PULL_SECRET = PREFIX + "pullsecret"
 
+RECOVERED = "nydus.recovered"  # on a layer that stands in for one unpacked by another snapshotter
 STARGZ_TOC = PREFIX + "nydus-stargz-toc"  # ours: what the manifest says of the table, however it was learned
 # What this program alone writes. A manifest's annotations below PREFIX become labels of its layers, and a layer is
 # shared by all images with its chain id: who could write these could have another image's containers run his files.
-OWN = frozenset({STARGZ, STARGZ_TOC, TARFS, TWIN, INDEX_ALTERNATIVE})
+OWN = frozenset({STARGZ, STARGZ_TOC, TARFS, TWIN, INDEX_ALTERNATIVE, PROXY, IMAGE_BLOCK, LAYER_BLOCK})
 
 Labels = Mapping[str, str]
 _UNPACK = re.compile(r"extract-\d+-\S+ (sha256:[0-9a-f]{64})")
+
+
+class IdMapping(NamedTuple):
+    """A user namespace: ids from `inside` on are those from `host` on of this machine."""
+
+    inside: int
+    host: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.inside}:{self.host}:{self.length}"
 
 
 def is_meta(labels: Labels) -> bool:
@@ -102,10 +119,10 @@ def unpacked_chain(key: str) -> str:
     return match[1] if match else ""
 
 
-def id_mapping(labels: Labels) -> tuple[int, int, int] | None:
-    """(container id, host id, length) of a user namespace; None without mapping labels.
+def id_mapping(labels: Labels) -> IdMapping | None:
+    """Of the user namespace that the container will have; None without mapping labels.
 
-    Both labels must be there and equal, one `a:b:n` triple of 32-bit numbers. Raises InvalidArgument.
+    Both labels must be there and equal, one `container:host:length` triple of 32-bit numbers. Raises InvalidArgument.
     """
     uid, gid = labels.get(UID_MAPPING), labels.get(GID_MAPPING)
     if not uid and not gid:
@@ -118,4 +135,4 @@ def id_mapping(labels: Labels) -> tuple[int, int, int] | None:
     inside, host, length = (int(part) for part in parts)
     if length < 1 or max(inside, host) + length > 1 << 32:
         raise InvalidArgument(f"label {UID_MAPPING}: {uid!r} leaves the 32-bit id range")
-    return inside, host, length
+    return IdMapping(inside, host, length)

@@ -9,13 +9,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from snapshotter.records import instance_of
+
 log = logging.getLogger(__name__)
 
 _DAEMON = re.compile(r"[0-9a-v]{20}")
 
 
-def sweep(root: Path, log_dir: Path, served: Mapping[str, set[int]]) -> None:
-    """`served`: ids of all daemons on record, each with the snapshots it serves. Other names stay.
+def sweep(root: Path, log_dir: Path, served: Mapping[str, set[str]]) -> None:
+    """`served`: ids of all daemons on record, each with the names of the images it serves. Other names stay.
 
     Nothing is touched where another implementation keeps its own daemons (nydus.db): theirs have such names too.
     """
@@ -30,7 +32,7 @@ def sweep(root: Path, log_dir: Path, served: Mapping[str, set[int]]) -> None:
                     shutil.rmtree(path, ignore_errors=True)
             elif place.name == "config":
                 for name in _names(path):
-                    if name.isdecimal() and int(name) not in served[daemon]:
+                    if instance_of(name) is not None and name not in served[daemon]:
                         shutil.rmtree(path / name, ignore_errors=True)
 
 

@@ -265,7 +265,7 @@ def _ask(daemon: Daemon, kind: str, identity: str | None = None) -> Any:
 
 def _image(table: _Table, daemon: Daemon, one: InstanceRecord) -> None:
     labels = ("image_ref",)
-    where = f"/{one.snapshot}" if daemon.shared else "/"
+    where = f"/{one.name}" if daemon.shared else "/"
     stats = _ask(daemon, "", where)
     if stats:
         table.gauge("nydusd_total_read_bytes", "Bytes given to readers.", labels).add(stats["data_read"], one.image)
@@ -287,7 +287,7 @@ def _image(table: _Table, daemon: Daemon, one: InstanceRecord) -> None:
                 table.gauge("nydusd_operations", "File system calls.", operation).add(hits, one.image, name)
                 table.gauge("nydusd_operation_errors", "Those that failed.", operation).add(errors, one.image, name)
     # a configuration's id is the mountpoint that the snapshotter gave it, whoever serves it
-    cache = _ask(daemon, "blobcache", f"/{one.snapshot}")
+    cache = _ask(daemon, "blobcache", f"/{one.name}")
     if cache:
         _gauges(table, _CACHE, cache, one.image)
         begin, end = (

@@ -17,11 +17,17 @@ class Mount(NamedTuple):
 
 
 class Layout:
-    """Builds mounts for snapshots below one directory; `volatile` asks for it everywhere."""
+    """Builds mounts for snapshots below one directory; `volatile` asks for it everywhere.
 
-    def __init__(self, snapshots: Path, *, volatile: bool = False) -> None:
+    `helper`: mount type with options for runtimes. `userxattr`: overlayfs keeps its marks in user.* attributes, as it
+    must where this program's user namespace may not set trusted.* ones.
+    """
+
+    def __init__(self, snapshots: Path, *, volatile: bool = False, helper: str = "", userxattr: bool = False) -> None:
         self._snapshots = snapshots
         self._volatile = volatile
+        self._helper = helper
+        self._userxattr = userxattr
 
     def ordinary(self, chain: Sequence[Snapshot]) -> list[Mount]:
         """For `chain[0]` on the layers `chain[1:]`, nearest first, exactly as containerd's overlayfs snapshotter."""
@@ -33,24 +39,45 @@ class Layout:
             return [Mount("bind", self._fs(parents[0]), ["ro", "rbind"])]
         return [self._overlay(own, [self._fs(parent) for parent in parents])]
 
-    def lazy(self, own: Snapshot, between: Sequence[Snapshot], image: Path) -> list[Mount]:
+    def lazy(
+        self,
+        own: Snapshot,
+        between: Sequence[Snapshot],
+        image: Path,
+        volumes: Sequence[str] = (),
+        *,
+        mapped: bool = False,
+    ) -> list[Mount]:
         """For a snapshot over a mounted Nydus image; `between` are the unpacked layers above the image, nearest first.
 
         Upstream drops those layers unless a detection flag is on (images built on Nydus images lose files); here they
         are always stacked. A view brings its own empty directory, as overlay wants two lower directories then.
+        `volumes`: options for a runtime that mounts the image itself; their type has them taken out elsewhere.
+        `mapped`: the image shows its owners as the snapshot's user namespace has them already.
         """
         lower = [*(self._fs(layer) for layer in between), str(image)]
         if own.kind is not Kind.ACTIVE:
             lower.append(self._fs(own))
-        return [self._overlay(own, lower)]
+        return [self._with(self._overlay(own, lower, mapped=mapped), volumes)]
 
-    def _overlay(self, own: Snapshot, lower: Sequence[str]) -> Mount:
-        options: list[str] = []
+    def in_guest(self, chain: Sequence[Snapshot], volume: str) -> list[Mount]:
+        """For `chain[0]` when the image is not here at all: its layers are empty directories, or there are none."""
+        lower = [self._fs(layer) for layer in chain[1:]] or [str(self._snapshots)]
+        if chain[0].kind is not Kind.ACTIVE:
+            lower.append(self._fs(chain[0]))
+        return [self._with(self._overlay(chain[0], lower), [volume])]
+
+    def _with(self, mount: Mount, volumes: Sequence[str]) -> Mount:
+        return Mount(self._helper, mount.source, [*mount.options, *volumes]) if volumes else mount
+
+    def _overlay(self, own: Snapshot, lower: Sequence[str], *, mapped: bool = False) -> Mount:
+        options = ["userxattr"] if self._userxattr else []
         if own.kind is Kind.ACTIVE:
             if self._volatile or VOLATILE in own.labels:
                 options.append("volatile")
             options += [f"workdir={self._snapshots}/{own.id}/work", f"upperdir={self._fs(own)}"]
-            options += _id_options(own.labels)
+            if not mapped:
+                options += _id_options(own.labels)
         return Mount("overlay", "overlay", [*options, f"lowerdir={':'.join(lower)}"])
 
     def _fs(self, snapshot: Snapshot) -> str:

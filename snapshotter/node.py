@@ -23,7 +23,7 @@ from snapshotter.cli import parse
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError, SnapshotterError
 from snapshotter.nydusd_config import Template, load_template
-from snapshotter.records import DaemonRecord, InstanceRecord
+from snapshotter.records import INSTANCES, DaemonRecord, InstanceRecord, instances_of
 from snapshotter.settings import Settings
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
@@ -258,10 +258,9 @@ class Node:
         return [DaemonRecord(row[0], bool(row[1]), row[2], row[3], Path(row[4]), Path(row[5])) for row in rows]
 
     def instances(self) -> list[InstanceRecord]:
-        rows = self.query("SELECT snapshot, daemon, image, bootstrap FROM instances ORDER BY seq")
-        return [InstanceRecord(row[0], row[1], row[2], Path(row[3])) for row in rows]
+        return instances_of(self.query(INSTANCES))
 
     def instance_config(self, instance: InstanceRecord, shared: bool) -> Path:
         """The nydusd configuration of an image as it was derived last."""
         folder = self.root / "config" / instance.daemon
-        return folder / str(instance.snapshot) / "config.json" if shared else folder / "config.json"
+        return folder / instance.name / "config.json" if shared else folder / "config.json"

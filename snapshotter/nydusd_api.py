@@ -96,6 +96,18 @@ class NydusdApi:
         """Has the code installed now serve in place of the running one."""
         self.call("PUT", "/api/v1/daemon/upgrade", timeout=60.0)
 
+    def send_state(self, timeout: float) -> None:
+        """Has its state and its connection to the kernel sent to the supervisor it was started with."""
+        self.call("PUT", "/api/v1/daemon/fuse/sendfd", timeout=timeout)
+
+    def take_over(self, timeout: float) -> None:
+        """Has it ask the supervisor for what another one sent."""
+        self.call("PUT", "/api/v1/daemon/fuse/takeover", timeout=timeout)
+
+    def start(self) -> None:
+        """After `take_over`: readers are served."""
+        self.call("PUT", "/api/v1/daemon/start")
+
     def drop_blob(self, blob_id: str) -> None:
         """Have what is cached of a blob deleted, unless an image mounted there uses it."""
         self.call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")

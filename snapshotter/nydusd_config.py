@@ -19,7 +19,7 @@ import os
 import socket
 import ssl
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ class Template:
         return (backend.get("config") or {}) if backend.get("type") == "registry" else {}
 
 
+NO_TEMPLATE = Template(Path("/dev/null"), {"device": {"backend": {"type": "registry", "config": {}}}})
+
+
 def load_template(path: Path) -> Template:
     """Raises SettingsError naming the file and key. Unknown keys are warnings."""
     try:
@@ -109,11 +112,12 @@ def derive(
     instance: str,
     cache_dir: Path,
     credentials: Credentials | None,
+    mapping: Sequence[int] | None = None,
 ) -> str:
     """JSON text for one image. It may hold a registry password: keep it out of logs.
 
-    `instance` is the mount's id (without slash). `credentials` replace whatever the template has. Raises
-    InvalidArgument for an image reference that is none.
+    `instance` is the mount's id (without slash). `credentials` replace whatever the template has. `mapping`:
+    container id, host id and length of a user namespace. Raises InvalidArgument for an image reference that is none.
     """
     document: dict[str, Any] = copy.deepcopy(dict(template.document))
     device = document["device"]
@@ -126,6 +130,8 @@ def derive(
     elif backend.get("type") not in _ONLY_ID_AND_CACHE:
         raise InvalidArgument(f"{template.path}: unknown backend type {backend.get('type')!r}")
     document.setdefault("mode", "direct")
+    if mapping is not None:
+        document["id_mapping"] = list(mapping)
     return json.dumps(document)
 
 

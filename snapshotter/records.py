@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from snapshotter.database import Database
+from snapshotter.labels import IdMapping
+
+INSTANCES = "SELECT name, daemon, image, bootstrap FROM instances ORDER BY seq"
+_NAME = re.compile(r"(\d{1,18})(?:-userns-(\d{1,10})(?:-(\d{1,10})-(\d{1,10}))?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,44 @@ class InstanceRecord:
     daemon: str
     image: str
     bootstrap: Path
+    mapping: IdMapping | None = None  # owners are shown as a user namespace has them
+
+    @property
+    def name(self) -> str:
+        """Of the mount, the configuration, and in nydusd's API."""
+        return instance_name(self.snapshot, self.mapping)
+
+
+def instance_name(snapshot: int, mapping: IdMapping | None) -> str:
+    """`12`, `12-userns-65536`: upstream's names. Mappings of another form than kubelet's have all of it in theirs."""
+    if mapping is None:
+        return str(snapshot)
+    unusual = "" if (mapping.inside, mapping.length) == (0, 65536) else f"-{mapping.inside}-{mapping.length}"
+    return f"{snapshot}-userns-{mapping.host}{unusual}"
+
+
+def own_mountpoint(snapshots: Path, snapshot: int, mapping: IdMapping | None) -> Path:
+    """Where a nydusd of its own mounts an image: `<snapshots>/12/mnt`, `<snapshots>/12/mnt-65536`."""
+    name = "mnt" if mapping is None else "mnt" + instance_name(0, mapping).removeprefix("0-userns")
+    return snapshots / str(snapshot) / name
+
+
+def instance_of(name: str) -> tuple[int, IdMapping | None] | None:
+    """What `instance_name` made; None for other names."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    host, inside, length = found[2], found[3] or "0", found[4] or "65536"
+    return int(found[1]), IdMapping(int(inside), int(host), int(length)) if host else None
+
+
+def instances_of(rows: Iterable[Sequence[Any]]) -> list[InstanceRecord]:
+    """Of the rows that INSTANCES gives."""
+    records = []
+    for name, daemon, image, bootstrap in rows:
+        snapshot, mapping = instance_of(name) or (0, None)
+        records.append(InstanceRecord(snapshot, daemon, image, Path(bootstrap), mapping))
+    return records
 
 
 class Records:
@@ -51,10 +96,10 @@ class Records:
                     "INSERT INTO daemons VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
                     (daemon.id, daemon.shared, daemon.pid, daemon.started, str(daemon.socket), str(daemon.mountpoint)),
                 ),
-                writer.execute("DELETE FROM instances WHERE snapshot = ?", (record.snapshot,)),
+                writer.execute("DELETE FROM instances WHERE name = ?", (record.name,)),
                 writer.execute(
-                    "INSERT INTO instances (snapshot, daemon, image, bootstrap) VALUES (?, ?, ?, ?)",
-                    (record.snapshot, record.daemon, record.image, str(record.bootstrap)),
+                    "INSERT INTO instances (name, snapshot, daemon, image, bootstrap) VALUES (?, ?, ?, ?, ?)",
+                    (record.name, record.snapshot, record.daemon, record.image, str(record.bootstrap)),
                 ),
             )
         )
@@ -65,11 +110,10 @@ class Records:
 
     def instances(self) -> list[InstanceRecord]:
         """In order of mounting."""
-        rows = self._database.query("SELECT snapshot, daemon, image, bootstrap FROM instances ORDER BY seq")
-        return [InstanceRecord(row[0], row[1], row[2], Path(row[3])) for row in rows]
+        return instances_of(self._database.query(INSTANCES))
 
-    def forget_instance(self, snapshot: int) -> None:
-        self._write("DELETE FROM instances WHERE snapshot = ?", (snapshot,))
+    def forget_instance(self, record: InstanceRecord) -> None:
+        self._write("DELETE FROM instances WHERE name = ?", (record.name,))
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         self._database.apply(lambda writer: writer.execute(statement, values) and None)

@@ -16,6 +16,8 @@ from snapshotter import controller
 from snapshotter.auth.explain import ExplainService
 from snapshotter.auth.renewal import Renewer
 from snapshotter.auth.setup import Auth
+from snapshotter.cachegc import Collector
+from snapshotter.cacheusage import CacheUsage
 from snapshotter.cgroup import MemoryGroup
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
@@ -27,14 +29,14 @@ from snapshotter.lazy.registries import Registries
 from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
-from snapshotter.nydusd_config import Template, load_template
+from snapshotter.nydusd_config import NO_TEMPLATE, Template, load_template
 from snapshotter.origins import Origins
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
 from snapshotter.settings import Settings
 from snapshotter.signature import Signatures
 from snapshotter.store import Store
-from snapshotter.system import overlay_works
+from snapshotter.system import in_user_namespace, overlay_works
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +50,14 @@ class Program:
     def __init__(self, settings: Settings) -> None:
         if os.geteuid() != 0:
             raise StartError("must run as root: it mounts images and owns container files")
-        template = load_template(settings.template)
+        # with the proxy driver no image is read here, and nobody writes such a file
+        unread = settings.proxy and not settings.template.exists()
+        template = NO_TEMPLATE if unread else load_template(settings.template)
         root = _make_root(settings.root)
         self._lock = _lock_root(root)
         claim_address(settings.address)
-        if not overlay_works(root):
+        userxattr = in_user_namespace()
+        if not overlay_works(root, "userxattr" if userxattr else ""):
             raise StartError(
                 "this kernel cannot mount overlayfs (or not on the file system of "
                 f"{root}): containers need it. Try modprobe overlay, or another --root"
@@ -77,6 +82,7 @@ class Program:
             log_rotation_size=settings.nydusd_log_rotation,
             threads=settings.threads,
             restart=settings.restart_nydusd,
+            failover=settings.failover,
             failover_policy=settings.failover_policy,
             cpu_seconds=settings.system.cpu_seconds,
             log_format=settings.log_format,
@@ -92,8 +98,7 @@ class Program:
             settings.shared,
             template,
             cache,
-            settings.collect_cache,
-            settings.collect_period,
+            settings.serve,
             Signatures(settings.public_key, required=settings.validate_signature),
         )
         records = Records(self._database)
@@ -103,14 +108,29 @@ class Program:
         self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
         self._images.on_credentials = self._renewer.learned
         self._lazy = LazyFinder(settings.lazy, Registries(template, self._auth.chain), store)
+        self._collector = Collector(
+            cache,
+            store.directory,
+            lambda: [daemon.api for daemon in self._images.daemons() if daemon.alive],
+            lambda: {one.bootstrap for one in self._images.instances()},
+            enabled=settings.collect_cache,
+            period=settings.collect_period,
+        )
+        layout = Layout(
+            store.directory, volatile=settings.volatile, helper=settings.volumes.mount_type, userxattr=userxattr
+        )
         self.snapshotter = Snapshotter(
             store,
-            Layout(store.directory, volatile=settings.volatile),
+            layout,
             self._images,
             self._auth.vault,
             self._lazy,
+            CacheUsage(cache, store),
+            self._collector,
             origins,
             sync_remove=settings.sync_remove,
+            volumes=settings.volumes,
+            proxy=settings.proxy,
         )
         handlers: list[grpc.GenericRpcHandler[Any, Any]] = [ExplainService(self._auth.chain, store)]
         if self._auth.cri is not None:
@@ -131,6 +151,7 @@ class Program:
         self._auth.start(self._renewer.kick)
         self._images.recover()
         _say_driver(self._template, self._settings.cache_dir)
+        self._collector.start()
         try:
             if written := self._store.write_records():
                 log.info("%d snapshot directories of an older version have their records now", written)
@@ -147,6 +168,7 @@ class Program:
             server.close()
         self._renewer.close()
         self._auth.close()
+        self._collector.close()
         self._images.close(umount=self._settings.cleanup_on_close)
         self._lazy.close(umount=self._settings.cleanup_on_close)
         self._database.close()

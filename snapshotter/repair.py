@@ -22,8 +22,8 @@ from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.database import NAME, Database
 from snapshotter.directories import read_record, write_record
 from snapshotter.errors import SnapshotterError, StartError
-from snapshotter.labels import image_ref, is_meta
-from snapshotter.records import DaemonRecord, InstanceRecord, Records
+from snapshotter.labels import IdMapping, image_ref, is_meta
+from snapshotter.records import DaemonRecord, InstanceRecord, Records, instance_of, own_mountpoint
 from snapshotter.store import Kind, Snapshot, record_of
 
 log = logging.getLogger(__name__)
@@ -226,18 +226,19 @@ def _daemons(root: Path, database: Database, snapshots: dict[int, Snapshot], rep
     """
     records = Records(database)
     for folder in sorted((root / "config").glob("*")):
-        served = [int(path.name) for path in folder.iterdir() if _is_id(path.name)] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        served = [one for name in names if (one := instance_of(name)) is not None]
         shared = not (folder / "config.json").exists()
         socket = root / "socket" / folder.name / "api.sock"
         if not shared:
-            served = [identity] if (identity := _served_alone(folder / "config.json")) else []
+            served = [one] if (one := _served_alone(folder / "config.json")) is not None else []
         elif not socket.exists() and not served:
             continue
-        mountpoint = root / "mnt" if shared else root / "snapshots" / f"{served[0] if served else 0}" / "mnt"
+        mountpoint = root / "mnt" if shared else own_mountpoint(root / "snapshots", *(served or [(0, None)])[0])
         daemon = DaemonRecord(folder.name, shared, 0, 0, socket, mountpoint)
         records.save_daemon(daemon)
         report.daemons += 1
-        for identity in sorted(served):
+        for identity, mapping in served:
             snapshot = snapshots.get(identity)
             if snapshot is None or not is_meta(snapshot.labels):
                 continue
@@ -247,17 +248,17 @@ def _daemons(root: Path, database: Database, snapshots: dict[int, Snapshot], rep
             except (SnapshotterError, OSError) as error:
                 log.warning("%s", error)
                 continue
-            records.add_instance(daemon, InstanceRecord(identity, daemon.id, image, bootstrap))
+            records.add_instance(daemon, InstanceRecord(identity, daemon.id, image, bootstrap, mapping))
             report.images += 1
 
 
-def _served_alone(path: Path) -> int:
-    """The snapshot a daemon's own configuration is for; 0 if it does not say."""
+def _served_alone(path: Path) -> tuple[int, IdMapping | None] | None:
+    """What a daemon's own configuration is for; None if it does not say."""
     try:
         name = str(json.loads(path.read_bytes())["device"]["id"]).lstrip("/")
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return int(name) if _is_id(name) else 0
+        return None
+    return instance_of(name)
 
 
 def _exchange(current: Path, new: Path) -> str:

@@ -18,8 +18,10 @@ from snapshotter.auth.settings import AuthSettings
 from snapshotter.cgroup import parse_limit
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError
+from snapshotter.lazy.blockdisk import MODES
 from snapshotter.lazy.settings import LazySettings
 from snapshotter.signature import DEFAULT_KEY
+from snapshotter.volumes import VolumeSettings
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ NEW_TEMPLATE = "/etc/nydus/nydusd-config.json"
 MAX_ROOT = 70  # bytes: sockets below it must stay under the kernel's 108
 MAX_CONFIG = 1 << 20
 LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "panic")
-_MODES = {"multiple": "dedicated", "dedicated": "dedicated", "shared": "shared", "prefetch": "dedicated"}
+_MODES = {
+    "multiple": "dedicated", "dedicated": "dedicated", "shared": "shared", "none": "none", "prefetch": "dedicated"
+}  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -70,9 +74,9 @@ KEYS: dict[str, Key] = {
     "daemon.threads_number": Key(int, 0),
     "daemon.log_rotation_size": Key(int, 100),
     "daemon.failover_policy": Key(str, "resend"),
-    "snapshot.enable_nydus_overlayfs": Key(bool, False, _LATER),
-    "snapshot.nydus_overlayfs_path": Key(str, "", _LATER),
-    "snapshot.enable_kata_volume": Key(bool, False, _LATER),
+    "snapshot.enable_nydus_overlayfs": Key(bool, False),
+    "snapshot.nydus_overlayfs_path": Key(str, ""),
+    "snapshot.enable_kata_volume": Key(bool, False),
     "snapshot.sync_remove": Key(bool, False),
     "snapshot.enable_overlayfs_volatile": Key(bool, False),
     "remote.convert_vpc_registry": Key(bool, False, "upstream gave it up with 0.6"),
@@ -110,7 +114,7 @@ KEYS: dict[str, Key] = {
     "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, "tarfs images are always mounted on the host"),
     "experimental.tarfs.tarfs_hint": Key(bool, False),
     "experimental.tarfs.max_concurrent_proc": Key(int, 0),
-    "experimental.tarfs.export_mode": Key(str, "", "images are mounted, not exported for virtual machines"),
+    "experimental.tarfs.export_mode": Key(str, ""),
 }
 
 
@@ -140,11 +144,15 @@ class Settings:
     uid: int
     gid: int
     shared: bool
+    serve: bool  # False: no nydusd is started, virtual machines mount images themselves
+    proxy: bool  # nothing of an image is here, virtual machines pull it
+    volumes: VolumeSettings
     cleanup_on_close: bool
     nydusd: str
     template: Path
     cache_dir: Path
     restart_nydusd: bool
+    failover: bool
     threads: int
     nydusd_log_rotation: int  # MB
     sync_remove: bool
@@ -205,15 +213,20 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise SettingsError(f"daemon_mode {mode!r} is not supported: use one of {', '.join(_MODES)}")
     if driver == "blockdev" and not get("experimental.tarfs.enable_tarfs"):
         raise SettingsError("fs_driver blockdev needs experimental.tarfs.enable_tarfs: it is for tarfs images")
-    if driver not in ("fusedev", "blockdev"):
-        raise SettingsError(f"fs_driver {driver!r} is not supported yet: use fusedev")
+    if driver == "fscache":
+        raise SettingsError(
+            "fs_driver 'fscache' needs the kernel's fscache daemon mode, which Linux gives up: use fusedev, with "
+            '"fs_driver": "auto" in the nydusd configuration where the kernel is to serve images itself'
+        )
+    if driver not in ("fusedev", "blockdev", "proxy"):
+        raise SettingsError(f"daemon.fs_driver {driver!r} is not supported: use fusedev, blockdev (tarfs) or proxy")
     policy = get("daemon.recover_policy")
     if policy not in ("none", "restart", "failover"):
         raise SettingsError(f"daemon.recover_policy {policy!r}: use none, restart or failover")
-    if policy == "failover":
-        log.info("recover_policy failover: nydusd replaces its own dead processes; all dead at once is a restart")
     if get("daemon.failover_policy") not in ("none", "resend", "flush"):
         raise SettingsError(f"daemon.failover_policy {get('daemon.failover_policy')!r}: use none, resend or flush")
+    if (export := get("experimental.tarfs.export_mode")) and export not in MODES:
+        raise SettingsError(f"experimental.tarfs.export_mode {export!r}: use one of {', '.join(MODES)}")
     public_key = Path(get("image.public_key_file") or DEFAULT_KEY).absolute()
     if get("image.validate_signature") and not public_key.is_file():
         raise SettingsError(f"image.validate_signature: there is no public key {public_key} (image.public_key_file)")
@@ -232,11 +245,19 @@ def load(flags: Mapping[str, Any]) -> Settings:
         uid=get("uid"),
         gid=get("gid"),
         shared=_MODES[mode] == "shared",
+        serve=_MODES[mode] != "none" and driver != "proxy",
+        proxy=driver == "proxy",
+        volumes=VolumeSettings(
+            extra=get("snapshot.enable_nydus_overlayfs") or _MODES[mode] == "none",
+            kata=get("snapshot.enable_kata_volume"),
+            helper=get("snapshot.nydus_overlayfs_path"),
+        ),
         cleanup_on_close=get("cleanup_on_close"),
         nydusd=find_nydusd(get("daemon.nydusd_path")),
         template=Path(template).absolute(),
         cache_dir=Path(get("cache_manager.cache_dir") or root / "cache").absolute(),
         restart_nydusd=policy != "none",
+        failover=policy == "failover",
         threads=get("daemon.threads_number"),
         nydusd_log_rotation=get("daemon.log_rotation_size"),
         sync_remove=get("snapshot.sync_remove"),
@@ -277,6 +298,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
             tarfs=get("experimental.tarfs.enable_tarfs"),
             tarfs_hint=get("experimental.tarfs.tarfs_hint"),
             tarfs_jobs=get("experimental.tarfs.max_concurrent_proc"),
+            export=MODES.get(get("experimental.tarfs.export_mode")),
             signed=get("image.validate_signature"),
         ),
         public_key=public_key,

@@ -26,7 +26,7 @@ from snapshotter.database import Database
 from snapshotter.directories import TEMPORARY, Fresh, Rewrite, disk_usage, has_record, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.filters import Equals
-from snapshotter.labels import OWN, SNAPSHOT_REF, id_mapping
+from snapshotter.labels import OWN, SNAPSHOT_REF, UID_MAPPING, id_mapping
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +96,12 @@ class Store:
 
     def chain(self, key: str) -> list[Snapshot]:
         """The snapshot, its parent, and so on up to the root. Raises NotFound."""
-        rows = self._database.query(_CHAIN, (key,))
-        if not rows:
+        if not (found := self._chain(key)):
             raise NotFound(f"snapshot {key} not found")
-        return [_snapshot(row) for row in rows]
+        return found
+
+    def _chain(self, key: str) -> list[Snapshot]:
+        return [_snapshot(row) for row in self._database.query(_CHAIN, (key,))]
 
     def all(self) -> list[Snapshot]:
         """All snapshots in byte order of their keys, read at once."""
@@ -110,6 +112,10 @@ class Store:
         return {
             Kind(row[0]): row[1] for row in self._database.query("SELECT kind, count(*) FROM snapshots GROUP BY kind")
         }
+
+    def state(self) -> object:
+        """Another value whenever a snapshot came, went or was committed."""
+        return self._database.query("SELECT count(*), max(id), max(updated) FROM snapshots")
 
     def candidates(self, alternatives: Iterable[Equals]) -> list[Snapshot]:
         """In the same order, no fewer than those for which all of one alternative's equalities hold.
@@ -127,6 +133,12 @@ class Store:
             for row in self._database.query(f"{_SELECT} WHERE {column} = ?", (value,)):
                 found[row[0]] = _snapshot(row)
         return sorted(found.values(), key=lambda snapshot: snapshot.key.encode("utf-8", "surrogatepass"))
+
+    def mapped(self) -> list[list[Snapshot]]:
+        """Chains of the snapshots that have the label of a user namespace."""
+        wanted = f"{_SELECT} WHERE s.kind <> {Kind.COMMITTED:d} AND instr(s.labels, ?)"
+        keys = [_snapshot(row).key for row in self._database.query(wanted, (UID_MAPPING,))]
+        return [chain for key in keys if (chain := self._chain(key))]
 
     def ids(self) -> set[int]:
         return {row[0] for row in self._database.query("SELECT id FROM snapshots")}
@@ -282,6 +294,22 @@ class Store:
 
         return self._database.apply(change)
 
+    def mark(self, key: str, labels: Mapping[str, str]) -> None:
+        """Adds labels of `OWN`, which no client can. Raises NotFound."""
+
+        def change(writer: sqlite3.Connection) -> None:
+            row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
+            if row is None:
+                raise NotFound(f"snapshot {key} not found")
+            before = _snapshot(row)
+            after = replace(before, labels=_kept({**before.labels, **labels}), updated=time.time_ns())
+            values = (_dump(after.labels), after.updated, after.id)
+            writer.execute("UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", values)
+            with Rewrite(f"{self._path}/{after.id}", record_of(after)) as rewrite:
+                rewrite.apply()
+
+        self._database.apply(change)
+
     # ---- directories
 
     def upper(self, identity: int) -> Path:
@@ -353,7 +381,6 @@ class Store:
                 writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (highest,))
 
         self._database.apply(write)
-
 
     def _make_again(self, identity: int) -> bool:
         """The directory of a row that has none: empty, if that is no lie. False for an unpacked layer: it is lost."""

@@ -75,10 +75,19 @@ def mount(kind: str, source: str, target: str, flags: int, data: str) -> None:
         raise OSError(number, os.strerror(number), target)
 
 
-def overlay_works(directory: Path) -> bool:
+def in_user_namespace() -> bool:
+    """Whether this process is root of a user namespace other than the machine's."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return file.read().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return False  # a kernel without them
+
+
+def overlay_works(directory: Path, more: str = "") -> bool:
     """Whether an overlay with its upper directory here can be mounted; tried, as the module may load on demand.
 
-    Takes away what a trial that was killed left.
+    `more`: options besides the directories. Takes away what a trial that was killed left.
     """
     for name in os.listdir(directory):
         if name.startswith(TRIAL):
@@ -90,6 +99,7 @@ def overlay_works(directory: Path) -> bool:
             os.mkdir(f"{scratch}/{name}")
         try:
             options = f"lowerdir={scratch}/lower,upperdir={scratch}/upper,workdir={scratch}/work"
+            options += f",{more}" if more else ""
             mount("overlay", "overlay", f"{scratch}/merged", 0, options)
         except OSError:
             return False

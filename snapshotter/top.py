@@ -49,10 +49,10 @@ def look(node: Node) -> dict[str, Any]:
         for one in instances:
             if one.daemon != daemon.id:
                 continue
-            where = f"/{one.snapshot}" if daemon.shared else "/"
+            where = f"/{one.name}" if daemon.shared else "/"
             try:
                 stats = api.metrics("", where)
-                cache = api.metrics("blobcache", f"/{one.snapshot}")
+                cache = api.metrics("blobcache", f"/{one.name}")
                 backend = api.metrics("backend", where)
             except SnapshotterError:
                 continue

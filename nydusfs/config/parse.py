@@ -222,7 +222,7 @@ def _rafs(
         enable_xattr=section.flag("enable_xattr"),
         fs_driver=_fs_driver(section),
         amplify_io=section.number(batch_key, MIB, high=MAX_BATCH),
-        id_mapping=section.numbers("id_mapping"),
+        id_mapping=_id_mapping(section),
         external_backends=external,
         version=version,
     )
@@ -253,6 +253,14 @@ def _amount(section: Section, key: str, work_dir: str) -> int:
         return parse_amount(value, work_dir)
     except ValueError:
         raise section.error(key, f'{value!r} is not a number of bytes, "20GiB" or "80%" of the disk') from None
+
+
+def _id_mapping(section: Section) -> tuple[int, ...]:
+    """(container id, host id, count) or ()."""
+    found = section.numbers("id_mapping")
+    if found and (len(found) != 3 or min(found) < 0 or not found[2] or max(found[:2]) + found[2] > 1 << 32):
+        raise section.error("id_mapping", f"{list(found)} is not [container id, host id, count] of 32-bit ids")
+    return found
 
 
 def _fs_driver(section: Section) -> FsDriver | None:

@@ -19,6 +19,7 @@ from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedErr
 from nydusfs.daemon.handover import KeptMount
 from nydusfs.daemon.process import give_back_memory
 from nydusfs.drivers.fuse import FuseDriver
+from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import (
     ImageData,
@@ -106,6 +107,7 @@ class MountedImage:
         self.request = request
         self.image = image
         self.stats = stats
+        self.idmap = IdMap.of(request.config.id_mapping)
         self.mounted_ns = time.time_ns()
         self.background = trio.CancelScope()
 
@@ -199,6 +201,7 @@ class MountTable:
                     mounted.image.reader,
                     mounted.stats,
                     serve_xattrs=self._serve_xattrs(mounted),
+                    idmap=mounted.idmap,
                 )
             except NydusError as error:
                 await mounted.image.aclose()
@@ -230,7 +233,12 @@ class MountTable:
             fresh = await self._open(request)
             await self._detach(where)
             fresh.volume = await self._driver.replace(
-                where, fresh.image.metadata, fresh.image.reader, fresh.stats, serve_xattrs=self._serve_xattrs(fresh)
+                where,
+                fresh.image.metadata,
+                fresh.image.reader,
+                fresh.stats,
+                serve_xattrs=self._serve_xattrs(fresh),
+                idmap=fresh.idmap,
             )
             self.images[where] = fresh
             try:
@@ -280,9 +288,10 @@ class MountTable:
             mounted.image.reader,
             mounted.stats,
             serve_xattrs=self._serve_xattrs(mounted),
+            idmap=mounted.idmap,
         )
         self.images[request.mountpoint] = mounted
-        if self._kernel_mounts is not None:
+        if self._kernel_mounts is not None and mounted.idmap is None:
             await self._kernel_mounts.restore(request.mountpoint, mounted.image.reader)
         self._restored.append(mounted)
 
@@ -297,6 +306,12 @@ class MountTable:
 
     async def _attach(self, mounted: MountedImage) -> None:
         if self._serving and self._kernel_mounts is not None:
+            if mounted.idmap is not None:
+                # the kernel shows the owners that the image has
+                if mounted.request.config.fs_driver == "erofs":
+                    raise NydusError("id_mapping cannot be had with fs_driver erofs: use auto or fuse")
+                log.info("%s is served by FUSE: it has an id_mapping", mounted.request.mountpoint)
+                return
             xattrs = self._serve_xattrs(mounted)
             driver = mounted.request.config.fs_driver
             await self._kernel_mounts.attach(mounted.request.mountpoint, mounted.image.reader, driver, xattrs=xattrs)

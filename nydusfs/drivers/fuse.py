@@ -10,6 +10,7 @@ from typing import NamedTuple
 import trio
 
 from nydusfs.drivers import connection, kernel
+from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.operations import ImageOperations, RequestLoop
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import (
@@ -149,14 +150,15 @@ class FuseDriver:
         self.operations.tree.check_free(split_mountpoint(mountpoint))
 
     async def mount(
-        self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats, *, serve_xattrs: bool
-    ) -> ImageVolume:
+        self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats,
+        *, serve_xattrs: bool, idmap: IdMap | None = None,
+    ) -> ImageVolume:  # fmt: skip
         """Show an image at `mountpoint` of the tree. Raises `MountExistsError`, `TooManyImagesError`, ValueError."""
         parts = split_mountpoint(mountpoint)
         operations = self.operations
         operations.tree.check_free(parts)
         names_before = self._root_names() if not parts else []
-        image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs)
+        image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs, idmap)
         operations.images[image.index] = image
         change = operations.tree.attach(parts, image)
         await self._forget(change, names_before)
@@ -164,10 +166,10 @@ class FuseDriver:
 
     def restore(
         self, mountpoint: str, index: int, generation: int, metadata: Metadata, data: ImageData, stats: FsStats,
-        *, serve_xattrs: bool,
+        *, serve_xattrs: bool, idmap: IdMap | None = None,
     ) -> ImageVolume:  # fmt: skip
         """Put an image back where an earlier process showed it: the kernel knows its node numbers."""
-        image = ImageVolume(index, generation, metadata, data, stats, serve_xattrs)
+        image = ImageVolume(index, generation, metadata, data, stats, serve_xattrs, idmap)
         self.operations.tree.attach(split_mountpoint(mountpoint), image)
         self.operations.images[index] = image
         return image
@@ -182,12 +184,13 @@ class FuseDriver:
         self._next_index, self._generation = value
 
     async def replace(
-        self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats, *, serve_xattrs: bool
-    ) -> ImageVolume:
+        self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats,
+        *, serve_xattrs: bool, idmap: IdMap | None = None,
+    ) -> ImageVolume:  # fmt: skip
         """Put another image (or the same with other settings) in the place of a mounted one, without a gap."""
         parts = split_mountpoint(mountpoint)
         names_before = self._root_names() if not parts else []
-        image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs)
+        image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs, idmap)
         old, _ = self.operations.tree.detach(parts)
         self.operations.images[image.index] = image
         change = self.operations.tree.attach(parts, image)

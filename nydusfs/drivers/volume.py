@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from bootstrap.layout.common import BlobFeatures
+from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.stats import FsStats
 from nydusfs.errors import NydusError
 
@@ -117,6 +118,7 @@ class ImageVolume:
         "data",
         "entry_timeout",
         "generation",
+        "idmap",
         "index",
         "metadata",
         "negative_timeout",
@@ -126,7 +128,14 @@ class ImageVolume:
     )
 
     def __init__(
-        self, index: int, generation: int, metadata: Metadata, data: ImageData, stats: FsStats, serve_xattrs: bool
+        self,
+        index: int,
+        generation: int,
+        metadata: Metadata,
+        data: ImageData,
+        stats: FsStats,
+        serve_xattrs: bool,
+        idmap: IdMap | None = None,
     ) -> None:
         self.index = index
         self.base = index << INDEX_SHIFT
@@ -135,6 +144,7 @@ class ImageVolume:
         self.data = data
         self.stats = stats
         self.serve_xattrs = serve_xattrs
+        self.idmap = idmap
         self.root_ino = metadata.root
         old = any(not blob.features & CAP_TAR_TOC for blob in getattr(metadata, "blobs", ()))
         self._link_number = getattr(metadata, "link_number", None) if old else None
@@ -145,7 +155,8 @@ class ImageVolume:
         return self.base | self.root_ino
 
     def attr(self, ino: int) -> AttrLike:
-        return self.metadata.attr(ino)
+        attr = self.metadata.attr(ino)
+        return attr if self.idmap is None else self.idmap.attr(attr)
 
     def shown(self, node: int, ino: int) -> int:
         """The inode number that programs see: equal for all names of a file, which is how they know hard links."""
@@ -164,7 +175,8 @@ class ImageVolume:
         return self.metadata.readlink(ino)
 
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
-        return self.metadata.xattrs(ino) if self.serve_xattrs else {}
+        found = self.metadata.xattrs(ino) if self.serve_xattrs else {}
+        return found if self.idmap is None else self.idmap.xattrs(found)
 
     async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]:
         return await self.data.read_parts(ino, offset, size)

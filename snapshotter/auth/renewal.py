@@ -40,15 +40,15 @@ class Renewer:
     """
 
     def __init__(
-        self, mounted: Callable[[], Iterable[int]], renew: Callable[[int], Renewal | None], interval: float
+        self, mounted: Callable[[], Iterable[str]], renew: Callable[[str], Renewal | None], interval: float
     ) -> None:
         self._mounted, self._renew, self._interval = mounted, renew, interval
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._everything = False
-        self._due: dict[int, float] = {}  # monotonic
-        self._pauses: dict[int, float] = {}
-        self._images: dict[int, str] = {}
+        self._due: dict[str, float] = {}  # monotonic
+        self._pauses: dict[str, float] = {}
+        self._images: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -63,13 +63,13 @@ class Renewer:
         self._everything = True
         self._wake.set()
 
-    def learned(self, instance: int, expires: float | None) -> None:
+    def learned(self, instance: str, expires: float | None) -> None:
         """An image was mounted with credentials that should be asked for again at `expires`."""
         if expires is not None:
             self._set(instance, max(MIN_PAUSE, expires - time.time()))
             self._wake.set()
 
-    def _set(self, instance: int, delay: float) -> None:
+    def _set(self, instance: str, delay: float) -> None:
         with self._lock:
             self._due[instance] = time.monotonic() + delay
 

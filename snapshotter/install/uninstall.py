@@ -166,7 +166,7 @@ class _Node:
 
     def end_daemons(self, say: Say) -> None:
         """Every nydusd of the snapshotter, which is stopped, and its mounts."""
-        from snapshotter.daemons import serving
+        from snapshotter.processes import serving
         from snapshotter.system import detach, mountpoints
 
         root = self.data()[0]

@@ -17,9 +17,12 @@ from typing import BinaryIO, cast
 from nydusfs.errors import ConvertError, NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
 from snapshotter.auth.chain import parse
+from snapshotter.directories import disk_usage
 from snapshotter.errors import InvalidArgument, SnapshotterError, Unavailable
 from snapshotter.labels import (
+    IMAGE_BLOCK,
     INDEX_ALTERNATIVE,
+    LAYER_BLOCK,
     LAYER_DIGEST,
     MANIFEST_DIGEST,
     SIGNATURE,
@@ -33,12 +36,13 @@ from snapshotter.labels import (
     image_ref,
     is_left_packed,
 )
-from snapshotter.lazy import estargz, plain, tarfs
+from snapshotter.lazy import blockdisk, estargz, plain, tarfs
 from snapshotter.lazy.registries import Registries
 from snapshotter.lazy.settings import LazySettings
 from snapshotter.lazy.twins import Twin, TwinFinder, bootstrap_layer
 from snapshotter.store import Snapshot, Store
 from snapshotter.system import mountpoints
+from snapshotter.volumes import raw_block
 
 log = logging.getLogger(__name__)
 
@@ -167,16 +171,42 @@ class LazyFinder:
         """Where a completed layer is mounted that needs no nydusd."""
         return self._store.path(layer.id) / "mnt" if TARFS in layer.labels else None
 
+    def volumes(self, chain: Sequence[Snapshot]) -> list[str]:
+        """Mount options that give the image of `chain[0]`, a completed layer, to a virtual machine as block devices.
+
+        Empty where there are none.
+        """
+        mode = self._settings.export
+        if mode is None or not mode.disk or TARFS not in chain[0].labels:
+            return []
+        kind, name = ("image", blockdisk.IMAGE) if mode.whole else ("layer", blockdisk.LAYER)
+        disks = [self._store.path(layer.id) / name for layer in (chain[:1] if mode.whole else chain)]
+        if not all(disk.exists() for disk in disks):
+            return []
+        return [raw_block(kind, disk, blockdisk.verity_of(disk) if mode.verity else None) for disk in disks]
+
     def release(self, snapshot: int) -> None:
         """Its directory is about to go. Raises OSError."""
         mountpoint = self._store.path(snapshot) / "mnt"
         if os.path.lexists(mountpoint):  # the mount table is long
             tarfs.umount(mountpoint)
 
-    def usage(self, layer: Snapshot) -> int:
-        """Bytes that a layer which was not unpacked takes in its directory, besides `fs`."""
-        tar = tarfs.any_tar_of(self._store.path(layer.id)) if TARFS in layer.labels else None
-        return tar.stat().st_blocks * 512 if tar else 0
+    def usage(self, layer: Snapshot) -> tuple[int, int]:
+        """(bytes, inodes) that came into the directory of a layer that was left packed at its pull."""
+        if not is_left_packed(layer.labels):
+            return 0, 0
+        folder = self._store.path(layer.id)
+        try:
+            size, inodes = map(int, (folder / plain.DONE).read_text().split())
+        except (OSError, ValueError):  # not unpacked since: a bootstrap, or nothing
+            size, inodes = disk_usage(self._store.upper(layer.id))
+        try:
+            tar = tarfs.any_tar_of(folder) if TARFS in layer.labels else None
+            beside = [tar, folder / blockdisk.IMAGE, folder / blockdisk.LAYER] if tar else []
+            size += sum(path.stat().st_blocks * 512 for path in beside if path.exists())
+            return size, inodes
+        except FileNotFoundError:
+            return size, inodes
 
     def close(self, *, umount: bool) -> None:
         self._tarfs.close()
@@ -235,6 +265,7 @@ class LazyFinder:
             if not boot.exists():
                 tarfs.merge(layers, boot)
             tarfs.mount(boot, [tar for _, tar in layers], self._store.path(chain[0].id) / "mnt")
+            self._export(chain, boot, layers)
         except Unavailable:
             raise
         except SnapshotterError as error:
@@ -245,6 +276,24 @@ class LazyFinder:
     def _chain_id(self, key: str) -> str | None:
         """Of the layers up to this one; "" for none, None where the client did not say."""
         return self._store.stat(key).labels.get(SNAPSHOT_REF) if key else ""
+
+    def _export(self, chain: Sequence[Snapshot], boot: Path, layers: Sequence[tuple[Path, Path]]) -> None:
+        """`layers`: bootstrap and tar, lowest first. What fails is a warning: the image is mounted here anyhow."""
+        mode = self._settings.export
+        if mode is None:
+            return
+        tars = [(tarfs.identity_of(tar), tar) for _, tar in layers]
+        parts = [(chain[0], boot, tars, blockdisk.IMAGE, IMAGE_BLOCK)]
+        if not mode.whole:
+            each = zip(reversed(chain), layers, tars, strict=True)
+            parts = [(layer, one[0], [tar], blockdisk.LAYER, LAYER_BLOCK) for layer, one, tar in each]
+        for layer, path, needed, name, label in parts:
+            try:
+                told = blockdisk.export(path, needed, self._store.path(layer.id) / name, mode)
+                if told and layer.labels.get(label) != told:
+                    self._store.mark(layer.key, {label: told})
+            except (SnapshotterError, OSError) as error:
+                log.warning("image %s: %s", image_label(chain[0].labels), error)
 
     def _boot(self, layer: Snapshot) -> Path:
         return self._store.upper(layer.id) / "image" / "image.boot"

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
-from snapshotter.directories import FS_MODE
+from snapshotter.directories import FS_MODE, disk_usage
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST
 from snapshotter.lazy import content
@@ -43,7 +43,7 @@ def unpack(
     under it, nearest first; `chain`: their chain id, as for `content.check`. `tar`: the layer, where it is on
     this node.
 
-    `folder`/DONE tells that it is complete. Raises Unavailable, SnapshotterError.
+    `folder`/DONE tells that it is complete, and bytes and inodes of `fs`. Raises Unavailable, SnapshotterError.
     """
     layer = labels.get(LAYER_DIGEST, "")
     if not SHA256_DIGEST.fullmatch(layer):
@@ -63,7 +63,8 @@ def unpack(
         for entry in (folder / "fs").iterdir():  # of an attempt that was cut short here, or of the lazy way
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         os.rename(scratch / "fs", folder / "fs")
-        (folder / DONE).touch()
+        size, inodes = disk_usage(folder / "fs")
+        (folder / DONE).write_text(f"{size} {inodes}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

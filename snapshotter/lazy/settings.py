@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshotter.lazy.blockdisk import ExportMode
+
 
 @dataclass(frozen=True, slots=True)
 class LazySettings:
@@ -15,4 +17,5 @@ class LazySettings:
     tarfs: bool = False
     tarfs_hint: bool = False  # only images that ask for it
     tarfs_jobs: int = 0
+    export: ExportMode | None = None  # tarfs images as block devices, too
     signed: bool = False

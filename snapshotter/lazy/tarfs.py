@@ -167,7 +167,7 @@ def merge(layers: Sequence[tuple[Path, Path]], out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-") as folder:
         merged = Path(folder, "image.boot")
         try:
-            merge_layers([MergeSource(boot, original_blob_id=_identity(tar)) for boot, tar in layers], merged)
+            merge_layers([MergeSource(boot, original_blob_id=identity_of(tar)) for boot, tar in layers], merged)
         except RafsError as error:
             raise SnapshotterError(f"the layers' indexes do not make an image: {error}") from None
         os.replace(merged, out)
@@ -180,7 +180,7 @@ def mount(boot: Path, tars: Sequence[Path], target: Path) -> None:
     if str(target) in mountpoints():
         return
     target.mkdir(mode=0o755, exist_ok=True)
-    by_id = {_identity(tar): tar for tar in tars}
+    by_id = {identity_of(tar): tar for tar in tars}
     try:
         with open_bootstrap(str(boot)) as image:
             devices = [by_id[blob.id] for blob in image.blobs]
@@ -241,7 +241,7 @@ def why_not(folder: Path) -> str:
     return ""
 
 
-def _identity(tar: Path) -> str:
+def identity_of(tar: Path) -> str:
     return tar.stem.partition("-")[2]
 
 

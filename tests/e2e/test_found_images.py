@@ -20,6 +20,7 @@ from tests.lab.paths import ref_bin
 from tests.lab.process import mounts_below, remove_tree, run, wait_until, work_dir
 from tests.lab.registry import Registry
 from tests.lab.sample import pause_image, small_image, small_layers
+from tests.lab.snapshots import PREFIX, Client
 from tests.lab.stack import Stack, StackOptions, program
 
 pytestmark = pytest.mark.timeout(300)
@@ -318,6 +319,65 @@ def test_tarfs(pods: Pods) -> None:
     for tag in ("named", "oci"):
         pods.cri.remove_image(f"{stack.host}/lab/tarfs:{tag}")
     wait_until(lambda: mounts() == [], 20, "the unmount")
+
+
+@one_generation
+@pytest.mark.parametrize("mode", ["image_block_with_verity", "layer_block"])
+def test_tarfs_as_block_devices_for_virtual_machines(pods: Pods, mode: str) -> None:
+    """What Kata is handed is a disk that the kernel mounts by itself, with a hash tree that veritysetup accepts."""
+    stack, root = pods.stack, pods.stack.snapshotter.root
+    pods.work.mkdir(exist_ok=True)
+    toml = pods.work / f"{mode}.toml"
+    toml.write_text(
+        "version = 1\n[snapshot]\nenable_kata_volume = true\n"
+        f'[experimental.tarfs]\nenable_tarfs = true\nexport_mode = "{mode}"\n'
+    )
+    detect = ("index-detect", "referrer-detect", "stargz")
+    restart(pods, "--config", str(toml), *(f"--enable-{name}=false" for name in detect))
+    layout, members = ImageLayout(pods.work / mode), small_layers(mode, PAYLOAD)
+    layers = [
+        layout.add_layer([entry(f"for-{mode}"), *members[0]]),
+        layout.add_layer([entry("tmp", mode=0o1777), *members[1]]),
+        layout.add_layer(members[2]),
+    ]
+    layout.finish(layers, cmd=["sh"]).push(stack.registry.host, "lab/disks", mode)
+    pods.pull("disks", mode)
+    with Client(stack.snapshotter.socket) as client:
+        ref = f"{stack.host}/lab/disks:{mode}"
+        ours = [info for info in client.list() if info.labels.get(PREFIX + "cri.image-ref") == ref]
+        (top,) = {info.name for info in ours} - {info.parent for info in ours}
+        (mount,) = client.prepare(f"k8s.io/1/{mode}", top)
+        assert mount.type == "fuse.nydus-overlayfs"
+        told = [text.partition("=") for text in mount.options]
+        volumes = [json.loads(base64.b64decode(text)) for name, _, text in told if name == "io.katacontainers.volume"]
+        kind = mode.partition("_")[0]
+        assert [volume["volume_type"] for volume in volumes] == [f"{kind}_raw_block"] * (1 if kind == "image" else 3)
+        payloads = []
+        for number, volume in enumerate(volumes):
+            assert (volume["fs_type"], volume["options"]) == ("erofs", ["ro"])
+            target = pods.work / f"{mode}-{number}"
+            target.mkdir()
+            run(["mount", "-t", "erofs", "-o", "ro,loop", volume["source"], target])
+            try:
+                payloads += [path.read_bytes() for path in (target / "payload",) if path.exists()]
+                names = {path.name for path in target.iterdir()}
+                assert kind == "layer" or {"marker", f"for-{mode}", "payload"} <= names
+            finally:
+                run(["umount", target])
+        served = root / "snapshots" / Path(volumes[0]["source"]).parent.name / "mnt"
+        assert payloads == [(served / "payload").read_bytes()]
+        verity = volumes[0].get("dm_verity")
+        assert (verity is not None) == mode.endswith("verity")
+        if verity is not None:
+            command = ["veritysetup", "verify", "--no-superblock", "--format=1", "-s", "-", "--hash=sha256"]
+            command += [f"--data-block-size={verity['blocksize']}", f"--hash-block-size={verity['hashsize']}"]
+            command += [f"--data-blocks={verity['blocknum']}", f"--hash-offset={verity['offset']}"]
+            run([*command, volumes[0]["source"], volumes[0]["source"], verity["hash"]])
+            label = f"{verity['blocknum']},{verity['offset']},sha256:{verity['hash']}"
+            assert client.stat(top).labels[PREFIX + "nydus-image-block"] == label
+        client.remove(f"k8s.io/1/{mode}")
+    pods.cri.remove_image(f"{stack.host}/lab/disks:{mode}")
+    wait_until(lambda: not served.exists(), 20, "the unmount")
 
 
 def restart(pods: Pods, *arguments: str) -> None:

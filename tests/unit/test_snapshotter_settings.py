@@ -121,7 +121,7 @@ def test_unknown_keys_are_named_with_the_nearest_known(caplog: pytest.LogCapture
         ("= broken", "neither a JSON object nor valid TOML"),
         ("root = '/" + "x" * 80 + "'", "longer than 70 bytes"),
         ("root = '/a:b'", "overlay options"),
-        ("daemon_mode = 'none'", "daemon_mode"),
+        ("daemon_mode = 'never'", "daemon_mode"),
         ("[daemon]\nfs_driver = 'fscache'", "fs_driver"),
         ("[image]\nvalidate_signature = true", "validate_signature"),
         ("[log]\nlevel = 'loud'", "loud"),

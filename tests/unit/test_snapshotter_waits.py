@@ -112,7 +112,8 @@ def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
 
     monkeypatch.setattr(one.api, "mount", silent)
     for number in range(1, 30):
-        all_images._instances[number] = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
+        record = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
+        all_images._instances[record.name] = record
     one._on_start()
     assert len(asked) == 1
 

@@ -1,0 +1,176 @@
+"""`recover_policy`: what running containers notice when all processes of their nydusd die at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.lab.cases import case as image_case
+from tests.lab.daemon import can_mount_fuse
+from tests.lab.mounted import check_mount
+from tests.lab.paths import ref_bin
+from tests.lab.process import kill_together, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.snapshots import Client, mounted, option, pull
+from tests.lab.stack import Snapshotter
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.interop,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
+]
+
+IMAGE = "127.0.0.1:1/lab/merged:v6"
+CASE = "v6-merged3"
+ENOTCONN = "Transport endpoint is not connected"
+
+
+def template() -> dict[str, object]:
+    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
+    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct", "enable_xattr": True}
+
+
+@pytest.fixture(params=["shared", "dedicated", "upstream"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["none", "restart", "failover"])
+def ours(request: pytest.FixtureRequest, mode: str) -> Iterator[Snapshotter]:
+    work = work_dir()
+    arguments: tuple[str, ...] = ("--daemon-mode", "shared" if mode == "upstream" else mode)
+    arguments += ("--recover-policy", request.param)
+    if mode == "upstream":
+        real = ref_bin("nydusd")
+        if real is None:
+            pytest.skip("interop: upstream's nydusd is not here")
+        wrapper = work / "nydusd"
+        wrapper.write_text(f'#!/bin/sh\nshift\nexec {real} fuse --rlimit-nofile 0 "$@"\n')
+        wrapper.chmod(0o755)
+        arguments += ("--nydusd", str(wrapper))
+    try:
+        with Snapshotter(work / "s", template(), arguments=arguments) as running:
+            yield running
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
+def right(path: Path) -> bool:
+    upstream_changes = (": mtime is ", "'/': ")
+    wrong = check_mount(image_case(CASE), path)
+    return not [line for line in wrong if not any(text in line for text in upstream_changes)]
+
+
+def stat_of(path: Path) -> str:
+    """What a program is told that asks the mount itself; "" for no error."""
+    done = subprocess.run(["stat", "-f", path], capture_output=True, text=True, timeout=60, check=False)
+    return done.stderr if done.returncode else ""
+
+
+def two_images(client: Client, ours: Snapshotter) -> list[Path]:
+    lower = []
+    for tag in ("a", "b"):
+        meta = pull(client, image_case(CASE), ours.work, IMAGE, tag=tag)
+        lower.append(Path(option(client.prepare(f"c{tag}", meta)[0], "lowerdir")))
+    return lower
+
+
+@pytest.mark.parametrize("ours", ["failover"], indirect=True)
+def test_failover_keeps_the_mounts(ours: Snapshotter, mode: str) -> None:
+    """Directories held open, the working directory of a process, a container's overlay: all go on, also after a restart
+    of the snapshotter."""
+    with Client(ours.socket) as client:
+        lower = two_images(client, ours)
+        held = [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in lower]
+        with (
+            mounted(client.mounts("ca"), ours.work / "rootfs") as rootfs,
+            subprocess.Popen(["sleep", "100"], cwd=lower[0]) as inside,
+        ):
+            try:
+                names = sorted(os.listdir(lower[0]))
+                for number in range(2):
+                    if number == 1:
+                        ours.kill()
+                        ours.start()
+                        with Client(ours.socket) as again:
+                            again.mounts("ca")
+                            again.mounts("cb")
+                    old = ours.daemons()
+                    kill_together(old)
+                    for path in (*lower, rootfs, Path(f"/proc/{inside.pid}/cwd")):
+                        assert stat_of(path) == ""
+                    assert sorted(os.listdir(f"/proc/{inside.pid}/cwd/")) == names
+                    assert [sorted(os.listdir(one)) for one in held] == [names, names]
+                    assert right(lower[0]) and right(lower[1])
+                    assert set(names) <= set(os.listdir(rootfs))
+            finally:
+                inside.kill()
+    # changes after a take-over are known to the one after it
+    with Client(ours.socket) as client:
+        meta = pull(client, image_case(CASE), ours.work, IMAGE, tag="c")
+        third = Path(option(client.prepare("cc", meta)[0], "lowerdir"))
+        client.remove("cb")
+        client.remove("default/3/sha256:bmeta")
+        client.cleanup()
+        wait_until(lambda: not (lower[1].is_dir() and os.listdir(lower[1])), 20, "the unmount")
+        kill_together(ours.daemons())
+        assert stat_of(third) == "" and right(third) and right(lower[0])
+        assert not (lower[1].is_dir() and os.listdir(lower[1]))
+        for descriptor in held:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("ours", ["restart"], indirect=True)
+@pytest.mark.parametrize("mode", ["shared"], indirect=True)
+def test_restart_makes_new_mounts(ours: Snapshotter, mode: str) -> None:
+    with Client(ours.socket) as client:
+        lower = two_images(client, ours)
+        with subprocess.Popen(["sleep", "100"], cwd=lower[0]) as inside:
+            try:
+                kill_together(ours.daemons())
+                wait_until(lambda: stat_of(lower[0]) == "" and stat_of(lower[1]) == "", 30, "the new mounts")
+                assert right(lower[0]) and right(lower[1])
+                assert ENOTCONN in stat_of(Path(f"/proc/{inside.pid}/cwd"))
+            finally:
+                inside.kill()
+
+
+@pytest.mark.parametrize("ours", ["none"], indirect=True)
+@pytest.mark.parametrize("mode", ["shared"], indirect=True)
+def test_none_leaves_it_to_who_comes_next(ours: Snapshotter, mode: str) -> None:
+    with Client(ours.socket) as client:
+        lower = two_images(client, ours)
+        kill_together(ours.daemons())
+        time.sleep(2)  # longer than the others take
+        assert ours.daemons() == []
+        assert ENOTCONN in stat_of(lower[0])
+        # a new container is not refused
+        client.prepare("new", "default/3/sha256:ameta")
+        wait_until(lambda: stat_of(lower[0]) == "", 20, "the new mount")
+        assert right(lower[0])
+
+
+@pytest.mark.parametrize("ours", ["failover"], indirect=True)
+@pytest.mark.parametrize("mode", ["shared"], indirect=True)
+def test_a_take_over_that_fails_is_a_restart(ours: Snapshotter, mode: str) -> None:
+    """The image's bootstrap is gone: the next process cannot open it, the other image is served all the same."""
+    with Client(ours.socket) as client:
+        lower = two_images(client, ours)
+        boots = sorted((ours.root / "snapshots").glob("*/fs/image/image.boot"), key=lambda path: int(path.parts[-4]))
+        boots[0].unlink()
+        kill_together(ours.daemons())
+        wait_until(lambda: stat_of(lower[1]) == "", 30, "the other image")
+        assert right(lower[1])
+        with pytest.raises(grpc.RpcError, match="holds no image"):
+            ours.kill()
+            kill_together(ours.daemons())
+            ours.start()
+            with Client(ours.socket) as again:
+                again.mounts("ca")
