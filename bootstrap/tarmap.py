@@ -45,6 +45,10 @@ class TarMap(ChunkMap):
             raise FormatError("piece digests", 0, f"{len(digests)} bytes for {len(rows)} pieces")
         self._digests[blob_index] = digests
 
+    def digests_of(self, blob_index: int) -> bytes:
+        """What was attached. KeyError when nothing was."""
+        return self._digests[blob_index]
+
     def blob_rows(self, blob_index: int) -> range:
         return range(self._starts[blob_index], self._starts[blob_index + 1])
 

@@ -187,36 +187,17 @@ class Tables:
         return found[-1]
 
     def _check_rows(self, blob: Blob, meta: blobmeta.BlobMeta) -> None:
-        """FormatError when the table is not of the chunks the image has: a stale or forged one, before it is used.
-
-        A sample: what it says wrongly of a chunk, the chunk's digest finds in any case.
-        """
-        rows = self._chunks.blob_rows(blob.index)
-        for row in rows[:: max(1, len(rows) // SAMPLES)]:
-            meta.place(self._chunks.chunk(row))
+        check_rows(self._chunks, blob, meta)
 
     # ---- kept on disk: BLAKE2b of what follows, then it
 
     def _path(self, blob: Blob) -> str | None:
-        if self._store is None:
-            return None
-        key = blake2b(repr(replace(blob, index=0)).encode(), digest_size=12).hexdigest()
-        return self._store.map_path(f"table-{key}")
+        return None if self._store is None else self._store.map_path(kept_name(blob))
 
     def _kept(self, blob: Blob) -> memoryview | None:
         """What an earlier read of the blob left, if it is undamaged. For a worker thread."""
         path = self._path(blob)
-        if path is None:
-            return None
-        try:
-            with open(path, "rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError):
-            return None
-        body = data[KEY_SIZE:]
-        if blake2b(body, digest_size=KEY_SIZE).digest() != data[:KEY_SIZE]:
-            return None
-        return body
+        return None if path is None else read_kept(path)
 
     def _keep(self, blob: Blob, content: bytes) -> memoryview | None:
         """Write it for the next time; None when the disk does not take it. For a worker thread."""
@@ -224,21 +205,54 @@ class Tables:
         if path is None:
             return None
         try:
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".table-", delete=False) as file:
-                try:
-                    file.write(blake2b(content, digest_size=KEY_SIZE).digest())
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.rename(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            write_kept(path, content)
         except OSError as error:
             if self._store is not None:
                 self._store.health.failed(error)
             return None
         return self._kept(blob)
+
+
+def check_rows(chunks: ChunkMap, blob: Blob, meta: blobmeta.BlobMeta) -> None:
+    """FormatError when the table is not of the chunks the image has: a stale or forged one, before it is used.
+
+    A sample: what it says wrongly of a chunk, the chunk's digest finds in any case.
+    """
+    rows = chunks.blob_rows(blob.index)
+    for row in rows[:: max(1, len(rows) // SAMPLES)]:
+        meta.place(chunks.chunk(row))
+
+
+def kept_name(blob: Blob) -> str:
+    """Of the file in `.maps` that keeps a blob's table."""
+    return "table-" + blake2b(repr(replace(blob, index=0)).encode(), digest_size=12).hexdigest()
+
+
+def read_kept(path: str) -> memoryview | None:
+    """The table in such a file, mapped; None when there is none or it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError):
+        return None
+    body = data[KEY_SIZE:]
+    if blake2b(body, digest_size=KEY_SIZE).digest() != data[:KEY_SIZE]:
+        return None
+    return body
+
+
+def write_kept(path: str, content: bytes | memoryview) -> None:
+    """Whole and durable, or not at all. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".table-", delete=False) as file:
+        try:
+            file.write(blake2b(content, digest_size=KEY_SIZE).digest())
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

@@ -1,7 +1,8 @@
 """What the blob cache still holds of images that are gone, and its removal.
 
 A blob is kept as long as any bootstrap below the snapshots directory names it, whoever unpacked it; so images that
-share layers share them here too. Whatever does not look like a blob of ours is kept.
+share layers share them here too. What `nydusctl cache import` put there for an image that is not pulled yet waits for
+it, a month long. Whatever does not look like a blob of ours is kept. `nydusctl cache gc` also looks at parts of blobs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Protocol
 
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
+from nydusfs.cachetools.inventory import remembered, stores
 from snapshotter.bootstrapfile import PLACES, begins_like_one, is_plain_file
 from snapshotter.errors import SnapshotterError
 from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
 
+AWAITED = 30 * 86_400.0  # seconds that imported data waits for its image
 YOUNG = 60.0  # seconds: a blob may be there a moment before the bootstrap that names it
 _BLOB = re.compile(r"([0-9a-f]{64})(?:\.(?:blob|chunk|segments)[a-z_.]*)?")
 
@@ -35,6 +38,23 @@ def bootstraps(snapshots: Path) -> Iterator[Path]:
             path = Path(entry.path, "fs", name)
             if is_plain_file(path) and begins_like_one(path):
                 yield path
+
+
+def awaited(cache: Path, pulled: list[set[str]]) -> Iterator[Path]:
+    """Bootstraps of images that were imported and not pulled. `pulled`: the blobs of each image that was; what was
+    waited for is waited for no more."""
+    for path in remembered(cache):
+        try:
+            wanted = used_blobs([path], [path])
+            if time.time() - path.stat().st_mtime > AWAITED or any(wanted <= blobs for blobs in pulled):
+                path.unlink(missing_ok=True)
+            else:
+                yield path
+        except RafsError as error:
+            log.warning("%s is deleted: %s", path, error)
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
 
 
 def used_blobs(paths: Iterable[Path], mounted: Collection[Path]) -> set[str]:
@@ -66,10 +86,12 @@ def orphans(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> lis
 def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[list[str], float]:
     """The orphans, and in how many seconds those of them that are too young to tell will not be (0: there are none)."""
     try:
-        names = [(match[1], entry) for entry in os.scandir(cache) if (match := _BLOB.fullmatch(entry.name))]
+        found = (entry for store in stores(cache) for entry in os.scandir(store))
+        names = [(match[1], entry) for entry in found if (match := _BLOB.fullmatch(entry.name))]
         if not names:
             return [], 0
-        used = used_blobs(bootstraps(snapshots), mounted)
+        pulled = [used_blobs([path], mounted) for path in bootstraps(snapshots)]
+        used = set().union(*pulled, used_blobs(awaited(cache, pulled), ()))
     except FileNotFoundError:
         return [], 0
     except (RafsError, OSError) as error:
@@ -90,8 +112,8 @@ def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[
 
 
 def remove(cache: Path, blob: str) -> None:
-    """All files of a blob, ours or upstream's; what is gone already is fine."""
-    for entry in os.scandir(cache):
+    """All files of a blob, ours or upstream's, of further processes as well; what is gone already is fine."""
+    for entry in [entry for store in stores(cache) for entry in os.scandir(store)]:
         match = _BLOB.fullmatch(entry.name)
         if match is None or match[1] != blob:
             continue

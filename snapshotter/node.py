@@ -58,6 +58,20 @@ def processes(program: str) -> Iterator[Process]:
                 break
 
 
+def nydusds() -> Iterator[tuple[int, str]]:
+    """Processes of nydusd, ours or upstream's, with the API socket each was given."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    words = [os.fsdecode(word) for word in file.read().split(b"\0")]
+            except OSError:
+                continue
+            for at, word in enumerate(words[:-1]):
+                if word in ("--apisock", "-A"):
+                    yield int(name), words[at + 1]
+
+
 def snapshotter_settings(arguments: list[str]) -> Settings:
     """What a command line of the snapshotter means. Raises SettingsError."""
     try:

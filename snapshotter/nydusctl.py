@@ -11,6 +11,7 @@ from nydusfs.daemon import ctl
 
 # name -> (module:click command, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "cache": ("snapshotter.cachectl.ctl:command", "The cache: list, verify, clean up, fill from files."),
     "doctor": ("snapshotter.doctor.ctl:command", "What is wrong on this node, and what to do about it."),
     "explain": ("snapshotter.explain.ctl:command", "Was a container or image lazy, and what did it wait for?"),
     "node": ("snapshotter.install.ctl:command", "Make this machine a node with this snapshotter, or take it away."),

@@ -93,6 +93,14 @@ class ForeignBlob:
                 os.close(fd)  # our own directory of segments
         return cls(files) if files else None
 
+    @classmethod
+    def of_file(cls, path: Path) -> ForeignBlob | None:
+        """A file of stored bytes alone, whatever its name; None when it cannot be opened."""
+        try:
+            return cls([_File(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC), plain=False, raw=True)])
+        except OSError:
+            return None
+
     def take(self, chunks: ChunkMap, segment: Segment) -> bytearray | None:
         """The plain bytes of a segment if every chunk of it is there and right, else None."""
         for file in self._files:

@@ -122,6 +122,18 @@ class Quota:
             self._unlooked += size
             return True
 
+    def admit(self, slot: Slot, name: str, size: int) -> bool:
+        """As `reserve`, but nothing has to go for it: False when there is no room now."""
+        with self._lock:
+            need = -(-size // BLOCK) * BLOCK
+            if self.limit.size and self._total + need > self.limit.size:
+                return False
+            if self.limit.floor and self._free() < self.limit.floor:
+                return False
+            self._charge(slot, name, size, time.time())
+            self._entries[slot].writing = True
+            return True
+
     def written(self, slot: Slot) -> None:
         """After `reserve`: the file is there, or will not be. From now on it may be evicted."""
         entry = self._entries.get(slot)

@@ -49,6 +49,7 @@ SYNC_DELAY = 1.0  # seconds a finished segment may wait to be made durable: one 
 INLINE_READ = 128 * 1024  # bytes; larger reads wait for the disk in a thread
 SEGMENTS_SUFFIX = ".segments"
 _NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")
+NAME = _NAME  # of a segment file: number, key, ending
 
 
 def boot_id() -> str:
@@ -210,6 +211,7 @@ class CacheStore:
     def acquire(self, blob: BlobCache, segment: Segment, durable: bool) -> OpenFile | None:
         """An open segment file, to be given back to `files`; None when there is none. From any thread."""
         slot = (blob.blob_id, segment.key)
+        blob.used = time.time()
         if self.quota is not None:
             self.quota.used(slot)
         return self.files.acquire(slot, lambda: blob.paths(segment, durable))
@@ -239,6 +241,7 @@ class BlobCache:
         self.path = store.folder(blob_id)
         self.foreign = ForeignBlob.find(store.path, blob_id)
         self.naming = threading.Lock()  # over which file has a segment's name
+        self.used = 0.0  # when somebody last read from it here, seconds since the epoch
         self._ready: dict[bytes, bool] = {}  # key -> durable
         self._unsure: set[bytes] = set()  # not durable, and seen outside of the page cache
         self._written: dict[bytes, int] = {}  # by key, until `add`: its descriptor, -1 for what is synced
@@ -286,6 +289,10 @@ class BlobCache:
     def durable(self, key: bytes) -> None:
         if key in self._ready:
             self._ready[key] = True
+
+    def found(self, key: bytes) -> None:
+        """Somebody else put a durable file of it there."""
+        self._ready[key] = True
 
     def ready_path(self, segment: str) -> Path | None:
         """The file of a ready segment by its name, None when it is absent. From any thread."""
@@ -494,6 +501,7 @@ class BlobCache:
         if plain is not None:
             self.store.fresh.put((self.blob_id, segment.key), plain)
         self._ready.setdefault(segment.key, False)
+        self.used = time.time()
 
     def abandon(self) -> None:
         """Nothing of it is needed any more."""

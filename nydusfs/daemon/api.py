@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from nydusfs import stacks
 from nydusfs.config import load_config
+from nydusfs.daemon.caches import Caches
 from nydusfs.daemon.errors import (
     DOES_NOT_EXIST,
     ApiError,
@@ -28,7 +29,7 @@ from nydusfs.daemon.state import State
 from nydusfs.daemon.superblock import superblock_info
 from nydusfs.daemon.version import build_info
 from nydusfs.drivers.fuse import InFlightInfo
-from nydusfs.errors import ConfigError, NydusError
+from nydusfs.errors import CacheError, ConfigError, NydusError
 from nydusfs.redact import HIDDEN, public_url
 
 log = logging.getLogger("nydusfs.api")
@@ -62,6 +63,8 @@ class DaemonControl(Protocol):
     async def drop_blob(self, blob_id: str) -> None:
         """Delete what is cached of a blob, unless a mounted image has it."""
 
+    @property
+    def caches(self) -> Caches: ...
     def sources(self) -> list[dict[str, Any]]:
         """What is known of each mirror, proxy and origin in use."""
 
@@ -168,6 +171,10 @@ class Api:
             "/api/v1/config": (
                 "Configure",
                 {("GET", False): self._get_config, ("PUT", True): self._put_config},
+            ),
+            "/api/v1/cache": (
+                "Cache",
+                {("GET", False): self._cache, ("PUT", True): self._change_cache},
             ),
             "/api/v1/profile": (
                 "Profile",
@@ -420,6 +427,25 @@ class Api:
         _check_auth(values.get("registry_auth", ""))
         self._daemon.set_runtime_config(request.query.get("id", ""), values)
         return Response()
+
+    # -- the caches, for `nydusctl cache`
+
+    async def _cache(self, request: Request) -> Response:
+        return _json(self._daemon.caches.report())
+
+    async def _change_cache(self, request: Request) -> Response:
+        """Segments of one blob of one store that go (`drop`), or come from a staging directory (`adopt`)."""
+        body = parse_body(request.body, store=str, blob_id=str)
+        names = body.get("adopt" if "staged" in body else "drop")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _bad_body(request.body, "expected names of segments in `drop`, or in `adopt` with `staged`")
+        caches, store, blob_id = self._daemon.caches, body["store"], body["blob_id"]
+        try:
+            if "staged" in body:
+                return _json(await caches.adopt(store, blob_id, names, str(body["staged"])))
+            return _json(await caches.drop(store, blob_id, names, damaged=body.get("damaged") is True))
+        except CacheError as error:
+            raise ApiError(f"Other({rust_string(str(error))})") from None
 
     # -- blobs for the kernel's fscache driver, which this daemon does not have
 

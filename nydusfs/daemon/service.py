@@ -21,6 +21,7 @@ from nydusfs import stacks
 from nydusfs.config import load_config
 from nydusfs.daemon import handover, http, process
 from nydusfs.daemon.api import Api
+from nydusfs.daemon.caches import Caches
 from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
 from nydusfs.daemon.handover import KeptState
 from nydusfs.daemon.images import ImageOpener
@@ -141,6 +142,10 @@ class Daemon:
 
     def inflight(self) -> list[InFlightInfo]:
         return self._driver.inflight()
+
+    @property
+    def caches(self) -> Caches:
+        return Caches(self._services, self.mounts, self._driver)
 
     def sources(self) -> list[dict[str, Any]]:
         return self._services.hub.report()

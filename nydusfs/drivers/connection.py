@@ -160,6 +160,11 @@ class Connection:
         """Raises OSError, ENOENT when the kernel does not know the node."""
         self._notify(Notify.INVAL_INODE, NOTIFY_INVAL_INODE_OUT.pack(node, -1, 0))
 
+    def forget_pages(self, node: int) -> None:
+        """Make the kernel drop all it has of a file's content. Waits for reads of it. Raises OSError, ENOENT when the
+        kernel does not know the node."""
+        self._notify(Notify.INVAL_INODE, NOTIFY_INVAL_INODE_OUT.pack(node, 0, 0))
+
     def resend(self) -> bool:
         """Have the kernel deliver again what an earlier process read and did not answer; False before Linux 6.9."""
         try:

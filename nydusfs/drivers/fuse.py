@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import trio
@@ -242,6 +243,23 @@ class FuseDriver:
                 pass  # not known to the kernel
 
         # The call waits for a lookup in the same directory to be answered, so it must not run in this thread.
+        with trio.CancelScope(shield=True):
+            async with self._notifying:
+                if self._serving and not self.loop.closing:
+                    await trio.to_thread.run_sync(tell)
+
+    async def forget_pages(self, image: ImageVolume, inodes: Iterable[int]) -> None:
+        """Make the kernel drop what it has of these files' content: the next read asks again."""
+
+        def tell() -> None:
+            for ino in inodes:
+                try:
+                    self.connection.forget_pages(image.base | ino)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+                        log.warning("the kernel kept pages of inode %d cached: %s", ino, error)
+
+        # The call waits for reads of the file that are under way: not in this thread.
         with trio.CancelScope(shield=True):
             async with self._notifying:
                 if self._serving and not self.loop.closing:

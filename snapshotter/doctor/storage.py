@@ -16,7 +16,7 @@ from snapshotter.directories import disk_usage
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.doctor.services import listens
 from snapshotter.errors import SnapshotterError
-from snapshotter.node import Node
+from snapshotter.node import Node, nydusds
 from snapshotter.system import start_time
 
 FULL, LOW = 0.02, 0.10  # of the disk free
@@ -148,7 +148,7 @@ def processes_and_sockets(node: Node) -> Iterator[Finding]:
     except SnapshotterError:
         return
     orphans: dict[str, list[int]] = {}
-    for pid, socket in _nydusds():
+    for pid, socket in nydusds():
         if socket.startswith(f"{root}/socket/") and socket not in known and start_time(pid):
             orphans.setdefault(socket, []).append(pid)
     for socket, pids in orphans.items():
@@ -177,19 +177,6 @@ def processes_and_sockets(node: Node) -> Iterator[Finding]:
     if old:
         yield note("leftover.trash", f"{len(old)} removed directories are not deleted yet in {trash}",
                    "the snapshotter deletes them at its next start")  # fmt: skip
-
-
-def _nydusds() -> Iterator[tuple[int, str]]:
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/cmdline", "rb") as file:
-                    words = [os.fsdecode(word) for word in file.read().split(b"\0")]
-            except OSError:
-                continue
-            for at, word in enumerate(words[:-1]):
-                if word in ("--apisock", "-A"):
-                    yield int(name), words[at + 1]
 
 
 def _mtime(path: Path) -> float:

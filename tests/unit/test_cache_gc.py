@@ -8,9 +8,10 @@ from pathlib import Path
 
 import trio
 
+from nydusfs.cachetools.gather import remember
 from nydusfs.config import load_config
 from nydusfs.services import open_services
-from snapshotter.cachegc import look, orphans
+from snapshotter.cachegc import look, orphans, remove
 from tests.integration.test_sources_faults import config_text
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import noise, tiny_image
@@ -81,3 +82,28 @@ def test_a_removed_blob_is_fetched_again_when_it_is_needed(tmp_path: Path) -> No
 
     with faulty_server({one.blob_id: one.blob, two.blob_id: two.blob}) as server:
         trio.run(run)
+
+
+def test_what_further_processes_keep_and_what_waits_for_its_image(tmp_path: Path) -> None:
+    """`.worker-N` is a dedicated daemon's; imported data is kept until its image came and went, or for a month."""
+    cache, snapshots = tmp_path / "cache", tmp_path / "snapshots"
+    image = tiny_image(tmp_path, {"f": noise(5000)})
+    (snapshots / "1" / "fs").mkdir(parents=True)
+    own, aside = cache / image.blob_id, cache / ".worker-2" / ("a" * 64)
+    for folder in (own, aside):
+        folder.mkdir(parents=True)
+        (folder / f"0-{'00' * 12}").touch()
+        os.utime(folder, (0, 0))
+    assert orphans(cache, snapshots) == sorted([image.blob_id, "a" * 64])
+    kept = remember(cache, image.bootstrap)
+    assert orphans(cache, snapshots) == ["a" * 64]
+    remove(cache, "a" * 64)
+    assert (aside.exists(), own.exists()) == (False, True)
+    pulled = snapshots / "1" / "fs" / "image.boot"
+    pulled.write_bytes(image.bootstrap.read_bytes())
+    assert orphans(cache, snapshots) == []
+    assert not kept.exists(), "its image is here"
+    pulled.unlink()
+    assert orphans(cache, snapshots) == [image.blob_id]
+    os.utime(remember(cache, image.bootstrap), (0, 0))
+    assert orphans(cache, snapshots) == [image.blob_id], "it never came"

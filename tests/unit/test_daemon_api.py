@@ -16,6 +16,7 @@ from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounts import MountedImage, MountRequest
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.drivers.fuse import InFlightInfo
+from nydusfs.errors import CacheError
 
 
 class Mounts:
@@ -28,6 +29,19 @@ class Mounts:
 
     async def mount(self, request: MountRequest) -> None:
         self.asked.append(request)
+
+
+class Caches:
+    def report(self) -> dict[str, Any]:
+        return {"stores": [], "images": []}
+
+    async def drop(self, path: str, blob_id: str, names: list[str], *, damaged: bool) -> dict[str, Any]:
+        if path != "/cache":
+            raise CacheError(f"cache {path} is not one of this nydusd")
+        return {"dropped": [blob_id, *names, damaged]}
+
+    async def adopt(self, path: str, blob_id: str, names: list[str], staged: str) -> dict[str, Any]:
+        return {"adopted": [blob_id, *names], "refused": staged}
 
 
 class Control:
@@ -72,6 +86,10 @@ class Control:
 
     def sources(self) -> list[dict[str, Any]]:
         return [{"address": "http://127.0.0.1:65001", "state": "up"}]
+
+    @property
+    def caches(self) -> Any:
+        return Caches()
 
     def set_log_level(self, level: str) -> None:
         set_level(level)
@@ -180,6 +198,19 @@ async def test_runtime_settings_are_kept_per_id_and_secrets_never_shown() -> Non
     assert json.loads(answer.body) == {"registry_auth": "(hidden)", "proxy_url": "http://p"}
     assert json.loads((await ask("GET", "config", control=control)).body) == {}
     assert control.values["/4"]["registry_auth"] == "c2VjcmV0"
+
+
+@pytest.mark.trio
+async def test_segments_that_a_tool_drops_or_brings() -> None:
+    assert json.loads((await ask("GET", "cache")).body) == {"stores": [], "images": []}
+    body = {"store": "/cache", "blob_id": "b", "drop": ["0-00"], "damaged": True}
+    assert json.loads((await ask("PUT", "cache", json.dumps(body))).body) == {"dropped": ["b", "0-00", True]}
+    body = {"store": "/cache", "blob_id": "b", "adopt": ["0-00"], "staged": "s"}
+    assert json.loads((await ask("PUT", "cache", json.dumps(body))).body) == {"adopted": ["b", "0-00"], "refused": "s"}
+    refused = await ask("PUT", "cache", json.dumps({"store": "/other", "blob_id": "b", "drop": []}))
+    assert (refused.status, b"not one of this nydusd" in refused.body) == (500, True)
+    for wrong in ({"store": "/cache", "blob_id": "b"}, {"store": "/c", "blob_id": "b", "drop": [1]}, {"store": "/c"}):
+        assert (await ask("PUT", "cache", json.dumps(wrong))).status == 400
 
 
 def test_state_machine_allows_exactly_the_documented_transitions() -> None:
