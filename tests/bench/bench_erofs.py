@@ -114,7 +114,7 @@ def main() -> None:
         tree, case = base / "tree", base / "case"
         for path in (case, plain_mount):
             path.mkdir()
-        make_tree(tree, options.big, options.files)
+        make_tree(tree, options.big, options.files, 0)
         with (case / "blob").open("w+b") as file:
             result = build_directory(os.fspath(tree), file, BuildOptions())
         (case / "blob").rename(case / result.blob_id)

@@ -155,7 +155,12 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         assert "fs_driver" in answer.message
 
 
-def test_complete_images_need_no_process(tmp_path: Path) -> None:
+def mount_options(path: Path) -> str:
+    return run(["findmnt", "-n", "-t", "erofs", "-o", "OPTIONS", path]).stdout
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_complete_images_need_no_process(tmp_path: Path, again: bool) -> None:
     """All three processes are stopped, pages dropped: everything reads, through overlayfs as well."""
     case = image_case(CASE)
     with Nydusd(*ON) as running:
@@ -163,6 +168,11 @@ def test_complete_images_need_no_process(tmp_path: Path) -> None:
         assert running.mount("/a", case / "image.boot", config).status == 204
         assert check_mount(case, running.mnt / "a") == []
         settle(tmp_path / "cache")
+        assert "directio" not in mount_options(running.mnt / "a")  # whose data is still to be written
+        if again:
+            assert running.umount("/a").status == 204
+            assert running.mount("/a", case / "image.boot", config).status == 204
+            assert "directio" in mount_options(running.mnt / "a")
         with bound(running.mnt / "a", tmp_path / "held") as held:
             pids = processes_mentioning(str(running.sock))
             before = sum(map(cpu_seconds, pids))

@@ -171,7 +171,8 @@ class ErofsDriver:
         for attempt in range(3):
             try:
                 names = [image.device_path(file, tree, self._group) for file in files]
-                mounted = mount.open_erofs(str(path), names)
+                direct = not any(name.startswith(mount.tree_path(tree)) for name in names)
+                mounted = mount.open_erofs(str(path), names, direct=direct)
             except OSError as error:
                 # a segment file was renamed or deleted between our look and the kernel's
                 if error.errno != errno.ENOENT or attempt == 2:

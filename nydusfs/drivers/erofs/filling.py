@@ -11,7 +11,7 @@ from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.durability import resident
-from nydusfs.drivers.erofs import fanotify
+from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
@@ -74,7 +74,7 @@ class ErofsImage:
                     fanotify.mark_inode(group, fd)
             finally:
                 os.close(fd)
-        return f"/proc/self/fd/{tree}/{self.devices.device(blob.id, file.name)}"
+        return mount.tree_path(tree) + self.devices.device(blob.id, file.name)
 
     def let_be(self) -> None:
         """Nothing is asked about devices that were durable at the mount. Raises OSError."""

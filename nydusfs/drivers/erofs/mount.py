@@ -47,8 +47,18 @@ def clone_tree(path: str | os.PathLike[str]) -> int:
     return _call("open_tree", SYS_open_tree, ctypes.c_int(AT_FDCWD), os.fsencode(path), flags)
 
 
-def open_erofs(image: str, devices: Iterable[str]) -> int:
+def tree_path(tree: int) -> str:
+    """What paths into a tree of `clone_tree` begin with, in this process."""
+    return f"/proc/self/fd/{tree}/"
+
+
+def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> int:
     """Mount an image with its devices in the order of its table, attached nowhere yet; the descriptor.
+
+    `direct`: the kernel reads devices past their own page cache. For devices that nobody writes any more: what is not
+    on the disk yet would be written out before each read. Of ext4's speed from disk, 3 rounds beside other work: random
+    4 KiB 1.2 (else 0.15), in sequence 2.9 (0.8), small files 1.0 (3: whole neighbourhoods are read). Data is in memory
+    once, not twice.
 
     nosuid and nodev for the reasons `connection.mount` gives. Raises OSError, with what the kernel says about it.
     """
@@ -57,6 +67,8 @@ def open_erofs(image: str, devices: Iterable[str]) -> int:
         try:
             _config(context, FSCONFIG_SET_FLAG, b"ro", None)  # before block devices are opened
             _config(context, FSCONFIG_SET_STRING, b"source", os.fsencode(image))
+            if direct:
+                _config(context, FSCONFIG_SET_FLAG, b"directio", None)
             for device in devices:
                 _config(context, FSCONFIG_SET_STRING, b"device", os.fsencode(device))
             known = _bdis()
