@@ -4,7 +4,8 @@
 
 Several images with prefetch on, from a registry with a mirror before it that answers 503, wrong bytes and nothing in
 turn. Readers hash files in random order, drop the pages again so that each read asks the daemon, and cached segments
-are deleted all the while, so that fetches, cache writes and reads are all hit.
+are deleted all the while, so that fetches, cache writes and reads are all hit. A stall is the longest that any one call
+went on after a kill that met it; `waits` are the calls of more than 20 ms that no kill met.
 """
 
 from __future__ import annotations
@@ -31,19 +32,26 @@ from tests.lab.process import LabError, remove_tree, run, wait_until, work_dir
 READER = """
 import errno, json, os, random, sys, time
 from hashlib import blake2b
-files = list(json.load(open(sys.argv[1])).items())
+files, seen = [], 0
 stop, rng = sys.argv[2], random.Random(int(sys.argv[3]))
 pause = float(sys.argv[4]) if sys.argv[4:] else 0.002
 reads = wrong = errors = 0
 slow, said = [], []
-while not os.path.exists(stop):
-    path, expected = rng.choice(files)
+def timed(call, *words):
     began = time.time()
     try:
-        fd = os.open(path, os.O_RDONLY)
+        return call(*words)
+    finally:
+        if time.time() - began > 0.02: slow.append((began, time.time()))
+while not os.path.exists(stop):
+    if (changed := os.stat(sys.argv[1]).st_mtime_ns) != seen:
+        files, seen = list(json.load(open(sys.argv[1])).items()), changed
+    path, expected = rng.choice(files)
+    try:
+        fd = timed(os.open, path, os.O_RDONLY)
         try:
             digest = blake2b(digest_size=16)
-            while data := os.read(fd, 1 << 17): digest.update(data)
+            while data := timed(os.read, fd, 1 << 17): digest.update(data)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
@@ -54,8 +62,6 @@ while not os.path.exists(stop):
     except OSError as error:
         errors += 1
         said.append(f"{errno.errorcode.get(error.errno)} {path}")
-    took = time.time() - began
-    if took > 0.02: slow.append((began, began + took))
     time.sleep(pause)
 print(json.dumps({"reads": reads, "wrong": wrong, "errors": errors, "slow": slow, "said": said[:5]}))
 """
@@ -70,6 +76,7 @@ for path in json.load(open(sys.argv[1])):
         found[path] = str(error)
 print(json.dumps(found))
 """
+MOUNTS = 16  # of EROFS, at the same time
 FAULTS = ("503", "wrong-bytes", "short-body", "early-close")
 
 
@@ -83,6 +90,8 @@ class Report:
     stall_p50_ms: float
     stall_p99_ms: float
     stall_max_ms: float
+    waits_p50_ms: float  # calls that took more than 20 ms and that no kill met: what fetching costs here anyway
+    waits_p99_ms: float
     said: list[str]
 
 
@@ -105,16 +114,49 @@ def make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tup
     return bootstrap, expected
 
 
+class _Mounts:
+    """The images under test, and the list of their files that readers follow.
+
+    FUSE is asked by each read. EROFS asks once for each segment of a mount: each mount has a cold cache of its own, and
+    new ones follow with each kill, while the oldest go when nobody reads them any more.
+    """
+
+    def __init__(self, daemon: Nydusd, images: list[tuple[Path, dict[str, str]]], base: Path, config: dict[str, Any]):
+        self._daemon, self._images, self._base, self._config = daemon, images, base, config
+        self._live: list[int] = []
+        self._leaving: list[tuple[int, float]] = []
+        self._next = 0
+
+    def add(self, count: int, *, cold: bool) -> None:
+        for _ in range(count):
+            number, self._next = self._next, self._next + 1
+            cache = self._base / (f"cache{number}" if cold else "cache")
+            self._config["device"]["cache"]["config"]["work_dir"] = str(cache)
+            bootstrap, _ = self._images[number % len(self._images)]
+            answer = self._daemon.mount(f"/{number}", bootstrap, json.dumps(self._config))
+            assert answer.status == 204, answer
+            self._live.append(number)
+        self._leaving += [(number, time.monotonic() + 5) for number in self._live[:-MOUNTS]]
+        del self._live[:-MOUNTS]
+        files = {
+            str(self._daemon.mnt / str(number) / name): value
+            for number in self._live
+            for name, value in self._images[number % len(self._images)][1].items()
+        }
+        (self._base / "files.new").write_text(json.dumps(files))
+        (self._base / "files.new").rename(self._base / "files.json")
+        while self._leaving and self._leaving[0][1] < time.monotonic():
+            number, _ = self._leaving.pop(0)
+            assert self._daemon.umount(f"/{number}").status == 204
+            remove_tree(self._base / f"cache{number}")
+
+
 def kill_workers(
     kills: int, readers: int = 8, seed: int = 1, every: tuple[float, float] = (0.05, 0.4), fs_driver: str = "fuse"
 ) -> Report:
-    """`every`: bounds of the random pause between two kills, seconds.
-
-    EROFS asks once for each segment of a mount: for it each image is mounted many times, each with a cold cache of its
-    own, without prefetch and from a slow registry, so that there is something to ask all the time.
-    """
+    """`every`: bounds of the random pause between two kills, seconds. For EROFS the registry is slow and there is no
+    prefetch, so that there is something to ask all the time."""
     cold = fs_driver != "fuse"
-    copies = 1 + kills // 4 if cold else 1
     rng = random.Random(seed)
     base = work_dir()
     blobs: dict[str, bytes] = {}
@@ -150,14 +192,8 @@ def kill_workers(
                 "mode": "direct",
                 "fs_prefetch": {"enable": not cold, "learn": False, "threads_count": 4, "prefetch_all": True},
             }  # fmt: skip
-            files: dict[str, str] = {}
-            for number, (bootstrap, expected) in enumerate(images * copies):
-                cache = "cache" if not cold else f"cache{number}"
-                config["device"]["cache"]["config"]["work_dir"] = str(base / cache)
-                answer = daemon.mount(f"/{number}", bootstrap, json.dumps(config))
-                assert answer.status == 204, answer
-                files |= {str(daemon.mnt / str(number) / name): value for name, value in expected.items()}
-            (base / "files.json").write_text(json.dumps(files))
+            mounts = _Mounts(daemon, images, base, config)
+            mounts.add(12 if cold else 3, cold=cold)
             processes = [
                 subprocess.Popen(
                     [sys.executable, "-c", READER, base / "files.json", base / "stop", str(seed + number)],
@@ -170,6 +206,8 @@ def kill_workers(
             try:
                 time.sleep(0.5)
                 for number in range(kills):
+                    if cold:
+                        mounts.add(2, cold=cold)
                     time.sleep(rng.uniform(*every))
                     cached = sorted(base.glob("cache*/*/*-*"))
                     for victim in rng.sample(cached, min(1, len(cached))):
@@ -193,10 +231,13 @@ def kill_workers(
                 except subprocess.TimeoutExpired:
                     stuck += 1
                     process.kill()
-            slow = [tuple(span) for result in results for span in result["slow"]]
+            spans = [tuple(span) for result in results for span in result["slow"]]
             stalls = sorted(
-                max([0.0, *(end - moment for start, end in slow if start <= moment + 0.02 and end > moment)])
+                max([0.0, *(end - moment for start, end in spans if start <= moment + 0.02 and end > moment)])
                 for moment in moments
+            )
+            calm = sorted(
+                end - start for start, end in spans if not any(start <= at + 0.02 and end > at for at in moments)
             )
             return Report(
                 kills=kills,
@@ -207,6 +248,8 @@ def kill_workers(
                 stall_p50_ms=round(stalls[len(stalls) // 2] * 1000, 1),
                 stall_p99_ms=round(stalls[min(len(stalls) - 1, len(stalls) * 99 // 100)] * 1000, 1),
                 stall_max_ms=round(stalls[-1] * 1000, 1),
+                waits_p50_ms=round(calm[len(calm) // 2] * 1000, 1) if calm else 0,
+                waits_p99_ms=round(calm[len(calm) * 99 // 100] * 1000, 1) if calm else 0,
                 said=[line for result in results for line in result["said"]][:10],
             )
     finally:
@@ -222,7 +265,7 @@ def kill_everything(rounds: int, readers: int = 4, seed: int = 1) -> Report:
     rng = random.Random(seed)
     base = work_dir()
     blobs: dict[str, bytes] = {}
-    report = Report(rounds, 0, 0, 0, 0, 0, 0, 0, [])
+    report = Report(rounds, 0, 0, 0, 0, 0, 0, 0, 0, 0, [])
     bootstrap, expected = make_image(base / "t", seed, base / "b", blobs)
     held = base / "held"
     held.mkdir()
