@@ -8,6 +8,7 @@ that a cold reader is bound by the link and not by its round trips; one that sto
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from nydusfs.segments import Segment
 SEQUENTIAL = 256 * 1024
 WINDOW = 16 << 20  # uncompressed bytes at most
 MAX_STREAMS = 64
+# A sequence that was not gone on with for so long is another run of the program, say: what that reads from the cache
+# tells nothing new. A miss begins it again.
+STALE = 2.0
 # Segments one after the other, and bytes, that make a sequence of small files; less is seen in any start of a program,
 # and over a slow link what nobody reads delays what somebody does.
 RUN, RUN_BYTES = 4, 1 << 20
@@ -30,6 +34,7 @@ class _Stream:
     end: int
     run: int
     ahead: int  # up to where fetching was started
+    at: float  # when it was looked at, time.monotonic
 
 
 class FileStreams:
@@ -43,21 +48,26 @@ class FileStreams:
     def due(self, ino: int, end: int) -> bool:
         """Whether a reader that was answered from the cache has come close to where reading ahead ended."""
         stream = self._streams.get(ino)
-        return stream is not None and stream.end < end <= stream.ahead < end + self._window(WINDOW) // 2
+        return (
+            stream is not None
+            and stream.end < end <= stream.ahead < end + self._window(WINDOW) // 2
+            and time.monotonic() < stream.at + STALE
+        )
 
     def note(self, ino: int, offset: int, size: int) -> tuple[int, int]:
         """Offset and size of what should be fetched now; size 0: nothing."""
-        stream = self._streams.get(ino)
+        stream, now = self._streams.get(ino), time.monotonic()
         if stream is None:
             if len(self._streams) >= MAX_STREAMS:
                 self._streams.popitem(last=False)
-            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size)
+            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size, now)
             return 0, 0
         self._streams.move_to_end(ino)
         # Parallel readahead requests finish in any order, and what was read ahead is read without a note.
         if not stream.end - SEQUENTIAL <= offset <= max(stream.end, stream.ahead) + SEQUENTIAL:
-            self._streams[ino] = _Stream(offset + size, 0, offset + size)
+            self._streams[ino] = _Stream(offset + size, 0, offset + size, now)
             return 0, 0
+        stream.at = now
         stream.run += max(size, offset + size - stream.end)
         stream.end = max(stream.end, offset + size)
         window = min(self._window(WINDOW), stream.run * 2)
@@ -76,6 +86,7 @@ class _Run:
     ahead_at: int  # uncompressed offset
     count: int
     size: int
+    at: float
 
 
 class BlobStreams:
@@ -91,7 +102,7 @@ class BlobStreams:
 
     def due(self, segment: Segment) -> bool:
         run = self._runs.get(segment.blob.index)
-        if run is None or run.count < RUN:
+        if run is None or run.count < RUN or time.monotonic() > run.at + STALE:
             return False
         here = segment.start + segment.size
         return run.end < segment.rows.stop <= run.ahead and run.ahead_at < here + self._window(WINDOW) // 2
@@ -99,12 +110,13 @@ class BlobStreams:
     def note(self, segment: Segment) -> list[Segment]:
         """What should be fetched now. Raises KeyError or RafsError."""
         rows, blob_index, here = segment.rows, segment.blob.index, segment.start + segment.size
-        run = self._runs.get(blob_index)
+        run, now = self._runs.get(blob_index), time.monotonic()
         if run is None or not run.begin <= rows.start <= run.ahead:
-            self._runs[blob_index] = _Run(rows.start, rows.stop, rows.stop, here, 1, segment.size)
+            self._runs[blob_index] = _Run(rows.start, rows.stop, rows.stop, here, 1, segment.size, now)
             return []
         if rows.stop <= run.end:
             return []
+        run.at = now
         run.end = rows.stop
         run.count += 1
         run.size += segment.size
