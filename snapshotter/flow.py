@@ -94,7 +94,7 @@ class Snapshotter:
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
-        labels = self._described(key, parent, self._taken(labels))
+        labels = self._taken(self._described(key, parent, labels))
         ref = labels.get(SNAPSHOT_REF, "")
         if ref and self._proxy:
             if LAYER_DIGEST not in labels:
