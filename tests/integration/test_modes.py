@@ -74,8 +74,8 @@ def too_open(work: Path, ours: tuple[str, ...]) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("mode", ["shared", "dedicated"])
-def test_the_snapshotter_and_its_nydusd(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "policy"), [("shared", "failover"), ("dedicated", "restart")])
+def test_the_snapshotter_and_its_nydusd(mode: str, policy: str) -> None:
     work = work_dir()
     try:
         case = work / "case"
@@ -85,6 +85,7 @@ def test_the_snapshotter_and_its_nydusd(mode: str) -> None:
         (case / made.blob_id).write_bytes(made.blob)
         (work / "s.toml").write_text(
             f'version = 1\n[system]\nenable = true\naddress = "{work}/sys/system.sock"\n[log]\ndir = "{work}/logs"\n'
+            f'[daemon]\nrecover_policy = "{policy}"\n'
             f'[cache_manager]\ncache_dir = "{work}/cache"\n[remote.auth]\nenable_cri_keychain = true\n'
             f'image_service_address = "{work}/none.sock"\n'
         )
@@ -124,6 +125,7 @@ def test_the_snapshotter_and_its_nydusd(mode: str) -> None:
             assert any(re.fullmatch(r"r/config/.*/config\.json", name) for name in names)
             assert any(re.fullmatch(r"r/auth/.*\.json", name) for name in names)
             assert any(re.fullmatch(r"logs/[0-9a-v]{20}/nydusd\.log", name) for name in names), names
+            assert (work / "r" / "supervisor").is_dir() == (policy == "failover")
             lines = too_open(work, ("r", "run", "sys", "logs", "cache", "cache.profiles"))
             assert not lines, "\n".join(lines)
             assert stat.S_IMODE(running.root.stat().st_mode) == 0o700
