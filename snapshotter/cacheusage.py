@@ -8,8 +8,10 @@ beside plain ones have no data layers here). Summed up twice, kubelet would evic
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from snapshotter.store import Kind, Snapshot, Store
 
 log = logging.getLogger(__name__)
 
+AGAIN_SECONDS = 10.0  # as CRI asks: while the bootstrap of an image is not there yet
 _BLOB_ID = re.compile(r"[0-9a-f]{64}")
 _FILES = (".blob.data", ".blob.data.chunk_map", ".blob.meta")
 
@@ -32,7 +35,7 @@ class CacheUsage:
     def __init__(self, cache: Path, store: Store) -> None:
         self._cache, self._store = cache, store
         self._lock = threading.Lock()
-        self._seen: object = None
+        self._seen, self._good_until = -1, 0.0
         self._blobs: dict[int, set[str]] = {}
 
     def of(self, snapshot: Snapshot) -> int:
@@ -40,10 +43,10 @@ class CacheUsage:
         if not (_names_blobs(snapshot) or _has_bootstrap(snapshot)):
             return 0
         with self._lock:
-            state = self._store.state()
-            if state != self._seen:
+            changes, now = self._store.changes, time.monotonic()
+            if changes != self._seen or now > self._good_until:
                 self._blobs, complete = self._owners()
-                self._seen = state if complete else None
+                self._seen, self._good_until = changes, math.inf if complete else now + AGAIN_SECONDS
             blobs = self._blobs.get(snapshot.id, ())
         return sum(map(self._size, blobs))
 

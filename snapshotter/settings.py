@@ -46,9 +46,6 @@ class Key(NamedTuple):
     inert: str = ""
 
 
-_LATER = "not supported yet"
-
-
 KEYS: dict[str, Key] = {
     "version": Key(int, 1),
     "root": Key(str, ""),
@@ -109,7 +106,9 @@ KEYS: dict[str, Key] = {
     "experimental.enable_stargz": Key(bool, False),
     "experimental.enable_referrer_detect": Key(bool, False),
     "experimental.enable_index_detect": Key(bool, False),
-    "experimental.enable_backend_source": Key(bool, False, _LATER),
+    "experimental.enable_backend_source": Key(
+        bool, False, "nydusd does not ask this program for its backend: its credentials lie in files of root's alone"
+    ),
     "experimental.tarfs.enable_tarfs": Key(bool, False),
     "experimental.tarfs.mount_tarfs_on_host": Key(bool, False, "tarfs images are always mounted on the host"),
     "experimental.tarfs.tarfs_hint": Key(bool, False),

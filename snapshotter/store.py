@@ -79,6 +79,7 @@ class Store:
         self.missing: list[int] = []  # rows whose directory somebody deleted by hand
         self._path = str(self.directory)
         self._database = database
+        self._changes = 0
         self._settle()
 
     # ---- queries
@@ -113,9 +114,10 @@ class Store:
             Kind(row[0]): row[1] for row in self._database.query("SELECT kind, count(*) FROM snapshots GROUP BY kind")
         }
 
-    def state(self) -> object:
-        """Another value whenever a snapshot came, went or was committed."""
-        return self._database.query("SELECT count(*), max(id), max(updated) FROM snapshots")
+    @property
+    def changes(self) -> int:
+        """Another value whenever a committed snapshot came or went."""
+        return self._changes
 
     def candidates(self, alternatives: Iterable[Equals]) -> list[Snapshot]:
         """In the same order, no fewer than those for which all of one alternative's equalities hold.
@@ -205,6 +207,7 @@ class Store:
             named = self._database.apply(insert, undo=fresh.unsettle)
             if named is not None:
                 fresh.keep()
+                self._changes += 1
         return named
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
@@ -242,6 +245,7 @@ class Store:
 
         with Rewrite(f"{self._path}/{active.id}", record_of(done)) as rewrite:
             self._database.apply(change, before=self._sync)
+        self._changes += 1
 
     def remove(self, key: str) -> Snapshot:
         """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
@@ -258,7 +262,9 @@ class Store:
             writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (gone.id,))
             return gone
 
-        return self._database.apply(delete)
+        gone = self._database.apply(delete)
+        self._changes += gone.kind is Kind.COMMITTED
+        return gone
 
     def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
         """Changes labels only, as the field mask says, and never those of `OWN`.
