@@ -169,7 +169,10 @@ def _try_open(image: Wanted, store: CacheStore | None) -> tuple[Bootstrap, Chunk
     try:
         if store is not None and (cache.limit or cache.min_free):
             store.set_limit(Limit(cache.limit, cache.min_free))
-        return _open(image.bootstrap, store)
+        opened = _open(image.bootstrap, store)
+        if store is not None:
+            store.count_beside()
+        return opened
     except (NydusError, RafsError, OSError) as error:
         return error
 

@@ -206,6 +206,8 @@ class Tables:
             return None
         try:
             write_kept(path, content)
+            if self._store is not None:
+                self._store.count_beside()
         except OSError as error:
             if self._store is not None:
                 self._store.health.failed(error)

@@ -52,6 +52,11 @@ class OpenFiles:
             file.users += 1
             return file
 
+    def in_use(self, slot: Hashable) -> bool:
+        """Whether somebody reads from it now. Without the lock: who comes a moment later finds it gone."""
+        file = self._files.get(slot)
+        return file is not None and file.users > 0
+
     def _open(self, paths: Iterable[Path]) -> int:
         for path in paths:
             try:

@@ -95,7 +95,7 @@ def adopt(store: CacheStore, blob: BlobCache, names: Iterable[str], staged: str)
                 path.unlink(missing_ok=True)  # rename(2) does nothing when both are one file already
             except OSError:
                 if store.quota is not None:
-                    store.quota.gone(slot)
+                    store.quota.failed(slot)
                 raise
             finally:
                 if store.quota is not None:

@@ -1,9 +1,9 @@
 """How much disk the segments of a cache may take, and which of them go when it is reached.
 
-A segment is charged before it is written, so the limit holds at every moment, however many images run. What goes
-first is what was used longest ago, with ten minutes' grace for each doubling of its uses: a base layer's interpreter
-outlives the pages of a file that was read once. Readers lose nothing: who has the file open reads on, and a segment
-that is gone is fetched again.
+A segment is charged before it is written, so the limit holds at every moment, however many images run. What was made
+of bootstraps and lies beside the segments (`.maps`) counts too, but is never evicted: a mount needs it. What goes first
+is what was used longest ago, with ten minutes' grace for each doubling of its uses: a base layer's interpreter outlives
+the pages of a file that was read once. What is being read this moment stays; a segment that is gone is fetched again.
 
 Kernel mounts read what they have without telling anybody. Segments of theirs are given notice before they go, many at
 once, and those that turn out to be in use stay (`leaving`).
@@ -28,7 +28,7 @@ GRACE = 600.0  # seconds of recency that each doubling of uses is worth
 NOTICE_SHARE = 4  # of the limit, given notice at once at most, as it takes a quarter of a second
 NOTICE_MOST = 64 << 20
 ROUNDS = 4  # of notices, when all that got one turn out to be in use
-FLOOR_EVERY = 8 << 20  # bytes written between two looks at the free space
+FLOOR_EVERY = 8 << 20  # bytes written between two looks at the free space, and no more than 1/256 of the floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ Slot = tuple[str, bytes]  # blob id, segment key
 
 class Quota:
     """`evict` deletes a segment's file, or is True: it needs notice. `notice` waits, deletes those that are not in
-    use and says which. Both are called from the thread that writes. All methods from any thread."""
+    use and says which. Both are called from the thread that writes. `held`: whether somebody reads from a segment now.
+    `beside`: bytes of the disk that other files of the cache take. All methods from any thread."""
 
     def __init__(
         self,
@@ -65,14 +66,18 @@ class Quota:
         limit: Limit,
         evict: Callable[[Slot, str], bool | None],
         notice: Callable[[dict[Slot, str]], set[Slot]] | None = None,
+        held: Callable[[Slot], bool] = lambda slot: False,
     ) -> None:
         self.limit = limit
+        self.beside = 0
+        self._held = held
         self._path = path
         self._evict = evict
         self._notice = notice
         self._lock = threading.Lock()
         self._entries: dict[Slot, _Entry] = {}
         self._total = 0
+        self._pending = 0  # of it, what is being written: statvfs does not know of it yet
         self._unlooked = FLOOR_EVERY
         self._too_small = False
         self.evictions = 0
@@ -92,7 +97,7 @@ class Quota:
         charged = -(-size // BLOCK) * BLOCK
         old = self._entries.get(slot)
         if old is not None:
-            self._total -= old.size
+            self._uncharge(old)
         self._entries[slot] = _Entry(name, charged, used, 1 if old is None else old.uses)
         self._total += charged
 
@@ -104,10 +109,25 @@ class Quota:
             entry.uses += 1
 
     def gone(self, slot: Slot) -> None:
+        """Its file was deleted, or cannot be had. One that is being written this moment will be there all the same: who
+        says so looked for an earlier one."""
+        with self._lock:
+            entry = self._entries.get(slot)
+            if entry is not None and not entry.writing:
+                self._uncharge(entry)
+                del self._entries[slot]
+
+    def failed(self, slot: Slot) -> None:
+        """After `reserve`: the file could not be written."""
         with self._lock:
             entry = self._entries.pop(slot, None)
             if entry is not None:
-                self._total -= entry.size
+                self._uncharge(entry)
+
+    def _uncharge(self, entry: _Entry) -> None:
+        self._total -= entry.size
+        if entry.writing:
+            self._pending -= entry.size
 
     def reserve(self, slot: Slot, name: str, size: int, *, must: bool = False) -> bool:
         """Room for a segment about to be written, made if need be; it is charged then. False: it cannot be kept.
@@ -117,28 +137,34 @@ class Quota:
         with self._lock:
             if not self._make_room(size) and not must:
                 return False
-            self._charge(slot, name, size, time.time())
-            self._entries[slot].writing = True
+            self._begin(slot, name, size)
             self._unlooked += size
             return True
+
+    def _begin(self, slot: Slot, name: str, size: int) -> None:
+        self._charge(slot, name, size, time.time())
+        entry = self._entries[slot]
+        entry.writing = True
+        self._pending += entry.size
 
     def admit(self, slot: Slot, name: str, size: int) -> bool:
         """As `reserve`, but nothing has to go for it: False when there is no room now."""
         with self._lock:
             need = -(-size // BLOCK) * BLOCK
-            if self.limit.size and self._total + need > self.limit.size:
+            if self.limit.size and self._total + need > self._most():
                 return False
             if self.limit.floor and self._free() < self.limit.floor:
                 return False
-            self._charge(slot, name, size, time.time())
-            self._entries[slot].writing = True
+            self._begin(slot, name, size)
             return True
 
     def written(self, slot: Slot) -> None:
         """After `reserve`: the file is there, or will not be. From now on it may be evicted."""
-        entry = self._entries.get(slot)
-        if entry is not None:
-            entry.writing = False
+        with self._lock:
+            entry = self._entries.get(slot)
+            if entry is not None and entry.writing:
+                entry.writing = False
+                self._pending -= entry.size
 
     def trim(self) -> None:
         """Down to the limit: after it was lowered, or at the start."""
@@ -148,7 +174,7 @@ class Quota:
 
     def _make_room(self, size: int) -> bool:
         need = -(-size // BLOCK) * BLOCK
-        limit, floor = self.limit.size, self.limit.floor
+        limit, floor = self._most(), self.limit.floor
         if limit and need > limit:
             if not self._too_small:
                 self._too_small = True
@@ -156,12 +182,14 @@ class Quota:
             return False
         for _ in range(ROUNDS):
             short = 0
+            scarce = False
             if limit and self._total + need > limit:
                 short = self._total + need - limit + int(limit * BATCH)
-            if floor and self._unlooked >= FLOOR_EVERY:
+            if floor and self._unlooked + need >= min(FLOOR_EVERY, floor // 256):
                 free = self._free()
-                if free - need < floor:
-                    short = max(short, floor + need - free + (4 << 20))
+                scarce = free - need < floor
+                if scarce:
+                    short = max(short, floor + need - free + min(4 << 20, floor // 32))
                 else:
                     self._unlooked = 0
             if short <= 0:
@@ -171,14 +199,21 @@ class Quota:
                 break
         if limit and self._total + need > limit:
             return False
-        return not (floor and freed < short and self._free() - need < floor)
+        # what went may be open still, and others fill the disk too
+        return not (scarce and self._free() - need < floor)
+
+    def _most(self) -> int:
+        """Bytes of segments; 0: no limit. Files beside them may take half of it at most."""
+        size = self.limit.size
+        return max(size - self.beside, size // 2)
 
     def _free(self) -> int:
+        """Bytes of the disk that will be free when all that is being written is."""
         try:
             info = os.statvfs(self._path)
         except OSError:
             return 1 << 62
-        return info.f_bavail * info.f_frsize
+        return info.f_bavail * info.f_frsize - self._pending
 
     def _free_up(self, short: int) -> tuple[int, bool]:
         """Bytes freed, and whether some were given notice. The lock is open while that runs."""
@@ -188,7 +223,7 @@ class Quota:
         for slot, entry in sorted(self._entries.items(), key=lambda item: item[1].worth()):
             if freed + size >= (max(short, most) if given else short):
                 break
-            if entry.writing or entry.noticed:
+            if entry.writing or entry.noticed or self._held(slot):
                 continue
             if self._evict(slot, entry.name):
                 entry.noticed = True

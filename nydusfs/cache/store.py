@@ -87,7 +87,7 @@ class CacheStore:
         if self.quota is not None:
             self.quota.limit = limit
         elif limit.size or limit.floor:
-            quota = Quota(self.path, limit, self._evict, self._give_notice)
+            quota = Quota(self.path, limit, self._evict, self._give_notice, self.files.in_use)
             for folder in os.scandir(self.path):
                 if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
                     continue
@@ -99,8 +99,14 @@ class CacheStore:
                         name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
                         quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
             self.quota = quota
+        self.count_beside()
         if self.quota is not None:
             self.quota.trim()
+
+    def count_beside(self) -> None:
+        """Have the limit know what files that are no segments take, after one was made. For a worker thread."""
+        if self.quota is not None:
+            self.quota.beside = sum(_allocated(self.path / name) for name in (".maps", ".erofs/images"))
 
     def _evict(self, slot: tuple[str, bytes], name: str) -> bool:
         """True: kernel mounts have it, `_give_notice` first."""
@@ -113,7 +119,7 @@ class CacheStore:
         blob_id, key = slot
         blob = self._blobs.get(blob_id)
         if blob is not None:
-            blob.evicted(key)
+            blob.evicted(key, name)
         self.files.drop((blob_id, key))
         folder = blob.path if blob is not None else self.folder(blob_id)
         for ending in (f".{self.boot}", ""):  # in this order: `sync` may rename the first to the second meanwhile
@@ -308,8 +314,16 @@ class BlobCache:
         if self.store.quota is not None:
             self.store.quota.gone((self.blob_id, key))
 
-    def evicted(self, key: bytes) -> None:
+    def evicted(self, key: bytes, name: str) -> None:
         self._ready.pop(key, None)
+        if self.store.devices is None:  # else a kernel mount may have it
+            # Its room is wanted now, and `sync` may have it open for a second more. Not once it is durable: after a
+            # power cut a file system may have the old size and none of the bytes.
+            with self.naming:
+                try:
+                    os.truncate(self.path / f"{name}.{self.store.boot}", 0)
+                except OSError:
+                    pass  # it is durable
 
     def lost(self, name: str, key: bytes, error: OSError) -> None:
         """The disk did not take it: what the page cache still has may turn into what the disk has, any moment.
@@ -438,7 +452,7 @@ class BlobCache:
         except OSError as error:
             _unlink(self.path / f"{segment.name}.part")
             if quota is not None:
-                quota.gone(slot)
+                quota.failed(slot)
             self.store.health.failed(error)
             return False
         finally:
@@ -520,6 +534,14 @@ class BlobCache:
         if self._ready.get(segment.key) is False:
             self.store.syncer.add(self, segment.name, segment.key)
             self.store.kick()
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes of the disk that the files in it take."""
+    try:
+        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
+    except OSError:
+        return 0  # none yet, or one went away: counted again at the next
 
 
 def _unlink(path: Path) -> None:
