@@ -80,7 +80,8 @@ if [ "$1" = purge ]; then
     if grep -q " /var/lib/containerd-nydus/" /proc/mounts; then
         echo "{NAME}: /var/lib/containerd-nydus has mounts and stays" >&2
     else
-        rm -rf /var/lib/containerd-nydus
+        # the directory itself may be a disk of its own
+        rm -rf /var/lib/containerd-nydus 2>/dev/null || find /var/lib/containerd-nydus -mindepth 1 -delete
     fi
 fi
 """
@@ -89,6 +90,8 @@ OVERRIDES = f"""# Binary wheels as PyPI has them: those files were tested, and p
 {NAME}: unstripped-binary-or-object
 {NAME}: shared-library-lacks-prerequisites
 {NAME}: library-not-linked-against-libc
+# The programs run in a virtual environment of their own.
+{NAME}: wrong-path-for-interpreter
 """
 
 

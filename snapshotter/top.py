@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,23 +99,33 @@ def rates(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (-one["per_second"]["read_bytes"], -one["read_bytes"]))
 
 
-def render(before: dict[str, Any], now: dict[str, Any]) -> RenderableType:
+WIDE = 130  # columns of a terminal; below, the names and what changes are shown
+
+
+def render(before: dict[str, Any], now: dict[str, Any], width: int = WIDE) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from snapshotter.explain.show import seconds, size
 
-    def table(*columns: str) -> Table:
+    def table(columns: Mapping[str, bool]) -> tuple[Table, Callable[..., None]]:
+        """The table and what adds a row. Column -> whether it is there on a narrow terminal too; names are folded."""
         made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=False)
-        for column in columns:
-            made.add_column(
-                column.lstrip(">"),
-                justify="right" if column.startswith(">") else "left",
-                no_wrap=True,
-                overflow="ellipsis",
-            )
-        return made
+        shown = [always or width >= WIDE for always in columns.values()]
+        for at, column in enumerate(columns):
+            if shown[at]:
+                made.add_column(
+                    column.lstrip(">"),
+                    justify="right" if column.startswith(">") else "left",
+                    no_wrap=at > 0,
+                    overflow="fold",
+                )
+
+        def add(*cells: str | Text) -> None:
+            made.add_row(*(cell for cell, there in zip(cells, shown, strict=True) if there))
+
+        return made, add
 
     head = Text(time.strftime("%H:%M:%S", time.localtime(now["at"])), style="bold")
     for one in now["daemons"]:
@@ -121,7 +133,10 @@ def render(before: dict[str, Any], now: dict[str, Any]) -> RenderableType:
         waits = f", {one['waiting']} waiting (oldest {one['oldest_seconds']:.1f} s)" if one["waiting"] else ""
         memory = f", {one['memory_kb'] / 1024:.0f} MiB" if "memory_kb" in one else ""
         head.append(f"   nydusd {one['id'][-6:]} pid {one['pid']} {one['state']}{memory}{waits}", style=style)
-    images = table("image", ">reads/s", ">read/s", ">avg", ">failed", ">cache", ">ahead used", ">fetched/s", ">fetched")
+    images, add_image = table(
+        {"image": True, ">reads/s": True, ">read/s": True, ">avg": False, ">failed": True, ">cache": True,
+         ">ahead used": False, ">fetched/s": True, ">fetched": False}
+    )  # fmt: skip
     for one in rates(before, now):
         speed = one["per_second"]
         average = one["read_micros"] / one["reads"] / 1e6 if one["reads"] else None
@@ -129,15 +144,18 @@ def render(before: dict[str, Any], now: dict[str, Any]) -> RenderableType:
         ahead = f"{one['prefetch_used']}/{one['prefetched']}" if one["prefetched"] else ""
         failed = Text(str(one["read_errors"]), style="bold red" if one["read_errors"] else "")
         reads = f"{speed['reads']:.0f}"
-        images.add_row(one["image"], reads, size(speed["read_bytes"]), seconds(average), failed, cache,
-                       ahead, size(speed["fetched_bytes"]), size(one["fetched_bytes"]))  # fmt: skip
-    sources = table("source", "state", ">first byte", ">speed", ">errors", ">in flight", ">bytes", "last failure")
+        add_image(one["image"], reads, size(speed["read_bytes"]), seconds(average), failed, cache, ahead,
+                  size(speed["fetched_bytes"]), size(one["fetched_bytes"]))  # fmt: skip
+    sources, add_source = table(
+        {"source": True, "state": True, ">first byte": True, ">speed": True, ">errors": True, ">in flight": False,
+         ">bytes": True, "last failure": False}
+    )  # fmt: skip
     for one in now["sources"]:
         state = Text(str(one["state"]), style={"up": "green", "down": "bold red"}.get(one["state"], "yellow"))
         first = seconds(one["first_byte_millis"] / 1000) if one["first_byte_millis"] is not None else ""
         fast = f"{size(one['bytes_per_second'])}/s" if one["bytes_per_second"] is not None else ""
-        sources.add_row(one["address"], state, first, fast, f"{100 * one['error_rate']:.1f} %", str(one["in_flight"]),
-                        size(one.get("bytes", 0)), one["last_failure"][:60])  # fmt: skip
+        add_source(one["address"], state, first, fast, f"{100 * one['error_rate']:.1f} %", str(one["in_flight"]),
+                   size(one.get("bytes", 0)), one["last_failure"][:60])  # fmt: skip
     return Group(head, Text(), images, Text(), sources)
 
 
@@ -168,15 +186,17 @@ def command(
                 if as_json:
                     click.echo(json.dumps({**now, "images": rates(before, now)}))
                 else:
-                    Console().print(render(before, now))
+                    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+                    console.print(render(before, now, console.width))
                 if once:
                     return
                 before = now
-        with Live(render(before, before), screen=True, auto_refresh=False) as live:
+        with Live(screen=True, auto_refresh=False) as live:
+            live.update(render(before, before, live.console.width), refresh=True)
             while True:
                 time.sleep(interval)
                 now = look(node)
-                live.update(render(before, now), refresh=True)
+                live.update(render(before, now, live.console.width), refresh=True)
                 before = now
     except SnapshotterError as failure:
         raise click.ClickException(str(failure)) from None

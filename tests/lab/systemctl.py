@@ -91,7 +91,10 @@ def main() -> None:
         link = WANTS / unit
         if command == "is-active":
             sys.exit(0 if main_pid(unit) else 3)
-        elif command == "enable":
+        elif command == "is-enabled":
+            print("enabled" if link.is_symlink() else "disabled")
+            sys.exit(0 if link.is_symlink() else 1)
+        elif command in ("enable", "preset"):
             target = unit_file(unit)
             WANTS.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():

@@ -13,7 +13,7 @@ from snapshotter.doctor import above, services
 from snapshotter.doctor.finding import Level
 from snapshotter.node import Choices, Node, read_config
 from snapshotter.nydusctl import COMMANDS
-from snapshotter.top import rates
+from snapshotter.top import WIDE, rates, render
 
 
 @pytest.fixture
@@ -109,3 +109,28 @@ def test_rates_survive_counters_that_begin_again() -> None:
     two = {**one, "reads": 160, "read_bytes": 10}
     (found,) = rates({"at": 10.0, "images": [one]}, {"at": 12.0, "images": [two]})
     assert (found["per_second"]["reads"], found["per_second"]["read_bytes"]) == (30.0, 0)
+
+
+def test_top_cuts_nothing_off_where_the_terminal_is_narrow() -> None:
+    from rich.console import Console
+
+    counters = {"reads": 5, "read_bytes": 12_345_678, "read_errors": 0, "read_micros": 9_000_000, "lookups": 1,
+                "cache_hits": 3, "cache_asked": 5, "prefetched": 10, "prefetch_used": 4, "fetched_bytes": 98_765_432,
+                "fetches": 7, "fetch_errors": 0}  # fmt: skip
+    name = "registry.example/some/long/team/application:1.2.3"
+    now = {
+        "at": 2.0,
+        "daemons": [{"id": "x", "state": "RUNNING", "pid": 7, "waiting": 0, "memory_kb": 20_000}],
+        "images": [{"image": name, "snapshot": 5, "daemon": "x", **counters}],
+        "sources": [{"address": "https://mirror.example:65001", "state": "up", "first_byte_millis": 369.2,
+                     "bytes_per_second": 653_900, "error_rate": 0.0, "in_flight": 2, "bytes": 10_100_000,
+                     "last_failure": "connection refused"}],
+    }  # fmt: skip
+    for width in (80, WIDE):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(render({"at": 0.0, "images": []}, now, width))
+        text = console.export_text()
+        assert "…" not in text
+        assert name in "".join(line[:40].split()[0] for line in text.splitlines() if line.split()) or name in text
+        assert "10.1 MB" in text
+        assert ("connection refused" in text) == (width == WIDE)

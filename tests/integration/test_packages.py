@@ -1,0 +1,111 @@
+"""The bundle and the Debian package, built and used: installed, upgraded under a container, removed.
+
+They are built with wheels from PyPI, 30 s each and more; `tests/run long`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.paths import REPO
+from tests.lab.process import remove_tree, run, work_dir
+
+pytestmark = [pytest.mark.root, pytest.mark.long, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    work = work_dir()
+    yield work
+    remove_tree(work)
+
+
+@pytest.fixture(scope="module")
+def wheel(place: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", place / "wheels", REPO]
+    run(command, timeout=300)
+    (found,) = (place / "wheels").glob("*.whl")
+    return found
+
+
+def seen(kind: str, what: Path) -> dict[str, Any]:
+    containerd = shutil.which("containerd")
+    if containerd is None:
+        pytest.skip("containerd is not installed")
+    work = work_dir()
+    try:
+        apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = [*apart, sys.executable, "-m", "tests.lab.packaged", work, containerd, kind, what]
+        done = run(command, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+    finally:
+        remove_tree(work)
+
+
+def went_over(found: dict[str, Any]) -> None:
+    """Another snapshotter and another worker, the same keeper; the container read on."""
+    assert found["unit before"] != found["unit after"]
+    assert set(found["nydusd before"]) != set(found["nydusd after"])
+    assert set(found["nydusd before"]) & set(found["nydusd after"])
+    assert found["reads after"].startswith("hello")
+
+
+def test_a_bundle_runs_from_anywhere_and_installs_nodes_from_pods(place: Path, wheel: Path) -> None:
+    made, moved = place / "made", place / "moved"
+    run([sys.executable, REPO / "packaging" / "bundle.py", made, "--wheel", wheel], timeout=600)
+    made.rename(moved)
+    link = place / "a link"
+    link.symlink_to(moved / "bin" / "nydusctl")
+    run(["/bin/sh", moved / "bin" / "use-python", sys.executable], timeout=30)
+    bare = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run([link, "--version"], env=bare, cwd="/", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for program in ("containerd-nydus-grpc", "nydusd", "nydusify", "nydus-image", "ctr-remote"):
+        done = subprocess.run([moved / "bin" / program, "--help"], env=bare, cwd="/", capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    found = seen("pod", moved)
+    assert "its plugin for this snapshotter is loaded" in found["install"]
+    assert (found["end"], found["runs"]) == (0, True)
+    went_over(found)
+    assert "1 containers use it: default/app." in found["busy"]
+    assert found["reads busy"].startswith("hello")
+    assert (found["left"], found["same"], found["nydusd gone"], found["containerd"]) == ([], True, [], True)
+
+
+def test_the_debian_package_is_installed_upgraded_and_removed(place: Path, wheel: Path) -> None:
+    system = Path("/usr/bin/python3")
+    version = run([system, "-c", "import sys; print(sys.version_info[1])"], timeout=30).stdout.strip()
+    if shutil.which("dpkg-deb") is None or version != str(sys.version_info[1]):
+        pytest.skip("not a Debian with this version of Python")
+    env = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "DEBEMAIL": "packager@debian.org"}
+    made = run([sys.executable, REPO / "packaging" / "deb.py", place, "--wheel", wheel], timeout=600, env=env)
+    package = Path(made.stdout.strip())
+    if lintian := shutil.which("lintian"):
+        done = run([lintian, "--fail-on", "error,warning", package], timeout=400, check=False)
+        assert (done.returncode, done.stdout) == (0, "")
+    found = seen("deb", package)
+    assert found["install"][0] == 0, found["install"]
+    assert found["version"][0] == 0
+    assert "/etc/nydus/config.json" in found["files"]
+    assert found["runs"]
+    assert found["node"][0] == 0, found["node"]
+    assert found["upgrade"][0] == 0, found["upgrade"]
+    went_over(found)
+    assert found["busy"][0] != 0
+    assert "1 containers use it: default/app." in found["busy"][1]
+    assert found["reads busy"].startswith("hello")
+    assert found["remove"][0] == 0, found["remove"]
+    assert found["remove left"] == ["/etc/nydus/config.json"]  # a conffile goes with purge
+    assert (found["remove nydusd"], found["containerd"]) == ([], True)
+    assert (found["purge"][0], found["purge state"], found["purge left"]) == (0, True, [])
