@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPO))
 PROGRAMS: dict[str, tuple[str, str, int, str]] = {
     "containerd-nydus-grpc": ("snapshotter.cli", "_command()", 8, "snapshotter for containerd with lazy Nydus images"),
     "nydusd": ("nydusfs.daemon.cli", "cli", 8, "serve container images whose data is fetched while they run"),
+    "nydus-overlayfs": ("snapshotter.overlayfs", "", 8, "mount helper for overlays that have extra options"),
     "nydusctl": ("nydusfs.daemon.ctl", "cli", 1, "ask or change a running nydusd, look after a whole node"),
     "nydusify": ("nydusfs.convert.cli", "cli", 1, "make, check and mount Nydus images"),
     "nydus-image": ("bootstrap.cli", "main", 1, "build, check and look at RAFS images"),
@@ -60,7 +61,10 @@ def root_command(program: str) -> click.Command:
 
 def pages() -> Iterator[tuple[str, str]]:
     """Path below the directory and text."""
-    for program, (_, _, section, line) in PROGRAMS.items():
+    for program, (module, attribute, section, line) in PROGRAMS.items():
+        if not attribute:
+            yield f"man{section}/{program}.{section}", helper_page(program, module, section, line)
+            continue
         for words, context in commands(program):
             name = "-".join(words)
             text = page(words, context, section, line if len(words) == 1 else "")
@@ -94,7 +98,7 @@ def page(words: list[str], context: click.Context, section: int, line: str) -> s
     name = "-".join(words)
     usage = context.command.get_usage(context).removeprefix("Usage: ").split()
     out = [
-        f".TH {quoted(name.upper())} {section} {date()} {quoted(f'nydus-py {version()}')} {quoted('Nydus')}",
+        heading(name, section),
         ".SH NAME",
         *name_lines(name, line or one_line(command)),
         ".SH SYNOPSIS",
@@ -129,6 +133,17 @@ def page(words: list[str], context: click.Context, section: int, line: str) -> s
 def name_lines(name: str, line: str) -> list[str]:
     first, *more = textwrap.wrap(line, 72 - len(name), break_long_words=False, break_on_hyphens=False)
     return [f"{escaped(name)} \\- {escaped(first)}", *filled(" ".join(more))]
+
+
+def helper_page(program: str, module: str, section: int, line: str) -> str:
+    """Of a program without options of its own, called by others."""
+    text = inspect.cleandoc(importlib.import_module(module).__doc__ or "")
+    heads = [heading(program, section), ".SH NAME", *name_lines(program, line), ".SH DESCRIPTION"]
+    return "\n".join([*heads, *rendered(text), ".SH SEE ALSO", ".BR containerd\\-nydus\\-grpc (8)"]) + "\n"
+
+
+def heading(name: str, section: int) -> str:
+    return f".TH {quoted(name.upper())} {section} {date()} {quoted(f'nydus-py {version()}')} {quoted('Nydus')}"
 
 
 def one_line(command: click.Command) -> str:

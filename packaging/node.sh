@@ -11,6 +11,8 @@ BUNDLE=/nydus-py
 HOST=/host
 PLACE=/opt/nydus-py
 READY=/run/node-ready
+# what people call by name, and containerd: nydus-overlayfs is a mount helper
+LINKS="nydusctl nydusify nydus-image ctr-remote nydus-overlayfs"
 : "${RETRY:=30}"
 
 say() { printf '%s\n' "$*"; }
@@ -50,7 +52,7 @@ install() {
     upgrade
     if [ -e /config/config.json ]; then cp /config/config.json "$HOST/config.json"; set -- --config "$PLACE/config.json" "$@"; fi
     on_node "$PLACE/bundle/bin/nydusctl" node install --bin "$PLACE/bundle/bin" "$@"
-    for name in nydusctl nydusify nydus-image ctr-remote; do
+    for name in $LINKS; do
         on_node sh -c '[ -e "$2" ] || ln -s "$1" "$2"' sh "$PLACE/bundle/bin/$name" "/usr/local/bin/$name"
     done
 }
@@ -58,7 +60,7 @@ install() {
 uninstall() {
     if [ ! -x "$HOST/bundle/bin/nydusctl" ]; then say "this node has no $PLACE/bundle"; return 0; fi
     on_node "$PLACE/bundle/bin/nydusctl" node uninstall "$@"
-    for name in nydusctl nydusify nydus-image ctr-remote; do
+    for name in $LINKS; do
         on_node sh -c '[ "$(readlink "$2")" != "$1" ] || rm "$2"' sh "$PLACE/bundle/bin/$name" "/usr/local/bin/$name"
     done
     rm -rf "$HOST/bundle" "$HOST/config.json"

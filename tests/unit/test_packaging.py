@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,6 +67,8 @@ def test_every_command_has_a_page_that_says_what_help_says(man: Path) -> None:
         "ctr-remote-images-rpull.1",
     }
     assert wanted <= names
+    programs = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(programs) == set(script("manpages").PROGRAMS)
     text = (man / "man1" / "nydusctl-node-install.1").read_text()
     for option in ("--runtime NAME", "-h, --help", "--dry-run"):
         assert f"\\fB{option.replace('-', chr(92) + '-')}\\fR" in text
