@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,11 @@ def _contents(client: Containerd, filters: list[str]) -> Iterator[Any]:
 
 
 def _image(client: Containerd, manifest: Any) -> str:
-    """The name a manifest was pulled by, else the repository it came from with its digest; "" if nothing says."""
+    """The name a manifest was pulled by, else the repository it came from with its digest; "" if nothing says.
+
+    During the pull there is no name yet. The port of the registry is then that of the only registry on this host which
+    other images came from, or the usual one.
+    """
     sources = [
         (key.removeprefix(_SOURCE), repository)
         for key, value in manifest.labels.items()
@@ -141,25 +145,29 @@ def _image(client: Containerd, manifest: Any) -> str:
     targets = [manifest.digest]
     entries = [f'labels."{_ENTRY}{number}"=="{manifest.digest}"' for number in range(_MAX_ENTRIES)]
     targets += [info.digest for info in _contents(client, entries)]
-    names = []
-    for name in (name for digest in targets for name in client.image_names(digest)):
-        if name.startswith("sha256:"):  # CRI keeps one more record, named by the image's id
-            continue
-        try:
-            names.append(Reference.parse(name))
-        except NydusError:
-            continue
+    names = _references(name for digest in targets for name in client.image_names(digest))
     # an image that was only tagged here is not in the registry of its new name; the labels know hosts without ports
     pulled = [one for one in names if (one.hostname, one.repository) in sources] or ([] if sources else names)
     pulled.sort(key=lambda one: (not one.tag, str(one)))
     if pulled:
         return str(pulled[0])
-    for host, repository in sources:
+    for hostname, repository in sources:
+        hosts = {one.host for one in _references(client.image_names()) if one.hostname == hostname}
+        host = hosts.pop() if len(hosts) == 1 else hostname
+        for found in _references([f"{host}/{repository}@{manifest.digest}"]):
+            return str(found)
+    return ""
+
+
+def _references(names: Iterable[str]) -> list[Reference]:
+    """Those that are references; CRI keeps one more record, named by the image's id."""
+    found = []
+    for name in names:
         try:
-            return str(Reference.parse(f"{host}/{repository}@{manifest.digest}"))
+            found += [] if name.startswith("sha256:") else [Reference.parse(name)]
         except NydusError:
             continue
-    return ""
+    return found
 
 
 def _labels(image: str, manifest: str, layer: _Layer) -> dict[str, str]:

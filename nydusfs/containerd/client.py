@@ -182,9 +182,9 @@ class Containerd(Connection):
         request = images_pb2.GetImageRequest(name=name)
         return self.call(f"looking for image {name}", self._images.Get, request).image.target
 
-    def image_names(self, digest: str) -> list[str]:
-        """Names of all images with this target."""
-        request = images_pb2.ListImagesRequest(filters=[f'target.digest=="{digest}"'])
+    def image_names(self, digest: str = "") -> list[str]:
+        """Names of all images with this target, or of all there are."""
+        request = images_pb2.ListImagesRequest(filters=[f'target.digest=="{digest}"'] if digest else [])
         return [image.name for image in self.call("listing images", self._images.List, request).images]
 
     def record_image(self, name: str, target: Described) -> None:
