@@ -23,6 +23,7 @@ from nydusfs.sources.gpt import GptError, read_partitions
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.disk import write_disk
 from tests.lab.faulty import dead_port, faulty_server
+from tests.lab.moto import moto_bucket
 from tests.lab.objects import object_server
 from tests.lab.paths import ref_bin
 from tests.lab.tiny import TinyImage, noise, tiny_image
@@ -110,6 +111,18 @@ def test_a_bucket(kind: str, image: TinyImage, tmp_path: Path, monkeypatch: pyte
         write_keys("session one")
         loose = {name: value for name, value in config.items() if not name.startswith(("access", "session"))}
         run(image, document(kind, {**loose, "credentials_file": str(keys)}), renewed)
+
+
+def test_a_bucket_of_a_server_that_others_made(image: TinyImage, tmp_path: Path) -> None:
+    """moto's, which has botocore compute each signature: the host with its port is in it, odd names too."""
+    path = f"pre fix/ü+~/{image.blob_id}"
+    with moto_bucket(tmp_path, {path: image.blob}) as bucket:
+        where = {"object_prefix": "pre fix/ü+~/"}
+        run(image, document("s3", {**bucket.user, **where}), all_right)
+        run(image, document("s3", {**bucket.session, **where}), all_right)
+        run(image, document("s3", {**bucket.user, **where, "access_key_secret": "x"}), wrong("403 .SignatureDoesNotMa"))
+        run(image, document("s3", {**bucket.session, **where, "session_token": "x"}), wrong("InvalidToken"))
+        run(image, document("s3", bucket.user), wrong("404 .NoSuchKey"))
 
 
 def test_a_bucket_behind_a_mirror(image: TinyImage) -> None:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from snapshotter.cachectl.ctl import command
 from tests.lab.daemon import Nydusd, can_mount_fuse
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.mounted import check_mount
@@ -96,3 +98,37 @@ def test_nothing_is_fetched_again(name: str, age: str, compressed: bool, tmp_pat
         assert again == [], f"fetched again; {sorted(left)}"
         for file, changed in left.items():
             assert (work / file).stat().st_mtime_ns == changed, f"{file} is upstream's own"
+
+
+# Cache directories of upstream, and blobs: of images with chunks at odd offsets, with tables of the blob itself,
+# and with digests that only the whole tar vouches for.
+IMPORTS = (
+    ("v5-lz4-blake3-1m", "upstream"), ("v6-batch-128k", "upstream"), ("v6-zran-slices", "upstream"),
+    ("v5-merged3", "blobs"), ("v6-batch-128k", "blobs"), ("v6-zran-slices", "blobs"), ("v6-encrypt", "blobs"),
+    ("v6-tar-tarfs", "blobs"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form"), IMPORTS)
+def test_an_imported_image_needs_no_registry(name: str, form: str, tmp_path: Path) -> None:
+    case, work = _case(name), tmp_path / "cache"
+    with _registry(case) as server:
+        source = tmp_path / "source"
+        source.mkdir()
+        if form == "upstream":
+            _read_with_upstream(NYDUSD, case, _config(server, source))
+        else:
+            for blob, data in server.blobs.items():
+                (source / blob).write_bytes(data)
+        told = CliRunner().invoke(
+            command, ["import", str(source), "--cache-dir", str(work), "-B", str(case / "image.boot"), "--json"]
+        )
+        assert told.exit_code == 0, (told.stdout, told.stderr, told.exception)
+        assert sum(blob["absent"] for blob in json.loads(told.stdout)["blobs"]) == 0
+        before = len(server.data_requests)
+        server.mode = "503"
+        with Nydusd() as ours:
+            answer = ours.mount("/i", case / "image.boot", _config(server, work))
+            assert answer.status == 204, answer
+            assert check_mount(case, ours.mnt / "i") == []
+        assert len(server.data_requests) == before
