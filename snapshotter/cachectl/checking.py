@@ -19,6 +19,8 @@ def run(place: Place, wanted: Sequence[str], *, threads: int, keep: bool, quiet:
     """Prints unless `quiet`; the same as an object. Raises CacheError."""
     images = place.blob_table()
     stores = place.stores()
+    if not stores:
+        raise CacheError(f"cache {place.cache}: no such directory")
     if wanted:
         for store in stores:
             store.blobs = {name: blob for name, blob in store.blobs.items() if name.startswith(tuple(wanted))}

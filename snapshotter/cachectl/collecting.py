@@ -19,6 +19,11 @@ from snapshotter.explain.show import size
 
 def run(place: Place, *, dry_run: bool, imported: bool, quiet: bool) -> dict[str, Any]:
     """Prints unless `quiet`; the same as an object. Raises CacheError, RafsError, OSError."""
+    if not place.users_known():
+        raise CacheError(
+            f"cache {place.cache}: which images use it is not known, so nothing is deleted: name the snapshotter's "
+            "directory (--root DIR), or every image (--bootstrap FILE)"
+        )
     stores = place.stores()  # before the images are read: none may come between
     images = place.images
     table = place.blob_table()

@@ -101,6 +101,10 @@ class Place:
         except OSError as error:
             raise CacheError(f"cache {error.filename or self.cache}: {error.strerror or error}") from None
 
+    def users_known(self) -> bool:
+        """Whether there is anything that tells which images use this cache."""
+        return bool(self._given) or (self._node is not None and (self._node.root / "snapshots").is_dir())
+
     # ---- nydusd
 
     @cached_property

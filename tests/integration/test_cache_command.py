@@ -20,7 +20,7 @@ from nydusfs.cachetools.images import open_image
 from snapshotter.cachectl.ctl import command
 from tests.lab.daemon import Nydusd, can_mount_fuse
 from tests.lab.faulty import FaultyServer, faulty_server
-from tests.lab.process import drop_caches, remove_tree, run, wait_until, work_dir
+from tests.lab.process import drop_caches, remove_tree, wait_until, work_dir
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
@@ -144,8 +144,15 @@ def test_verify_without_a_nydusd(image: TinyImage, server: FaultyServer, tmp_pat
     assert found["segments"] == len(segments)
     assert not any(path.exists() for path in segments[:2])
     assert ctl("verify", "--cache-dir", work, "-B", image.bootstrap)["segments"] == len(segments) - 2
-    told = run([*CTL, "verify", "--cache-dir", work, "ffff"], check=False)
-    assert (told.returncode, "nothing of a blob ffff" in told.stderr) == (1, True)
+    for words, said in (
+        (("verify", "ffff"), "nothing of a blob ffff"),
+        (("gc",), "which images use it is not known"),
+        (("verify", "--bootstrap", tmp_path / "none.boot"), "no such file"),
+    ):
+        told = CliRunner().invoke(command, [*map(str, words), "--cache-dir", str(work)])
+        assert (told.exit_code, said in told.stderr) == (1, True), (words, told.stderr)
+    told = CliRunner().invoke(command, ["verify", "--cache-dir", str(tmp_path / "none")])
+    assert (told.exit_code, "no such directory" in told.stderr) == (1, True)
     with Nydusd() as daemon:
         mount(daemon, image, server.netloc, work)
         assert wrong(daemon, image) == []
@@ -153,6 +160,7 @@ def test_verify_without_a_nydusd(image: TinyImage, server: FaultyServer, tmp_pat
 
 def node(folder: Path, *images: TinyImage) -> Path:
     """The root of a snapshotter that does not run."""
+    (folder / "snapshots").mkdir()
     for number, image in enumerate(images, 1):
         place = folder / "snapshots" / str(number) / "fs" / "image"
         place.mkdir(parents=True)
