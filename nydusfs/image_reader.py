@@ -172,7 +172,7 @@ class ImageReader:
     def _soon(self, ino: int, offset: int, size: int, pieces: list[_Piece]) -> None:
         try:
             if self._token is not None:
-                self._token.run_sync_soon(self._read_ahead, ino, offset, size, pieces)
+                self._token.run_sync_soon(self._read_ahead, ino, offset, size, pieces, True)
         except trio.RunFinishedError:
             pass
 
@@ -436,7 +436,7 @@ class ImageReader:
 
     # Sequential readers
 
-    def _read_ahead(self, ino: int, offset: int, size: int, pieces: Sequence[_Piece]) -> None:
+    def _read_ahead(self, ino: int, offset: int, size: int, pieces: Sequence[_Piece], cached: bool = False) -> None:
         """Fetch what comes behind this read, where it goes on in sequence. Behind the read itself: it is started, and
         nothing of it waits for this."""
         own = {piece.segment.key: piece.segment for piece in pieces if piece.segment is not None}
@@ -448,7 +448,7 @@ class ImageReader:
                 wanted = [piece.segment for piece in ahead if piece.segment is not None]
             if ino and self.bootstrap.attr(ino).size <= SMALL_FILE:
                 for segment in own.values():
-                    wanted += self._runs.note(segment)
+                    wanted += self._runs.note(segment, cached=cached)
         except (RafsError, KeyError, ValueError, IndexError):
             pass  # the read itself will say so
         wanted = [segment for segment in wanted if segment.key not in own]

@@ -26,6 +26,7 @@ STALE = 2.0
 # Segments one after the other, and bytes, that make a sequence of small files; less is seen in any start of a program,
 # and over a slow link what nobody reads delays what somebody does.
 RUN, RUN_BYTES = 4, 1 << 20
+GUESSED = 2  # times as much of both where some of it was here already: guesses go a few neighbours far
 SMALL_FILE = 1 << 20
 
 
@@ -87,6 +88,11 @@ class _Run:
     count: int
     size: int
     at: float
+    guessed: bool = False  # some of it was in the cache when its reader came
+
+    def seen(self) -> bool:
+        times = GUESSED if self.guessed else 1
+        return self.count >= times * RUN and self.size >= times * RUN_BYTES
 
 
 class BlobStreams:
@@ -101,14 +107,18 @@ class BlobStreams:
         self._runs: dict[int, _Run] = {}
 
     def due(self, segment: Segment) -> bool:
-        run = self._runs.get(segment.blob.index)
-        if run is None or run.count < RUN or time.monotonic() > run.at + STALE:
+        """Whether a reader that was answered from the cache goes on in a sequence, so that it should be noted: also in
+        what somebody else fetched, or a sequence that is fetched ahead by guesses would never be seen."""
+        run, rows = self._runs.get(segment.blob.index), segment.rows
+        if run is None or rows.stop <= run.end or time.monotonic() > run.at + STALE:
             return False
+        if run.begin <= rows.start <= run.end:
+            return True
         here = segment.start + segment.size
-        return run.end < segment.rows.stop <= run.ahead and run.ahead_at < here + self._window(WINDOW) // 2
+        return rows.stop <= run.ahead and run.seen() and run.ahead_at < here + self._window(WINDOW) // 2
 
-    def note(self, segment: Segment) -> list[Segment]:
-        """What should be fetched now. Raises KeyError or RafsError."""
+    def note(self, segment: Segment, *, cached: bool) -> list[Segment]:
+        """What should be fetched now; `cached`: the segment was here. Raises KeyError or RafsError."""
         rows, blob_index, here = segment.rows, segment.blob.index, segment.start + segment.size
         run, now = self._runs.get(blob_index), time.monotonic()
         if run is None or not run.begin <= rows.start <= run.ahead:
@@ -120,11 +130,13 @@ class BlobStreams:
         run.end = rows.stop
         run.count += 1
         run.size += segment.size
+        # What was fetched ahead of this very run says nothing.
+        run.guessed |= cached and rows.start >= run.ahead
         if run.ahead < run.end:
             run.ahead, run.ahead_at = run.end, here
         found: list[Segment] = []
         window = min(self._window(WINDOW), run.size)
-        if run.count < RUN or run.size < RUN_BYTES or run.ahead_at >= here + window // 2:
+        if not run.seen() or run.ahead_at >= here + window // 2:
             return found
         last = self._chunks.blob_rows(blob_index).stop
         until = here + window
