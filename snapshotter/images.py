@@ -273,8 +273,10 @@ class Images:
         self._recovered.set()
         # side by side: one that hangs, or whose image is broken, keeps nobody else waiting
         with ThreadPoolExecutor(RECOVER_TOGETHER, "recovery") as pool:
-            found = sum(pool.map(self._recover_daemon, daemons))
-        log.info("found %d nydusd running, %d were not", found, len(daemons) - found)
+            lived = [
+                daemon for daemon, found in zip(daemons, pool.map(self._recover_daemon, daemons), strict=True) if found
+            ]
+        log.info("found %d nydusd running, %d were not", len(lived), len(daemons) - len(lived))
         for instance in lost:
             self._records.forget_instance(instance)
         with self._lock:
@@ -282,6 +284,9 @@ class Images:
             for instance in self._instances.values():
                 served[instance.daemon].add(instance.name)
         leftovers.sweep(self._root, self._settings.daemon.log_dir, served)
+        if self._settings.daemon.restart:
+            for daemon in lived:  # last: nobody waits for this
+                daemon.upgrade_if_older()
 
     def _recover_daemon(self, daemon: Daemon) -> bool:
         """True: it lived. What fails is tried again by whoever asks for its images."""
@@ -305,8 +310,6 @@ class Images:
             log.exception("nydusd %s: its images are mounted when they are asked for", daemon.id)
         finally:
             self._gates[daemon.id].set()
-        if lived and self._settings.daemon.restart:
-            daemon.upgrade_if_older()
         return lived
 
     def _wait_recovered(self, snapshot: int, mapping: IdMapping | None) -> None:
