@@ -12,7 +12,7 @@ import pytest
 from tests.lab.paths import ref_bin
 from tests.lab.process import remove_tree, run, work_dir
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["debian", "newer"])
@@ -23,7 +23,7 @@ def test_a_node_is_installed_used_and_left_as_it_was(newer: bool) -> None:
     work = work_dir()
     try:
         apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        done = run([*apart, sys.executable, "-m", "tests.lab.installing", work, containerd], timeout=110, check=False)
+        done = run([*apart, sys.executable, "-m", "tests.lab.installing", work, containerd], timeout=200, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         seen = json.loads(done.stdout)
     finally:
@@ -55,6 +55,10 @@ def test_a_node_is_installed_used_and_left_as_it_was(newer: bool) -> None:
     said("broken", 1, "config.toml is as it was, and it runs again as before")
     assert seen["broken config"]
     assert seen["broken alive"]
+    if newer:
+        said("runtime", 0)
+        assert seen["runtime pod"] == [0, "hello"]
+        assert seen["runtime snapshots"] > 3
     said("install 2", 0)
     assert seen["second life"].startswith("hello")
     said("purge", 0, "snapshots removed from containerd", "/var/lib/containerd-nydus: removed")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from snapshotter.system import mountpoints
+from tests.lab.containerd import version_of
+from tests.lab.cri import Cri
 from tests.lab.process import run
 from tests.lab.registry import Registry
-from tests.lab.sample import small_image
+from tests.lab.sample import pause_image, small_image
 from tests.lab.stack import program
 
 SOCKET = "/run/containerd/containerd.sock"
@@ -34,6 +37,7 @@ class Lab:
     def __init__(self, work: Path, containerd: Path) -> None:
         self.work, self.containerd = work, containerd
         self.ctr_program = containerd.with_name("ctr")
+        self.newer = version_of(containerd) >= (2, 0)
         self.seen: dict[str, Any] = {}
 
     def prepare(self) -> None:
@@ -47,7 +51,13 @@ class Lab:
             run(["mount", "-t", "overlay", "overlay", "-o", options, name], timeout=10)
         run(["mount", "-t", "tmpfs", "tmpfs", "/run"], timeout=10)
         Path("/run/systemd/system").mkdir(parents=True)
-        for place in (DATA, Path("/run/containerd"), Path("/etc/systemd/system"), CONFIG.parent):
+        for place in (
+            DATA,
+            Path("/run/containerd"),
+            Path("/etc/cni/net.d"),
+            Path("/etc/systemd/system"),
+            CONFIG.parent,
+        ):
             place.mkdir(parents=True, exist_ok=True)
         (self.work / "data").mkdir()
         run(["mount", "--bind", self.work / "data", DATA], timeout=10)
@@ -66,7 +76,13 @@ class Lab:
         for quote in ("'", '"'):
             default = default.replace(f"root = {quote}/var/lib/containerd{quote}", f'root = "{self.work}/c"', 1)
             default = default.replace(f"imports = [{quote}/etc/containerd/conf.d/*.toml{quote}]", "imports = []")
+        # what this machine's kernel and network do not have
+        default = re.sub(r"sandbox = '.*'", f"sandbox = '{self.host}/lab/pause:1'", default)
+        default = default.replace("disable_apparmor = false", "disable_apparmor = true")
+        default = default.replace("restrict_oom_score_adj = false", "restrict_oom_score_adj = true")
         CONFIG.write_text(default)
+        loopback = '{"cniVersion": "0.4.0", "name": "lo", "plugins": [{"type": "loopback"}]}'
+        Path("/etc/cni/net.d/10-lo.conflist").write_text(loopback)
         Path("/etc/systemd/system", CONTAINERD).write_text(
             f"[Service]\nType=notify\nExecStart={bin}/containerd-fussy -c {CONFIG}\nKillMode=process\n"
         )
@@ -137,6 +153,8 @@ class Lab:
         see["containerd after"] = bool(self.pid())
         see["plugins after"] = [line for line in self.ctr("plugins", "ls").splitlines() if " nydus " in line]
         self.break_containerd(before)
+        if self.newer:
+            self.one_runtime()
         see["install 2"] = self.node("install")
         self.container()
         see["second life"] = self.ctr("tasks", "exec", "--exec-id", "x", "app", "cat", "/marker")
@@ -154,6 +172,21 @@ class Lab:
         self.seen["broken alive"] = bool(self.pid()) and "io.containerd" in self.ctr("plugins", "ls")
         Path("/run/refuse").unlink()
 
+    def one_runtime(self) -> None:
+        """Only the pods of a RuntimeClass, as in examples/kubernetes/runtimeclass.yaml."""
+        self.seen["runtime"] = self.node("install", "--runtime", "nydus")
+        cri = Cri(Path(SOCKET), self.work)
+        try:
+            pod, config = cri.sandbox("nydus")
+            image = cri.pull(f"{self.host}/lab/app:nydus", config)
+            self.seen["runtime pod"] = cri.run(pod, config, image, "cat", "/marker")
+            snapshots = ("-n", "k8s.io", "snapshots", "--snapshotter", "nydus", "ls")
+            self.seen["runtime snapshots"] = len(self.ctr(*snapshots).splitlines()) - 1
+            cri.remove(pod)
+        finally:
+            cri.close()
+        self.ctr("-n", "k8s.io", "images", "rm", f"{self.host}/lab/app:nydus")
+
     def container(self) -> None:
         ref = f"{self.host}/lab/app:nydus"
         rpull = [program("ctr-remote"), "-a", SOCKET, "images", "rpull", "--plain-http", ref]
@@ -164,6 +197,7 @@ class Lab:
     def with_image(self, then: Callable[[], None]) -> None:
         with Registry(self.work / "reg") as registry:
             self.host = registry.host
+            pause_image(self.work / "pause").push(registry.host, "lab/pause", "1")
             small_image(self.work / "image", payload=1 << 20).push(registry.host, "lab/app", "oci")
             convert = [program("nydusify"), "convert", "--source", f"{self.host}/lab/app:oci", "--target",
                        f"{self.host}/lab/app:nydus", "--source-insecure", "--target-insecure",

@@ -104,7 +104,7 @@ class Packaged(Lab):
         self.ctr("containers", "rm", "app")
 
     def say(self, *words: str | Path) -> tuple[int, str]:
-        done = run(words, timeout=110, check=False)
+        done = run(words, timeout=300, check=False)  # all modules are compiled
         return done.returncode, done.stdout + done.stderr
 
     def deb(self, package: Path) -> None:
