@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -21,6 +22,7 @@ UNIT_FOLDERS = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/
 UNITS = ("containerd-nydus-grpc.service", "nydus-snapshotter.service")
 START = "systemctl start containerd-nydus-grpc; its log says why it is not running"
 HUNG_SECONDS = 10.0
+STARTING_SECONDS = 10.0
 EVENT_SECONDS = 3600.0
 
 
@@ -126,7 +128,7 @@ def daemons(node: Node) -> Iterator[Finding]:
         api = NydusdApi(one.socket)
         name = f"nydusd {one.id}"
         try:
-            info = api.info(timeout=5)
+            info = _started(api)
         except SnapshotterError as failure:
             yield error(
                 "nydusd.running",
@@ -145,6 +147,14 @@ def daemons(node: Node) -> Iterator[Finding]:
         yield from _events(name, api, node.need().log_dir / one.id)
     if not found and node.pid:
         yield note("nydusd.running", "no nydusd: none was needed so far, or plain images only")
+
+
+def _started(api: NydusdApi) -> dict[str, Any]:
+    """What it says of itself. One without a socket is given time: after an installation it is being started."""
+    deadline = time.monotonic() + STARTING_SECONDS
+    while not api.path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return api.info(timeout=5)
 
 
 def _hung(name: str, api: NydusdApi) -> Iterator[Finding]:
