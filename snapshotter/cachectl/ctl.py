@@ -132,7 +132,8 @@ def gc(
 ) -> None:
     """Delete what no image of this node uses: blobs, parts of blobs, rests of killed writers.
 
-    Nothing goes unless every bootstrap here could be read. What is not known to be nydusd's own stays and is listed.
+    Nothing goes unless the bootstraps of all mounted images could be read. What is not known to be nydusd's own stays
+    and is listed.
     The snapshotter does the same for whole blobs whenever an image is removed.
     """
     from snapshotter.cachectl.collecting import run

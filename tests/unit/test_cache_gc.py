@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import trio
 from nydusfs.cachetools.gather import remember
 from nydusfs.config import load_config
 from nydusfs.services import open_services
-from snapshotter.cachegc import look, orphans, remove
+from snapshotter.cachegc import Collector, look, orphans, remove
 from tests.integration.test_sources_faults import config_text
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import noise, tiny_image
@@ -107,3 +108,31 @@ def test_what_further_processes_keep_and_what_waits_for_its_image(tmp_path: Path
     assert orphans(cache, snapshots) == [image.blob_id]
     os.utime(remember(cache, image.bootstrap), (0, 0))
     assert orphans(cache, snapshots) == [image.blob_id], "it never came"
+
+
+def test_removing_an_image_frees_what_nothing_else_uses(tmp_path: Path) -> None:
+    """Every nydusd is told, of a dedicated one's own directory too; what another image shares stays."""
+    cache, snapshots = tmp_path / "cache", tmp_path / "snapshots"
+    own = tiny_image(tmp_path, {"f": noise(5000, 1)})
+    shared = tiny_image(tmp_path, {"f": noise(5000, 2)})
+    for number, images in enumerate(((shared,), (shared, own))):
+        for part, image in enumerate(images):
+            place = snapshots / f"{number}{part}" / "fs" / "image"
+            place.mkdir(parents=True)
+            (place / "image.boot").write_bytes(image.bootstrap.read_bytes())
+    told: list[str] = []
+
+    class Nydusd:
+        def drop_blob(self, blob_id: str) -> None:
+            told.append(blob_id)
+
+    for folder in (cache / own.blob_id, cache / shared.blob_id, cache / ".worker-2" / own.blob_id):
+        folder.mkdir(parents=True)
+        (folder / f"0-{'00' * 12}").write_bytes(b"x")
+        os.utime(folder, (0, 0))
+    collector = Collector(cache, snapshots, lambda: [Nydusd()], set, enabled=True, period=0)
+    assert (collector._collect(), told) == (0, [])
+    shutil.rmtree(snapshots / "10")
+    shutil.rmtree(snapshots / "11")
+    assert (collector._collect(), told) == (0, [own.blob_id])
+    assert sorted(path.name for path in cache.rglob("*") if len(path.name) == 64) == [shared.blob_id]
