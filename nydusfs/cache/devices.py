@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -91,9 +90,13 @@ class DeviceFiles:
         """See `Leaving`. Raises OSError, FileNotFoundError when no mount has it any more."""
         return self.leaving.leave(self.device(blob_id, name), self.files / blob_id / name)
 
-    def empty(self, blob_id: str, name: str, fd: int, forget: Callable[[], None]) -> bool:
+    def take(self, blob_id: str, name: str) -> bool:
+        """See `Leaving`."""
+        return self.leaving.take(self.device(blob_id, name))
+
+    def empty(self, blob_id: str, name: str, fd: int) -> None:
         """See `Leaving`. Raises OSError."""
-        return self.leaving.empty(self.device(blob_id, name), fd, forget)
+        self.leaving.empty(self.device(blob_id, name), fd)
 
     def device(self, blob_id: str, name: str) -> str:
         return f"{self.key}/{blob_id}/{name}"

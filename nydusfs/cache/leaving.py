@@ -63,30 +63,27 @@ class Leaving:
                 self._lock.notify_all()
 
     def leave(self, device: str, path: Path) -> int:
-        """The first step: a descriptor for the second. Raises OSError."""
+        """The first step: a descriptor for the last. Raises OSError."""
         with self._lock:
             fd = self._ask(path)
             self._leaving.add(device)
             return fd
 
-    def empty(self, device: str, fd: int, forget: Callable[[], None]) -> bool:
-        """The second, `GRACE` later. False when it is needed after all; else `forget` was called before the data went.
-        Closes `fd`. Raises OSError."""
-        try:
-            with self._lock:
-                wanted = device not in self._leaving or device in self._writing
-                self._leaving.discard(device)
-                if wanted:
-                    return False
+    def take(self, device: str) -> bool:
+        """The second, `GRACE` later: nobody else changes it until `empty`. False when it is needed after all."""
+        with self._lock:
+            wanted = device not in self._leaving or device in self._writing
+            self._leaving.discard(device)
+            if not wanted:
                 self._writing.add(device)
-            try:
-                # Without the lock: this is announced as well, and who answers takes it.
-                forget()
-                os.ftruncate(fd, 0)
-            finally:
-                with self._lock:
-                    self._writing.discard(device)
-                    self._lock.notify_all()
-            return True
+            return not wanted
+
+    def empty(self, device: str, fd: int) -> None:
+        """The last: what was taken loses its data. Raises OSError."""
+        try:
+            # Without the lock: this is announced as well, and who answers takes it.
+            os.ftruncate(fd, 0)
         finally:
-            os.close(fd)
+            with self._lock:
+                self._writing.discard(device)
+                self._lock.notify_all()

@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -138,14 +137,23 @@ class CacheStore:
             except OSError as error:
                 log.error("cache %s: blob %s, segment %s cannot go: %s", self.path, slot[0], name, error.strerror)
         time.sleep(GRACE)
+        taken = [slot for slot in given if devices.take(slot[0], segments[slot])]
+        for slot in taken:
+            self._delete(slot, segments[slot])
+        try:
+            for folder in {self.folder(slot[0]) for slot in taken}:
+                sync_folder(folder)
+        except OSError as error:
+            self.health.failed(error)  # what a power cut leaves of a disk in this state is anybody's guess
         for slot, fd in given.items():
-            name = segments[slot]
             try:
-                if devices.empty(slot[0], name, fd, partial(self._delete, slot, name)):
-                    gone.add(slot)
+                if slot in taken:
+                    devices.empty(slot[0], segments[slot], fd)
             except OSError as error:
-                log.error("cache %s: blob %s, segment %s did not go: %s", self.path, slot[0], name, error.strerror)
-        return gone
+                log.error("cache %s: blob %s, segment %s stays: %s", self.path, slot[0], segments[slot], error.strerror)
+            finally:
+                os.close(fd)
+        return gone.union(taken)
 
     def folder(self, blob_id: str) -> Path:
         """Where the segments of a blob are."""
@@ -542,6 +550,15 @@ def _allocated(folder: Path) -> int:
         return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
     except OSError:
         return 0  # none yet, or one went away: counted again at the next
+
+
+def sync_folder(path: Path) -> None:
+    """Names that changed are on the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _unlink(path: Path) -> None:
