@@ -270,7 +270,7 @@ def test_every_way_to_read_a_cold_image(tmp_path: Path, overlay: bool) -> None:
 
 def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
     """As for FUSE, see `lab.killing`, but each image many times with a cold cache."""
-    report = kill_workers(25, fs_driver="erofs")
+    report = kill_workers(12, fs_driver="erofs")
     assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
     assert report.reads > 100
 

@@ -207,7 +207,7 @@ def kill_workers(
                 time.sleep(0.5)
                 for number in range(kills):
                     if cold:
-                        mounts.add(2, cold=cold)
+                        mounts.add(1, cold=cold)
                     time.sleep(rng.uniform(*every))
                     cached = sorted(base.glob("cache*/*/*-*"))
                     for victim in rng.sample(cached, min(1, len(cached))):
