@@ -156,13 +156,11 @@ class Connection:
         """Make the kernel drop a name and all it knows below. Waits for lookups in that directory. Raises OSError."""
         self._notify(Notify.INVAL_ENTRY, NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), 0), name, b"\0")
 
-    def forget_attributes(self, node: int) -> None:
-        """Raises OSError, ENOENT when the kernel does not know the node."""
-        self._notify(Notify.INVAL_INODE, NOTIFY_INVAL_INODE_OUT.pack(node, -1, 0))
-
     def forget_pages(self, node: int) -> None:
-        """Make the kernel drop all it has of a file's content. Waits for reads of it. Raises OSError, ENOENT when the
-        kernel does not know the node."""
+        """Make the kernel drop all it has of a file's content, or of a directory's listing, and the attributes.
+
+        Waits for reads of it. Raises OSError, ENOENT when the kernel does not know the node.
+        """
         self._notify(Notify.INVAL_INODE, NOTIFY_INVAL_INODE_OUT.pack(node, 0, 0))
 
     def resend(self) -> bool:

@@ -238,7 +238,8 @@ class FuseDriver:
                     if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                         log.warning("the kernel kept %s cached: %s", os.fsdecode(name), error)
             try:
-                self.connection.forget_attributes(change.parent or ROOT_ID)
+                # its listing too, which the kernel keeps when it was read: it would never show what was mounted since
+                self.connection.forget_pages(change.parent or ROOT_ID)
             except OSError:
                 pass  # not known to the kernel
 
