@@ -42,7 +42,7 @@ from snapshotter.lazy.finder import LazyFinder
 from snapshotter.mounts import Layout, Mount
 from snapshotter.origins import Origins
 from snapshotter.records import instance_name
-from snapshotter.store import Kind, Snapshot, Store
+from snapshotter.store import Kind, Snapshot, Store, need
 from snapshotter.tally import tally
 from snapshotter.trash import Trash
 from snapshotter.volumes import VolumeSettings, extra_option, guest_pull
@@ -94,6 +94,7 @@ class Snapshotter:
 
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
+        need(key, "key")
         labels = self._taken(self._described(key, parent, labels))
         ref = labels.get(SNAPSHOT_REF, "")
         if ref and self._proxy:

@@ -159,7 +159,7 @@ class Store:
 
         Raises InvalidArgument (empty key, parent not committed), NotFound (parent), AlreadyExists (key).
         """
-        _need(key, "key")
+        need(key, "key")
         now = time.time_ns()
         made = Snapshot(0, key, parent, kind, now, now, 0, 0, _kept(labels))
 
@@ -183,7 +183,7 @@ class Store:
         here under a namespaced name), any unique name will do: containerd finds it by label and parent.
         None: there is such a layer already. Raises as `create`.
         """
-        _need(key, "key")
+        need(key, "key")
         now = time.time_ns()
         made = Snapshot(0, ref, parent, Kind.COMMITTED, now, now, 0, 0, _kept(labels))
 
@@ -215,8 +215,8 @@ class Store:
 
         Raises InvalidArgument, NotFound, AlreadyExists, FailedPrecondition; the active snapshot then stays as it was.
         """
-        _need(name, "name")
-        _need(key, "key")
+        need(name, "name")
+        need(key, "key")
         active = self.stat(key)
         # The walk may take long: outside of the transaction. Nothing writes to a snapshot that is being committed.
         size, inodes = disk_usage(self.upper(active.id)) if active.kind is Kind.ACTIVE else (0, 0)
@@ -249,7 +249,7 @@ class Store:
 
     def remove(self, key: str) -> Snapshot:
         """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
-        _need(key, "key")
+        need(key, "key")
 
         def delete(writer: sqlite3.Connection) -> Snapshot:
             row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
@@ -470,6 +470,6 @@ def _dump(labels: Mapping[str, str]) -> str:
     return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True)
 
 
-def _need(text: str, what: str) -> None:
+def need(text: str, what: str) -> None:
     if not text:
         raise InvalidArgument(f"snapshot {what} is required")
