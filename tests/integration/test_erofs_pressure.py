@@ -175,8 +175,8 @@ def results(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 @pytest.mark.skipif(no_groups("memory") != "", reason=no_groups("memory"))
 def test_little_memory_for_readers_and_for_the_daemon(tmp_path: Path) -> None:
-    """An image of 48 MiB: readers who may have 24, then a daemon that may have little more than it needs idle."""
-    image = tiny_image(tmp_path, {f"f{n}": noise(16 * SEGMENT_SIZE, n) for n in range(12)})
+    """An image of 72 MiB: readers who may have 24, then a daemon that may have little more than it needs idle."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(24 * SEGMENT_SIZE, n) for n in range(12)})
     code = f"""
 import os, sys
 open(sys.argv[2] + "/cgroup.procs", "w").write(str(os.getpid()))
@@ -194,13 +194,15 @@ sys.argv[1:] = sys.argv[1:2]
             settle(work)
             drop_caches()
         assert group.memory_peak() > 20 << 20, "the limit was never felt"
-        group.limit_memory(40 << 20)  # what it had before it was moved there is not counted
+        # What it had before it was moved there is not counted. It holds 24 MiB of what was verified last, and what is on
+        # its way to a sequential reader; files of the cache have to make room for that.
+        group.limit_memory(64 << 20)
         group.add(pids := processes_mentioning(str(running.sock)))
         worker = running.worker_pid
         other = tmp_path / "other"
         assert running.mount("/b", image.bootstrap, registry_config(server, other)).status == 204
         assert read_all(running.mnt / "b", timeout=60) == digests(image)
-        assert group.memory_peak() > 36 << 20, "the limit was never felt"
+        assert group.memory_peak() > 60 << 20, "the limit was never felt"
         assert running.worker_pid == worker, "killed for its memory"
         assert set(pids) == set(processes_mentioning(str(running.sock)))
 
