@@ -194,8 +194,8 @@ sys.argv[1:] = sys.argv[1:2]
             settle(work)
             drop_caches()
         assert group.memory_peak() > 20 << 20, "the limit was never felt"
-        # What it had before it was moved there is not counted. It holds 24 MiB of what was verified last, and what is on
-        # its way to a sequential reader; files of the cache have to make room for that.
+        # What it had before it was moved there is not counted. It holds 24 MiB of what was verified last, and what is
+        # on its way to a sequential reader; files of the cache have to make room for that.
         group.limit_memory(64 << 20)
         group.add(pids := processes_mentioning(str(running.sock)))
         worker = running.worker_pid
