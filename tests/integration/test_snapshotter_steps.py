@@ -13,6 +13,7 @@ import random
 import sqlite3
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,18 +160,18 @@ def listing(path: Path) -> list[str]:
 
 # ---- calls: `ready` is made in peace, then `call` dies; `again` after the restart must succeed
 
-class Call:
+class Call(ABC):
     images = 0  # mounted besides the container's
 
     def __init__(self, number: int) -> None:
         self.key = f"default/{number}/k ü"
         self.number = number
 
-    def ready(self, node: Node, client: Client) -> None:
+    def ready(self, node: Node, client: Client) -> None:  # noqa: B027 - most calls need nothing
         pass
 
-    def call(self, node: Node, client: Client) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def call(self, node: Node, client: Client) -> None: ...
 
     def after(self, node: Node, client: Client) -> None:
         """The call again as a client would; then nothing of it may stay."""
