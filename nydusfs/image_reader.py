@@ -17,7 +17,7 @@ from bootstrap.chunkmap import ChunkMap
 from bootstrap.decode import verify
 from bootstrap.errors import DigestMismatch, RafsError
 from nydusfs.cache import BlobCache, CacheStore
-from nydusfs.cache.store import NotSureError
+from nydusfs.cache.blob import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.elf import MAGIC

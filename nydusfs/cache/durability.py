@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nydusfs.cache.store import BlobCache
+    from nydusfs.cache.blob import BlobCache
 
 log = logging.getLogger("nydusfs.cache")
 

@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nydusfs.cache.store import NAME, BlobCache, CacheStore
+from nydusfs.cache.blob import BlobCache
+from nydusfs.cache.names import NAME
+from nydusfs.cache.store import CacheStore
 from nydusfs.errors import CacheError
 
 log = logging.getLogger("nydusfs.cache")

@@ -24,8 +24,8 @@ from bootstrap.blobsource import Blobs, Folder
 from bootstrap.errors import RafsError
 from bootstrap.tarmap import TarMap
 from nydusfs.cache.foreign import META_SUFFIX, ForeignBlob
+from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX
 from nydusfs.cache.outside import STAGED
-from nydusfs.cache.store import NAME, SEGMENTS_SUFFIX
 from nydusfs.cachetools import holder
 from nydusfs.cachetools.images import KnownImage, open_image
 from nydusfs.cachetools.inventory import IMPORTED, foreign_id, stores

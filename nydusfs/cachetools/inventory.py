@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES
+from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX
 from nydusfs.cache.outside import STAGED
-from nydusfs.cache.store import NAME, SEGMENTS_SUFFIX, boot_id
+from nydusfs.cache.store import boot_id
 
 IMPORTED = ".imported"  # bootstraps of images whose data was imported before they were pulled
 _ID = re.compile(r"[0-9a-f]{64}")

@@ -18,9 +18,9 @@ import trio
 from bootstrap.base import Blob
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from nydusfs.cache import CacheStore
+from nydusfs.cache.blob import NotSureError
 from nydusfs.cache.durability import resident
 from nydusfs.cache.fresh import Fresh
-from nydusfs.cache.store import NotSureError
 from nydusfs.errors import CacheError
 from nydusfs.segments import Segment
 
