@@ -33,8 +33,10 @@ log = logging.getLogger("nydusfs.prefetch")
 MAX_MERGE = 16 << 20  # one request is held in memory twice; upstream's cap of 2.1
 MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out when they are back
 # Everything that nobody named is fetched when the image's start is over: nothing new was read for GRACE seconds, or
-# PATIENCE went by. A start of 17 s over 40 Mbit/s gave a fifth of the link away to what it did not read.
-GRACE, PATIENCE = 2.0, 30.0
+# PATIENCE went by. A start of 17 s over 40 Mbit/s gave a fifth of the link away to what it did not read. An image that
+# nobody has read is about to be started, for UNREAD seconds: else its prefetch had the link when a container began more
+# than GRACE after the mount (33 requests to the registry beside reads that a peer on the same node answered).
+GRACE, PATIENCE, UNREAD = 2.0, 30.0, 10.0
 _SLICE = 200  # inodes looked at between two turns of the loop
 _EXTENTS = 64 << 20  # bytes of a file whose extents are listed at once
 
@@ -138,12 +140,14 @@ class Prefetcher:
             counters.prefetch_cumulative_us += int((time.monotonic() - started) * 1e6)
 
     async def _start_is_over(self) -> None:
-        mounted = trio.current_time()
-        quiet = 0.0
-        while trio.current_time() < mounted + PATIENCE and quiet < GRACE:
+        until, quiet = trio.current_time() + UNREAD, 0.0
+        read = False
+        while trio.current_time() < until and quiet < GRACE:
             await trio.sleep(max(0.1, GRACE - quiet))
             recorder = self._reader.recorder
-            quiet = time.monotonic() - recorder.last if recorder is not None else GRACE
+            quiet = recorder.quiet() if recorder is not None else GRACE
+            if quiet and not read:
+                until, read = trio.current_time() + PATIENCE, True
 
     # What
 

@@ -229,6 +229,10 @@ class Recorder:
         """Whether readers do something else than the profile says."""
         return self.strangers >= STRANGERS and self.strangers > self.familiar
 
+    def quiet(self) -> float:
+        """Seconds since a reader asked for something new; 0 before the first read."""
+        return time.monotonic() - self.last if self.first else 0.0
+
     def over(self) -> float:
         """Seconds until this run may end; 0: it is over."""
         now = time.monotonic()

@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from bootstrap.options import BuildOptions
+from nydusfs import prefetch
 from nydusfs.cache import BlobCache
 from nydusfs.config import load_config
 from nydusfs.fetch import MERGE
@@ -92,6 +93,30 @@ def test_a_given_list_replaces_the_table(image: TinyImage, origin: FaultyServer,
                 await reader.prefetch([b"/d/data", b"/none", b"/b"])
             assert order(origin) == ["d", "b"]
             assert len(origin.data_requests) <= 8  # of 24 segments: merged, and the first ones small
+            reader.close()
+
+    trio.run(main)
+
+
+def test_the_rest_waits_for_the_start_of_an_image_that_nobody_has_read(
+    origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "GRACE", 0.2)
+    image = tiny_image(tmp_path, FILES)
+    origin.blobs[image.blob_id] = image.blob
+
+    async def main() -> None:
+        async with open_services() as services, trio.open_nursery() as nursery:
+            reader = await open_reader(services, image, config_text(tmp_path / "cache", origin))
+            nursery.start_soon(reader.learn)
+            nursery.start_soon(reader.prefetch)
+            await trio.sleep(1)
+            assert not origin.data_requests
+            await reader.read(reader.bootstrap.resolve(b"d/data"), 0, 4096)
+            with trio.fail_after(20):
+                while reader.cache_counters.prefetch_data_amount < 4 * MIB:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
             reader.close()
 
     trio.run(main)
