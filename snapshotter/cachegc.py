@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Protocol
 
 from bootstrap.errors import RafsError
-from bootstrap.reader import open_bootstrap
-from nydusfs.cachetools.inventory import remembered, stores
 from snapshotter.bootstrapfile import PLACES, begins_like_one, is_plain_file
 from snapshotter.errors import SnapshotterError
 from snapshotter.tally import tally
@@ -43,6 +41,8 @@ def bootstraps(snapshots: Path) -> Iterator[Path]:
 def awaited(cache: Path, pulled: list[set[str]]) -> Iterator[Path]:
     """Bootstraps of images that were imported and not pulled. `pulled`: the blobs of each image that was; what was
     waited for is waited for no more."""
+    from nydusfs.cachetools.inventory import remembered
+
     for path in remembered(cache):
         try:
             wanted = used_blobs([path], [path])
@@ -63,6 +63,8 @@ def used_blobs(paths: Iterable[Path], mounted: Collection[Path]) -> set[str]:
     Raises RafsError for a mounted one that is damaged now: then nothing is known to be unused. Any other that cannot
     be read cannot be mounted either, and must not keep the cache full.
     """
+    from bootstrap.reader import open_bootstrap
+
     found: set[str] = set()
     for path in paths:
         try:
@@ -85,6 +87,9 @@ def orphans(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> lis
 
 def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[list[str], float]:
     """The orphans, and in how many seconds those of them that are too young to tell will not be (0: there are none)."""
+    # here: what these import takes as long as the rest of this program's start
+    from nydusfs.cachetools.inventory import stores
+
     try:
         found = (entry for store in stores(cache) for entry in os.scandir(store))
         names = [(match[1], entry) for entry in found if (match := _BLOB.fullmatch(entry.name))]
@@ -113,6 +118,8 @@ def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[
 
 def remove(cache: Path, blob: str) -> None:
     """All files of a blob, ours or upstream's, of further processes as well; what is gone already is fine."""
+    from nydusfs.cachetools.inventory import stores
+
     for entry in [entry for store in stores(cache) for entry in os.scandir(store)]:
         match = _BLOB.fullmatch(entry.name)
         if match is None or match[1] != blob:

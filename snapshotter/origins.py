@@ -15,15 +15,15 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nydusfs.containerd.chain import chain_ids
-from nydusfs.containerd.client import Containerd
-from nydusfs.containerd.connection import ContainerdError
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
-from protos.containerd.services.content.v1 import content_pb2, content_pb2_grpc
 from snapshotter.labels import DATA_LAYER, IMAGE_REF, LAYER_DIGEST, MANIFEST_DIGEST, PREFIX, PULL_SECRET, PULL_USER
+
+if TYPE_CHECKING:
+    from nydusfs.containerd.client import Containerd
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,9 @@ class Origins:
         return [one for one in dict.fromkeys(ours or [str(self._named), *USUAL]) if Path(one).is_socket()]
 
     def _ask(self, address: str, chain_id: str, namespace: str) -> Origin | None:
+        # here: most pulls say what they are of, and the start need not wait for this
+        from nydusfs.containerd.client import Containerd
+
         with Containerd(address, namespace or "default", "nydus-snapshotter") as client:
             for space in client.namespaces():
                 client.namespace = space
@@ -94,6 +97,8 @@ class Origins:
 
     def _chain(self, client: Containerd, info: Any) -> Mapping[str, _Layer]:
         """Layers of a manifest by chain id; empty if it is none of an image that can be read."""
+        from nydusfs.containerd.connection import ContainerdError
+
         with self._lock:
             known = self._layers.get(info.digest)
         if known is not None:
@@ -123,6 +128,8 @@ class Origins:
 
 def _contents(client: Containerd, filters: list[str]) -> Iterator[Any]:
     """Newest first: it is a pull of this moment, more often than not."""
+    from protos.containerd.services.content.v1 import content_pb2, content_pb2_grpc
+
     found: list[Any] = []
     request = content_pb2.ListContentRequest(filters=filters)
     for reply in client.stream("listing content", client.stub(content_pb2_grpc.ContentStub).List, request, SECONDS):

@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 
-from nydusfs.drivers.erofs import selftest
 from snapshotter import controller
 from snapshotter.auth.explain import ExplainService
 from snapshotter.auth.renewal import Renewer
@@ -197,6 +196,8 @@ def repair(settings: Settings) -> list[str]:
 
 def _say_driver(template: Template, cache: Path) -> None:
     """One line: by which driver images are served, and why."""
+    from nydusfs.drivers.erofs import selftest
+
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         driver, reason = selftest.choose(template.fs_driver, cache)

@@ -42,8 +42,17 @@ def work_dir(parent: str | Path | None = None) -> Path:
     return path
 
 
-def wait_until(ready: Callable[[], bool], timeout: float, what: str, alive: Callable[[], bool] = lambda: True) -> float:
-    """Seconds until `ready()` was true; LabError after `timeout` seconds or as soon as `alive()` is false."""
+def wait_until(
+    ready: Callable[[], bool],
+    timeout: float,
+    what: str,
+    alive: Callable[[], bool] = lambda: True,
+    longest_pause: float = 0.1,
+) -> float:
+    """Seconds until `ready()` was true; LabError after `timeout` seconds or as soon as `alive()` is false.
+
+    Asked again after 5 ms, then ever more rarely: what is measured wants a short `longest_pause`.
+    """
     begin = time.monotonic()
     pause = 0.005
     while True:
@@ -54,7 +63,7 @@ def wait_until(ready: Callable[[], bool], timeout: float, what: str, alive: Call
         if time.monotonic() - begin > timeout:
             raise LabError(f"{what} was not ready after {timeout:.0f} s")
         time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
+        pause = min(pause * 1.5, longest_pause)
 
 
 def can_connect(address: str | Path | tuple[str, int]) -> bool:
@@ -100,9 +109,9 @@ class Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def wait_ready(self, ready: Callable[[], bool], timeout: float = 20.0) -> float:
+    def wait_ready(self, ready: Callable[[], bool], timeout: float = 20.0, longest_pause: float = 0.1) -> float:
         try:
-            return wait_until(ready, timeout, self.name, self.alive)
+            return wait_until(ready, timeout, self.name, self.alive, longest_pause)
         except LabError as error:
             raise LabError(f"{error}; the end of {self.log}:\n{tail(self.log)}") from None
 

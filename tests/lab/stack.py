@@ -126,7 +126,7 @@ class Snapshotter:
         )
         return [grpc, "--config", str(toml), *self.arguments]
 
-    def start(self, timeout: float = 20.0) -> Snapshotter:
+    def start(self, timeout: float = 20.0, longest_pause: float = 0.1) -> Snapshotter:
         self.work.mkdir(parents=True, exist_ok=True)
         self.socket.unlink(missing_ok=True)
         (self.work / "docker").mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ class Snapshotter:
         if "PYTHONPATH" in os.environ:  # the code under test, where it is not what is installed
             env.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
         self._child = Child("containerd-nydus-grpc", self.argv(), self.log, env=env)
-        self._child.wait_ready(lambda: can_connect(self.socket), timeout)
+        self._child.wait_ready(lambda: can_connect(self.socket), timeout, longest_pause)
         return self
 
     @property

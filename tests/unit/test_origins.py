@@ -71,7 +71,7 @@ def test_the_name_it_was_pulled_by(
     monkeypatch: pytest.MonkeyPatch, sources: dict[str, str], names: list[str], wanted: str | None
 ) -> None:
     store = Store(sources, {MANIFEST: names}, (BLOB, META))
-    monkeypatch.setattr(origins, "Containerd", lambda *_: store)
+    monkeypatch.setattr("nydusfs.containerd.client.Containerd", lambda *_: store)
     found = origins.Origins(origins.Path("/g.sock"), origins.Path("/c.sock"))
     monkeypatch.setattr(found, "_addresses", lambda: ["/c.sock"])
     origin, why = found.find(CHAIN[1])
@@ -91,7 +91,7 @@ def test_the_name_it_was_pulled_by(
 def test_an_image_that_claims_anothers_chain_ids_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     other = "sha256:" + "f" * 64
     store = Store({"evil.example": "x"}, {MANIFEST: ["evil.example/x:1"]}, (other, META))
-    monkeypatch.setattr(origins, "Containerd", lambda *_: store)
+    monkeypatch.setattr("nydusfs.containerd.client.Containerd", lambda *_: store)
     found = origins.Origins(origins.Path("/g.sock"), origins.Path("/c.sock"))
     monkeypatch.setattr(found, "_addresses", lambda: ["/c.sock"])
     assert found.find(chain_ids([other, META])[1])[0] is None
