@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import Phase, settings
 
+from tests.lab.daemon import DRIVERS, driven_by
+from tests.lab.erofs import cannot_mount_erofs
+
 # In CI the same examples every time and few; `--hypothesis-profile=long` looks for new ones for hours. Failures are not
 # explained: that may take as long as a hundred times the examples.
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
@@ -27,6 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         signal.signal(signal.SIGTERM, interrupt)
+
+
+@pytest.fixture(scope="module", params=DRIVERS)
+def fs_driver(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test for FUSE and for EROFS: what serves the images of each daemon that the test does not choose for."""
+    if request.param != "fuse" and (reason := cannot_mount_erofs()):
+        pytest.skip(reason)
+    with driven_by(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -88,9 +88,11 @@ class MountRequest:
 class KernelMounts(Protocol):
     """Images as mounts that the kernel serves, above what FUSE shows (`drivers.erofs.driver`)."""
 
-    async def attach(self, where: str, reader: Any, choice: FsDriver | None, *, xattrs: bool) -> None: ...
+    async def attach(
+        self, where: str, volume: ImageVolume, reader: Any, choice: FsDriver | None, *, xattrs: bool
+    ) -> None: ...
     async def detach(self, where: str) -> None: ...
-    async def restore(self, where: str, reader: Any) -> None: ...
+    async def restore(self, where: str, volume: ImageVolume, reader: Any) -> None: ...
 
 
 class Opener(Protocol):
@@ -292,7 +294,7 @@ class MountTable:
         )
         self.images[request.mountpoint] = mounted
         if self._kernel_mounts is not None and mounted.idmap is None:
-            await self._kernel_mounts.restore(request.mountpoint, mounted.image.reader)
+            await self._kernel_mounts.restore(request.mountpoint, mounted.volume, mounted.image.reader)
         self._restored.append(mounted)
 
     async def begin(self) -> None:
@@ -314,7 +316,8 @@ class MountTable:
                 return
             xattrs = self._serve_xattrs(mounted)
             driver = mounted.request.config.fs_driver
-            await self._kernel_mounts.attach(mounted.request.mountpoint, mounted.image.reader, driver, xattrs=xattrs)
+            where, reader = mounted.request.mountpoint, mounted.image.reader
+            await self._kernel_mounts.attach(where, mounted.volume, reader, driver, xattrs=xattrs)
 
     async def _detach(self, where: str) -> None:
         if self._kernel_mounts is not None:

@@ -141,7 +141,7 @@ class Daemon:
         return self._retire
 
     def inflight(self) -> list[InFlightInfo]:
-        return self._driver.inflight()
+        return [*self._driver.inflight(), *self._erofs.inflight()]
 
     @property
     def caches(self) -> Caches:

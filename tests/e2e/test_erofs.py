@@ -21,10 +21,10 @@ from tests.lab.stack import Stack, StackOptions
 pytestmark = [pytest.mark.timeout(180), pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())]
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
+@pytest.fixture(scope="module", params=["1.6", "2.x"])
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     require_programs()
-    options = StackOptions(mirror=True, prefetch=False, fs_driver="auto", containerd=containerd_of("1.6"))
+    options = StackOptions(mirror=True, prefetch=False, fs_driver="auto", containerd=containerd_of(request.param))
     with Stack(options) as made:
         load_image(made)
         yield made

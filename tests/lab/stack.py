@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.lab import daemon
 from tests.lab.containerd import Containerd
-from tests.lab.daemon import DRIVER
 from tests.lab.interpose import Interposer
 from tests.lab.mirror import Mirror
 from tests.lab.paths import ref_bin
@@ -79,8 +79,8 @@ class Snapshotter:
         mode: str = "",
         nydusd: str = "nydusd",
     ) -> None:
-        if DRIVER and not upstream:
-            config = {"fs_driver": DRIVER, **config}
+        if daemon.DRIVER and not upstream:
+            config = {"fs_driver": daemon.DRIVER, **config}
         self.work, self.config, self.upstream, self.arguments = work, config, upstream, arguments
         self.nydusd = nydusd
         self.root, self.socket, self.log = work / "r", work / "g.sock", work / "snapshotter.log"

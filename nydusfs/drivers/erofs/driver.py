@@ -24,10 +24,13 @@ from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import fanotify, mount, selftest
-from nydusfs.drivers.erofs.events import Events
+from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError, fingerprint, open_image, write_image
 from nydusfs.drivers.erofs.journal import Journal
+from nydusfs.drivers.fuse import InFlightInfo
+from nydusfs.drivers.operations import OPCODE_READ
+from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
 from nydusfs.keeper.link import KeeperLink
@@ -102,14 +105,17 @@ class ErofsDriver:
 
     # -- images
 
-    async def attach(self, where: str, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> None:
-        """Mount an image at a path of the tree. Raises `NydusError` if it must be EROFS and cannot be."""
+    async def attach(
+        self, where: str, volume: ImageVolume, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool
+    ) -> None:
+        """Mount an image at a path of the tree, over the volume that FUSE shows there. Raises `NydusError` if it must
+        be EROFS and cannot be."""
         choice = choice or self._choice
         if choice == "fuse" or where in self._images:
             return
         async with self._lock:
             try:
-                await self._attach(where, reader, xattrs)
+                await self._attach(where, volume, reader, xattrs)
                 log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
             except (NydusError, RafsError, OSError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -126,7 +132,7 @@ class ErofsDriver:
         image.cancel()
         await _in_thread(lambda: self._clean(image))
 
-    async def restore(self, where: str, reader: ImageReader) -> None:
+    async def restore(self, where: str, volume: ImageVolume, reader: ImageReader) -> None:
         """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
         if self._left is None:
             known = self._link is not None and GROUP in self._link.held
@@ -134,9 +140,9 @@ class ErofsDriver:
         if reader.store is not None and self._target(where) in self._left:
             devices = self._open_devices(reader.store)
             _open_caches(reader)
-            self._remember(where, ErofsImage(where, reader, devices, []))
+            self._remember(where, ErofsImage(where, volume, reader, devices, []))
 
-    async def _attach(self, where: str, reader: ImageReader, xattrs: bool) -> None:
+    async def _attach(self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool) -> None:
         store = reader.store
         if store is None:
             raise UnsuitableError("it has no cache directory (device.cache)")
@@ -155,7 +161,7 @@ class ErofsDriver:
             await _in_thread(lambda: _prune(devices.images))
         await self._need_group()
         _open_caches(reader)
-        image = ErofsImage(where, reader, devices, files)
+        image = ErofsImage(where, volume, reader, devices, files)
         self._remember(where, image)
         try:
             await _in_thread(lambda: self._mount(image, path, files))
@@ -255,21 +261,34 @@ class ErofsDriver:
 
     # -- what the kernel asks (`events.Server`)
 
-    def ready(self, name: str, fd: int, pid: int) -> bool:
+    def inflight(self) -> list[InFlightInfo]:
+        """Readers who wait for data, as FUSE's list has them."""
+        if self._events is None:
+            return []
+        found = []
+        for number, question in list(self._events.waiting.items()):
+            image = next(iter(self._users(question.name)), None)
+            node = image.volume.root_node if image is not None else 0
+            found.append(InFlightInfo(node, OPCODE_READ, number, question.began))
+        return found
+
+    def ready(self, question: Question) -> bool:
+        name, fd = question.name, question.fd
         for image in self._users(name):
             kept = image.devices.leaving.keep(name)
             size = os.fstat(fd).st_size if kept else 0
-            complete = image.asked(name, size, pid)
+            complete = image.asked(name, size, question.pid)
             if complete is not None:
                 if complete and image.is_durable(name):
                     return image.devices.leaving.quiet(name, fd, size)
                 return complete and resident(fd)
         return False
 
-    async def fill(self, name: str, fd: int) -> bool:
+    async def fill(self, question: Question) -> bool:
+        name = question.name
         users = self._users(name)
         for image in users:
-            if await image.fill(name, fd):
+            if await image.fill(name, question.fd):
                 return True
         if not users:
             log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)

@@ -14,7 +14,8 @@ import os
 import select
 import threading
 import time
-from typing import Protocol
+from itertools import count
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -28,13 +29,24 @@ QUIET = 60.0  # seconds between two lines about events that cannot be read
 _DELETED = " (deleted)"
 
 
-class Server(Protocol):
-    """`name` of a device as in `cache.devices`. `fd`: it, open for writing without events; -1: not at hand."""
+class Question(NamedTuple):
+    """`name` of a device as in `cache.devices`. `offset`, `size`: what is to be read of it, in bytes; 0, 0: not known,
+    as of what an earlier worker left. `fd`: the device, open for writing without events; -1: not at hand. `began`: of
+    time.time()."""
 
-    def ready(self, name: str, fd: int, pid: int) -> bool:
+    name: str
+    offset: int
+    size: int
+    pid: int
+    fd: int
+    began: float
+
+
+class Server(Protocol):
+    def ready(self, question: Question) -> bool:
         """From the reading threads: whether the device is complete. Must not wait."""
 
-    async def fill(self, name: str, fd: int) -> bool:
+    async def fill(self, question: Question) -> bool:
         """Make it complete; False when that failed for good."""
 
 
@@ -50,6 +62,8 @@ class Events:
         self._successor = False
         self._quiet_until = 0.0
         self._pid = os.getpid()
+        self._numbers = count(1, 2)  # those of FUSE are even
+        self.waiting: dict[int, Question] = {}  # readers who wait for data, by numbers of ours
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
 
@@ -99,7 +113,7 @@ class Events:
             log.info("%d reads that the last worker did not answer", len(left))
 
     async def _serve_left(self, entry: Pending) -> None:
-        await self._serve(entry.number, entry.slot, entry.name, -1)
+        await self._serve(entry.number, entry.slot, Question(entry.name, 0, 0, 0, -1, time.time()))
 
     # -- threads
 
@@ -131,10 +145,11 @@ class Events:
             slot = self._journal.write(event.fd, name)
             self._journal.reading(number, False)
             try:
-                if self._server.ready(name, event.fd, event.pid):
+                question = Question(name, event.offset, event.size, event.pid, event.fd, time.time())
+                if self._server.ready(question):
                     self._answer(event.fd, slot, fanotify.FAN_ALLOW, event.fd)
                     continue
-                self._token.run_sync_soon(self._begin, event.fd, slot, name)
+                self._token.run_sync_soon(self._begin, slot, question)
             except trio.RunFinishedError:
                 return  # the process ends; nobody may answer for it
             except Exception:
@@ -143,17 +158,23 @@ class Events:
 
     # -- the event loop
 
-    def _begin(self, fd: int, slot: int, name: str) -> None:
-        self._nursery.start_soon(self._serve, fd, slot, name, fd)
+    def _begin(self, slot: int, question: Question) -> None:
+        if not self._stop.is_set():
+            self._nursery.start_soon(self._serve, question.fd, slot, question)
+        elif not self._successor:  # a reader who was told EIO and whom the kernel has try once more
+            self._answer(question.fd, slot, fanotify.FAN_DENY, question.fd)
 
-    async def _serve(self, number: int, slot: int, name: str, fd: int) -> None:
+    async def _serve(self, number: int, slot: int, question: Question) -> None:
         response = fanotify.FAN_DENY
+        mine = next(self._numbers)
+        self.waiting[mine] = question
         try:
-            if await self._server.fill(name, fd):
+            if await self._server.fill(question):
                 response = fanotify.FAN_ALLOW
         except Exception:  # a bug must cost one read
-            log.exception("event for %s", name)
+            log.exception("event for %s", question.name)
         finally:
+            del self.waiting[mine]
             if response == fanotify.FAN_ALLOW or not self._successor:
                 self._answer(number, slot, response, number)
 

@@ -30,6 +30,8 @@ FAN_NOFD = -1
 FANOTIFY_METADATA_VERSION = 3
 
 EVENT_METADATA = Struct("<IBBHQii")  # struct fanotify_event_metadata
+FAN_EVENT_INFO_TYPE_RANGE = 6
+EVENT_INFO_RANGE = Struct("<BxHxxxxQQ")  # struct fanotify_event_info_range
 RESPONSE = Struct("<iI")  # struct fanotify_response
 EVENT_SIZE = 3 * EVENT_METADATA.size
 """Room for one event with its range (24 + 24 bytes), not for two: what is read and not yet written down is little."""
@@ -40,11 +42,14 @@ _libc.fanotify_mark.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ct
 
 
 class Event(NamedTuple):
-    """`fd`: the file, open for reading and writing without events of its own; to be closed after the answer."""
+    """`fd`: the file, open for reading and writing without events of its own; to be closed after the answer.
+    `offset`, `size`: what is to be read of it, in bytes."""
 
     fd: int
     pid: int
     mask: int
+    offset: int
+    size: int
 
 
 def init() -> int:
@@ -82,10 +87,17 @@ def read_event(group: int) -> Event | None:
         data = os.read(group, EVENT_SIZE)
     except BlockingIOError:
         return None
-    _, version, _, _, mask, fd, pid = EVENT_METADATA.unpack_from(data)
+    length, version, _, at, mask, fd, pid = EVENT_METADATA.unpack_from(data)
     if version != FANOTIFY_METADATA_VERSION:
         raise OSError(f"fanotify events of version {version}")
-    return None if fd < 0 else Event(fd, pid, mask)
+    if fd < 0:
+        return None
+    offset = size = 0
+    if at + EVENT_INFO_RANGE.size <= min(length, len(data)):
+        kind, _, offset, size = EVENT_INFO_RANGE.unpack_from(data, at)
+        if kind != FAN_EVENT_INFO_TYPE_RANGE:
+            offset = size = 0
+    return Event(fd, pid, mask, offset, size)
 
 
 def answer(group: int, number: int, response: int) -> bool:

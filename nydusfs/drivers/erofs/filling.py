@@ -13,6 +13,7 @@ from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.durability import resident
 from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
+from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
@@ -26,9 +27,12 @@ FILLS = 4  # attempts to have a device complete that a cache at its limit emptie
 class ErofsImage:
     """`files`: the devices in the order of the mount; empty for an image of an earlier worker until they are needed."""
 
-    def __init__(self, where: str, reader: ImageReader, devices: DeviceFiles, files: list[DeviceFile]) -> None:
+    def __init__(
+        self, where: str, volume: ImageVolume, reader: ImageReader, devices: DeviceFiles, files: list[DeviceFile]
+    ) -> None:
         assert reader.store is not None
         self.where = where
+        self.volume = volume
         self.reader = reader
         self.store: CacheStore = reader.store
         self.devices = devices
