@@ -6,13 +6,11 @@ is by default. Nothing is opened for writing.
 
 from __future__ import annotations
 
-import glob
 import os
 import sqlite3
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import click
 
 from snapshotter import settings as settings_module
 from snapshotter.cli import parse
+from snapshotter.containerdfile import installed_release, read_config, release_of_program
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError, SnapshotterError
 from snapshotter.nydusd_config import Template, load_template
@@ -28,7 +27,6 @@ from snapshotter.settings import Settings
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 CONTAINERD_CONFIG = "/etc/containerd/config.toml"
-MAX_IMPORTS = 32
 
 
 @dataclass(frozen=True)
@@ -115,40 +113,6 @@ def _table(value: Any, *names: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_config(file: Path) -> tuple[dict[str, Any], str]:
-    """containerd's configuration and what is wrong with it. Later files win, table by table."""
-    merged: dict[str, Any] = {}
-    problem = ""
-    waiting = [Path(os.path.realpath(file))]
-    seen: set[Path] = set()
-    while waiting and len(seen) < MAX_IMPORTS:
-        path = waiting.pop(0)
-        if path in seen:
-            continue
-        seen.add(path)
-        try:
-            found = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            problem = problem or f"{path} does not exist"
-            continue
-        except (OSError, ValueError) as failure:
-            problem = problem or f"{path}: {failure}"
-            continue
-        imports = found.pop("imports", [])
-        _merge(merged, found)
-        for pattern in imports if isinstance(imports, list) else []:
-            waiting += [Path(os.path.realpath(name)) for name in sorted(glob.glob(str(path.parent / str(pattern))))]
-    return merged, problem
-
-
-def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
 def containerds() -> list[Containerd]:
     """Those that run here."""
     found = []
@@ -161,7 +125,8 @@ def containerds() -> list[Containerd]:
                 file = process.path(value if equals else next(words, CONTAINERD_CONFIG))
             elif name in ("-a", "--address"):
                 address = value if equals else next(words, "")
-        config, problem = read_config(file)
+        program = f"/proc/{process.pid}/exe"
+        config, problem = read_config(file, partial(release_of_program, program), process.directory)
         address = address or str(_table(config, "grpc").get("address") or CONTAINERD_SOCKET)
         found.append(Containerd(address, file, process.pid, config, problem))
     return found
@@ -231,7 +196,9 @@ class Node:
             for one in [*ours, *others]:
                 return one
         file = Path(self.choices.containerd_config or CONTAINERD_CONFIG)
-        config, problem = read_config(file)
+        pid = {one.file: one.pid for one in running}.get(file)
+        reader = partial(release_of_program, f"/proc/{pid}/exe") if pid else installed_release
+        config, problem = read_config(file, reader)
         address = self.choices.containerd or str(_table(config, "grpc").get("address") or CONTAINERD_SOCKET)
         pid = next((one.pid for one in running if one.address == address), 0)
         return Containerd(address, file, pid, config, problem)

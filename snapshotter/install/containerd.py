@@ -8,7 +8,6 @@ what was meant. A file that is imported wins over the main one: in 1.6.20 it rep
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,9 +232,3 @@ def _overridden(
                 f"Move those lines to {file}, or add {path[-1]} = {dumped(value)} there by hand"
             )
     return said
-
-
-def release_of(text: str) -> tuple[int, ...]:
-    """Of what `containerd --version` says; () where it says none."""
-    found = re.search(r"\bv?(\d+)\.(\d+)\.(\d+)", text)
-    return tuple(int(part) for part in found.groups()) if found else ()

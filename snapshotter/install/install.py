@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapshotter.containerdfile import read_config, release_of
 from snapshotter.errors import InstallError
-from snapshotter.install.containerd import Edited, Wish, edited, judge, release_of
+from snapshotter.install.containerd import Edited, Wish, edited, judge
 from snapshotter.install.host import CONTAINERD, Host
 from snapshotter.install.parts import (
     CONFIG,
@@ -255,7 +256,7 @@ def _cri(file: str) -> str | None:
 
 
 def address_of(file: str) -> str:
-    from snapshotter.node import CONTAINERD_SOCKET, read_config
+    from snapshotter.node import CONTAINERD_SOCKET
 
     config, _ = read_config(Path(file))
     found = lookup(config, ("grpc", "address")) or lookup(
@@ -269,7 +270,6 @@ def _loaded(file: str) -> bool:
     from nydusfs.containerd.client import Containerd
     from nydusfs.containerd.connection import ContainerdError
     from snapshotter.node import Containerd as Known
-    from snapshotter.node import read_config
 
     config, _ = read_config(Path(file))
     name = Known("", Path(file), config=config).snapshotter_name(Path(ADDRESS))

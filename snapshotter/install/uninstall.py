@@ -12,6 +12,7 @@ from pathlib import Path
 from nydusfs.containerd.connection import Connection, ContainerdError, Missing
 from nydusfs.containerd.containers import Containers
 from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb2_grpc
+from snapshotter.containerdfile import read_config
 from snapshotter.errors import InstallError
 from snapshotter.install.edit import has_block, restored
 from snapshotter.install.host import CONTAINERD, Host
@@ -128,7 +129,7 @@ class _Node:
 
     def look(self) -> None:
         """Which containers use it, as NAMESPACE/ID."""
-        from snapshotter.node import Containerd, read_config
+        from snapshotter.node import Containerd
 
         config, _ = read_config(Path(self._file))
         self.name = Containerd("", Path(self._file), config=config).snapshotter_name(Path(ADDRESS))

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from snapshotter.containerdfile import release_of
 from snapshotter.doctor.finding import Level
 from snapshotter.doctor.installed import judge as judge_node
 from snapshotter.errors import InstallError
-from snapshotter.install.containerd import CRI, RUNTIMES, UNPACK, Wish, edited, judge, release_of
+from snapshotter.install.containerd import CRI, RUNTIMES, UNPACK, Wish, edited, judge
 from snapshotter.install.ctl import command
 from snapshotter.install.edit import Editor, restored
 from snapshotter.install.host import Host

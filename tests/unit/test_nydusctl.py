@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from nydusfs.daemon import ctl
 from snapshotter.doctor import above, services
 from snapshotter.doctor.finding import Level
-from snapshotter.node import Choices, Node, read_config
+from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
 from snapshotter.top import WIDE, rates, render
 
@@ -76,20 +76,6 @@ def test_annotations_in_every_form_of_the_configuration(
     node = Node(Choices(root=root, arguments=("--address", SOCKET), containerd_config=str(file)))
     found = {one.check: one.level for one in above._annotations(node, node.containerd, version)}
     assert {check: level for check, level in found.items() if level > Level.OK} == expected
-
-
-def test_imports_and_damage_of_containerds_configuration(tmp_path: Path) -> None:
-    main, more = tmp_path / "config.toml", tmp_path / "conf.d"
-    more.mkdir()
-    main.write_text('version = 2\nimports = ["conf.d/*.toml"]\n[proxy_plugins.a]\naddress = "/1"\n')
-    (more / "1.toml").write_text('[proxy_plugins.b]\naddress = "/2"\n')
-    (more / "2.toml").write_text('imports = ["../config.toml"]\n[proxy_plugins.a]\naddress = "/3"\n')
-    config, problem = read_config(main)
-    assert problem == ""
-    assert {name: one["address"] for name, one in config["proxy_plugins"].items()} == {"a": "/3", "b": "/2"}
-    (more / "3.toml").write_text("[broken")
-    assert "3.toml" in read_config(main)[1]
-    assert "does not exist" in read_config(tmp_path / "none")[1]
 
 
 def test_unit_files_with_continued_lines_and_comments(tmp_path: Path) -> None:
