@@ -74,15 +74,22 @@ def start_reader(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
 
 
+READ = {"x86_64": "0", "aarch64": "63"}[os.uname().machine]  # the number of read(2)
+
+
+def reads(pid: int, folder: Path) -> bool:
+    """Whether a process is in read(2) of a file below a folder."""
+    try:
+        words = Path(f"/proc/{pid}/syscall").read_text().split()
+        return words[0] == READ and os.readlink(f"/proc/{pid}/fd/{int(words[1], 16)}").startswith(f"{folder}/")
+    except (OSError, LookupError):
+        return False  # it runs, or has just closed what it read
+
+
 def blocked(daemon: Nydusd, count: int = 1, *readers: subprocess.Popen[str]) -> None:
-    """`count` requests wait, and all these processes have their file open: several wait for one page."""
-
-    def has_opened(pid: int) -> bool:
-        opened = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
-        return any(path.startswith(f"{daemon.mnt}/") for path in opened)
-
-    wait_until(lambda: len(daemon.get("metrics/inflight").body or []) >= count, 10, f"{count} blocked readers")
-    wait_until(lambda: all(has_opened(one.pid) for one in readers), 10, "open files")
+    """`count` requests wait, and all these processes wait for bytes: several wait for one page."""
+    wait_until(lambda: len(daemon.get("metrics/inflight").body or []) >= count, 20, f"{count} blocked readers")
+    wait_until(lambda: all(reads(one.pid, daemon.mnt) for one in readers), 20, "readers in read(2)")
 
 
 def first_file(case: Path) -> str:

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
-from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.faulty import FaultyServer, Request, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
@@ -59,12 +61,37 @@ def asked(server: FaultyServer) -> int:
     return sum(last - first + 1 for first, last in (request.span or (0, -1) for request in server.data_requests))
 
 
+def quiet(server: FaultyServer) -> bool:
+    """Nothing was asked for half a second."""
+    return time.monotonic() - server.data_requests[-1].when > 0.5
+
+
 @contextmanager
 def start(image: TinyImage, server: FaultyServer, work: Path) -> Iterator[Nydusd]:
     with Nydusd() as daemon:
         assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
         yield daemon
         daemon.stop()
+
+
+@contextmanager
+def all_but(server: FaultyServer, free: list[Request]) -> Iterator[None]:
+    """Answers wait until this is left, unless they overlap those to `free`: readers are ahead of the replay then,
+    however slowly they start."""
+    spans = [request.span for request in free if request.span is not None]
+    go = threading.Event()
+
+    def choose(request: Request) -> str:
+        first, last = request.span or (0, -1)
+        if not any(first <= end and begin <= last for begin, end in spans):
+            go.wait(30)
+        return "ok"
+
+    server.choose = choose
+    try:
+        yield
+    finally:
+        go.set()
 
 
 def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
@@ -115,7 +142,7 @@ def test_each_command_has_what_it_reads_fetched_ahead(tmp_path: Path) -> None:
             with start(image, server, work) as daemon:
                 with begin(daemon, commands[number]) as program:
                     needed = 300_000 * len(commands[number])
-                    wait_until(lambda n=needed: asked(server) >= n * 0.95, 20, "what this command reads")
+                    wait_until(lambda n=needed: asked(server) >= n * 0.95 and quiet(server), 20, "what it reads")
                     requests = len(server.data_requests)
                     output, errors = program.communicate("go on\n", timeout=30)
                 assert output.split() == ["300000"] * len(commands[number]), errors
@@ -126,17 +153,24 @@ def test_each_command_has_what_it_reads_fetched_ahead(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_something_else_is_given_up(tmp_path: Path) -> None:
+    names, others = sorted(FILES)[:8], sorted(FILES)[20:]
     image = tiny_image(tmp_path, FILES)
     work = tmp_path / "cache"
     with faulty_server({image.blob_id: image.blob}) as server:
         with start(image, server, work) as daemon:
-            read(daemon, sorted(FILES)[20:])
+            read(daemon, others)
+        (saved,) = (tmp_path / "cache.profiles").glob("*.json")
+        saved.rename(tmp_path / "kept")
         shutil.rmtree(work)
         server.requests.clear()
-        server.rate = 300_000
         with start(image, server, work) as daemon:
-            with ThreadPoolExecutor(8) as readers:
-                list(readers.map(lambda name: read(daemon, [name]), sorted(FILES)[:8]))
+            read(daemon, names)
+        free = server.data_requests
+        (tmp_path / "kept").rename(saved)
+        shutil.rmtree(work)
+        with start(image, server, work) as daemon:
+            with all_but(server, free), ThreadPoolExecutor(8) as readers:
+                list(readers.map(lambda name: read(daemon, [name]), names))
             wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
 
 
@@ -160,7 +194,7 @@ def test_a_hostile_profile_is_given_up_and_costs_little(tmp_path: Path) -> None:
     with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
         with start(image, server, work) as daemon:
             read(daemon, names)
-            needed = asked(server)
+            needed, free = asked(server), server.data_requests
             value = daemon.get("profile?id=/a").body
         (saved,) = (tmp_path / "cache.profiles").glob("*.json")
         shutil.rmtree(work)
@@ -170,8 +204,8 @@ def test_a_hostile_profile_is_given_up_and_costs_little(tmp_path: Path) -> None:
         listed = [key for key in everything if key not in wanted] + wanted
         value |= {"segments": [[blob, number, 2.5] for blob, number in listed], "inodes": [1, 2, 1 << 40]}
         saved.write_text(json.dumps(value))
-        server.rate = 500_000
         with start(image, server, work) as daemon:
-            read(daemon, names)
+            with all_but(server, free):
+                read(daemon, names)
             wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
             assert asked(server) <= needed + 5 * 512 * 1024, "what was on its way when readers went elsewhere"
