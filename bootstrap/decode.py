@@ -15,6 +15,8 @@ from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor
 __all__ = ["decode_chunk", "decrypt_blob", "is_legacy_stargz", "verify", "verify_crc", "where"]
 
 NO_DIGEST = bytes(32)
+# As plain numbers: `&` with an enumeration takes longer than the digest of a small chunk.
+_COMPRESSED, _ENCRYPTED = int(ChunkFlags.COMPRESSED), int(ChunkFlags.ENCRYPTED)
 
 
 def where(chunk: Chunk, blob: Blob) -> str:
@@ -38,9 +40,9 @@ def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
     if len(stored) != chunk.compressed_size or not stored:
         raise CodecError(f"{where(chunk, blob)}: {len(stored)} bytes instead of {chunk.compressed_size}")
     size = chunk.uncompressed_size
-    compressed = chunk.flags & ChunkFlags.COMPRESSED or is_legacy_stargz(blob)
+    compressed = chunk.flags & _COMPRESSED or is_legacy_stargz(blob)
     try:
-        if chunk.flags & ChunkFlags.ENCRYPTED:
+        if chunk.flags & _ENCRYPTED:
             stored = decrypt_blob(blob, stored, None if compressed else size)
         if compressed:
             plain = decompress(blob.compressor, stored, size)

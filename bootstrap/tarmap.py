@@ -8,10 +8,11 @@ digests, and from then on pieces are read, verified and cached one by one like t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from bootstrap.base import Blob, Bootstrap, Chunk
 from bootstrap.blobmeta import alone
-from bootstrap.chunkmap import ChunkMap, Member, MissingMeta
+from bootstrap.chunkmap import ChunkMap, Facts, Member, MissingMeta, facts_of
 from bootstrap.decode import NO_DIGEST
 from bootstrap.digest import digest
 from bootstrap.errors import DigestMismatch, FormatError
@@ -93,6 +94,9 @@ class TarMap(ChunkMap):
         if self.lacks_meta(chunk.blob_index):
             raise MissingMeta(self.blobs[chunk.blob_index])
         return Member(chunk, alone(chunk), 0)
+
+    def facts(self, blob_index: int, rows: range) -> Iterator[Facts]:
+        return map(facts_of, map(self.member, rows))
 
     def close(self) -> None:
         self._digests.clear()

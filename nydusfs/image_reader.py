@@ -24,6 +24,7 @@ from nydusfs.elf import MAGIC
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
 from nydusfs.foresight import Foresight
+from nydusfs.hands import Hands
 from nydusfs.learning import Learner
 from nydusfs.prefetch import Prefetcher
 from nydusfs.profile import ProfileStore, Recorder
@@ -136,10 +137,17 @@ class ImageReader:
         await self._need_tables(extents)
         return b"".join(await self._collect(self._pieces(extents), Priority.LEARNED))
 
-    def read_now(self, ino: int, offset: int, size: int, pid: int = 0) -> list[Plain] | None:
+    def read_now(
+        self, ino: int, offset: int, size: int, pid: int = 0, hands: Hands | None = None
+    ) -> list[Plain] | None:
         """The bytes of a regular file if all of them are cached, else None. For any thread but the trio thread; waits
-        for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the reader, where it is known."""
+        for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the reader, where it is known.
+        The bytes may lie in `hands`, whose thread this is."""
+        if hands is None:
+            hands = Hands()
+        hands.begin()
         if (recorder := self.recorder) is not None and recorder.command.open:
+            hands.waits()  # /proc may make us wait for the reader, and that for somebody's read
             recorder.command.seen(pid)
         if self._validate:
             return None
@@ -156,7 +164,7 @@ class ImageReader:
                 if counters.unused:
                     counters.used(segment.key)
                 cache = self._caches.get(segment.blob.index)
-                data = cache.read_now(segment, place, length) if cache is not None else None
+                data = cache.read_now(segment, place, length, hands) if cache is not None else None
                 if data is None:
                     return None
                 parts.append(data)
@@ -179,12 +187,12 @@ class ImageReader:
     def _pieces(self, extents: Sequence[Extent]) -> list[_Piece]:
         """What to copy out of which segment; neighbours in one segment are one piece."""
         pieces: list[_Piece] = []
-        for extent in extents:
-            if extent.blob_index == HOLE:
-                pieces.append(_Piece(None, 0, extent.size))
+        for blob_index, blob_offset, length, _ in extents:
+            if blob_index == HOLE:
+                pieces.append(_Piece(None, 0, length))
                 continue
-            for row, offset, size in self.chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):
-                segment = self.segment_of(extent.blob_index, row)
+            for row, offset, size in self.chunks.pieces(blob_index, blob_offset, length):
+                segment = self.segment_of(blob_index, row)
                 if segment.places is None:
                     place = offset - segment.number * SEGMENT_SIZE
                 else:

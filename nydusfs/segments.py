@@ -100,34 +100,33 @@ def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
     rows = chunks.anchored(blob.index, start, start + SEGMENT_SIZE)
     if not rows:
         raise KeyError((blob.id, number))
-    hasher = blake2b(digest_size=KEY_SIZE, person=b"nydus segment")
-    hasher.update(b"%d %d " % (SEGMENT_SIZE, blob.digester))
+    named = [b"%d %d " % (SEGMENT_SIZE, blob.digester)]
     low, high, total, size = 1 << 62, 0, 0, 0
-    last = None
+    last = (0, 0)
     places: dict[int, int] = {}
     packed = 0
-    for row in rows:
-        chunk, unit, _ = chunks.member(row)
-        hasher.update(chunk.digest + _PLACE(chunk.uncompressed_offset, chunk.uncompressed_size))
-        if chunk.digest == NO_DIGEST:
+    for digest, index, crc, offset, length, begin, end in chunks.facts(blob.index, rows):
+        named += digest, _PLACE(offset, length)
+        if digest == NO_DIGEST:
             # Only a CRC vouches for it, which is easily forged: nothing is shared with images of other chunks.
-            hasher.update(b"%d " % chunk.crc32 + chunks.identity)
-        if unit != last:
-            low, high, total, last = min(low, unit.start), max(high, unit.end), total + unit.end - unit.start, unit
-        place = chunk.uncompressed_offset - start
+            named += b"%d " % crc, chunks.identity
+        if (begin, end) != last:
+            low, high, total, last = min(low, begin), max(high, end), total + end - begin, (begin, end)
+        place = offset - start
         if not 0 <= place < SEGMENT_SIZE + MAX_SPAN:
-            raise FormatError("blob meta", 0, f"chunk {chunk.index} of blob {blob.id}: units are in no order")
-        size = place + chunk.uncompressed_size
-        places[chunk.uncompressed_offset] = packed
-        packed = -(-(packed + chunk.uncompressed_size) // BLOCK) * BLOCK
+            raise FormatError("blob meta", 0, f"chunk {index} of blob {blob.id}: units are in no order")
+        size = place + length
+        places[offset] = packed
+        packed = -(-(packed + length) // BLOCK) * BLOCK
     aligned = all(offset % BLOCK == 0 for offset in places)
     if aligned or packed > SEGMENT_SIZE + MAX_SPAN:  # tiny chunks in great number would fill the disk with padding
         places = {}
     else:
-        hasher.update(b"packed")
+        named.append(b"packed")
         size = packed
     gappy = high - low > min(total + MAX_GAP, MAX_RUN)
-    return Segment(blob, number, hasher.digest(), rows, size, low, high, gappy, places or None)
+    key = blake2b(b"".join(named), digest_size=KEY_SIZE, person=b"nydus segment").digest()
+    return Segment(blob, number, key, rows, size, low, high, gappy, places or None)
 
 
 def runs(chunks: ChunkMap, segment: Segment) -> Iterator[tuple[int, int, list[UnitMembers]]]:

@@ -16,6 +16,7 @@ import trio
 from nydusfs.cache.durability import RWF_NOWAIT, resident
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.cache.names import NAME, unlink
+from nydusfs.hands import Hands
 from nydusfs.segments import Plain, Segment
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class BlobCache:
             yield self.path / f"{name}.{self.store.boot}"
             yield self.path / name  # it is renamed when durable
 
-    def read_now(self, segment: Segment, offset: int, size: int) -> Plain | None:
+    def read_now(self, segment: Segment, offset: int, size: int, hands: Hands) -> Plain | None:
         """Like `read`, from any thread but the event loop's: waits for the disk. None for what is not ready, too."""
         key = segment.key
         durable = self._ready.get(key)
@@ -152,18 +153,28 @@ class BlobCache:
             return memoryview(plain)[offset : offset + size]
         if not durable and (key in self._unsure or not store.nowait):
             return None
-        file = store.acquire(self, segment, durable)
+        file = store.acquire(self, segment, durable, hands)
         if file is None:
             return None
+        data = hands.room(size)
         try:
-            if durable:
-                found = os.pread(file.fd, size, offset)
-                return found if len(found) == size else None
-            data = bytearray(size)
-            if resident(file.fd) and os.preadv(file.fd, [data], offset, RWF_NOWAIT) == size:
-                return data
-            self._unsure.add(key)
-            return None
+            if not durable:
+                if resident(file.fd) and os.preadv(file.fd, [data], offset, RWF_NOWAIT) == size:
+                    return data
+                self._unsure.add(key)
+                return None
+            if store.nowait:
+                try:
+                    if os.preadv(file.fd, [data], offset, RWF_NOWAIT) == size:
+                        return data
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                    store.nowait = False
+            hands.waits()
+            return data if os.preadv(file.fd, [data], offset) == size else None
         except OSError:
             return None  # `read` says why
         finally:

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
+from nydusfs.hands import Hands
+
 MOST = 8192
 
 
@@ -36,12 +38,16 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def acquire(self, slot: Hashable, paths: Callable[[], Iterable[Path]]) -> OpenFile | None:
+    def acquire(
+        self, slot: Hashable, paths: Callable[[], Iterable[Path]], hands: Hands | None = None
+    ) -> OpenFile | None:
         """The file of a slot, opened at the first of `paths()` that exists if it is not; None when there is none. To be
         given back by `release`."""
         with self._lock:
             file = self._files.get(slot)
             if file is None:
+                if hands is not None:
+                    hands.waits()
                 fd = self._open(paths())
                 if fd < 0:
                     return None

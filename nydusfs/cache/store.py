@@ -37,6 +37,7 @@ from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX, unlink
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota
 from nydusfs.errors import CacheError
+from nydusfs.hands import Hands
 from nydusfs.segments import Segment
 
 log = logging.getLogger("nydusfs.cache")
@@ -215,13 +216,13 @@ class CacheStore:
 
     # Descriptors
 
-    def acquire(self, blob: BlobCache, segment: Segment, durable: bool) -> OpenFile | None:
+    def acquire(self, blob: BlobCache, segment: Segment, durable: bool, hands: Hands | None = None) -> OpenFile | None:
         """An open segment file, to be given back to `files`; None when there is none. From any thread."""
         slot = (blob.blob_id, segment.key)
         blob.used = time.time()
         if self.quota is not None:
             self.quota.used(slot)
-        return self.files.acquire(slot, lambda: blob.paths(segment, durable))
+        return self.files.acquire(slot, lambda: blob.paths(segment, durable), hands)
 
     def stop_syncing(self) -> None:
         """Any thread: the process is about to end."""

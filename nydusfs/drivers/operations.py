@@ -1,7 +1,9 @@
 """FUSE requests against volumes: routing by node number, errno at the edge, counters.
 
-Requests are taken by a few plain threads, each of which answers at once from mapped memory and from cached data: no
-task switch, no lock, one system call in and one out. Only a `read` whose data is not here goes to the event loop.
+Requests are taken by a few plain threads, which answer at once from mapped memory and from cached data: no task
+switch, one system call in and one out. One of them serves until it is about to wait for the disk, then it lets the next
+one take requests: while all of them wait at the device each request wakes another one, and two that are awake fight
+for the interpreter. Only a `read` whose data is not here goes to the event loop.
 OPEN and OPENDIR are answered with ENOSYS once, which tells the kernel never to ask again and to keep pages and
 directory lists; names and attributes are kept for good (2^32 s). No state per inode or open file: FORGET and RELEASE
 have nothing to do. Requests that write do not come: the mount is read-only, so the kernel refuses them itself.
@@ -39,14 +41,18 @@ from nydusfs.drivers.fuse_abi import (
 from nydusfs.drivers.stats import Fop
 from nydusfs.drivers.volume import INDEX_SHIFT, INO_MASK, ROOT_ID, AttrLike, ImageVolume, PseudoTree, Volume
 from nydusfs.errors import NydusError, ReadError
+from nydusfs.hands import Hands
 
 log = logging.getLogger("nydusfs.fuse")
 
+_READ = int(Fop.READ)
 OPCODE_READ = int(Opcode.READ)  # as /metrics/inflight shows it
 _MASK = (1 << 64) - 1
 _NO_ENTRY = bytes(ENTRY_OUT.size)
+_NO_ATTR = (0,) * 16
+_pack_entry = ENTRY_OUT.pack
 _PAD = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b"\0")
-_QUIET = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+_OURS = frozenset(map(int, (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.DESTROY)))  # no volume's
 Answer = Sequence[bytes | bytearray | memoryview]
 
 
@@ -97,7 +103,7 @@ class ImageOperations:
     def __init__(self) -> None:
         self.tree = PseudoTree()
         self.images: dict[int, ImageVolume] = {}
-        self._handlers: dict[int, tuple[Fop | None, Callable[[Volume, int, int, bytes], Answer]]] = {
+        handlers: dict[Opcode, tuple[Fop, Callable[[Volume, int, int, bytes], Answer]]] = {
             Opcode.LOOKUP: (Fop.LOOKUP, self._lookup),
             Opcode.GETATTR: (Fop.GETATTR, self._getattr),
             Opcode.READLINK: (Fop.READLINK, self._readlink),
@@ -107,6 +113,8 @@ class ImageOperations:
             Opcode.LISTXATTR: (Fop.LISTXATTR, self._listxattr),
             Opcode.STATFS: (Fop.STATFS, self._statfs),
         }
+        # Plain numbers: an enumeration's member as a key or an index takes five times as long.
+        self._handlers = {int(opcode): (int(fop), handler) for opcode, (fop, handler) in handlers.items()}
 
     def route(self, node: int) -> tuple[Volume, int]:
         """The volume a node number belongs to, and its inode there. Raises `FuseError` ESTALE."""
@@ -138,25 +146,30 @@ class ImageOperations:
         except Exception as error:
             raise FuseError(errno_of(error)) from None
         finally:
-            if fop is not None:
-                volume.stats.count(fop, ino, time.perf_counter_ns() - began, failed)
+            volume.stats.count(fop, ino, time.perf_counter_ns() - began, failed)
 
     # -- one method per request
 
-    def _entry(self, node: int) -> bytes:
-        volume, ino = self.route(node)
-        timeout = volume.entry_timeout
-        seconds = int(timeout)
-        return ENTRY_OUT.pack(
-            node, volume.generation, seconds, seconds, 0, 0, *pack_attr(volume.shown(node, ino), volume.attr(ino))
-        )
+    def _entry(self, volume: Volume, node: int) -> bytes:
+        """Of a child in this volume; what hangs in the tree of mountpoints is another's."""
+        ino = node & INO_MASK
+        if not volume.index or node >> INDEX_SHIFT != volume.index:
+            volume, ino = self.route(node)
+        attr = volume.attr(ino)
+        timeout = int(volume.entry_timeout)
+        seconds, nsec = attr.mtime & _MASK, attr.mtime_nsec  # as `pack_attr`
+        return _pack_entry(
+            node, volume.generation, timeout, timeout, 0, 0,
+            volume.shown(node, ino), attr.size, attr.blocks, seconds, seconds, seconds, nsec, nsec, nsec,
+            attr.mode, attr.nlink, attr.uid, attr.gid, attr.rdev, 4096, 0,
+        )  # fmt: skip
 
     def _lookup(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
         child = volume.lookup(ino, request[BODY:-1])
         if child:
-            return (self._entry(child),)
+            return (self._entry(volume, child),)
         # Node 0 with a timeout is "absent, and you may remember that"; ENOENT would not be remembered.
-        return (ENTRY_OUT.pack(0, 0, int(volume.negative_timeout), 0, 0, 0, *(0,) * 16),)
+        return (_pack_entry(0, 0, int(volume.negative_timeout), 0, 0, 0, *_NO_ATTR),)
 
     def _getattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
         return (ATTR_OUT.pack(int(volume.entry_timeout), 0, 0, *pack_attr(volume.shown(node, ino), volume.attr(ino))),)
@@ -199,7 +212,7 @@ class ImageOperations:
             left -= overhead + (length + 7 & ~7)
             if left < 0:
                 break
-            parts += (self._entry(child), pack(child, cookie + 2, length, dtype), name, _PAD[length & 7])
+            parts += (self._entry(volume, child), pack(child, cookie + 2, length, dtype), name, _PAD[length & 7])
         return (b"".join(parts),)
 
     def _getxattr(self, volume: Volume, ino: int, node: int, request: bytes) -> Answer:
@@ -226,6 +239,27 @@ class ImageOperations:
         return (STATFS_OUT.pack(0, 0, 0, files, 0, 512, 255, 512, 0),)
 
 
+class _Server(Hands):
+    """One of the threads: whether it is its turn to take requests."""
+
+    __slots__ = ("_mine", "_turn")
+
+    def __init__(self, turn: threading.Lock) -> None:
+        super().__init__()
+        self._turn = turn
+        self._mine = False
+
+    def take_turn(self) -> None:
+        if not self._mine:
+            self._turn.acquire()
+            self._mine = True
+
+    def waits(self) -> None:
+        if self._mine:
+            self._mine = False
+            self._turn.release()
+
+
 class RequestLoop:
     """The threads that take requests, and the reads that wait on the event loop.
 
@@ -240,6 +274,7 @@ class RequestLoop:
         self.draining = False  # each thread serves the request it may be waiting for and ends
         self.inflight: dict[int, InFlight] = {}
         self._threads = threads
+        self._turn = threading.Lock()
         self._ended = trio.lowlevel.ParkingLot()
         self._over = trio.Event()
         self._failure: BaseException | None = None
@@ -260,14 +295,20 @@ class RequestLoop:
 
     def _thread(self) -> None:
         failure: BaseException | None = None
+        server = _Server(self._turn)
         try:
-            while not self.draining:
-                self._one(self.connection.receive())
+            while True:
+                server.take_turn()
+                if self.draining:
+                    break
+                self._one(self.connection.receive(), server)
         except DisconnectedError:
             pass
         except BaseException as error:
             log.exception("a FUSE thread failed")
             failure = error
+        finally:
+            server.waits()
         if self.draining and failure is None:
             return
         try:
@@ -279,21 +320,19 @@ class RequestLoop:
         self._failure = self._failure or failure
         self._over.set()
 
-    def _one(self, request: bytes) -> None:
+    def _one(self, request: bytes, server: _Server) -> None:
         opcode, unique, node, pid = IN_START.unpack_from(request)
         connection = self.connection
         try:
             if opcode == OPCODE_READ:
-                self._read(unique, node, pid, request)
-            elif opcode in _QUIET:
-                pass
+                self._read(unique, node, pid, request, server)
+            elif opcode not in _OURS:
+                connection.send(unique, *self.operations.answer(opcode, node, request))
             elif opcode == Opcode.INTERRUPT:
                 (which,) = INTERRUPT_IN.unpack_from(request, BODY)
                 self._soon(self._interrupt, which)
             elif opcode == Opcode.DESTROY:
                 connection.send(unique)
-            else:
-                connection.send(unique, *self.operations.answer(opcode, node, request))
         except FuseError as error:
             connection.send_error(unique, error.errno)
         except Exception as error:  # one bad request must not end a thread that all images share
@@ -306,24 +345,22 @@ class RequestLoop:
         except trio.RunFinishedError:
             pass  # the process is about to end; a successor has the request delivered again
 
-    def _read(self, unique: int, node: int, pid: int, request: bytes) -> None:
+    def _read(self, unique: int, node: int, pid: int, request: bytes, server: _Server) -> None:
         volume, ino = self.operations.route(node)
         if self.closing:
             raise FuseError(errno.EIO)
         offset, size = READ_RANGE.unpack_from(request, BODY)
         began = time.perf_counter_ns()
         try:
-            parts = volume.read_now(ino, offset, size, pid)
+            parts = volume.read_now(ino, offset, size, pid, server)
         except Exception as error:
-            volume.stats.count(Fop.READ, ino, time.perf_counter_ns() - began, True)
+            volume.stats.count(_READ, ino, time.perf_counter_ns() - began, True)
             raise FuseError(errno_of(error)) from None
         if parts is None:
             self._soon(self._begin, unique, node, volume, ino, offset, size, began)
             return
         self.connection.send(unique, *parts)
-        took = time.perf_counter_ns() - began
-        volume.stats.count_read(ino, size, sum(map(len, parts)), took)
-        volume.stats.count(Fop.READ, ino, took, False)
+        volume.stats.count_read(ino, size, sum(map(len, parts)), time.perf_counter_ns() - began)
 
     # -- on the event loop
 
@@ -356,7 +393,8 @@ class RequestLoop:
                 self.connection.send_error(unique, code)
             self.inflight.pop(unique, None)
             self._ended.unpark_all()
-            volume.stats.count(Fop.READ, ino, time.perf_counter_ns() - began, failed)
+            if failed:
+                volume.stats.count(_READ, ino, time.perf_counter_ns() - began, True)
 
     def _interrupt(self, unique: int) -> None:
         """The process that reads was killed or got a signal: it waits for our answer to end."""

@@ -34,6 +34,9 @@ class Fop(IntEnum):
     BATCH_FORGET = 14
 
 
+_READ = int(Fop.READ)
+
+
 class _FileStats:
     __slots__ = ("blocks", "data_read", "errors", "first", "hits", "reads")
 
@@ -77,7 +80,7 @@ class FsStats:
         self.latency[fop] += nanoseconds
         if failed:
             self.errors[fop] += 1
-            if fop == Fop.READ and (ino in self.failed or len(self.failed) < MAX_SLOW):
+            if fop == _READ and (ino in self.failed or len(self.failed) < MAX_SLOW):
                 self.failed[ino] = self.failed.get(ino, 0) + 1
         if self._per_file:
             record = self._file(ino)
@@ -85,7 +88,9 @@ class FsStats:
             record.errors[fop] += failed
 
     def count_read(self, ino: int, asked: int, returned: int, nanoseconds: int) -> None:
-        """A read that was answered; `count` it too."""
+        """A read that was answered."""
+        self.hits[_READ] += 1
+        self.latency[_READ] += nanoseconds
         bucket = size_bucket(asked)
         self.data_read += returned
         self.blocks[bucket] += 1
@@ -100,6 +105,7 @@ class FsStats:
             self._latest.add(ino)
         if self._per_file:
             record = self._file(ino)
+            record.hits[_READ] += 1
             record.first = record.first or time.time_ns()
             record.reads += 1
             record.data_read += returned

@@ -15,6 +15,7 @@ from bootstrap.layout.common import BlobFeatures
 from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.stats import FsStats
 from nydusfs.errors import NydusError
+from nydusfs.hands import Hands
 
 Buffer = bytes | bytearray | memoryview
 INDEX_SHIFT = 48
@@ -79,8 +80,8 @@ class ImageData(Protocol):
     """Where file content comes from (`nydusfs.image_reader.ImageReader`)."""
 
     async def read_parts(self, ino: int, offset: int, size: int) -> Sequence[Buffer]: ...
-    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None:
-        """From any thread: the bytes if all of them are here, else None."""
+    def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> Sequence[Buffer] | None:
+        """From any thread: the bytes if all of them are here, else None. They are good until `hands` begin anew."""
 
 
 class MountExistsError(NydusError):
@@ -94,6 +95,7 @@ class MountMissingError(NydusError):
 class Volume(Protocol):
     """`child` numbers in answers are complete node numbers; 0 means there is none. All but `read` from any thread."""
 
+    index: int  # 0: of no image
     stats: FsStats
     entry_timeout: float
     negative_timeout: float
@@ -106,7 +108,7 @@ class Volume(Protocol):
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
     async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]: ...
-    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None: ...
+    def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> Sequence[Buffer] | None: ...
 
 
 class ImageVolume:
@@ -181,8 +183,8 @@ class ImageVolume:
     async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]:
         return await self.data.read_parts(ino, offset, size)
 
-    def read_now(self, ino: int, offset: int, size: int, pid: int) -> Sequence[Buffer] | None:
-        return self.data.read_now(ino, offset, size, pid)
+    def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> Sequence[Buffer] | None:
+        return self.data.read_now(ino, offset, size, pid, hands)
 
 
 class _DirAttr(NamedTuple):
@@ -233,6 +235,7 @@ class PseudoTree:
     """
 
     def __init__(self) -> None:
+        self.index = 0
         self.stats = FsStats("")
         # Names here change at mount and umount. Those send invalidations too; 0 for absent names keeps a name that
         # appears later from hiding behind a cached "no such file".
@@ -355,5 +358,5 @@ class PseudoTree:
     async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes]:
         raise KeyError(ino)
 
-    def read_now(self, ino: int, offset: int, size: int, pid: int) -> None:
+    def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> None:
         raise KeyError(ino)

@@ -22,6 +22,7 @@ from nydusfs.cache.blob import NotSureError
 from nydusfs.cache.durability import resident
 from nydusfs.cache.fresh import Fresh
 from nydusfs.errors import CacheError
+from nydusfs.hands import Hands
 from nydusfs.segments import Segment
 
 BLOB = Blob(0, "b" * 64, 1 << 20, 99, Compressor.ZSTD, Digester.BLAKE3, BlobFeatures(0), 0, 0, 0)
@@ -229,7 +230,7 @@ def test_what_was_verified_last_is_read_from_memory_within_bounds(tmp_path: Path
         os.truncate(tmp_path / BLOB.id / f"{part.name}.{store.boot}", 0)
 
     def read(number: int) -> bytes | None:
-        data = cache.read_now(segment(number, content(number)), 7, 100)
+        data = cache.read_now(segment(number, content(number)), 7, 100, Hands())
         return None if data is None else bytes(data)
 
     assert [read(number) for number in (7, 8, 9)] == [content(number)[7:107] for number in (7, 8, 9)]
@@ -262,7 +263,7 @@ def test_what_left_the_page_cache_before_it_was_durable_is_not_believed(tmp_path
     cache = again.blob(BLOB.id)
     again.sync()
     assert path.exists(), "no plain name for what nobody looked at"
-    assert cache.read_now(part, 0, 100) is None
+    assert cache.read_now(part, 0, 100, Hands()) is None
 
     async def verify() -> None:
         with pytest.raises(NotSureError):

@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from nydusfs.drivers.volume import (
     split_mountpoint,
 )
 from nydusfs.errors import ReadError
+from nydusfs.hands import Hands
 
 
 class Attr(NamedTuple):
@@ -90,7 +92,7 @@ class TinyImage:
             await trio.sleep_forever()
         return [self.letter * size]
 
-    def read_now(self, ino: int, offset: int, size: int, pid: int) -> None:
+    def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> None:
         return None
 
 
@@ -261,6 +263,57 @@ async def test_reads_wait_apart_and_end_with_eio_or_eintr() -> None:
             nursery.cancel_scope.cancel()
     assert stuck.stats.errors[Fop.READ] == 3
     assert fine.stats.public()["data_read"] == 4
+    device.kernel.close()
+
+
+@pytest.mark.trio
+async def test_one_thread_takes_requests_until_it_waits_for_the_disk() -> None:
+    device, before = Socket(), set(threading.enumerate())
+    waiting, disk = threading.Event(), threading.Event()
+    takers: set[str] = set()
+
+    class Cached(TinyImage):
+        def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> list[memoryview]:  # type: ignore[override]
+            takers.add(threading.current_thread().name)
+            hands.begin()
+            data = hands.room(size)
+            if offset:
+                hands.waits()
+                waiting.set()
+                assert disk.wait(10)
+            data[:] = self.letter * size
+            return [data]
+
+    image = Cached(b"a")
+    operations = ImageOperations()
+    operations.images[1] = ImageVolume(1, 0, image, image, FsStats("/x"), True)
+    loop = RequestLoop(device.connection, operations, 3)
+
+    def read(unique: int, offset: int) -> None:
+        device.send(Opcode.READ, unique, 1 << INDEX_SHIFT | 8, READ_IN.pack(0, offset, 4, 0, 0, 0, 0))
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(loop.run)
+            for unique in range(20):
+                read(unique, 0)
+                assert await trio.to_thread.run_sync(device.answer) == (unique, 0, b"aaaa")
+            assert len(takers) == 1
+            read(50, 4096)
+            assert await trio.to_thread.run_sync(waiting.wait, 5)
+            for unique in range(20):
+                read(unique, 0)
+                assert await trio.to_thread.run_sync(device.answer) == (unique, 0, b"aaaa")
+            assert len(takers) == 2
+            disk.set()
+            assert await trio.to_thread.run_sync(device.answer) == (50, 0, b"aaaa")
+            loop.hand_over()
+            read(60, 0)  # for the one that waits at the device
+            nursery.cancel_scope.cancel()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("fuse-"):
+            thread.join(5)
+            assert not thread.is_alive()
     device.kernel.close()
 
 

@@ -1,0 +1,32 @@
+"""What a thread that answers reads from the cache brings along."""
+
+from __future__ import annotations
+
+LEAST = 128 << 10  # bytes
+
+
+class Hands:
+    """Room for the bytes of one answer, used again for the next: with a fresh 1 MiB each time the kernel gives and
+    clears 256 pages, which takes as long as copying the data. `waits` is called before a call that may wait for the
+    disk, so that somebody else can answer other requests meanwhile. Belongs to one thread."""
+
+    __slots__ = ("_room", "_used")
+
+    def __init__(self) -> None:
+        self._room = memoryview(b"")
+        self._used = 0
+
+    def begin(self) -> None:
+        """The next answer: what `room` gave before may be written over."""
+        self._used = 0
+
+    def room(self, size: int) -> memoryview:
+        """So many writable bytes, with whatever was in them."""
+        start = self._used
+        end = self._used = start + size
+        if end > len(self._room):  # views of the old one keep it
+            self._room = memoryview(bytearray(max(end, LEAST)))
+        return self._room[start:end]
+
+    def waits(self) -> None:
+        pass
