@@ -106,15 +106,16 @@ _WAY_OUT = (
 class _Job(Generic[T]):
     """One caller's statements. Its lock is free once there is something to know: done, or its turn to lead."""
 
-    __slots__ = ("before", "done", "error", "result", "undo", "wake", "work")
+    __slots__ = ("before", "done", "error", "result", "undo", "wake", "whole", "work")
 
     def __init__(
         self,
         work: Callable[[sqlite3.Connection], T],
         before: Callable[[], None] | None,
         undo: Callable[[], None] | None,
+        whole: bool,
     ) -> None:
-        self.work, self.before, self.undo = work, before, undo
+        self.work, self.before, self.undo, self.whole = work, before, undo, whole
         self.wake = threading.Lock()
         self.wake.acquire()
         self.done = False
@@ -204,14 +205,16 @@ class Database:
         *,
         before: Callable[[], None] | None = None,
         undo: Callable[[], None] | None = None,
+        whole: bool = False,
     ) -> T:
         """Runs `work` in a transaction, alone or with others; returns when that is on disk.
 
         What `work` raises undoes its own statements only. `before` runs before the commit, once for all callers that
         gave the same one. `undo` runs if the commit fails after `work` succeeded, while nothing else is written.
+        `whole`: what `work` raises it raises before it writes a row, so that no savepoint is needed.
         SQLite's own errors come out as SnapshotterError.
         """
-        job = _Job(work, before, undo)
+        job = _Job(work, before, undo, whole)
         with self._guard:
             self._queue.append(job)
             leads = not self._led
@@ -247,18 +250,21 @@ class Database:
             writer.execute("BEGIN IMMEDIATE")
             for job in jobs:
                 # a lone caller's statements are rolled back with the transaction
-                if len(jobs) > 1:
+                savepoint = len(jobs) > 1 and not job.whole
+                if savepoint:
                     writer.execute("SAVEPOINT job")
+                written = writer.total_changes
                 try:
                     job.result = job.work(writer)
                     kept.append(job)
                 except BaseException as error:
-                    if isinstance(error, _FOR_ALL) or not writer.in_transaction:
+                    half = job.whole and writer.total_changes != written
+                    if isinstance(error, _FOR_ALL) or not writer.in_transaction or half:
                         raise
                     job.error = self._translated(error) if isinstance(error, sqlite3.Error) else error
-                    if len(jobs) > 1:
+                    if savepoint:
                         writer.execute("ROLLBACK TO job")
-                if len(jobs) > 1:
+                if savepoint:
                     writer.execute("RELEASE job")
             if not kept:
                 writer.execute("ROLLBACK")

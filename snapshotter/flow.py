@@ -125,11 +125,13 @@ class Snapshotter:
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         labels = self._taken(labels)
-        if not is_meta(labels) and unpacked_chain(key):
-            active = self._store.stat(key)
-            if is_meta(active.labels):  # a client that sends no labels: ours say that it is one
-                labels = {**active.labels, **labels}
-        self._store.commit(name, key, labels, parent)
+        if is_meta(labels) or not unpacked_chain(key):
+            self._store.commit(name, key, labels, parent)
+            return
+        # a client that sends no labels: ours say that it is one
+        self._store.commit(
+            name, key, labels, parent, lambda active: {**active, **labels} if is_meta(active) else labels
+        )
 
     def remove(self, key: str) -> None:
         """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""

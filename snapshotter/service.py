@@ -88,7 +88,7 @@ class Service(rpc.SnapshotsServicer):
     def List(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         found = _answer(context, "List", lambda: self._snapshotter.find(list(request.filters)))
         for at in range(0, len(found), LIST_BATCH):
-            yield pb.ListSnapshotsResponse(info=map(_info, found[at : at + LIST_BATCH]))
+            yield _listed(found[at : at + LIST_BATCH])
 
     def Usage(self, request: Any, context: grpc.ServicerContext) -> Any:
         size, inodes = _answer(context, "Usage", lambda: self._snapshotter.usage(request.key))
@@ -130,11 +130,26 @@ def _mount(mount: Mount) -> Any:
     return mount_pb2.Mount(type=mount.type, source=mount.source, options=mount.options)
 
 
+def _listed(snapshots: Sequence[Snapshot]) -> Any:
+    response = pb.ListSnapshotsResponse()
+    for snapshot in snapshots:
+        _fill(response.info.add(), snapshot)
+    return response
+
+
 def _info(snapshot: Snapshot) -> Any:
-    info = pb.Info(name=snapshot.key, parent=snapshot.parent, kind=snapshot.kind.name, labels=snapshot.labels)
-    for stamp, time_ns in ((info.created_at, snapshot.created), (info.updated_at, snapshot.updated)):
-        stamp.seconds, stamp.nanos = divmod(time_ns, 10**9)
+    info = pb.Info()
+    _fill(info, snapshot)
     return info
+
+
+def _fill(info: Any, snapshot: Snapshot) -> None:
+    # one field after the other takes half as long as all of them given to the constructor
+    info.name, info.parent, info.kind = snapshot.key, snapshot.parent, int(snapshot.kind)
+    info.labels.update(snapshot.labels)
+    created, updated = info.created_at, info.updated_at
+    created.seconds, created.nanos = divmod(snapshot.created, 10**9)
+    updated.seconds, updated.nanos = divmod(snapshot.updated, 10**9)
 
 
 # ---- the socket

@@ -17,13 +17,13 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from snapshotter.database import Database
-from snapshotter.directories import TEMPORARY, Fresh, Rewrite, disk_usage, has_record, write_record
+from snapshotter.directories import TEMPORARY, Fresh, disk_usage, has_record, small_usage, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.filters import Equals
 from snapshotter.labels import OWN, SNAPSHOT_REF, UID_MAPPING, id_mapping
@@ -39,8 +39,12 @@ class Kind(IntEnum):
     COMMITTED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Snapshot(NamedTuple):
+    """A tuple: List makes one for each there is, and a frozen dataclass takes three times as long to make."""
+
     id: int
     key: str
     parent: str  # key of the parent, "" for none
@@ -63,6 +67,11 @@ WITH RECURSIVE chain (id, parent, depth) AS (
 SELECT {_COLUMNS} FROM chain JOIN snapshots s ON s.id = chain.id LEFT JOIN snapshots p ON p.id = s.parent
 ORDER BY chain.depth
 """
+_TO_COMMIT = """
+SELECT s.id, s.kind, s.parent, coalesce(p.key, ''), s.labels, EXISTS (SELECT 1 FROM snapshots WHERE key = ?)
+FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.key = ?
+"""
+_TO_REMOVE = "SELECT id, kind, EXISTS (SELECT 1 FROM snapshots c WHERE c.parent = s.id) FROM snapshots s WHERE key = ?"
 
 # field of a filter -> column with an index; the most selective first
 _INDEXED = {("name",): "s.key", ("labels", SNAPSHOT_REF): "s.ref", ("parent",): "p.key"}
@@ -174,7 +183,7 @@ class Store:
         with Fresh(self._path, record_of(made), work=kind is Kind.ACTIVE) as fresh:
             identity = self._database.apply(insert, undo=fresh.unsettle)
             fresh.keep()
-        return replace(made, id=identity)
+        return made._replace(id=identity)
 
     def commit_skipped(self, key: str, parent: str, ref: str, labels: Mapping[str, str]) -> Snapshot | None:
         """A layer whose data is never unpacked: committed at once, without an active snapshot in between.
@@ -195,8 +204,8 @@ class Store:
             if writer.execute(same, (ref, parent_id, Kind.COMMITTED)).fetchone():
                 return None
             taken = _find(writer, ref) is not None
-            identity = _insert(writer, replace(made, key=key) if taken else made, parent_id)
-            named = replace(made, id=identity, key=f"{ref}.{identity}" if taken else ref)
+            identity = _insert(writer, made._replace(key=key) if taken else made, parent_id)
+            named = made._replace(id=identity, key=f"{ref}.{identity}" if taken else ref)
             if taken:
                 writer.execute("UPDATE snapshots SET key = ? WHERE id = ?", (named.key, identity))
                 fresh.record(record_of(named))
@@ -210,61 +219,74 @@ class Store:
                 self._changes += 1
         return named
 
-    def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
+    def commit(
+        self,
+        name: str,
+        key: str,
+        labels: Mapping[str, str],
+        parent: str = "",
+        complete: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None,
+    ) -> None:
         """The active snapshot `key` becomes the committed `name`. `parent`: rebase, only where there was none.
 
-        Raises InvalidArgument, NotFound, AlreadyExists, FailedPrecondition; the active snapshot then stays as it was.
+        `complete` makes the labels from those of the active one, instead of `labels`. Raises InvalidArgument, NotFound,
+        AlreadyExists, FailedPrecondition; the active snapshot then stays as it was.
         """
         need(name, "name")
         need(key, "key")
-        active = self.stat(key)
-        # The walk may take long: outside of the transaction. Nothing writes to a snapshot that is being committed.
-        size, inodes = disk_usage(self.upper(active.id)) if active.kind is Kind.ACTIVE else (0, 0)
-        now = time.time_ns()
-        done = Snapshot(active.id, name, parent or active.parent, Kind.COMMITTED, now, now, size, inodes, _kept(labels))
+        kept = _kept(labels)
+        measured: tuple[int, int, int] | None = None  # id, bytes, inodes
 
-        def change(writer: sqlite3.Connection) -> None:
-            if _find(writer, name) is not None:
-                raise AlreadyExists(f"snapshot {name} already exists")
-            row = writer.execute("SELECT id, kind, parent FROM snapshots WHERE key = ?", (key,)).fetchone()
-            if row is None or row[0] != active.id:
+        def change(writer: sqlite3.Connection) -> int:
+            """0, or the id of a snapshot whose tree is to be measured first."""
+            row = writer.execute(_TO_COMMIT, (name, key)).fetchone()
+            if row is None or (measured is not None and measured[0] != row[0]):
                 raise NotFound(f"snapshot {key} not found")
-            identity, kind, parent_id = row
+            identity, kind, parent_id, parent_key, before, taken = row
+            if taken:
+                raise AlreadyExists(f"snapshot {name} already exists")
             if kind != Kind.ACTIVE:
                 raise FailedPrecondition(
                     f"snapshot {key} is {Kind(kind).name.lower()}: only active ones can be committed"
                 )
             if parent:
-                parent_id = _rebase(writer, key, parent_id, parent)
+                parent_id, parent_key = _rebase(writer, key, parent_id, parent), parent
+            usage = measured[1:] if measured else small_usage(self.upper(identity))
+            if usage is None:
+                return int(identity)
+            given = _kept(complete(json.loads(before))) if complete else kept
+            now = time.time_ns()
+            done = Snapshot(identity, name, parent_key, Kind.COMMITTED, now, now, *usage, given)
+            write_record(f"{self._path}/{identity}", record_of(done))
             writer.execute(
                 "UPDATE snapshots SET key = ?, kind = ?, parent = ?, created = ?, updated = ?, size = ?, inodes = ?,"
                 " labels = ? WHERE id = ?",
-                (name, Kind.COMMITTED, parent_id, now, now, size, inodes, _dump(done.labels), identity),
+                (name, Kind.COMMITTED, parent_id, now, now, *usage, _dump(given), identity),
             )
-            rewrite.apply()
+            return 0
 
-        with Rewrite(f"{self._path}/{active.id}", record_of(done)) as rewrite:
-            self._database.apply(change, before=self._sync)
+        if large := self._database.apply(change, before=self._sync, whole=True):
+            # outside of the transaction: nobody else waits for the walk, and nothing writes to what is being committed
+            measured = (large, *disk_usage(self.upper(large)))
+            self._database.apply(change, before=self._sync, whole=True)
         self._changes += 1
 
-    def remove(self, key: str) -> Snapshot:
+    def remove(self, key: str) -> None:
         """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
         need(key, "key")
 
-        def delete(writer: sqlite3.Connection) -> Snapshot:
-            row = writer.execute(f"{_SELECT} WHERE s.key = ?", (key,)).fetchone()
+        def delete(writer: sqlite3.Connection) -> Kind:
+            row = writer.execute(_TO_REMOVE, (key,)).fetchone()
             if row is None:
                 raise NotFound(f"snapshot {key} not found")
-            gone = _snapshot(row)
-            if writer.execute("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (gone.id,)).fetchone():
+            identity, kind, children = row
+            if children:
                 raise FailedPrecondition(f"cannot remove snapshot with child: {key}")
-            writer.execute("DELETE FROM snapshots WHERE id = ?", (gone.id,))
-            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (gone.id,))
-            return gone
+            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (identity,))
+            writer.execute("DELETE FROM snapshots WHERE id = ?", (identity,))
+            return Kind(kind)
 
-        gone = self._database.apply(delete)
-        self._changes += gone.kind is Kind.COMMITTED
-        return gone
+        self._changes += self._database.apply(delete, whole=True) is Kind.COMMITTED
 
     def update(self, key: str, labels: Mapping[str, str], mask: Sequence[str]) -> Snapshot:
         """Changes labels only, as the field mask says, and never those of `OWN`.
@@ -289,13 +311,12 @@ class Store:
                     changed[name] = labels.get(name, "")
             changed = {name: value for name, value in changed.items() if name not in OWN}
             changed |= {name: value for name, value in before.labels.items() if name in OWN}
-            after = replace(before, labels=_kept(changed), updated=time.time_ns())
+            after = before._replace(labels=_kept(changed), updated=time.time_ns())
             writer.execute(
                 "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
                 (_dump(after.labels), after.updated, after.id),
             )
-            with Rewrite(f"{self._path}/{after.id}", record_of(after)) as rewrite:
-                rewrite.apply()
+            write_record(f"{self._path}/{after.id}", record_of(after))
             return after
 
         return self._database.apply(change)
@@ -308,11 +329,10 @@ class Store:
             if row is None:
                 raise NotFound(f"snapshot {key} not found")
             before = _snapshot(row)
-            after = replace(before, labels=_kept({**before.labels, **labels}), updated=time.time_ns())
+            after = before._replace(labels=_kept({**before.labels, **labels}), updated=time.time_ns())
             values = (_dump(after.labels), after.updated, after.id)
             writer.execute("UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", values)
-            with Rewrite(f"{self._path}/{after.id}", record_of(after)) as rewrite:
-                rewrite.apply()
+            write_record(f"{self._path}/{after.id}", record_of(after))
 
         self._database.apply(change)
 
@@ -421,7 +441,7 @@ def record_of(snapshot: Snapshot) -> dict[str, object]:
 
 def _snapshot(row: Sequence[object]) -> Snapshot:
     identity, key, parent, kind, created, updated, size, inodes, labels = row
-    return Snapshot(identity, key, parent, Kind(kind), created, updated, size, inodes, json.loads(labels))  # type: ignore[arg-type]
+    return Snapshot(identity, key, parent, _KINDS[kind], created, updated, size, inodes, json.loads(labels))  # type: ignore[arg-type,index]
 
 
 def _find(connection: sqlite3.Connection, key: str) -> tuple[int, int] | None:

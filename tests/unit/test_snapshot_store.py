@@ -8,7 +8,9 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from snapshotter.database import MIGRATIONS, NAME, Database
-from snapshotter.directories import read_record
+from snapshotter.directories import disk_usage, read_record
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -27,7 +29,7 @@ from snapshotter.errors import (
     StartError,
 )
 from snapshotter.labels import SNAPSHOT_REF
-from snapshotter.store import Kind, Store
+from snapshotter.store import Kind, Store, record_of
 
 
 def open_store(root: Path) -> Store:
@@ -299,6 +301,79 @@ def test_callers_of_one_commit_fail_alone(tmp_path: Path) -> None:
             assert answer == number
     assert 1 <= len(commits) <= 300
     assert len(answers) == 300
+
+
+def test_a_whole_job_that_was_not_whole_keeps_nothing(tmp_path: Path) -> None:
+    """Told to write without a savepoint, it raises after a row: nobody's statements of that commit may stay."""
+    database = Database(tmp_path / NAME)
+    first = threading.Event()
+    answers: list[str] = []
+
+    def slow(writer: sqlite3.Connection) -> None:
+        assert first.wait(10)  # meanwhile the others gather for the next commit
+
+    def call(number: int) -> None:
+        def work(writer: sqlite3.Connection) -> None:
+            writer.execute("INSERT INTO facts VALUES (?, ?)", (f"n{number}", number))
+            if number == 3:
+                raise NotFound("3")
+
+        try:
+            database.apply(work, whole=True)
+            answers.append("kept")
+        except NotFound:
+            answers.append("raised")
+
+    threads = [threading.Thread(target=database.apply, args=(slow,))]
+    threads += [threading.Thread(target=call, args=(number,)) for number in range(5)]
+    threads[0].start()
+    while not database._led:
+        time.sleep(0.001)
+    for thread in threads[1:]:
+        thread.start()
+    while len(database._queue) < 5:
+        time.sleep(0.001)
+    first.set()
+    for thread in threads:
+        thread.join(30)
+    assert answers == ["raised"] * 5
+    assert database.query("SELECT * FROM facts") == []
+    call(7)
+    assert (answers[5:], database.query("SELECT value FROM facts")) == (["kept"], [(7,)])
+
+
+@pytest.mark.parametrize("files", [0, 63, 64, 200])
+def test_what_a_commit_measures(store: Store, files: int) -> None:
+    """In the transaction where it is little, before it where it is not."""
+    upper = store.upper(store.create(Kind.ACTIVE, "k", "", {}).id)
+    for number in range(files):
+        (upper / f"d{number % 3}").mkdir(exist_ok=True)
+        (upper / f"d{number % 3}" / str(number)).write_bytes(b"x" * 5000)
+    expected = disk_usage(upper)
+    assert expected[1] == files + min(files, 3) + 1
+    store.commit("layer", "k", {"l": "1"})
+    done = store.stat("layer")
+    assert ((done.size, done.inodes), done.labels, done.kind) == (expected, {"l": "1"}, Kind.COMMITTED)
+    assert read_record(store.path(done.id)) == record_of(done)
+
+
+def test_a_record_is_written_over_the_one_before_or_takes_its_place(store: Store) -> None:
+    made = store.create(Kind.ACTIVE, "k", "", {"l": "1"})
+    path = store.path(made.id) / "snapshot.json"
+    numbers = []
+    for text in ("2", "x" * 3000, "3", "y" * 9000, "4"):
+        store.update("k", {"l": text}, [])
+        numbers.append(path.stat().st_ino)
+        assert read_record(store.path(made.id)) == record_of(store.stat("k"))
+    # one that does not fit gets a file of its own; a file of several pages is never written over
+    assert [one == other for one, other in pairwise(numbers)] == [False, True, False, False]
+    assert os.listdir(store.path(made.id)).count("snapshot.json") == len(os.listdir(store.path(made.id))) - 2
+    path.unlink()
+    store.update("k", {"l": "5"}, [])
+    assert read_record(store.path(made.id)) == record_of(store.stat("k"))
+    shutil.rmtree(store.path(made.id))
+    store.update("k", {"l": "6"}, [])
+    assert store.stat("k").labels == {"l": "6"}
 
 
 def test_a_commit_that_fails_takes_back_every_directory(store: Store, tmp_path: Path) -> None:
