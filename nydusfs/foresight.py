@@ -6,6 +6,8 @@ other while the link idles. Two things can be known all the same:
 - Programs. Who reads the head of an ELF file will load it: its tables, what relocations write to, its constructors,
   and the same of each library it names. Of the program in the image's prefetch table, which `nydusify` writes, this is
   known when the image is mounted, a third of a second before the container runs.
+- Modules. Who runs a compiled Python module will read those that it imports (`pyc`, `imports`), and so on. Of
+  a program with numpy, pandas and Django 39 requests were waited for, 114 without, and fewer bytes were fetched.
 - Runs. Files of one directory lie side by side in a blob, and who reads one package reads its neighbours: of a Python
   program with numpy, pandas and Django three quarters of the segments asked for were followed by the next one. Two
   neighbours in a row are a run, and the next ones are fetched, more the longer it goes on. Where an answer is waited
@@ -22,21 +24,23 @@ import stat
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 import trio
 
 from bootstrap.base import HOLE, Bootstrap
 from bootstrap.errors import RafsError
-from nydusfs import elf
+from nydusfs import elf, pyc
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import joinable
+from nydusfs.imports import Importer
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
     from nydusfs.fetch import FetchScheduler, Job
     from nydusfs.image_reader import ImageReader
-    from nydusfs.segments import Segment
+    from nydusfs.segments import Plain, Segment
 
 log = logging.getLogger("nydusfs.foresight")
 
@@ -45,7 +49,8 @@ MERGE = 512 * 1024  # compressed bytes of one request: a demand read behind it w
 RUN = 2  # neighbours asked for one after the other that make a run
 WINDOW = 4  # segments fetched ahead of a run at most
 SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones are pieces of one big file
-MAX_PROGRAMS = 500  # files followed per mount: nobody starts more, and a scanner of all files is not helped
+INLINE = 32 << 10  # bytes of a module that is looked into at once: less than two switches to a thread cost
+MAX_PROGRAMS = 2000  # files followed per mount: nobody starts more, and a scanner of all files is not helped
 MAX_TABLES = 64 << 20
 MAX_CONSTRUCTORS = 4096
 MAX_LINKS = 16
@@ -70,19 +75,24 @@ class Foresight:
         self._scheduler = scheduler
         self._slots = trio.Semaphore(REQUESTS)
         self._news = trio.Event()
-        self._opened: deque[int] = deque()
+        self._opened: deque[tuple[int, bool]] = deque()
         self._missed: deque[Segment] = deque()
         self._programs: set[int] = set()
         self._runs: dict[tuple[int, int], int] = {}  # (blob, row behind a run) -> its length in segments
         self._folders: list[bytes] = []  # of libraries found so far
         self._indexed: dict[bytes, int] | None = None
+        self._imports = Importer(self._resolve, self._is_folder)
+        # Modules to look into: the last one that somebody read first, then in the order in which they are run.
+        self._modules: list[tuple[tuple[int, ...], int]] = []
+        self._more = trio.Event()
+        self._turns = 0
 
     # -- what readers do; both return at once
 
-    def opened(self, ino: int) -> None:
-        """Somebody read the beginning of an ELF file."""
-        if ino not in self._programs:
-            self._opened.append(ino)
+    def opened(self, ino: int, head: Plain) -> None:
+        """Somebody read the beginning of a file."""
+        if ino not in self._programs and (head[:4] == elf.MAGIC or head[2:4] == pyc.MARK):
+            self._opened.append((ino, head[:4] == elf.MAGIC))
             self._news.set()
 
     def missed(self, segments: Iterable[Segment]) -> None:
@@ -95,9 +105,16 @@ class Foresight:
         async with trio.open_nursery() as nursery:
             for ino in [*programs(self._reader.bootstrap), *map(self._resolve, ALWAYS)]:
                 self._start(nursery, ino)
+            for _ in range(REQUESTS):
+                nursery.start_soon(self._follow_modules)
             while True:
                 while self._opened:
-                    self._start(nursery, self._opened.popleft())
+                    ino, program = self._opened.popleft()
+                    if program:
+                        self._start(nursery, ino)
+                    else:
+                        self._turns -= 1
+                        self._push((self._turns,), ino)
                 while self._missed:
                     ahead = self._run_goes_on(self._missed.popleft())
                     if ahead:
@@ -127,6 +144,39 @@ class Foresight:
         if len(self._runs) > 4096:
             self._runs.clear()
         return [segment for segment in ahead if not self._reader.is_ready(segment)]
+
+    # -- modules
+
+    def _push(self, turn: tuple[int, ...], ino: int) -> None:
+        if ino not in self._programs and len(self._programs) < MAX_PROGRAMS:
+            self._programs.add(ino)
+            heappush(self._modules, (turn, ino))
+            self._more.set()
+
+    async def _follow_modules(self) -> None:
+        while True:
+            while not self._modules:
+                self._more = trio.Event() if self._more.is_set() else self._more
+                await self._more.wait()
+            turn, ino = heappop(self._modules)
+            try:
+                for number, found in enumerate(await self._imported(ino)):
+                    self._push((*turn, number), found)
+            except _WRONG as error:
+                log.debug("image %s: module %d is not followed: %s", self._reader.name, ino, error)
+
+    async def _imported(self, ino: int) -> list[int]:
+        """Have a module fetched; the files that it imports."""
+        size = self._reader.bootstrap.attr(ino).size
+        head = await self._reader.peek(ino, 0, min(size, pyc.MAX_SIZE))
+        if head[:4] == elf.MAGIC:
+            async with trio.open_nursery() as nursery:
+                await self._program(nursery, ino)
+            return []
+        if size > pyc.MAX_SIZE:
+            return []
+        module = await trio.to_thread.run_sync(pyc.read, head) if size > INLINE else pyc.read(head)
+        return self._imports.follow(ino, module) if module is not None else []
 
     # -- programs
 
@@ -274,6 +324,11 @@ class Foresight:
                 continue
             above.append(ino)
         return above[-1] if stat.S_ISREG(image.attr(above[-1]).mode) else 0
+
+    def _is_folder(self, path: bytes) -> bool:
+        image = self._reader.bootstrap
+        ino = image.resolve(path)
+        return bool(ino) and stat.S_ISDIR(image.attr(ino).mode)
 
     # -- fetching
 

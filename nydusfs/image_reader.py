@@ -20,7 +20,6 @@ from nydusfs.cache import BlobCache, CacheStore
 from nydusfs.cache.blob import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
-from nydusfs.elf import MAGIC
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
 from nydusfs.foresight import Foresight
@@ -126,8 +125,8 @@ class ImageReader:
                 raise self._unreadable(ino, pieces, error) from None
             await self._renew_tables(extents)
             parts = await self._chunk_by_chunk(ino, extents)
-        if self.foresight is not None and offset == 0 and parts and parts[0][:4] == MAGIC:
-            self.foresight.opened(ino)
+        if self.foresight is not None and offset == 0 and parts:
+            self.foresight.opened(ino, parts[0])
         return parts
 
     async def peek(self, ino: int, offset: int, size: int) -> bytes:

@@ -3,15 +3,19 @@ does. Real daemon, real mount, real programs."""
 
 from __future__ import annotations
 
+import marshal
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 import pytest
 
 from bootstrap.options import BuildOptions
+from nydusfs import pyc
 from tests.integration.test_learning import asked, config
 from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
 from tests.lab.faulty import FaultyServer, faulty_server
@@ -75,6 +79,43 @@ def test_a_program_that_is_started_has_its_libraries_fetched(
     loader, folders = at[names[-1]], ":".join({str(path.parent) for path in at.values()})
     argv = [loader, "--library-path", folders, at[names[0]], "--version"]
     assert "coreutils" in subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_a_module_that_is_read_has_what_it_imports_fetched(tmp_path: Path) -> None:
+    """And what that imports: none of it was read. Each is alone in its chunks, so nothing comes along."""
+    lib, tag = "usr/lib/python3", sys.implementation.cache_tag
+    sources = {
+        "main": "import pack.inner\ndef later():\n    import lazy\n",
+        "pack/__init__": "from . import sibling\n",
+        "pack/inner": "",
+        "pack/sibling": "import deep",
+        "deep": "",
+        "lazy": "",
+        "stranger": "",
+    }
+    files: dict[str, bytes] = {}
+    for number, (name, source) in enumerate(sources.items()):
+        folder, _, stem = f"{lib}/{name}".rpartition("/")
+        code = compile(f"{source}\nDATA = {noise(2 * CHUNK, number)!r}", f"/{lib}/{name}.py", "exec")
+        files[f"{folder}/__pycache__/{stem}.{tag}.pyc"] = MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+        files[f"{folder}/__pycache__/{stem}.{tag}.pyc.beside"] = noise(300_000, 90 + number)
+    image = tiny_image(tmp_path, files, BuildOptions(chunk_size=CHUNK))
+    path = f"{lib}/__pycache__/main.{tag}.pyc"
+    if pyc.read(files[path]) is None:
+        pytest.skip(f"modules of {tag} are not understood")
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server, Nydusd() as daemon:
+        assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "cache")).status == 204
+        assert (daemon.mnt / "a" / path).read_bytes() == files[path]
+        settled(server)
+        before = len(server.data_requests)
+        for name in ("pack/__init__", "pack/inner", "pack/sibling", "deep"):
+            other = next(one for one in files if one.endswith(f"{name.split('/')[-1]}.{tag}.pyc") and name[:4] in one)
+            assert (daemon.mnt / "a" / other).read_bytes() == files[other]
+        assert len(server.data_requests) == before
+        for name in ("lazy", "stranger"):
+            other = f"{lib}/__pycache__/{name}.{tag}.pyc"
+            assert (daemon.mnt / "a" / other).read_bytes() == files[other]
+        assert len(server.data_requests) > before
 
 
 def test_neighbours_in_a_row_are_a_run(image: TinyImage, running: tuple[FaultyServer, Nydusd]) -> None:
