@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.daemon import Nydusd, can_mount_fuse
+from tests.lab.daemon import Nydusd, all_durable, can_mount_fuse
 from tests.lab.erofs import READ_ALL, cannot_mount_erofs
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.process import drop_caches, run, wait_until
@@ -113,7 +113,7 @@ def test_a_disk_that_turns_read_only_and_back(image: TinyImage, server: FaultySe
     with tmpfs(tmp_path / "disk", "64m") as disk, Nydusd() as daemon:
         mount(daemon, image, server, disk / "cache")
         assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
-        time.sleep(1.5)  # durable
+        wait_until(lambda: all_durable(disk / "cache"), 20, "the cache to be on the disk")
         remount(disk, "ro")
         mount(daemon, image, server, disk / "cache", "/other")
         assert wrong(daemon, image) == {}
@@ -154,7 +154,7 @@ def test_a_disk_that_fails(driver: str, image: TinyImage, server: FaultyServer, 
         with Nydusd("--fs-driver", driver) as daemon:
             mount(daemon, image, server, disk.mountpoint / "cache")
             assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
-            time.sleep(1.5)
+            wait_until(lambda: all_durable(disk.mountpoint / "cache"), 20, "the cache to be on the disk")
             disk.fs.fail("write")
             assert wrong(daemon, image, drop=False) == {}  # the file system still takes it
             for _ in range(3):

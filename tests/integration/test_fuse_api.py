@@ -213,6 +213,6 @@ def test_a_tree_of_100000_files_costs_less_than_100_kb_per_mount(tmp_path: Path)
 def test_ready_in_time_and_small_when_idle() -> None:
     """0.5 s and 60 MiB are the goals on an idle machine; the bound here leaves room for a busy one."""
     with Nydusd() as daemon:
-        assert daemon.ready_seconds < 5
+        assert daemon.ready_seconds < 15
         assert daemon.memory("VmRSS") < 60 * 1024
         assert os.path.exists(daemon.sock)

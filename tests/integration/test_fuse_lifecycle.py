@@ -237,14 +237,14 @@ def test_umount_ends_blocked_readers_with_an_error_and_spares_the_others(tmp_pat
         config = silent_config(port, tmp_path / "cache")
         began = time.monotonic()
         assert daemon.mount("/dead", case / "image.boot", config).status == 204
-        assert time.monotonic() - began < 5, "a mount does not wait for the network"
+        assert time.monotonic() - began < 15, "a mount does not wait for the network"
         assert daemon.mount("/good", case / "image.boot", localfs_config(case)).status == 204
         readers = [start_reader(daemon.mnt / "dead" / first_file(case)[1:]) for _ in range(4)]
         blocked(daemon, 1, *readers)
         assert check_mount(case, daemon.mnt / "good") == []
         began = time.monotonic()
         assert daemon.umount("/dead").status == 204
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         for waiting in readers:
             output, _ = waiting.communicate(timeout=10)
             assert int(output) in (errno.EIO, errno.ESTALE)
@@ -404,7 +404,7 @@ def test_sigterm_under_load_is_quick_and_clean() -> None:
             time.sleep(1.5)
             code, seconds = daemon.stop()
             assert code == 0
-            assert seconds < 5
+            assert seconds < 10
             assert mounts_below(daemon.mnt) == []
             assert "unexpected" not in daemon.log_text()
             assert "internal error" not in daemon.log_text()

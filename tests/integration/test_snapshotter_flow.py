@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from tests.lab.cases import case as image_case
-from tests.lab.daemon import can_mount_fuse
+from tests.lab.daemon import all_durable, can_mount_fuse
 from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.mounted import check_mount, load_manifest
 from tests.lab.paths import ref_bin
@@ -146,7 +146,8 @@ def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
                 if info.name not in parents:
                     client.remove(info.name)
         assert str(lower.parent) in mounts_below(ours.root) or str(lower) in mounts_below(ours.root)
-        time.sleep(2)  # segments get their final names a second after they came
+        cache = ours.root / "cache"
+        wait_until(lambda: all_durable(cache) or any(cache.glob("*.blob.data")), 20, "the cache to be on the disk")
         cached = [path for path in (ours.root / "cache").iterdir() if len(path.name) >= 64]
         assert cached
         for path in cached:  # what is young is kept

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from nydusfs.cache.names import NAME
 from tests.lab.process import (
     Child,
     kill_together,
@@ -73,6 +74,12 @@ def localfs_config(blobs: Path, *, config_id: str = "", work_dir: Path | None = 
     if work_dir is not None:
         device["cache"] = {"type": "blobcache", "config": {"work_dir": str(work_dir)}}
     return json.dumps({"device": device, "mode": "direct", **extra})
+
+
+def all_durable(cache: Path) -> bool:
+    """Whether the segments of a cache have their final names, which they get about a second after they came."""
+    found = [match for path in cache.glob("*/*-*") if (match := NAME.fullmatch(path.name))]
+    return bool(found) and all(match[3] is None for match in found)
 
 
 class Nydusd:

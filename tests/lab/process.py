@@ -22,10 +22,19 @@ class LabError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free a moment ago, and is none that the kernel gives to connections: of those
+    one could be in use before a server that starts has it."""
+    end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(1000):
+        port = 10000 + secrets.randbelow(max(end, 20000) - 10000)  # also where tests run beside each other
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise LabError("no TCP port is free")
 
 
 def work_dir(parent: str | Path | None = None) -> Path:
