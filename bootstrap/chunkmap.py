@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from struct import Struct
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bootstrap.base import Blob, Bootstrap, Chunk
 from bootstrap.blobmeta import BlobMeta, Unit, alone, needs_meta
@@ -19,6 +19,10 @@ from bootstrap.chunkindex import ChunkIndex
 from bootstrap.decode import decode_chunk, verify, where
 from bootstrap.errors import CodecError, FormatError, RafsError
 from bootstrap.layout.common import CHUNK_RECORD, MAX_CHUNK_SIZE, MAX_CHUNKS_PER_BLOB, SuperFlags
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Chunk", "ChunkMap", "Member", "MissingMeta", "Unit", "iter_chunks"]
 
@@ -124,6 +128,25 @@ class ChunkMap:
             if offset + size <= start + length:
                 return row
         raise KeyError((blob_index, offset))
+
+    def find_starts(self, blob_index: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the chunks that begin at these uncompressed offsets and hold so many bytes at least; KeyError if
+        there is none for one of them."""
+        import numpy as np
+
+        first, last = self._index.starts[blob_index], self._index.starts[blob_index + 1]
+        known = np.frombuffer(self._index.offsets, "<u8")[first:last].view(np.int64)
+        rows = np.searchsorted(known, offsets)
+        wrong = rows >= len(known)
+        rows[wrong] = 0
+        if not len(known) or wrong.any() or (known[rows] != offsets).any():
+            raise KeyError((blob_index, "a chunk that begins elsewhere"))
+        rows += first
+        places = np.frombuffer(self._index.places, "<u4")[rows].astype(np.int64)
+        held = np.frombuffer(self._data, "<u8", len(self._data) // 8)[places + 5] >> np.uint64(32)  # uncompressed_size
+        if (held.astype(np.int64) < sizes).any():
+            raise KeyError((blob_index, "a chunk that is shorter"))
+        return rows
 
     def pieces(self, blob_index: int, offset: int, size: int) -> list[tuple[int, int, int]]:
         """(row, offset, size) of each chunk an extent touches: one, but for tarfs. KeyError if none holds it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,17 @@ from bootstrap.layout.common import MAX_NAME, BlobFeatures, SuperFlags
 from bootstrap.layout.tables import CHUNK, V6_COMPACT, V6_INODE
 from bootstrap.levels import MAX_NSEC, Loader, empty_inodes, known_types, refuse
 from bootstrap.reader import BootstrapV6
+
+
+class _Entries(NamedTuple):
+    """Of dirents: the block each stands in, its inode, where its name begins and ends in the file, whether it is one of
+    the two dots."""
+
+    within: Ints
+    nids: Ints
+    begins: Ints
+    ends: Ints
+    dots: NDArray[np.bool_]
 
 
 class LoaderV6(Loader):
@@ -104,6 +116,24 @@ class LoaderV6(Loader):
     # -- directories
 
     def children(self, handles: Ints) -> tuple[list[bytes], Ints, Ints]:
+        owner, starts, spans = self._dirent_blocks(handles)
+        entries = self._dirents(starts, spans)
+        kept = np.flatnonzero(~entries.dots)
+        names = self._names(entries.begins[kept], entries.ends[kept])
+        if self._dictionary and any(b"/" in name for name in names):  # see BootstrapV6.list_dir
+            shown = [row for row, name in enumerate(names) if b"/" not in name]
+            kept, names = kept[shown], [names[row] for row in shown]
+        self.spend(len(names))
+        counts = np.bincount(owner[entries.within[kept]], minlength=len(handles))
+        return names, entries.nids[kept], counts.astype(np.int64)
+
+    def _names(self, begins: Ints, ends: Ints) -> list[bytes]:
+        text = self._data
+        return [text[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+    def _dirent_blocks(self, handles: Ints) -> tuple[Ints, Ints, Ints]:
+        """The dirent blocks of the directories in `_raw`, which `handles` are: the directory each belongs to, its place
+        in the file and its bytes."""
         block, total = self._block, self._image.size
         rows = np.flatnonzero(self._raw["mode"] & S_IFMT == stat.S_IFDIR)
         raw, payloads = self._raw[rows], self._payloads[rows]
@@ -130,6 +160,11 @@ class LoaderV6(Loader):
         last = part == full[owner]
         starts = np.where(last, tail_at[owner], data[owner] + part * block)
         spans = np.where(last, tails[owner], block)
+        return owner, starts, spans
+
+    def _dirents(self, starts: Ints, spans: Ints) -> _Entries:
+        """What stands in these dirent blocks (1.9)."""
+        total = self._image.size
         short = spans < v6.DIRENT.size
         refuse("dirent block", short, starts, lambda row: f"first name at 0 of {spans[row]} bytes")
         floors = (self._words[starts // 4 + 2] & 0xFFFF).astype(np.int64)
@@ -156,15 +191,7 @@ class LoaderV6(Loader):
         octets = self._words.view(np.uint8)
         first, second = octets[begins], octets[np.minimum(begins + 1, total - 1)]
         dots = (first == 0x2E) & ((lengths == 1) | ((lengths == 2) & (second == 0x2E)))
-        kept = np.flatnonzero(~dots)
-        text = self._data
-        names = [text[a:b] for a, b in zip(begins[kept].tolist(), ends[kept].tolist(), strict=True)]
-        if self._dictionary and any(b"/" in name for name in names):  # see BootstrapV6.list_dir
-            shown = [row for row, name in enumerate(names) if b"/" not in name]
-            kept, names = kept[shown], [names[row] for row in shown]
-        self.spend(len(names))
-        counts = np.bincount(owner[within[kept]], minlength=len(handles))
-        return names, nids[kept], counts.astype(np.int64)
+        return _Entries(within, nids, begins, ends, dots)
 
     def _spare(self, names: int) -> None:
         """Before tables of that length are made: overlapping directories may claim billions."""

@@ -44,21 +44,29 @@ class _Writer(TreeWriter):
         image = bytearray(round_up(meta + self._place.end, B))
         self._write_inodes(image, meta, *tree.file_refs())
         self._write_directories(image, meta)
-        for number, device in enumerate(devices):
-            slot = v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * number
-            v6.DEVICE_SLOT.pack_into(image, slot, device.tag.encode(), device.blocks, 0)
-        v6.SUPERBLOCK.pack_into(
-            image,
-            v6.SUPER_OFFSET,
-            *v6.Superblock(
-                feature_compat=0,
-                inos=len(tree.names),
-                blocks=len(image) // B,
-                meta_blkaddr=meta // B,
-                extra_devices=len(devices),
-            ),
-        )
+        put_superblock(image, devices, inos=len(tree.names), meta=meta, root=v6.ROOT_NID)
         return image
+
+
+def put_superblock(
+    image: bytearray | memoryview, devices: Sequence[Device], *, inos: int, meta: int, root: int
+) -> None:
+    """Superblock and device table of an image whose inodes begin at byte `meta`."""
+    for number, device in enumerate(devices):
+        slot = v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * number
+        v6.DEVICE_SLOT.pack_into(image, slot, device.tag.encode(), device.blocks, 0)
+    v6.SUPERBLOCK.pack_into(
+        image,
+        v6.SUPER_OFFSET,
+        *v6.Superblock(
+            feature_compat=0,
+            root_nid=root,
+            inos=inos,
+            blocks=len(image) // B,
+            meta_blkaddr=meta // B,
+            extra_devices=len(devices),
+        ),
+    )
 
 
 def read_devices(image: bytes | bytearray | memoryview) -> list[Device]:

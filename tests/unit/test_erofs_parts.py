@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import stat
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +14,24 @@ import numpy as np
 import pytest
 import trio
 
+from bootstrap.chunktable import BlobInfo
+from bootstrap.copy_v6 import ImageCopy, IrregularError
 from bootstrap.errors import FormatError
 from bootstrap.flat import INODE, FlatTree
+from bootstrap.layout.common import BlobFeatures, Compressor, Digester, super_flags
 from bootstrap.layout.tables import CHUNK
+from bootstrap.reader import BootstrapV6, open_bootstrap
 from bootstrap.write_erofs import Device, read_devices, write_erofs
+from bootstrap.write_v6 import write_v6
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.leaving import Leaving
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs import selftest
-from nydusfs.drivers.erofs.image import fingerprint, open_image, write_image
+from nydusfs.drivers.erofs.filemap import FileMap
+from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_file_map, open_image, write_image
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
+from nydusfs.image_reader import ImageReader
 from nydusfs.services import open_services
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import localfs_config
@@ -33,7 +41,10 @@ from tests.lab.process import run
 BOOT = "0a1b2c3d"
 
 
-@pytest.mark.parametrize("name", ["v5-lz4-blake3-1m", "v6-zstd-blake3-1m", "v6-merged3"])
+@pytest.mark.parametrize(
+    "name",
+    ["v5-lz4-blake3-1m", "v6-zstd-blake3-1m", "v6-merged3", "v6-bigdir-prefetch-fs", "v6-batch-128k", "v6-zran-slices"],
+)
 def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> None:
     """fsck.erofs reads every file through the devices, dump.erofs names them; the same image comes out twice."""
     if shutil.which("fsck.erofs") is None:
@@ -44,8 +55,10 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
     async def make() -> list[Path]:
         async with open_services() as services:
             reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            await reader.load_tables()
             mark = fingerprint(reader.bootstrap, True)
             files = write_image(reader, tmp_path / "a", mark, True)
+            check_file_map(reader, files, open_file_map(tmp_path / "a", mark, reader.bootstrap.chunk_size))
             assert write_image(reader, tmp_path / "b", mark, True) == files == open_image(tmp_path / "a", mark)
             assert open_image(tmp_path / "a", bytes(32)) is None
             devices = []
@@ -76,9 +89,117 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
         assert open_image(path, fingerprint_of(case)) is None
 
 
-def fingerprint_of(case: Path) -> bytes:
-    from bootstrap.reader import open_bootstrap
+def check_file_map(reader: ImageReader, files: list[DeviceFile], found: FileMap | None) -> None:
+    """Each place of each file is found again: as that file, or as another one that shares the chunk."""
+    image = reader.bootstrap
+    assert (found is None) == (image.version == 5)
+    if found is None:
+        return
+    numbers = {(file.blob_index, file.name): number for number, file in enumerate(files)}
+    for _, entry in image.walk():
+        attr = image.attr(entry.ino)
+        if not stat.S_ISREG(attr.mode):
+            continue
+        for offset in range(0, attr.size, 100_000):
+            [piece] = reader._pieces(image.extents(entry.ino, offset, 1))
+            assert piece.segment is not None
+            device = numbers[piece.segment.blob.index, piece.segment.name]
+            ino, at = found.find(device, piece.offset) or (0, 0)
+            assert reader._pieces(image.extents(ino, at, 1)) == [piece]
+    assert found.find(len(files), 0) is None
 
+
+def synthetic(count: int) -> bytes:
+    """The v6 bootstrap of so many files of one chunk, 200 to a directory, in a blob that is nowhere."""
+    folders = -(-count // 200)
+    inodes, chunks = np.zeros(1 + folders + count, INODE), np.zeros(count, CHUNK)
+    inodes["mode"][: 1 + folders], inodes["mode"][1 + folders :] = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644
+    inodes["xattrs"] = -1
+    inodes["first"][0], inodes["count"][0] = 1, folders
+    first = np.arange(folders) * 200
+    inodes["first"][1 : 1 + folders] = 1 + folders + first
+    inodes["count"][1 : 1 + folders] = np.minimum(200, count - first)
+    inodes["first"][1 + folders :], inodes["count"][1 + folders :] = np.arange(count), 1
+    inodes["size"][1 + folders :] = 4000
+    chunks["index"] = np.arange(count)
+    chunks["uncompressed_offset"] = np.arange(count) * 4096
+    chunks["compressed_offset"], chunks["compressed_size"] = np.arange(count) * 100, 100
+    chunks["uncompressed_size"] = 4000
+    names = [b"", *(b"d%06d" % number for number in range(folders)), *(b"f%06d" % number for number in range(count))]
+    blob = BlobInfo(
+        id="ab" * 32, chunk_size=1 << 20, compressor=Compressor.ZSTD, digester=Digester.BLAKE3,
+        features=BlobFeatures(0), chunk_count=count, compressed_size=count * 100, uncompressed_size=count * 4096,
+        ci_uncompressed_size=count * 16,
+    )  # fmt: skip
+    tree = FlatTree(names, inodes, np.arange(count), chunks, [blob])
+    flags = super_flags(Compressor.ZSTD, Digester.BLAKE3)
+    return bytes(write_v6(tree, chunk_size=1 << 20, flags=flags, prefetch=()))
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
+    """An image of 40,000 files is written in what one of 10,000 takes."""
+    peaks = []
+    config = load_config(localfs_config(tmp_path, work_dir=tmp_path / "cache"), "test")
+
+    async def write(count: int) -> None:
+        (tmp_path / "boot").write_bytes(synthetic(count))
+        async with open_services() as services:
+            reader = await services.open_image(str(tmp_path / "boot"), config, name="/")
+            mark = fingerprint(reader.bootstrap, True)
+            tracemalloc.start()
+            try:
+                files = write_image(reader, tmp_path / "image", mark, True)
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+            found = open_file_map(tmp_path / "image", mark, 1 << 20)
+            assert found is not None
+            ino, at = found.find(len(files) - 1, 4096 + 7) or (0, 0)
+            assert at == 7
+            assert reader.bootstrap.attr(ino).size == 4000
+            reader.close()
+
+    for count in (10_000, 40_000):
+        trio.run(write, count)
+    few, many = peaks
+    assert many < few + (1 << 20), peaks
+
+
+def test_only_regular_images_are_copied_for_the_kernel(tmp_path: Path) -> None:
+    """What a bootstrap with flipped bits becomes has no error for fsck.erofs; most are not copied at all."""
+    if shutil.which("fsck.erofs") is None:
+        pytest.skip("erofs: fsck.erofs (erofs-utils) is not installed")
+    good = (image_case("v6-merged3") / "image.boot").read_bytes()
+    rng, copied, refused = random.Random(5), 0, 0
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(4096, len(data) - 4096)] ^= 1 << rng.randrange(8)
+        (tmp_path / "boot").write_bytes(data)
+        try:
+            image = open_bootstrap(str(tmp_path / "boot"))
+        except FormatError:
+            continue
+        assert isinstance(image, BootstrapV6)
+        try:
+            with (tmp_path / "scratch").open("w+b") as scratch:
+                copy = ImageCopy(image, scratch)
+                copy.scan()
+                out = bytearray(copy.size(1))
+                copy.write(memoryview(out), [Device("d", 1 << 20)], lambda found: (0 * found.blobs, found.offsets))
+        except (IrregularError, FormatError):
+            refused += 1
+            continue
+        finally:
+            image.close()
+        copied += 1
+        (tmp_path / "image").write_bytes(out)
+        (tmp_path / "device").touch()
+        run(["fsck.erofs", f"--device={tmp_path}/device", tmp_path / "image"])
+    assert copied > 20 < refused, (copied, refused)
+
+
+def fingerprint_of(case: Path) -> bytes:
     image = open_bootstrap(str(case / "image.boot"))
     try:
         return fingerprint(image, True)
