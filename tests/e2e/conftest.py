@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.lab.images import Image
+from tests.lab.operated import Lab, operated
 from tests.lab.paths import ref_bin
 from tests.lab.registry import find_program
 from tests.lab.sample import small_image
@@ -72,3 +73,10 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
         load_image(made)
         yield made
     assert made.leftovers == []
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    require_programs()
+    with operated() as made:
+        yield made

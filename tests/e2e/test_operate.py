@@ -1,429 +1,23 @@
-"""What operators ask of a node at work: doctor with planted faults, the system controller, metrics."""
+"""What operators ask of a node at work: the system controller, metrics, explain, top."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import http.client
 import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from snapshotter import cgroup
-from snapshotter.doctor import remote, services
-from snapshotter.doctor.finding import Level
-from snapshotter.doctor.run import findings
-from snapshotter.node import Choices, Node
-from tests.e2e.conftest import require_programs
-from tests.lab.daemon import Nydusd
-from tests.lab.process import free_port, remove_tree, run, unmount_below, wait_until, work_dir
-from tests.lab.registry import Registry
-from tests.lab.sample import small_image
-from tests.lab.stack import REPO, Stack, StackOptions, program
-from tests.lab.tokens import TokenServer
+from tests.lab.operated import CTL, REPOSITORY, Lab, group
+from tests.lab.process import run, wait_until
+from tests.lab.stack import REPO
 
 pytestmark = pytest.mark.timeout(240)
-REPOSITORY = "team/app"
-CTL = [sys.executable, "-m", "snapshotter.nydusctl"]
-
-
-class Lab:
-    """A stack whose registry wants a login, with a mirror before it, and the operators' sockets."""
-
-    def __init__(self, stack: Stack, work: Path, toml: Path, metrics: int, debug: int) -> None:
-        self.stack, self.work, self.toml, self.metrics, self.debug = stack, work, toml, metrics, debug
-        self.ref = f"{stack.host}/{REPOSITORY}:nydus"
-        self.root = stack.snapshotter.root
-        self.system = work / "system.sock"
-        self.unit = work / "good.service"
-        text = (REPO / "systemd" / "containerd-nydus-grpc.service").read_text()
-        installed = str(program("containerd-nydus-grpc"))
-        self.unit.write_text(text.replace("/usr/local/bin/containerd-nydus-grpc", installed))
-
-    def choices(self, **more: Any) -> Choices:
-        arguments = ("--config", str(self.toml), "--config-path", str(self.stack.snapshotter.work / "nydusd.json"),
-                     "--address", str(self.stack.snapshotter.socket))  # fmt: skip
-        return Choices(
-            root=str(self.root),
-            arguments=arguments,
-            containerd=str(self.stack.containerd.socket),
-            **{"unit": str(self.unit), **more},
-        )
-
-    def doctor(self, **more: Any) -> dict[str, Level]:
-        """The worst level of each check, but for what is well and what this machine's kernel and disk are like."""
-        found: dict[str, Level] = {}
-        self.texts: dict[str, str] = {}
-        for one in findings(Node(self.choices(**more))):
-            if one.level > Level.OK and one.check != "machine.kernel":
-                assert one.remedy, one
-                found[one.check] = max(one.level, found.get(one.check, Level.OK))
-                self.texts[one.check] = one.text
-        return found
-
-    def config_file(self) -> Path:
-        """Of nydusd for the one image."""
-        (path,) = self.root.glob("config/*/*/config.json")
-        return path
-
-    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("localhost", timeout=30)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(str(self.system))
-        with contextlib.closing(connection):
-            connection.request(method, path, body=None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            text = answer.read()
-            return answer.status, json.loads(text) if text[:1] in (b"{", b"[") else text.decode()
-
-    def fetch(self, port: int, path: str) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            text = answer.read().decode()
-            assert answer.status == 200, text
-            return text
-
-    def mountpoint(self) -> Path:
-        (mount,) = [path for path in (self.root / "mnt").iterdir() if path.name.isdecimal()]
-        return mount
-
-
-def group() -> Path:
-    second = (cgroup.ROOT / "cgroup.controllers").exists()
-    return cgroup.ROOT / cgroup.NAME if second else cgroup.ROOT / "memory" / cgroup.NAME
-
-
-def remove_group() -> None:
-    for path in (group(), group().parent):
-        with contextlib.suppress(OSError):  # not empty: somebody else's as well
-            path.rmdir()
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    require_programs()
-    with contextlib.ExitStack() as exits:
-        work = work_dir()
-        exits.callback(remove_tree, work)
-        exits.callback(unmount_below, work)
-        exits.callback(remove_group)
-        tokens = exits.enter_context(TokenServer(work / "tokens"))
-        with Registry(work / "reg") as open_door:
-            small_image(work / "image", payload=8 << 20).push(open_door.host, REPOSITORY, "oci")
-        registry = exits.enter_context(Registry(work / "reg", token_realm=tokens.realm))
-        environment = {"DOCKER_CONFIG": str(tokens.docker_config(work / "login", registry.host))}
-        metrics, debug = free_port(), free_port()
-        toml = work / "snapshotter.toml"
-        toml.write_text(
-            f'version = 1\n[system]\nenable = true\naddress = "{work}/system.sock"\n'
-            f'[system.debug]\npprof_address = "127.0.0.1:{debug}"\ndaemon_cpu_profile_duration_secs = 1\n'
-            f'[metrics]\naddress = "127.0.0.1:{metrics}"\ncollect_interval = "1s"\n[log]\nformat = "json"\n'
-            '[cgroup]\nenable = true\nmemory_limit = "1GiB"\n'
-        )
-        options = StackOptions(
-            registry=registry, mirror=True, prefetch=False, env=environment,
-            snapshotter_arguments=("--config", str(toml)))  # fmt: skip
-        stack = exits.enter_context(Stack(options))
-        stack.convert(f"{REPOSITORY}:oci", f"{REPOSITORY}:nydus", env={**os.environ, **environment})
-        made = Lab(stack, work, toml, metrics, debug)
-        stack.rpull(made.ref, env={**os.environ, **environment})
-        assert stack.ctr_run(made.ref, "cat", "/marker").startswith("hello")
-        yield made
-    assert stack.leftovers == []
-
-
-# ---- doctor
-
-Fault = Callable[[Lab], "contextlib.AbstractContextManager[dict[str, Any]]"]
-
-
-@contextlib.contextmanager
-def edited(path: Path, change: Callable[[str], str]) -> Iterator[None]:
-    before, times = path.read_text(), path.stat()
-    after = change(before)
-    assert after != before
-    path.write_text(after)
-    os.utime(path, (time.time() + 5, time.time() + 5))  # certainly after the start of who reads it
-    try:
-        yield
-    finally:
-        path.write_text(before)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-@contextlib.contextmanager
-def containerd_stopped(lab: Lab) -> Iterator[dict[str, Any]]:
-    containerd = lab.stack.containerd
-    os.kill(containerd.pid, signal.SIGTERM)
-    assert containerd._child is not None
-    containerd._child.stop()
-    try:
-        yield {"containerd_config": str(containerd.work / "config.toml")}
-    finally:
-        containerd.start()
-
-
-@contextlib.contextmanager
-def annotations_missing(lab: Lab) -> Iterator[dict[str, Any]]:
-    line = "disable_snapshot_annotations = false\n"
-    with edited(lab.stack.containerd.work / "config.toml", lambda text: text.replace(line, "")):
-        yield {}
-
-
-@contextlib.contextmanager
-def plugin_missing(lab: Lab) -> Iterator[dict[str, Any]]:
-    file = lab.stack.containerd.work / "config.toml"
-    with edited(file, lambda text: text.replace("[proxy_plugins.nydus]", "[proxy_plugins.other]").replace(
-        str(lab.stack.snapshotter.socket), "/run/other.sock")):  # fmt: skip
-        yield {}
-
-
-@contextlib.contextmanager
-def plugin_elsewhere(lab: Lab) -> Iterator[dict[str, Any]]:
-    file = lab.stack.containerd.work / "config.toml"
-    with edited(file, lambda text: text.replace(str(lab.stack.snapshotter.socket), "/run/other.sock")):
-        yield {}
-
-
-@contextlib.contextmanager
-def plugin_not_loaded(lab: Lab) -> Iterator[dict[str, Any]]:
-    """containerd started before the plugin was put into its configuration."""
-    containerd = lab.stack.containerd
-    file = containerd.work / "config.toml"
-    whole = file.read_text()
-    assert containerd._child is not None
-    containerd._child.stop()
-    snapshotter_socket, containerd.snapshotter_socket = containerd.snapshotter_socket, None
-    containerd.start()
-    containerd.snapshotter_socket = snapshotter_socket
-    file.write_text(whole)
-    try:
-        yield {}
-    finally:
-        containerd._child.stop()
-        containerd.start()
-
-
-@contextlib.contextmanager
-def mirror_gone(lab: Lab) -> Iterator[dict[str, Any]]:
-    assert lab.stack.mirror is not None
-    lab.stack.mirror.stop()
-    try:
-        yield {}
-    finally:
-        lab.stack.mirror.start()
-
-
-@contextlib.contextmanager
-def registry_gone(lab: Lab) -> Iterator[dict[str, Any]]:
-    lab.stack.registry.stop()
-    try:
-        yield {}
-    finally:
-        lab.stack.registry.start()
-
-
-@contextlib.contextmanager
-def wrong_password(lab: Lab) -> Iterator[dict[str, Any]]:
-    def change(text: str) -> str:
-        value = json.loads(text)
-        value["device"]["backend"]["config"]["auth"] = base64.b64encode(b"robot:wrong").decode()
-        return json.dumps(value)
-
-    with edited(lab.config_file(), change):
-        yield {}
-
-
-@contextlib.contextmanager
-def image_gone(lab: Lab) -> Iterator[dict[str, Any]]:
-    link = lab.work / f"reg/data/docker/registry/v2/repositories/{REPOSITORY}/_manifests/tags/nydus"
-    os.rename(link, lab.work / "tag")
-    try:
-        yield {}
-    finally:
-        os.rename(lab.work / "tag", link)
-
-
-@contextlib.contextmanager
-def disk_full(lab: Lab) -> Iterator[dict[str, Any]]:
-    cache = lab.root / "cache"
-    run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", cache])
-    try:
-        with contextlib.suppress(OSError), (cache / "fill").open("wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)):
-                pass
-        yield {}
-    finally:
-        run(["umount", "-l", cache])
-
-
-@contextlib.contextmanager
-def dead_mount(lab: Lab) -> Iterator[dict[str, Any]]:
-    folder = lab.root / "crashed"
-    folder.mkdir()
-    daemon = Nydusd(directory=folder)
-    with daemon:
-        daemon.kill_all()
-        yield {}
-
-
-@contextlib.contextmanager
-def orphan_process(lab: Lab) -> Iterator[dict[str, Any]]:
-    """A nydusd that works for this root and is in no record."""
-    folder = lab.root / "socket" / "orphan"
-    folder.mkdir()
-    daemon = Nydusd(directory=folder)
-    daemon.mnt = lab.work / "orphan"
-    with daemon:
-        yield {}
-    unmount_below(lab.work / "orphan")
-
-
-@contextlib.contextmanager
-def dead_socket(lab: Lab) -> Iterator[dict[str, Any]]:
-    folder = lab.root / "socket" / "dead"
-    folder.mkdir()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / "api.sock"))
-    try:
-        yield {}
-    finally:
-        remove_tree(folder)
-
-
-@contextlib.contextmanager
-def directory_lost(lab: Lab) -> Iterator[dict[str, Any]]:
-    """Of a data layer, which nobody uses at this moment."""
-    lost = min((lab.root / "snapshots").iterdir(), key=lambda path: int(path.name))
-    os.rename(lost, lab.root / "lost")
-    try:
-        yield {}
-    finally:
-        os.rename(lab.root / "lost", lost)
-
-
-@contextlib.contextmanager
-def snapshotter_stopped(lab: Lab) -> Iterator[dict[str, Any]]:
-    lab.stack.snapshotter.kill()
-    try:
-        yield {}
-    finally:
-        lab.stack.snapshotter.start()
-
-
-@contextlib.contextmanager
-def everything_killed(lab: Lab) -> Iterator[dict[str, Any]]:
-    lab.stack.snapshotter.kill()
-    lab.stack.snapshotter.end_daemons()
-    run(["umount", "-l", lab.root / "mnt"], check=False)
-    try:
-        yield {}
-    finally:
-        lab.stack.snapshotter.start()
-        wait_until(lambda: any(lab.root.glob("mnt/*/marker")), 30, "the image mounted again")
-
-
-@contextlib.contextmanager
-def unit_ends_the_daemons(lab: Lab) -> Iterator[dict[str, Any]]:
-    text = lab.unit.read_text()
-    file = lab.work / "bad.service"
-    file.write_text(text.replace("KillMode=process", "").replace("Before=", "#Before=").replace("Restart=always", ""))
-    yield {"unit": str(file)}
-
-
-@contextlib.contextmanager
-def wrong_template(lab: Lab) -> Iterator[dict[str, Any]]:
-    with edited(lab.stack.snapshotter.work / "nydusd.json", lambda text: text.replace('"device"', '"devise"')):
-        yield {}
-
-
-@contextlib.contextmanager
-def reads_hang(lab: Lab) -> Iterator[dict[str, Any]]:
-    """Registry and mirror take connections and say nothing, and somebody reads what is not cached."""
-    assert lab.stack.mirror is not None
-    pids = [one._child.pid for one in (lab.stack.registry, lab.stack.mirror) if one._child is not None]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    reader = subprocess.Popen(
-        [sys.executable, "-c", f"open({str(lab.mountpoint() / 'payload')!r}, 'rb').read(10)"], stderr=subprocess.DEVNULL
-    )
-    before = services.HUNG_SECONDS, remote.SECONDS
-    services.HUNG_SECONDS, remote.SECONDS = 0.5, 1.0
-    try:
-        time.sleep(1.6)  # inflight says when by whole seconds
-        yield {}
-    finally:
-        services.HUNG_SECONDS, remote.SECONDS = before
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-        reader.wait(60)
-
-
-FAULTS: list[tuple[Fault, dict[str, Level]]] = [
-    (containerd_stopped, {"containerd.running": Level.ERROR}),
-    (annotations_missing, {"containerd.annotations": Level.WARNING, "containerd.stale": Level.WARNING}),
-    (plugin_missing, {"containerd.proxy": Level.ERROR}),
-    (plugin_elsewhere, {"containerd.proxy": Level.ERROR}),
-    (plugin_not_loaded, {"containerd.loaded": Level.ERROR}),
-    (mirror_gone, {"mirror.reach": Level.WARNING}),
-    (registry_gone, {"registry.reach": Level.ERROR}),
-    (wrong_password, {"registry.credentials": Level.ERROR}),
-    (image_gone, {"registry.image": Level.WARNING}),
-    (disk_full, {"disk.space": Level.ERROR}),
-    (dead_mount, {"leftover.mount": Level.ERROR}),
-    (orphan_process, {"leftover.process": Level.WARNING}),
-    (dead_socket, {"leftover.socket": Level.NOTE}),
-    (directory_lost, {"root.directories": Level.ERROR}),
-    (unit_ends_the_daemons, {"snapshotter.killmode": Level.ERROR, "snapshotter.order": Level.WARNING,
-                             "snapshotter.restart": Level.WARNING}),
-    (wrong_template, {"snapshotter.template": Level.ERROR}),
-    (snapshotter_stopped, {"snapshotter.running": Level.ERROR}),
-    (everything_killed, {"snapshotter.running": Level.ERROR, "nydusd.running": Level.ERROR}),
-    (reads_hang, {"nydusd.hung": Level.ERROR, "registry.reach": Level.ERROR, "mirror.reach": Level.WARNING}),
-]  # fmt: skip
-
-
-def test_a_healthy_node(lab: Lab) -> None:
-    assert lab.doctor() == {}, lab.texts
-
-
-@pytest.mark.parametrize(("fault", "expected"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_a_planted_fault_is_found_and_nothing_else(lab: Lab, fault: Fault, expected: dict[str, Level]) -> None:
-    with fault(lab) as options:
-        found = lab.doctor(**options)
-    assert found == expected, lab.texts
-
-
-def test_no_fuse_device_and_the_program_itself(lab: Lab) -> None:
-    """In a mount namespace of its own; exit status and JSON as scripts see them."""
-    stack = lab.stack
-    command = [*CTL, "doctor", "--json", "--root", lab.root, "-a", stack.containerd.socket,
-               "--unit", lab.unit]  # fmt: skip
-    healthy = run(command, timeout=60, check=False)
-    assert healthy.returncode == 0, healthy.stdout
-    assert all({"check", "level", "text", "remedy"} == set(one) for one in json.loads(healthy.stdout))
-    hidden = ["unshare", "-m", "sh", "-c", 'mount --bind /dev/null /dev/fuse && exec "$@"', "sh", *command]
-    broken = run(hidden, timeout=60, check=False)
-    assert broken.returncode == 1
-    (finding,) = [one for one in json.loads(broken.stdout) if one["level"] == "error"]
-    assert finding["check"] == "machine.fuse"
-    told = run([*CTL, "doctor", "--root", lab.root, "-a", stack.containerd.socket], timeout=60, check=False).stdout
-    assert re.search(r"^ok +registry\.credentials +\S+ can be read with credentials$", told, re.M), told
-    assert re.search(r"^ok +mirror\.reach +mirror http://127\.0\.0\.1:\d+ answers within \d+ ms$", told, re.M), told
-    assert run([*CTL, "doctor", "--nonsense"], timeout=60, check=False).returncode == 2
 
 
 # ---- the system controller
@@ -549,11 +143,25 @@ UPSTREAM = [
 ]
 
 
+def total(family: Metric | None) -> float:
+    return sum(one.value for one in family.samples) if family else 0.0
+
+
 def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:
     lab.stack.ctr_run(lab.ref, "sh", "-c", "cat /payload > /dev/null")
-    time.sleep(2.5)
-    text = lab.fetch(lab.metrics, "/v1/metrics")
-    families = {family.name: family for family in text_string_to_metric_families(text)}
+    text, families = "", dict[str, Metric]()
+
+    def collected() -> bool:
+        """All has been read and counted."""
+        nonlocal text, families
+        text = lab.fetch(lab.metrics, "/v1/metrics")
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        return (
+            total(families.get("nydusd_total_read_bytes")) >= 8 << 20
+            and total(families.get("snapshotter_cache_usage_kilobytes")) > 8 << 10
+        )
+
+    wait_until(collected, 30, "the figures of what was read")
     # the parser of today takes `_total` off the names of counters
     missing = [name for name in UPSTREAM if name not in families and name.removesuffix("_total") not in families]
     assert missing == []
