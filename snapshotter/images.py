@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nydusfs.registry.credentials import Credentials
 from snapshotter import leftovers
-from snapshotter.auth.chain import Chain, parse
-from snapshotter.auth.renewal import Renewal, Result
+from snapshotter.auth.chain import Chain
+from snapshotter.auth.renewal import Renewal
 from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
-from snapshotter.directories import make_private
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
+from snapshotter.imageconfig import ImageConfigs
 from snapshotter.labels import SNAPSHOT_REF, IdMapping, image_label, image_ref, namespace_of
 from snapshotter.nydusd_api import ApiError, ApiUnreachable
-from snapshotter.nydusd_config import Template, credentials_of, derive, write_private
+from snapshotter.nydusd_config import Template, write_private
 from snapshotter.origins import Origins
 from snapshotter.records import DaemonRecord, InstanceRecord, Records, instance_name, own_mountpoint
 from snapshotter.signature import Signatures
@@ -62,9 +61,10 @@ class Images:
     ) -> None:
         self._settings = settings
         self._origins = origins
-        self._chain = chain
-        self.on_credentials: Callable[[str, float | None], None] = lambda instance, expires: None
         self._root = settings.daemon.root
+        self.configs = ImageConfigs(
+            self._root / "config", settings.template, settings.cache_dir, chain, self._settings_shared
+        )
         self._store = store
         self._records = records
         self._lock = threading.Lock()  # guards the dictionaries, never held over a call
@@ -136,11 +136,11 @@ class Images:
         """
         record = self._instances.get(instance_name(meta.id, None))
         if record is not None:
-            return record.bootstrap, self._config_path(record).read_text()
+            return record.bootstrap, self.configs.path(record).read_text()
         labels, why = self._with_image(meta)
         image = image_ref(labels, str(meta.id), why)
         record = InstanceRecord(meta.id, "", image, find_bootstrap(self._store.upper(meta.id), image))
-        return record.bootstrap, self._derive(record, self._chain.find(parse(image), labels).credentials)
+        return record.bootstrap, self.configs.found(record, labels)[0]
 
     def mounted(self) -> list[str]:
         """Names of the images that are served."""
@@ -152,22 +152,10 @@ class Images:
         None: not mounted any more. Raises nothing.
         """
         record = self._instances.get(instance)
-        if record is None or instance not in self._serving:
+        daemon = self._daemons.get(record.daemon) if record else None
+        if record is None or daemon is None or instance not in self._serving:
             return None
-        try:
-            found = self._chain.find(parse(record.image), self._labels(record))
-            old = credentials_of(self._config_path(record).read_text())
-            if found.credentials == old or (found.credentials is None and found.failed):
-                return Renewal(record.image, Result.FAILED if found.failed else Result.SAME, found.expires)
-            write_private(self._config_path(record), self._derive(record, found.credentials))
-            if found.credentials is None or not found.credentials.registry_token:
-                auth = found.credentials.basic if found.credentials else ""
-                self._daemons[record.daemon].api.set_registry_auth(f"/{record.name}", auth)
-        except (SnapshotterError, OSError, ValueError, KeyError) as error:
-            log.warning("credentials of image %s cannot be renewed: %s", record.image, error)
-            return Renewal(record.image, Result.FAILED, None)
-        log.info("credentials of image %s renewed from %s", record.image, found.source or "nowhere")
-        return Renewal(record.image, Result.RENEWED, found.expires)
+        return self.configs.renew(record, lambda: self._labels(record), daemon.api)
 
     def release(self, snapshot: int) -> bool:
         """Unmounts an image whose meta layer was removed; a daemon of its own ends. False: none was mounted.
@@ -237,7 +225,7 @@ class Images:
             raise NotFound(f"no nydusd {daemon}")
         document = self._settings.template.document
         if not found.shared:
-            path = self._config_path(self._only_instance(daemon))
+            path = self.configs.path(self._only_instance(daemon))
             document = json.loads(path.read_text())
         return {key: document["device"]["backend"].get(key) for key in ("type", "config")}
 
@@ -364,7 +352,7 @@ class Images:
             self._serving.add(record.name)
             return
         # before the lock: a credential helper may take its time
-        config = self._config(record, labels, known=known)
+        config = self.configs.write(record, labels, known=known)
         prefetch = self._prefetch.pop(record.image, ())
         for attempt in (1, 2):
             with daemon.held():
@@ -414,34 +402,7 @@ class Images:
             except SnapshotterError as error:
                 log.debug("%s", error)
         self._records.forget_instance(record)
-        shutil.rmtree(self._config_dir(daemon.id) / record.name, ignore_errors=True)
-
-    def _config(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> str:
-        """Also written to the image's file. `known`: with the credentials of that file, if there is one: at a restart
-        nobody is asked, as registries, clusters and helpers may come up later than containers; renewal follows."""
-        credentials = None
-        try:
-            if not known:
-                raise FileNotFoundError
-            credentials = credentials_of(self._config_path(record).read_text())
-        except (OSError, ValueError):
-            found = self._chain.find(parse(record.image), labels)
-            credentials = found.credentials
-            self.on_credentials(record.name, found.expires)
-        text = self._derive(record, credentials)
-        make_private(self._settings.cache_dir)
-        write_private(self._config_path(record), text)
-        return text
-
-    def _derive(self, record: InstanceRecord, credentials: Credentials | None) -> str:
-        return derive(
-            self._settings.template,
-            image=record.image,
-            instance=record.name,
-            mapping=record.mapping,
-            cache_dir=self._settings.cache_dir,
-            credentials=credentials,
-        )
+        shutil.rmtree(self.configs.folder(daemon.id) / record.name, ignore_errors=True)
 
     def _labels(self, record: InstanceRecord) -> Mapping[str, str]:
         snapshot = self._store.by_id(record.snapshot)
@@ -467,10 +428,10 @@ class Images:
             if record.shared:
                 return []
             instance = self._only_instance(record.id)
-            self._config(instance, self._labels(instance), known=True)
-            words = ["--config", str(self._config_path(instance)), "--bootstrap", str(instance.bootstrap)]
+            self.configs.write(instance, self._labels(instance), known=True)
+            words = ["--config", str(self.configs.path(instance)), "--bootstrap", str(instance.bootstrap)]
             if paths := self._prefetch.pop(instance.image, ()):
-                listed = self._config_dir(record.id) / "prefetch"
+                listed = self.configs.folder(record.id) / "prefetch"
                 write_private(listed, "".join(f"{path}\n" for path in paths))
                 words += ["--prefetch-files", str(listed)]
             return words
@@ -507,16 +468,9 @@ class Images:
     def _own_mountpoint(self, snapshot: int, mapping: IdMapping | None) -> Path:
         return own_mountpoint(self._store.directory, snapshot, mapping)
 
-    def _config_dir(self, daemon: str) -> Path:
-        return self._root / "config" / daemon
-
-    def _config_path(self, record: InstanceRecord) -> Path:
-        if self._settings_shared(record):
-            return self._config_dir(record.daemon) / record.name / "config.json"
-        return self._config_dir(record.daemon) / "config.json"
-
     def _remove_daemon_files(self, daemon: str) -> None:
-        for path in (self._config_dir(daemon), self._root / "socket" / daemon, self._settings.daemon.log_dir / daemon):
+        logs = self._settings.daemon.log_dir
+        for path in (self.configs.folder(daemon), self._root / "socket" / daemon, logs / daemon):
             shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager

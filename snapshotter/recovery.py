@@ -105,7 +105,7 @@ class Program:
         origins = Origins(settings.address, settings.auth.image_service)
         self._images = Images(images, store, records, self._auth.chain, origins)
         self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
-        self._images.on_credentials = self._renewer.learned
+        self._images.configs.on_credentials = self._renewer.learned
         self._lazy = LazyFinder(settings.lazy, Registries(template, self._auth.chain), store)
         self._collector = Collector(
             cache,
