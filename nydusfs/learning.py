@@ -90,12 +90,17 @@ class Learner:
                 slots.release()
 
         async with trio.open_nursery() as nursery:
-            for group in groups:
+            for planned in groups:
                 await slots.acquire()
                 if recorder.astray or self._failures >= MAX_FAILURES:
                     slots.release()
                     log.info("image %s: this start does not follow its profile, replay given up", self._reader.name)
                     break
+                # Readers were here while it waited for its turn: what they have had fetched is not fetched again.
+                group = [job for job in planned if not self._reader.is_ready(job.segment)]
+                if not group:
+                    slots.release()
+                    continue
                 fetched += len(group)
                 nursery.start_soon(fetch, group)
         if fetched:

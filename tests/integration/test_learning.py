@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from nydusfs.learning import REQUESTS
 from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
 from tests.lab.faulty import FaultyServer, Request, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
@@ -124,6 +126,30 @@ def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
             assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
             wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
             assert daemon.call("PUT", "profile?id=/a", '{"version": 7}').status == 400
+
+
+def test_what_a_reader_had_fetched_first_is_not_fetched_again(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    names = [f"f{number:02}" for number in range(0, 40, 3)]
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
+        with start(image, server, work) as daemon:
+            read(daemon, names[:-1])
+            before = len(server.data_requests)
+            read(daemon, names[-1:])
+            last = server.data_requests[before:]
+        shutil.rmtree(work)
+        server.requests.clear()
+        server.latency = 0.5
+        with start(image, server, work) as daemon:
+            # the first request to a server goes alone
+            wait_until(lambda: len(server.data_requests) > 0, 20, "the begin of the replay")
+            with all_but(server, last):
+                wait_until(lambda: len(server.data_requests) > REQUESTS, 20, "the replay to be held up")
+                read(daemon, names[-1:])
+            wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
+    spans = sorted(request.span for request in server.data_requests if request.span is not None)
+    assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(spans)), spans
 
 
 def test_each_command_has_what_it_reads_fetched_ahead(tmp_path: Path) -> None:
