@@ -52,17 +52,20 @@ class ImageConfigs:
     def write(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> str:
         """Also written to the image's file. `known`: with the credentials of that file, if there is one: at a restart
         nobody is asked, as registries, clusters and helpers may come up later than containers; renewal follows."""
+        before = ""
         try:
             if not known:
                 raise FileNotFoundError
-            kept = credentials_of(self.path(record).read_text())
+            before = self.path(record).read_text()
+            kept = credentials_of(before)
         except (OSError, ValueError):
             text, expires = self.found(record, labels)
             self.on_credentials(record.name, expires)
         else:
             text = self._derive(record, kept)
         make_private(self._cache_dir)
-        write_private(self.path(record), text)
+        if text != before:
+            write_private(self.path(record), text)
         return text
 
     def renew(self, record: InstanceRecord, labels: Callable[[], Mapping[str, str]], api: NydusdApi) -> Renewal:

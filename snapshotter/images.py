@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -344,7 +344,9 @@ class Images:
 
     # ---- mounting
 
-    def _mount(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> None:
+    def _mount(
+        self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False, config: str = ""
+    ) -> None:
         self._settings.signatures.check(record.bootstrap, labels, record.image)
         daemon = self._daemons[record.daemon]
         if not daemon.shared:
@@ -352,7 +354,7 @@ class Images:
             self._serving.add(record.name)
             return
         # before the lock: a credential helper may take its time
-        config = self.configs.write(record, labels, known=known)
+        config = config or self.configs.write(record, labels, known=known)
         prefetch = self._prefetch.pop(record.image, ())
         for attempt in (1, 2):
             with daemon.held():
@@ -378,10 +380,10 @@ class Images:
                 daemon.save_state()
                 return
 
-    def _remount(self, record: InstanceRecord) -> bool:
+    def _remount(self, record: InstanceRecord, config: str = "") -> bool:
         """A failing image does not take the others down. False: nydusd does not answer, more of them are no use."""
         try:
-            self._mount(record, self._labels(record), known=True)
+            self._mount(record, self._labels(record), known=True, config=config)
         except (SnapshotterError, OSError) as error:
             log.warning("image %s is not mounted again: %s", record.image, error)
             return not isinstance(error, ApiUnreachable)
@@ -424,6 +426,8 @@ class Images:
         return self._add(DaemonRecord(identity, shared, 0, 0, socket, mountpoint))
 
     def _add(self, record: DaemonRecord) -> Daemon:
+        prepared: dict[str, str] = {}  # name -> configuration, for `on_start`
+
         def arguments() -> Sequence[str]:
             if record.shared:
                 return []
@@ -444,14 +448,22 @@ class Images:
             # mounted before this start and lost with the old process; images never mounted are ensure's business
             self._serving -= {one.name for one in served}
             for instance in served:
-                if not self._remount(instance):
+                if not self._remount(instance, prepared.pop(instance.name, "")):
                     log.warning("nydusd %s does not answer: its other images are mounted when asked for", record.id)
                     return
 
         def on_take_over() -> None:
             self._settle(daemon)
 
-        daemon = Daemon(self._settings.daemon, self._records, record, arguments, on_start, on_take_over)
+        def meanwhile() -> None:
+            prepared.clear()
+            for one in list(self._instances.values()) if record.shared else ():
+                if one.daemon == record.id:
+                    # what fails here fails again, and is said, when the image is mounted
+                    with suppress(SnapshotterError, OSError):
+                        prepared[one.name] = self.configs.write(one, self._labels(one), known=True)
+
+        daemon = Daemon(self._settings.daemon, self._records, record, arguments, on_start, on_take_over, meanwhile)
         self._daemons[record.id] = daemon
         return daemon
 
