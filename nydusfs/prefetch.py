@@ -37,6 +37,7 @@ MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out 
 # nobody has read is about to be started, for UNREAD seconds: else its prefetch had the link when a container began more
 # than GRACE after the mount (33 requests to the registry beside reads that a peer on the same node answered).
 GRACE, PATIENCE, UNREAD = 2.0, 30.0, 10.0
+_LOOKS = 10  # in a second, whether readers are busy
 _SLICE = 200  # inodes looked at between two turns of the loop
 _EXTENTS = 64 << 20  # bytes of a file whose extents are listed at once
 
@@ -71,6 +72,8 @@ class Prefetcher:
         self._merge = min(self._config.merging_size, MAX_MERGE)
         self._bucket = TokenBucket(self._config.bandwidth_rate)
         self._failures = 0
+        self._polite = False
+        self._reads = 0  # of the image, as last looked
         self._seen: set[tuple[int, int]] = set()
 
     async def run(self, files: Sequence[bytes] | None, stop: Callable[[], bool] | None) -> None:
@@ -82,6 +85,7 @@ class Prefetcher:
         await self._reader.load_tables()
         if not self._named(files):
             await self._start_is_over()
+            self._polite = True
         groups = self._groups(self._plan(files))
         lock = trio.Lock()
 
@@ -108,6 +112,8 @@ class Prefetcher:
 
     async def _next(self, groups: Iterator[list[Job] | None]) -> list[Job] | None:
         """The next request; the plan yields None now and then so that walking a big tree holds nobody up."""
+        if self._polite:
+            await self._readers_rest()
         while True:
             try:
                 group = next(groups)
@@ -148,6 +154,16 @@ class Prefetcher:
             quiet = recorder.quiet() if recorder is not None else GRACE
             if quiet and not read:
                 until, read = trio.current_time() + PATIENCE, True
+
+    async def _readers_rest(self) -> None:
+        """Another program of the image starts, from the cache: what nobody asked for would take processor time from it.
+        Who reads all the time is not waited for: a request a second goes on."""
+        counters = self._reader.cache_counters
+        for _ in range(_LOOKS):
+            if counters.total == self._reads:
+                return
+            self._reads = counters.total
+            await trio.sleep(1 / _LOOKS)
 
     # What
 

@@ -122,6 +122,35 @@ def test_the_rest_waits_for_the_start_of_an_image_that_nobody_has_read(
     trio.run(main)
 
 
+def test_the_rest_lets_a_program_go_first_that_reads_what_is_here(
+    origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "GRACE", 0.0)
+    image = tiny_image(tmp_path, FILES)
+    origin.blobs[image.blob_id] = image.blob
+
+    async def main() -> None:
+        async with open_services() as services, trio.open_nursery() as nursery:
+            reader = await open_reader(services, image, config_text(tmp_path / "cache", origin, threads_count=1))
+            ino = reader.bootstrap.resolve(b"d/data")
+            await reader.read(ino, 0, 4096)
+            await services.scheduler.idle()
+            nursery.start_soon(reader.prefetch)
+            begin = trio.current_time()
+            while trio.current_time() < begin + 1.5:
+                assert reader.read_now(ino, 0, 4096) is not None
+                await trio.sleep(0.02)
+            # one a second
+            assert reader.cache_counters.prefetch_requests_count <= 3
+            with trio.fail_after(20):
+                while reader.cache_counters.prefetch_data_amount < 8 * MIB:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+            reader.close()
+
+    trio.run(main)
+
+
 def test_the_bandwidth_is_obeyed_by_prefetch_alone(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
     async def main() -> None:
         async with open_services() as services:
