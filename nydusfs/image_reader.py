@@ -447,6 +447,11 @@ class ImageReader:
         """Fetch what comes behind this read, where it goes on in sequence. Behind the read itself: it is started, and
         nothing of it waits for this."""
         own = {piece.segment.key: piece.segment for piece in pieces if piece.segment is not None}
+        wanted = self._behind(ino, offset, size, own, cached)
+        if wanted and not self._closed:
+            self.start(wanted)
+
+    def _behind(self, ino: int, offset: int, size: int, own: dict[bytes, Segment], cached: bool) -> list[Segment]:
         wanted: list[Segment] = []
         try:
             start, length = self._files.note(ino, offset, size)
@@ -458,9 +463,7 @@ class ImageReader:
                     wanted += self._runs.note(segment, cached=cached)
         except (RafsError, KeyError, ValueError, IndexError):
             pass  # the read itself will say so
-        wanted = [segment for segment in wanted if segment.key not in own]
-        if wanted and not self._closed:
-            self.start(wanted)
+        return [segment for segment in wanted if segment.key not in own]
 
     # Whole segments, for a driver whose files they are
 
@@ -475,6 +478,19 @@ class ImageReader:
         if jobs:
             self._scheduler.start(jobs)
 
+    def goes_on(self, ino: int, end: int, segment: Segment) -> bool:
+        """Whether a read of what was here is to be told to `follow`. From any thread."""
+        return self._files.due(ino, end) or self._runs.due(segment)
+
+    def follow(self, ino: int, offset: int, size: int, segment: Segment, *, cached: bool) -> list[Segment]:
+        """Note a read of a file, and begin to fetch what comes behind it; the segments that were missing."""
+        if self._closed:
+            return []
+        behind = self._behind(ino, offset, size, {segment.key: segment}, cached)
+        missing = [one for one in behind if not self.is_ready(one)]
+        self.start(missing)
+        return missing
+
     async def need_table(self, blob_index: int) -> None:
         """Have the blob's own table, where it needs one. Raises `ReadError`."""
         try:
@@ -483,8 +499,14 @@ class ImageReader:
         except SourceError as error:
             raise self._failed(0, str(error)) from None
 
-    async def whole(self, segment: Segment) -> Plain:
-        """All bytes of a segment, which is in the cache afterwards if the disk takes it. Raises `ReadError`."""
+    def segments_of(self, ino: int, offset: int, size: int) -> list[Segment]:
+        """Where this part of a file lies. Raises KeyError, ValueError or RafsError."""
+        pieces = self._pieces(self.bootstrap.extents(ino, offset, size)) if size > 0 else []
+        return [piece.segment for piece in pieces if piece.segment is not None]
+
+    async def whole(self, segment: Segment, ino: int = 0) -> Plain:
+        """All bytes of a segment, which is in the cache afterwards if the disk takes it. `ino`: the file that is read,
+        if known. Raises `ReadError`."""
         piece = _Piece(segment, 0, segment.size)
         self.cache_counters.total += 1
         try:
@@ -492,7 +514,7 @@ class ImageReader:
         except SourceError as error:
             if error.damaged:
                 await self._tables.renew(segment.blob.index)
-            raise self._unreadable(0, [piece], error) from None
+            raise self._unreadable(ino, [piece], error) from None
 
     # Prefetch
 

@@ -75,6 +75,11 @@ class FsStats:
         self._latest: set[int] = set()
         self._watch = self._per_file or latest_files
 
+    @property
+    def watched(self) -> bool:
+        """Whether every read is of interest, and which file it is of."""
+        return self._watch
+
     def count(self, fop: int, ino: int, nanoseconds: int, failed: bool) -> None:
         self.hits[fop] += 1
         self.latency[fop] += nanoseconds

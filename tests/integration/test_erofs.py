@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from nydusfs.segments import SEGMENT_SIZE
+from tests.integration.test_fuse_lifecycle import silent_config, silent_registry, start_reader
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, localfs_config, reader, wait_until
 from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs, settle
@@ -198,6 +199,36 @@ def test_complete_images_need_no_process(tmp_path: Path, again: bool) -> None:
             finally:
                 for pid in pids:
                     os.kill(pid, signal.SIGCONT)
+
+
+def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
+    """Of an image whose figures are wanted, and of those who wait. Inode numbers of a mount are its bootstrap's."""
+    case, mask = image_case(CASE), (1 << 48) - 1
+    config = localfs_config(case, work_dir=tmp_path / "cache")
+    assert daemon.mount("/k", case / "image.boot", config).status == 204
+    assert check_mount(case, daemon.mnt / "k") == []
+    settle(tmp_path / "cache")
+    assert daemon.umount("/k").status == 204
+    counted = json.dumps({**json.loads(config), "iostats_files": True})
+    assert daemon.mount("/k", case / "image.boot", counted).status == 204
+    assert is_erofs(daemon.mnt / "k")
+    entries = json.loads((case / "manifest.json").read_text())["entries"]
+    alone = [e for e in entries if e["type"] == "file" and not e["path"].startswith(("/dup/", "/holes/"))]
+    wanted = [e for e in alone if e["size"] > 5000][:3]
+    for entry in wanted:
+        path = daemon.mnt / "k" / entry["path"][1:]
+        assert reader("import sys; open(sys.argv[1], 'rb').read()", path).returncode == 0
+        ino = path.stat().st_ino
+        assert daemon.get("metrics/files?id=/k").body[str(ino)]["data_read"] == entry["size"]
+    assert daemon.umount("/k").status == 204
+    with silent_registry() as port:
+        assert daemon.mount("/s", case / "image.boot", silent_config(port, tmp_path / "other")).status == 204
+        path = daemon.mnt / "s" / wanted[0]["path"][1:]
+        waiting = start_reader(path)
+        wait_until(lambda: daemon.get("metrics/inflight").body, 10, "the blocked reader")
+        assert {one["inode"] & mask for one in daemon.get("metrics/inflight").body} == {path.stat().st_ino}
+        assert daemon.umount("/s").status == 204
+        assert waiting.communicate(timeout=10)[0].strip() == "5"
 
 
 _WAYS = """

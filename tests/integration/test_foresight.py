@@ -42,7 +42,7 @@ def image(tmp_path: Path) -> TinyImage:
 
 
 @pytest.fixture
-def running(image: TinyImage, tmp_path: Path) -> Iterator[tuple[FaultyServer, Nydusd]]:
+def running(image: TinyImage, tmp_path: Path, fs_driver: str) -> Iterator[tuple[FaultyServer, Nydusd]]:
     with faulty_server({image.blob_id: image.blob}, latency=0.02) as server, Nydusd() as daemon:
         assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "cache")).status == 204
         yield server, daemon

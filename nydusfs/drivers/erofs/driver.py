@@ -161,7 +161,7 @@ class ErofsDriver:
             await _in_thread(lambda: _prune(devices.images))
         await self._need_group()
         _open_caches(reader)
-        image = ErofsImage(where, volume, reader, devices, files)
+        image = ErofsImage(where, volume, reader, devices, files, mark)
         self._remember(where, image)
         try:
             await _in_thread(lambda: self._mount(image, path, files))
@@ -185,6 +185,8 @@ class ErofsDriver:
                     raise
                 continue
             try:
+                if not direct:
+                    image.know_files()
                 image.let_be()  # now that the mount holds the files, whose marks would go with them
                 mount.attach(mounted, self._target(image.where))
             finally:
@@ -268,27 +270,43 @@ class ErofsDriver:
         found = []
         for number, question in list(self._events.waiting.items()):
             image = next(iter(self._users(question.name)), None)
-            node = image.volume.root_node if image is not None else 0
+            node = 0
+            if image is not None:
+                node = image.volume.base | (image.file_at(question)[0] or image.volume.root_ino)
             found.append(InFlightInfo(node, OPCODE_READ, number, question.began))
         return found
 
     def ready(self, question: Question) -> bool:
         name, fd = question.name, question.fd
         for image in self._users(name):
+            began = time.perf_counter_ns()
+            if not image.asked_before:
+                # Of an earlier worker's mount: not in the way of those who waited for this one. Many are never asked.
+                image.asked_before = True
+                image.soon(self._know_files, image)
             kept = image.devices.leaving.keep(name)
             size = os.fstat(fd).st_size if kept else 0
-            complete = image.asked(name, size, question.pid)
+            complete = image.asked(question, size)
             if complete is not None:
                 if complete and image.is_durable(name):
-                    return image.devices.leaving.quiet(name, fd, size)
-                return complete and resident(fd)
+                    curious = any(one.curious(name) for one in self._users(name))
+                    complete = curious or image.devices.leaving.quiet(name, fd, size)
+                else:
+                    complete = complete and resident(fd)
+                if complete:
+                    image.answered(question, began)
+                return complete
         return False
+
+    def _know_files(self, image: ErofsImage) -> None:
+        if self._events is not None:
+            self._nursery.start_soon(_in_thread, image.know_files)
 
     async def fill(self, question: Question) -> bool:
         name = question.name
         users = self._users(name)
         for image in users:
-            if await image.fill(name, question.fd):
+            if await image.fill(question):
                 return True
         if not users:
             log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
@@ -340,7 +358,8 @@ class ErofsDriver:
 
     def _ignore(self, batch: list[tuple[DeviceFiles, str]]) -> None:
         for devices, device in batch:
-            if any(image.reader.recorder is not None for image in self._users(device)):
+            users = self._users(device)
+            if any(image.reader.recorder is not None or image.volume.stats.watched for image in users):
                 self._later.append((devices, device))
                 continue
             _, blob_id, name = device.split("/")

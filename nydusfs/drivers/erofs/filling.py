@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable
 
 import trio
 
@@ -12,7 +16,10 @@ from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.durability import resident
 from nydusfs.drivers.erofs import fanotify, mount
-from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_image
+from nydusfs.drivers.erofs.events import Question
+from nydusfs.drivers.erofs.filemap import FileMap
+from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_file_map, open_image
+from nydusfs.drivers.stats import Fop
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
@@ -21,16 +28,26 @@ from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 log = logging.getLogger("nydusfs.erofs")
 
 READ_AHEAD = 4 << 20  # bytes in front of a sequential reader
+HEAD = 128 << 10  # of a file whose beginning is read: as much as FUSE is asked for then
+SINGLE = 16 << 10  # bytes: who is asked for more reads in sequence
 FILLS = 4  # attempts to have a device complete that a cache at its limit empties meanwhile
 
 
 class ErofsImage:
-    """`files`: the devices in the order of the mount; empty for an image of an earlier worker until they are needed."""
+    """`files`: the devices in the order of the mount, `mark`: the metadata image's fingerprint; both empty for an image
+    of an earlier worker until they are needed."""
 
     def __init__(
-        self, where: str, volume: ImageVolume, reader: ImageReader, devices: DeviceFiles, files: list[DeviceFile]
+        self,
+        where: str,
+        volume: ImageVolume,
+        reader: ImageReader,
+        devices: DeviceFiles,
+        files: list[DeviceFile],
+        mark: bytes = b"",
     ) -> None:
         assert reader.store is not None
+        self.mark = mark
         self.where = where
         self.volume = volume
         self.reader = reader
@@ -42,7 +59,10 @@ class ErofsImage:
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
         self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
-        self._read: set[str] = set()
+        self.asked_before = False  # about one of its devices
+        self._read: set[str] = set()  # while a start is recorded
+        self._file_map: FileMap | None = None
+        self._slots = array("Q")  # blob << 40 | segment of each device
         self._plain = False  # some segments were opened by their plain path
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
@@ -54,9 +74,58 @@ class ErofsImage:
             for xattrs in (True, False):
                 mark = fingerprint(self.reader.bootstrap, xattrs)
                 if found := open_image(self.devices.images / mark.hex(), mark):
-                    self.files = found
+                    self.files, self.mark = found, mark
                     break
         return self.files
+
+    # -- files
+
+    def know_files(self) -> None:
+        """From now on it is known which file is read, if the image's metadata was a v6 bootstrap. For a thread."""
+        self.asked_before = True
+        files = self.all_files()
+        found = open_file_map(self.devices.images / self.mark.hex(), self.mark, self.reader.bootstrap.chunk_size)
+        if found is not None:
+            self._slots = array("Q", (file.blob_index << 40 | int(file.name.partition("-")[0]) for file in files))
+            self._file_map = found
+
+    def file_at(self, question: Question) -> tuple[int, int]:
+        """The inode that is read and where; 0, 0: not known. From any thread."""
+        segment = self.segment(question.name)
+        if self._file_map is None or segment is None or not question.size:
+            return 0, 0
+        slot = segment.blob.index << 40 | segment.number
+        device = bisect_left(self._slots, slot)
+        if device == len(self._slots) or self._slots[device] != slot:
+            return 0, 0
+        return self._file_map.find(device, question.offset) or (0, 0)
+
+    def answered(self, question: Question, began: int, failed: bool = False) -> None:
+        """Account for a read: `began` of time.perf_counter_ns(). From any thread."""
+        ino, at = self.file_at(question)
+        stats, took = self.volume.stats, time.perf_counter_ns() - began
+        shown = ino or self.volume.root_ino
+        if failed:
+            if self.segment(question.name) is not None:
+                stats.count(Fop.READ, shown, took, True)
+            return
+        size = question.size
+        if ino:
+            size = max(0, min(size, self.volume.attr(ino).size - at))  # the last block is asked for as a whole
+        stats.count_read(shown, question.size, size, took)
+        foresight = self.reader.foresight
+        if ino and at == 0 and question.fd >= 0 and foresight is not None:
+            try:
+                self.soon(foresight.opened, ino, os.pread(question.fd, 4, question.offset))
+            except OSError:
+                pass
+
+    def soon(self, call: Callable[..., object], *args: object) -> None:
+        """Call this on the event loop, if it still runs."""
+        try:
+            self._token.run_sync_soon(call, *args)
+        except trio.RunFinishedError:
+            pass
 
     def device_path(self, file: DeviceFile, tree: int, group: int) -> str:
         """What the kernel is to open for a device."""
@@ -64,7 +133,7 @@ class ErofsImage:
         cache = self.reader.cache(blob)
         ready = cache.ready_path(file.name) if cache is not None else None
         if ready is not None and usable(ready, file.size):
-            if ready.name == file.name and self.store.quota is None:
+            if ready.name == file.name and self.store.quota is None and not self.volume.stats.watched:
                 if not self._plain:
                     self._plain = True
                     self.devices.note_plain()
@@ -76,13 +145,15 @@ class ErofsImage:
             try:
                 if os.fstat(fd).st_size < file.size:
                     fanotify.mark_inode(group, fd)
+                elif self.volume.stats.watched:
+                    fanotify.heed(group, fd)  # another mount had no use for being asked
             finally:
                 os.close(fd)
         return mount.tree_path(tree) + self.devices.device(blob.id, file.name)
 
     def let_be(self) -> None:
         """Nothing is asked about devices that were durable at the mount. Raises OSError."""
-        if self._plain or self.store.quota is None:
+        if self._plain or self.store.quota is None or self.volume.stats.watched:
             return
         for file in self.files:
             device = self.devices.device(self.blob_id(file), file.name)
@@ -111,55 +182,62 @@ class ErofsImage:
 
     def curious(self, device: str) -> bool:
         """Whether this image wants to know that a device is read although it is complete."""
-        return (self.reader.recorder is not None and device not in self._read) or device in self._watched
+        unread = self.reader.recorder is not None and device not in self._read
+        return unread or device in self._watched or self.volume.stats.watched
 
-    def asked(self, device: str, size: int, pid: int) -> bool | None:
-        """A device of this size is to be read by a process: whether it is complete; None when it is not of this image.
+    def asked(self, question: Question, size: int) -> bool | None:
+        """A device of this size is to be read: whether it is complete; None when it is not of this image.
 
         From the reading threads.
         """
+        device = question.name
         segment = self.segment(device)
         if segment is None:
             return None
         if (recorder := self.reader.recorder) is not None:
-            recorder.note(0, [segment])
-            recorder.command.seen(pid)
+            recorder.note(self.file_at(question)[0], [segment])
+            recorder.command.seen(question.pid)
             self._read.add(device)
         if (quota := self.store.quota) is not None:
             quota.used((segment.blob.id, segment.key))
         if size < segment.padded:
             return False
-        if device in self._watched:
+        ino, at = self.file_at(question)
+        if device in self._watched or (ino and self.reader.goes_on(ino, at + question.size, segment)):
             self._watched.discard(device)
-            self._token.run_sync_soon(self._read_ahead, segment)
+            self.soon(self._follow, question, segment, True)
         return True
 
-    async def fill(self, device: str, fd: int) -> bool:
+    async def fill(self, question: Question) -> bool:
         """Give a device its bytes; False when they cannot be had (the log says why), when it is none of this image or
         the image is being unmounted."""
+        began, failed = time.perf_counter_ns(), True
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
-                return await self._fill(device, fd)
+                failed = not await self._fill(question)
             except ReadError:
-                return False  # logged where it was raised
+                pass  # logged where it was raised
             except OSError as error:
-                log.error("image %s: device %s: %s", self.where, device, error.strerror or error)
-                return False
+                log.error("image %s: device %s: %s", self.where, question.name, error.strerror or error)
             finally:
                 self._scopes.discard(scope)
-        return False
+                self.answered(question, began, failed)
+        return not failed
 
     def cancel(self) -> None:
         for scope in list(self._scopes):
             scope.cancel()
 
-    async def _fill(self, device: str, fd: int) -> bool:
+    async def _fill(self, question: Question) -> bool:
+        device, fd = question.name, question.fd
         _, blob_id, name = device.split("/")
         await self.reader.need_table(self.indexes[blob_id])
         segment = self.segment(device)
         if segment is None:
             return False
+        ino, at = self.file_at(question)
+        self._begin_next(question, segment, ino, at)
         own = -1 if fd >= 0 else self.devices.open(blob_id, name)
         target = fd if fd >= 0 else own
         if target < 0:
@@ -168,7 +246,7 @@ class ErofsImage:
             for _ in range(FILLS):
                 if self._sure(device, segment, target):
                     break
-                plain = await self.reader.whole(segment)
+                plain = await self.reader.whole(segment, ino)
                 # Mostly the cache has put them there. Not if the folder was cleaned up under us, if it had the segment
                 # before this device was made, or if the disk does not take it.
                 if self._sure(device, segment, target):
@@ -182,7 +260,7 @@ class ErofsImage:
         finally:
             if own >= 0:
                 os.close(own)
-        self._read_ahead(segment)
+        self._follow(question, segment, False)
         return True
 
     def _write_durably(self, device: str, fd: int, plain: Plain, padded: int) -> None:
@@ -203,8 +281,30 @@ class ErofsImage:
         kept = self.devices.leaving.keep(device)
         return kept and os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
-    def _read_ahead(self, segment: Segment) -> None:
-        """Fetch in front of a reader who takes one segment after the other."""
+    def _begin_next(self, question: Question, segment: Segment, ino: int, at: int) -> None:
+        """The kernel asks for one device after the other: where a file goes on in another one, that is fetched at once
+        and not one round trip later."""
+        if not ino:
+            return
+        end = max(at + 2 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
+        try:
+            others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
+        except (KeyError, IndexError, ValueError, RafsError):
+            return  # the read itself will say so
+        if others:
+            self.reader.start(others)
+
+    def _follow(self, question: Question, segment: Segment, cached: bool) -> None:
+        """Fetch in front of a reader who reads on."""
+        ino, at = self.file_at(question)
+        if ino:
+            missing = self.reader.follow(ino, at, question.size, segment, cached=cached)
+            self._watched.update(self.devices.device(one.blob.id, one.name) for one in missing)
+        else:
+            self._follow_segments(segment)
+
+    def _follow_segments(self, segment: Segment) -> None:
+        """Where nothing is known of files: one segment after the other."""
         index = segment.blob.index
         expected, run = self._next.get(index, (-1, 0))
         run = run + 1 if expected == segment.rows.start else 0
