@@ -20,9 +20,10 @@ import pytest
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import all_durable, can_mount_fuse
 from tests.lab.erofs import cannot_mount_erofs
-from tests.lab.mounted import check_mount, load_manifest
+from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
-from tests.lab.process import kill_together, mounts_below, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.process import kill_together, mounts_below, wait_until
+from tests.lab.served import CASE, IMAGE, snapshotter, some_file
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
@@ -33,43 +34,22 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-IMAGE = "127.0.0.1:1/lab/merged:v6"
-
 
 def case() -> Path:
-    return image_case("v6-merged3")
-
-
-def template(**more: object) -> dict[str, object]:
-    backend = {"type": "localfs", "config": {"dir": str(case())}}
-    device = {"backend": backend, "cache": {"type": "blobcache"}}
-    return {"device": device, "mode": "direct", "enable_xattr": True, **more}
+    return image_case(CASE)
 
 
 @pytest.fixture(params=["ours", "upstream", "ours-dedicated", "ours-erofs"])
 def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
-    real = ref_bin("nydusd")
+    real = ref_bin("nydusd") if request.param == "upstream" else None
     if request.param == "upstream" and real is None:
         pytest.skip("interop: upstream's nydusd is not here")
-    work = work_dir()
-    arguments: tuple[str, ...] = ("--log-level", "debug")
-    if request.param == "upstream":
-        wrapper = work / "nydusd"
-        # upstream dies where RLIMIT_NOFILE cannot be raised
-        wrapper.write_text(f'#!/bin/sh\nshift\nexec {real} fuse --rlimit-nofile 0 "$@"\n')
-        wrapper.chmod(0o755)
-        arguments += ("--nydusd", str(wrapper))
     if request.param == "ours-erofs" and (reason := cannot_mount_erofs()):
         pytest.skip(reason)
-    if request.param == "ours-dedicated":
-        arguments += ("--daemon-mode=dedicated",)
-    try:
-        more = {"fs_driver": "erofs"} if request.param == "ours-erofs" else {}
-        with Snapshotter(work / "s", template(**more), arguments=arguments) as running:
-            yield running
-    finally:
-        unmount_below(work)
-        remove_tree(work)
+    words = ("--daemon-mode=dedicated",) if request.param == "ours-dedicated" else ()
+    more = {"fs_driver": "erofs"} if request.param == "ours-erofs" else {}
+    with snapshotter("--log-level", "debug", *words, upstream=real, **more) as running:
+        yield running
 
 
 def check(path: Path) -> None:
@@ -88,14 +68,6 @@ def read(path: Path, timeout: float = 30.0) -> bytes:
     return bytes.fromhex(done.stdout.decode())
 
 
-def some_file(root: Path) -> Path:
-    """A regular file of the image with content, relative to its root."""
-    for entry in load_manifest(case())["entries"]:
-        if entry["type"] == "file" and entry.get("size", 0) > 10 and entry["path"].isascii():
-            return Path(entry["path"].lstrip("/"))
-    raise AssertionError("no file")
-
-
 def log_of(ours: Snapshotter) -> str:
     return (ours.root / "logs" / "nydus-snapshotter.log").read_text()
 
@@ -111,7 +83,7 @@ def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
         check(lower)
         assert client.mounts("default/4/c1") == mounts
 
-        name = some_file(lower)
+        name = some_file()
         with mounted(mounts, ours.work / "c1") as rootfs:
             assert read(rootfs / name) == read(lower / name)
             (rootfs / name).write_bytes(b"written")
@@ -165,7 +137,7 @@ def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
         meta = pull(client, case(), ours.work, IMAGE)
         mounts = client.prepare("default/4/c1", meta)
         lower = Path(option(mounts[0], "lowerdir"))
-        name = some_file(lower)
+        name = some_file()
         with mounted(mounts, ours.work / "c1") as rootfs:
             before = ours.daemons()
             assert len(ours.services()) == 1
@@ -221,7 +193,7 @@ def served(roots: list[Path]) -> bool:
         if subprocess.run(["stat", "-f", root], capture_output=True, timeout=20).returncode:
             return False
     try:
-        return all(read(root / some_file(root)) for root in roots)
+        return all(read(root / some_file()) for root in roots)
     except (OSError, subprocess.TimeoutExpired):
         return False
 

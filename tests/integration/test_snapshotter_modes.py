@@ -23,6 +23,7 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.paths import ref_bin
 from tests.lab.process import mounts_below, remove_tree, unmount_below, work_dir
+from tests.lab.served import CASE, IMAGE, template
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
@@ -33,16 +34,9 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-IMAGE = "127.0.0.1:1/lab/merged:v6"
-CASE = "v6-merged3"
 EXTRA, KATA = "extraoption", "io.katacontainers.volume"
 PROXY = PREFIX + "nydus-proxy-mode"
 DIGEST = PREFIX + "cri.layer-digest"
-
-
-def template() -> dict[str, object]:
-    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
-    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct", "enable_xattr": True}
 
 
 class Configured(Snapshotter):

@@ -15,7 +15,8 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
-from tests.lab.process import kill_together, remove_tree, unmount_below, wait_until, work_dir
+from tests.lab.process import kill_together, wait_until
+from tests.lab.served import CASE, IMAGE, snapshotter
 from tests.lab.snapshots import Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
@@ -26,14 +27,7 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-IMAGE = "127.0.0.1:1/lab/merged:v6"
-CASE = "v6-merged3"
 ENOTCONN = "Transport endpoint is not connected"
-
-
-def template() -> dict[str, object]:
-    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
-    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct", "enable_xattr": True}
 
 
 @pytest.fixture(params=["shared", "dedicated", "upstream"])
@@ -43,23 +37,12 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["none", "restart", "failover"])
 def ours(request: pytest.FixtureRequest, mode: str) -> Iterator[Snapshotter]:
-    work = work_dir()
-    arguments: tuple[str, ...] = ("--daemon-mode", "shared" if mode == "upstream" else mode)
-    arguments += ("--recover-policy", request.param)
-    if mode == "upstream":
-        real = ref_bin("nydusd")
-        if real is None:
-            pytest.skip("interop: upstream's nydusd is not here")
-        wrapper = work / "nydusd"
-        wrapper.write_text(f'#!/bin/sh\nshift\nexec {real} fuse --rlimit-nofile 0 "$@"\n')
-        wrapper.chmod(0o755)
-        arguments += ("--nydusd", str(wrapper))
-    try:
-        with Snapshotter(work / "s", template(), arguments=arguments) as running:
-            yield running
-    finally:
-        unmount_below(work)
-        remove_tree(work)
+    real = ref_bin("nydusd") if mode == "upstream" else None
+    if mode == "upstream" and real is None:
+        pytest.skip("interop: upstream's nydusd is not here")
+    words = ("--daemon-mode", "shared" if mode == "upstream" else mode, "--recover-policy", request.param)
+    with snapshotter(*words, upstream=real) as running:
+        yield running
 
 
 def right(path: Path) -> bool:

@@ -15,8 +15,8 @@ import pytest
 
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
-from tests.lab.mounted import load_manifest
 from tests.lab.process import kill_together, mounts_below, remove_tree, run, unmount_below, wait_until, work_dir
+from tests.lab.served import CASE, IMAGE, snapshotter, some_file
 from tests.lab.snapshots import Client, mounted, option, pull
 from tests.lab.stack import Snapshotter, daemon_config
 
@@ -26,31 +26,11 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-IMAGE = "127.0.0.1:1/lab/merged:v6"
-CASE = "v6-merged3"
-
-
-def template() -> dict[str, object]:
-    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
-    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct"}
-
 
 @pytest.fixture(params=["shared", "dedicated"])
 def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
-    work = work_dir()
-    try:
-        with Snapshotter(work / "s", template(), arguments=("--daemon-mode", request.param)) as running:
-            yield running
-    finally:
-        unmount_below(work)
-        remove_tree(work)
-
-
-def some_file() -> str:
-    for entry in load_manifest(image_case(CASE))["entries"]:
-        if entry["type"] == "file" and entry.get("size", 0) > 10 and entry["path"].isascii():
-            return str(entry["path"].lstrip("/"))
-    raise AssertionError("no file")
+    with snapshotter("--daemon-mode", request.param) as running:
+        yield running
 
 
 def read(path: Path) -> bytes:

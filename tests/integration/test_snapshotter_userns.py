@@ -16,6 +16,7 @@ from tests.lab.daemon import can_mount_fuse
 from tests.lab.mounted import load_manifest
 from tests.lab.paths import REPO
 from tests.lab.process import kill_together, mounts_below, remove_tree, run, unmount_below, wait_until, work_dir
+from tests.lab.served import CASE, IMAGE, snapshotter
 from tests.lab.snapshots import PREFIX, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
@@ -25,27 +26,15 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-IMAGE = "127.0.0.1:1/lab/merged:v6"
-CASE = "v6-merged3"
 COUNT = 65536
 IN_NAMESPACE = [sys.executable, "-m", "tests.lab.userns"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO)}
 
 
-def template() -> dict[str, object]:
-    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
-    return {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct", "enable_xattr": True}
-
-
 @pytest.fixture(params=["shared", "dedicated"])
 def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
-    work = work_dir()
-    try:
-        with Snapshotter(work / "s", template(), arguments=("--daemon-mode", request.param)) as running:
-            yield running
-    finally:
-        unmount_below(work)
-        remove_tree(work)
+    with snapshotter("--daemon-mode", request.param) as running:
+        yield running
 
 
 def labels(host: int) -> dict[str, str]:
