@@ -19,7 +19,7 @@ from snapshotter.cgroup import MemoryGroup
 from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
-from snapshotter.processes import installed_version, last_line, peer_pid, serving
+from snapshotter.processes import end, installed_version, last_line, peer_pid, serving
 from snapshotter.records import DaemonRecord, Records
 from snapshotter.supervisor import EXCHANGE_SECONDS, Supervisor
 from snapshotter.system import cpu_seconds, detach, mountpoints, proportional_kb, start_time
@@ -448,15 +448,4 @@ class Daemon:
 
     def _end_processes(self, first: signal.Signals = signal.SIGTERM) -> None:
         """SIGTERM, then SIGKILL, to every process of ours that was started for this socket."""
-        pids = self._processes()
-        for number, patience in ((first, STOP_SECONDS), (signal.SIGKILL, 2.0)):
-            for pid in pids:
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
-            deadline = time.monotonic() + patience
-            while (pids := {pid for pid in pids if start_time(pid)}) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if not pids:
-                return
+        end(self._processes(), STOP_SECONDS, first)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
+import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+from snapshotter.system import start_time
 
 log = logging.getLogger(__name__)
 
 VERSION_SECONDS = 10.0
+KILL_SECONDS = 2.0
 
 
 @cache
@@ -54,6 +60,23 @@ def serving(path: Path) -> list[int]:
             if any(words[at : at + 2] == wanted for at in range(len(words))):
                 found.append(int(name))
     return found
+
+
+def end(pids: Iterable[int], seconds: float, first: signal.Signals = signal.SIGTERM) -> set[int]:
+    """The signal, then after `seconds` SIGKILL, to processes that need not be our children. Those that live on."""
+    left = set(pids)
+    for number, patience in ((first, seconds), (signal.SIGKILL, KILL_SECONDS)):
+        for pid in left:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        deadline = time.monotonic() + patience
+        while (left := {pid for pid in left if start_time(pid)}) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not left:
+            break
+    return left
 
 
 def last_line(path: Path, start: int) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from snapshotter.install.parts import CONFIG, RECORD, UNIT, UNIT_FILE, Record
 from snapshotter.node import Choices as Places
 from snapshotter.node import Node
 from snapshotter.settings import ADDRESS, OLD_ROOT
-from snapshotter.system import start_time
 
 PROGRAM = "nydusctl"
 END_SECONDS = 10.0
@@ -167,22 +164,12 @@ class _Node:
 
     def end_daemons(self, say: Say) -> None:
         """Every nydusd of the snapshotter, which is stopped, and its mounts."""
-        from snapshotter.processes import serving
+        from snapshotter.processes import end, serving
         from snapshotter.system import detach, mountpoints
 
         root = self.data()[0]
-        pids = {pid for folder in (root / "socket").glob("*") for socket in folder.glob("*") for pid in serving(socket)}
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in pids:
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
-            deadline = time.monotonic() + END_SECONDS
-            while (pids := {pid for pid in pids if start_time(pid)}) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if not pids:
-                break
+        end((pid for folder in (root / "socket").glob("*") for socket in folder.glob("*") for pid in serving(socket)),
+            END_SECONDS)  # fmt: skip
         mounts = [path for path in mountpoints() if root in Path(path).parents]
         for path in reversed(mounts):
             detach(path)

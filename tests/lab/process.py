@@ -13,8 +13,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from snapshotter.processes import end
 
 
 class LabError(Exception):
@@ -213,27 +215,9 @@ def processes_mentioning(text: str) -> list[int]:
     return sorted(found)
 
 
-def end_processes(pids: Sequence[int], timeout: float = 5.0) -> None:
+def end_processes(pids: Iterable[int], timeout: float = 5.0) -> None:
     """SIGTERM, then after `timeout` seconds SIGKILL, to processes that need not be our children."""
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        for pid in pids:
-            try:
-                os.kill(pid, sig)
-            except ProcessLookupError:
-                pass
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            pids = [pid for pid in pids if _running(pid)]
-            if not pids:
-                return
-            time.sleep(0.02)
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):
-        return False
+    end(pids, timeout)
 
 
 def mounts_below(path: Path) -> list[str]:
