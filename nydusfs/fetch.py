@@ -281,8 +281,15 @@ class FetchScheduler:
     async def _run_now(self, group: list[_Flight], priority: Priority) -> None:
         self.courtesy.reader_comes()
         try:
-            async with self._slots_of(group[0].job.source):
+            slots = self._slots_of(group[0].job.source)
+            try:
+                slots.acquire_nowait()  # `acquire` goes through the loop in any case
+            except trio.WouldBlock:
+                await slots.acquire()
+            try:
                 await self._fetch_group(group, priority)
+            finally:
+                slots.release()
         finally:
             self.courtesy.reader_goes()
 

@@ -36,6 +36,7 @@ class BlobCache:
         self.store = store
         self.blob_id = blob_id
         self.path = store.folder(blob_id)
+        self._folder = str(self.path)  # joining paths as objects takes 2 us each time
         self.foreign = ForeignBlob.find(store.path, blob_id)
         self.naming = threading.Lock()  # over which file has a segment's name
         self.used = 0.0  # when somebody last read from it here, seconds since the epoch
@@ -133,13 +134,13 @@ class BlobCache:
                     pass  # not there, or a disk in no state to do it
                 unlink(self.path / f"{name}{ending}")
 
-    def paths(self, segment: Segment, durable: bool) -> Iterator[Path]:
+    def paths(self, segment: Segment, durable: bool) -> Iterator[str]:
         """Where a ready segment may be."""
-        name = segment.name
-        yield self.path / name
+        path = f"{self._folder}/{segment.name}"
+        yield path
         if not durable:
-            yield self.path / f"{name}.{self.store.boot}"
-            yield self.path / name  # it is renamed when durable
+            yield f"{path}.{self.store.boot}"
+            yield path  # it is renamed when durable
 
     def read_now(self, segment: Segment, offset: int, size: int, hands: Hands) -> Plain | None:
         """Like `read`, from any thread but the event loop's: waits for the disk. None for what is not ready, too."""
@@ -263,12 +264,13 @@ class BlobCache:
         return True
 
     def _write(self, segment: Segment, plain: Plain) -> None:
-        part = self.path / f"{segment.name}.part"
+        path = f"{self._folder}/{segment.name}"
+        part = f"{path}.part"
         devices = self.store.devices
         fd, behind = -1, self.store.syncer.full()
         try:
             if devices is not None:
-                fd = devices.fill(self.blob_id, segment, plain, part)
+                fd = devices.fill(self.blob_id, segment, plain, Path(part))
             if fd < 0:
                 fd = self._create(part)
                 view = memoryview(plain)
@@ -277,7 +279,7 @@ class BlobCache:
             if behind:
                 os.fdatasync(fd)
             with self.naming:
-                os.rename(part, self.path / f"{segment.name}.{self.store.boot}")
+                os.rename(part, f"{path}.{self.store.boot}")
             if devices is not None:
                 unlink(part)  # rename(2) does nothing when both are one file already
         except BaseException:
@@ -288,7 +290,7 @@ class BlobCache:
             os.close(fd)
         self._hold(segment.key, -1 if behind else fd)
 
-    def _create(self, part: Path) -> int:
+    def _create(self, part: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             return os.open(part, flags, 0o600)

@@ -12,7 +12,7 @@ SEGMENTS_SUFFIX = ".segments"
 NAME = re.compile(rf"([0-9]{{1,12}})-([0-9a-f]{{{KEY_SIZE * 2}}})(?:\.([0-9a-z]+))?")  # number, key, ending
 
 
-def unlink(path: Path) -> None:
+def unlink(path: str | Path) -> None:
     """Remove a file that may be gone."""
     try:
         os.unlink(path)

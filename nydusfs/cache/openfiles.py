@@ -8,7 +8,6 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from pathlib import Path
 
 from nydusfs.hands import Hands
 
@@ -39,7 +38,7 @@ class OpenFiles:
         return len(self._files)
 
     def acquire(
-        self, slot: Hashable, paths: Callable[[], Iterable[Path]], hands: Hands | None = None
+        self, slot: Hashable, paths: Callable[[], Iterable[str]], hands: Hands | None = None
     ) -> OpenFile | None:
         """The file of a slot, opened at the first of `paths()` that exists if it is not; None when there is none. To be
         given back by `release`."""
@@ -63,7 +62,7 @@ class OpenFiles:
         file = self._files.get(slot)
         return file is not None and file.users > 0
 
-    def _open(self, paths: Iterable[Path]) -> int:
+    def _open(self, paths: Iterable[str]) -> int:
         for path in paths:
             try:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -35,7 +35,7 @@ log = logging.getLogger("nydusfs.fuse")
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME = 1, 2, 4, 1024
 MAX_PAGES = 256  # one READ is 1 MiB at most: the kernel's own limit
-READ_AHEAD = 1 << 20
+READ_AHEAD = 512 << 10
 # Requests of the kernel's read-ahead open at once over all images. The kernel's default of 12 would let as many stuck
 # read-aheads of one image stop those of all others.
 MAX_BACKGROUND = 1024

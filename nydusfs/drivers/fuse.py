@@ -28,7 +28,10 @@ from nydusfs.errors import NydusError
 
 log = logging.getLogger("nydusfs.fuse")
 
-READ_AHEAD_KIB = 1024
+# A page fault reads so much around it. With 1 MiB the import of 1,000 modules had 73 MB read from the cache, with
+# 512 KiB 60, with the kernel's own 128 KiB 46; 46.4, 42.9 and 42.2 MB were fetched for it. Files that are read in
+# sequence are slower the less it is.
+READ_AHEAD_KIB = 512
 STOP_GRACE = 2.0  # seconds for blocked reads to be answered with EIO
 DEFAULT_THREADS = 4
 

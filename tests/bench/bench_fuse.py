@@ -2,10 +2,12 @@
 
     python -m tests.bench.bench_fuse [--big MiB] [--files N] [--entries N] [--rounds N] [--only PLACE ...] [--json FILE]
 
-Prints the median of the rounds for both and the ratio (above 1: ours is better). The blobs come from a directory
-(`local`; "cold": nothing cached by the daemon; "disk": its cache is full, the kernel's pages dropped; "warm": the
-kernel has the pages), or, always cold, from a registry on this machine (`registry`), behind 5 ms and 1 Gbit/s (`fast`)
-or behind 20 ms and 40 Mbit/s (`slow`). "all": 8 readers, each with a file of its own.
+Prints the median of the rounds for both and the ratio (above 1: ours is better), and the processor time that the
+daemon used meanwhile. The blobs come from a directory (`local`; "cold": nothing cached by the daemon; "disk": its cache
+is full, the kernel's pages dropped; "warm": the kernel has the pages; "again": the daemon was started anew on its full
+cache, the kernel knows no name and has no page of the mount), or, always cold, from a registry on this machine
+(`registry`), behind 5 ms and 1 Gbit/s (`fast`) or behind 20 ms and 40 Mbit/s (`slow`). "all": 8 readers, each with a
+file of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -53,7 +56,23 @@ print(len(offsets) / (time.perf_counter() - began))
 """
 
 
+# What the start of a program does: names that are not there, links, small files from end to end.
+_REPLAY = """
+import os, random, sys, time
+os.chdir(sys.argv[1])
+numbers = list(range(int(sys.argv[2])))
+random.Random(5).shuffle(numbers)
+began = time.perf_counter()
+for number in numbers:
+    folder = f"d{number // 50:03d}"
+    os.path.exists(f"{folder}/absent-{number}")
+    name = os.readlink(f"{folder}/link-{number}") if number % 10 == 0 else f"file-{number}"
+    with open(f"{folder}/{name}", "rb", buffering=0) as file: file.readall()
+print(len(numbers) / (time.perf_counter() - began))
+"""
+
 _READERS = 8
+_ALL = "for i in part-*; do cat $i >/dev/null & done; wait"
 _TAR = "tar cf - tree | cat >/dev/null"
 _LINKS = {"fast": (5.0, 1000.0), "slow": (20.0, 40.0)}  # ms, Mbit/s
 
@@ -76,6 +95,8 @@ def make_tree(root: Path, big_mib: int, files: int, entries: int) -> None:
         folder = root / "tree" / f"d{number // 50:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"file-{number}").write_bytes(half(rng.randrange(200, 16000)))
+        if number % 10 == 0:
+            (folder / f"link-{number}").symlink_to(f"file-{number}")
     for number in range(entries):
         folder = root / "many" / f"d{number // 500:03d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,57 +123,80 @@ def registry_config(host: str, work: Path) -> str:
     return json.dumps({"device": {"id": "", "backend": backend, "cache": cache}, "mode": "direct"})
 
 
+class Figures(dict[str, float]):
+    """By name; under a name with `_CPU` behind it the seconds of processor time that the daemon used for that."""
+
+    def __init__(self, daemon: Nydusd) -> None:
+        self._daemon = daemon
+
+    def add(self, name: str, measure: Callable[[], float]) -> None:
+        clock = (~self._daemon.worker_pid << 3) | 2  # as clock_getcpuclockid(3) makes it
+        before = time.clock_gettime(clock)
+        self[name] = measure()
+        self[name + _CPU] = time.clock_gettime(clock) - before
+
+
+_CPU = ", CPU"
+
+
 def measure_remote(binary: Path | None, boot: Path, host: str, place: str) -> dict[str, float]:
     """What a fresh daemon reads from a registry, all of it for the first time."""
     daemon = Nydusd(binary=binary)
     config = daemon.dir / "c.json"
     config.write_text(registry_config(host, daemon.dir / "cache"))
     daemon.args = ("-B", boot, "-C", config)
+    figures = Figures(daemon)
+    mnt = daemon.mnt
     drop_caches()
     with daemon:
         if place == "slow":
-            return {
-                "slow: sequential, MiB/s": _figure(_SEQUENTIAL, daemon.mnt / "link"),
-                "slow: tar of 150, s": _seconds("tar cf - tree/d000 tree/d005 tree/d009 | cat >/dev/null", daemon.mnt),
-            }
-        return {
-            f"{place}: sequential, MiB/s": _figure(_SEQUENTIAL, daemon.mnt / "big"),
-            f"{place}: random 4K, 1/s": _figure(_RANDOM, daemon.mnt / "random", "200"),
-            f"{place}: all, s": _seconds("for i in part-*; do cat $i >/dev/null & done; wait", daemon.mnt),
-            f"{place}: tar, s": _seconds(_TAR, daemon.mnt),
-        }
+            figures.add("slow: sequential, MiB/s", lambda: _figure(_SEQUENTIAL, mnt / "link"))
+            tar = "tar cf - tree/d000 tree/d005 tree/d009 | cat >/dev/null"
+            figures.add("slow: tar of 150, s", lambda: _seconds(tar, mnt))
+            return figures
+        figures.add(f"{place}: sequential, MiB/s", lambda: _figure(_SEQUENTIAL, mnt / "big"))
+        figures.add(f"{place}: random 4K, 1/s", lambda: _figure(_RANDOM, mnt / "random", "200"))
+        figures.add(f"{place}: all, s", lambda: _seconds(_ALL, mnt))
+        figures.add(f"{place}: tar, s", lambda: _seconds(_TAR, mnt))
+    return figures
 
 
-def measure_local(binary: Path | None, boot: Path, blobs: Path) -> dict[str, float]:
+def measure_local(binary: Path | None, boot: Path, blobs: Path, files: int) -> dict[str, float]:
     """Figures of one daemon, started for this, with a directory of blobs."""
     daemon = Nydusd(binary=binary)
     config = daemon.dir / "c.json"
     config.write_text(localfs_config(blobs, work_dir=daemon.dir / "cache"))
     daemon.args = ("-B", boot, "-C", config)
-    figures: dict[str, float] = {}
+    figures = Figures(daemon)
+    mnt, big = daemon.mnt, daemon.mnt / "big"
     drop_caches()
     with daemon:
-        big = daemon.mnt / "big"
         figures["ready, s"] = daemon.ready_seconds
         figures["idle RSS, MiB"] = daemon.memory("VmRSS") / 1024
-        figures["find -ls first, s"] = _seconds("find . -ls", daemon.mnt)
-        figures["find -ls again, s"] = _seconds("find . -ls", daemon.mnt)
-        figures["sequential cold, MiB/s"] = _figure(_SEQUENTIAL, big)
-        figures["all cold, s"] = _seconds("for i in part-*; do cat $i >/dev/null & done; wait", daemon.mnt)
-        figures["sequential warm, MiB/s"] = _figure(_SEQUENTIAL, big)
-        figures["random 4K cold, 1/s"] = _figure(_RANDOM, daemon.mnt / "random", "300")
-        figures["random 4K warm, 1/s"] = _figure(_RANDOM, big, "20000")
-        figures["tar cold, s"] = _seconds(_TAR, daemon.mnt)
-        figures["tar warm, s"] = _seconds(_TAR, daemon.mnt)
+        figures.add("find -ls first, s", lambda: _seconds("find . -ls", mnt))
+        figures.add("find -ls again, s", lambda: _seconds("find . -ls", mnt))
+        figures.add("sequential cold, MiB/s", lambda: _figure(_SEQUENTIAL, big))
+        figures.add("all cold, s", lambda: _seconds(_ALL, mnt))
+        figures.add("sequential warm, MiB/s", lambda: _figure(_SEQUENTIAL, big))
+        figures.add("random 4K cold, 1/s", lambda: _figure(_RANDOM, mnt / "random", "300"))
+        figures.add("random 4K warm, 1/s", lambda: _figure(_RANDOM, big, "20000"))
+        figures.add("tar cold, s", lambda: _seconds(_TAR, mnt))
+        figures.add("tar warm, s", lambda: _seconds(_TAR, mnt))
         time.sleep(1.5)  # let the cache become durable: its writing is not what the next lines measure
         drop_caches()
-        figures["sequential disk, MiB/s"] = _figure(_SEQUENTIAL, big)
+        figures.add("sequential disk, MiB/s", lambda: _figure(_SEQUENTIAL, big))
         drop_caches()
-        figures["random 4K disk, 1/s"] = _figure(_RANDOM, big, "3000")
+        figures.add("random 4K disk, 1/s", lambda: _figure(_RANDOM, big, "3000"))
         drop_caches()
-        figures["tar disk, s"] = _seconds(_TAR, daemon.mnt)
+        figures.add("tar disk, s", lambda: _seconds(_TAR, mnt))
         figures["RSS after, MiB"] = daemon.memory("VmRSS") / 1024
         figures["RSS anonymous after, MiB"] = daemon.memory("RssAnon") / 1024
+        daemon.stop()
+        daemon.start()
+        figures.add("small files again, 1/s", lambda: _figure(_REPLAY, mnt / "tree", str(min(files, 5000))))
+        daemon.stop()
+        daemon.start()
+        figures.add("tar again, s", lambda: _seconds(_TAR, mnt))
     return figures
 
 
@@ -200,7 +244,7 @@ def main() -> int:
                 for place in places:
                     for name, binary in contenders.items():  # alternating: a busy minute hits both
                         if place == "local":
-                            figures[name] |= measure_local(binary, boot, base / "blobs")
+                            figures[name] |= measure_local(binary, boot, base / "blobs", options.files)
                         else:
                             figures[name] |= measure_remote(binary, boot, hosts[place], place)
                 for name in contenders:
@@ -211,14 +255,17 @@ def main() -> int:
         figure: {name: statistics.median(run[figure] for run in results) for name, results in runs.items()}
         for figure in runs["ours"][0]
     }
-    print(f"{'':28}{'ours':>12}{'upstream':>12}{'ratio':>8}")
+    print(f"{'':28}{'ours':>12}{'upstream':>12}{'ratio':>8}{'CPU, ms':>12}{'upstream':>12}")
     for figure, row in table.items():
+        if figure.endswith(_CPU):
+            continue
         line = f"{figure:28}{row['ours']:12.3f}"
         if "upstream" in row:
             better = row["ours"] / row["upstream"] if figure.endswith("/s") else row["upstream"] / row["ours"]
             row["ratio"] = better
             line += f"{row['upstream']:12.3f}{better:8.2f}"
-        print(line)
+        used = table.get(figure + _CPU, {})
+        print(line + "".join(f"{seconds * 1000:12.0f}" for seconds in used.values()))
     if options.json:
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     return 0
