@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "metadata.sqlite"
 BUSY_SECONDS = 10.0
 READERS = 4  # connections: queries take 20 µs, most of it under Python's lock
-CACHE_KIB = 512  # pages of one connection; the kernel caches the file anyway
+CACHE_KIB = 128  # pages of one connection; the kernel caches the file anyway
 MOST_TOGETHER = 128  # callers of one commit
 CLOSE_SECONDS = 5.0
 # A full or failing disk, a damaged file: no statement of one caller's own

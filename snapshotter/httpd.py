@@ -11,7 +11,7 @@ import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -71,7 +71,12 @@ class Server:
     def __init__(self, name: str, address: Path | str, routes: Routes, *, uid: int = 0, gid: int = 0) -> None:
         self.address = address
         self._inode = 0
-        handler = _handler({re.compile(pattern): methods for pattern, methods in routes.items()})
+        compiled = {re.compile(pattern): methods for pattern, methods in routes.items()}
+        made = cache(lambda: _handler(compiled))
+
+        def handler(*connection: Any) -> socketserver.BaseRequestHandler:
+            return made()(*connection)
+
         try:
             if isinstance(address, Path):
                 claim_address(address)
@@ -133,7 +138,10 @@ class _Tcp6(_Tcp):
         super().server_bind()
 
 
-def _handler(routes: Mapping[re.Pattern[str], Mapping[str, Route]]) -> type[BaseHTTPRequestHandler]:
+def _handler(routes: Mapping[re.Pattern[str], Mapping[str, Route]]) -> type[socketserver.BaseRequestHandler]:
+    # with the first client: it takes 1 MB, of which most is the names of HTML's characters
+    from http.server import BaseHTTPRequestHandler
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = IDLE_SECONDS

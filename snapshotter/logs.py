@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import sys
 import time
 
@@ -72,15 +71,26 @@ class _Stream(_Lossy, logging.StreamHandler):  # type: ignore[type-arg]
     pass
 
 
-def buffer_until_known() -> logging.handlers.MemoryHandler:
-    """Keeps what is logged while the settings that say where to log are still being read."""
-    handler = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+class Buffer(logging.Handler):
+    """Keeps records. `logging.handlers` has one too, and imports sockets and pickles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def buffer_until_known() -> Buffer:
+    """For what is logged while the settings that say where to log are still being read."""
+    handler = Buffer()
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     return handler
 
 
-def configure(settings: Settings, buffered: logging.handlers.MemoryHandler) -> None:
+def configure(settings: Settings, buffered: Buffer) -> None:
     """To stdout alone, or to the file, with warnings on stderr as well for the journal. Raises StartError."""
     root = logging.getLogger()
     root.setLevel(_LEVELS[settings.log_level])
@@ -94,10 +104,10 @@ def configure(settings: Settings, buffered: logging.handlers.MemoryHandler) -> N
     for handler in handlers:
         handler.setFormatter(Formatter(settings.log_format))
         root.addHandler(handler)
-    for record in buffered.buffer:
+    for record in buffered.records:
         if record.levelno >= root.level:
             root.handle(record)
-    buffered.buffer.clear()
+    buffered.records.clear()
 
 
 def set_level(name: str) -> None:

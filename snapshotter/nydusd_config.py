@@ -11,7 +11,6 @@ share a cache by accident, and everything an instance keeps lies below its root.
 from __future__ import annotations
 
 import copy
-import difflib
 import ipaddress
 import json
 import logging
@@ -87,6 +86,8 @@ def load_template(path: Path) -> Template:
         if not isinstance(document, dict):
             raise SettingsError(f"{path}: expected a JSON object")
         if "device" not in document:
+            import difflib
+
             nearest = difflib.get_close_matches("device", [str(key) for key in document], 1, 0.6)
             hint = f' (there is "{nearest[0]}")' if nearest else ""
             raise SettingsError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import shutil
@@ -358,6 +357,8 @@ def _flatten(table: Mapping[str, Any], prefix: str, where: str, found: dict[str,
         elif any(known.startswith(name + ".") for known in KEYS):
             raise SettingsError(f"{where}: {name}: expected a table, got {value!r}")
         else:
+            import difflib
+
             nearest = difflib.get_close_matches(name, KEYS, 1, 0.6)
             hint = f" (did you mean {nearest[0]}?)" if nearest else ""
             log.warning("%s: unknown key %s is ignored%s", where, name, hint)

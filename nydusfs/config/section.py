@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -134,6 +133,8 @@ class Section:
         for key in self._values:
             if key in self._known:
                 continue
+            import difflib
+
             near = difflib.get_close_matches(key, sorted(self._known), n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             log.warning("%s: unknown key %s is ignored%s", self.where, self._key(key), hint)

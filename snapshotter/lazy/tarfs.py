@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -248,6 +247,8 @@ def identity_of(tar: Path) -> str:
 def _unnamed(path: Path) -> str:
     """A directory that has entries but none of its own: see `estargz`. Raises nothing: what cannot be read is found out
     by who indexes it."""
+    import tarfile
+
     named, wanted = {"."}, set[str]()
     try:
         with tarfile.open(path, "r:") as archive:
