@@ -13,6 +13,7 @@ import pytest
 from tests.lab.images import Image
 from tests.lab.operated import Lab, operated
 from tests.lab.paths import ref_bin
+from tests.lab.process import LabError, mounts_below, run, wait_until
 from tests.lab.registry import find_program
 from tests.lab.sample import small_image
 from tests.lab.stack import Stack, StackOptions
@@ -73,6 +74,25 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
         load_image(made)
         yield made
     assert made.leftovers == []
+
+
+def nothing_stays(stack: Stack) -> None:
+    """Removes the images of all namespaces: no snapshot, mount or device of the kernel may be left of them."""
+    for space in stack.containerd.ctr("namespaces", "ls", "-q").stdout.split():
+        prefix = [str(stack.containerd.ctr_binary), "-a", str(stack.containerd.socket), "-n", space]
+        for image in run([*prefix, "images", "ls", "-q"], timeout=30).stdout.split():
+            run([*prefix, "images", "rm", "--sync", image], timeout=60)
+    root = stack.snapshotter.root
+
+    def left() -> list[str]:
+        mounts = [point for point in mounts_below(root) if point != str(root / "mnt")]
+        devices = [path for path in (root / "cache").glob(".erofs/files.*/*/*/*") if path.is_file()]
+        return [*mounts, *map(str, [*devices, *(root / "snapshots").iterdir(), *(root / "mnt").glob("*")])]
+
+    try:
+        wait_until(lambda: not left(), 20, "removal of everything")
+    except LabError:
+        pytest.fail(f"left behind: {left()}")
 
 
 @pytest.fixture(scope="module")

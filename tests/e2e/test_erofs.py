@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nydusfs.drivers import kernel
-from tests.e2e.conftest import PAYLOAD, containerd_of, load_image, require_programs
+from tests.e2e.conftest import PAYLOAD, containerd_of, load_image, nothing_stays, require_programs
 from tests.e2e.test_run import check_content
 from tests.lab.cri import Cri
 from tests.lab.erofs import cannot_mount_erofs
-from tests.lab.process import kill_together, mounts_below, run, wait_until
+from tests.lab.process import kill_together, run, wait_until
 from tests.lab.sample import pause_image
 from tests.lab.stack import Stack, StackOptions
 
@@ -92,29 +92,13 @@ def test_pod(stack: Stack, tmp_path: Path) -> None:
     pause_image(tmp_path).push(stack.registry.host, "lab/pause", "1")
     cri = Cri(stack.containerd.socket, stack.work)
     try:
-        pod, config = cri.sandbox()
-        try:
-            pulled = cri.pull(f"{stack.host}/lab/small:nydus", config)
-            code, text = cri.run(pod, config, pulled, "sh", "-c", "cat /marker; echo; ls /shadowed; exit 3")
-            assert (code, text.split()) == (3, ["hello", "above"])
-        finally:
-            cri.remove(pod)
+        image = f"{stack.host}/lab/small:nydus"
+        code, text = cri.pod_says(image, "sh", "-c", "cat /marker; echo; ls /shadowed; exit 3")
+        assert (code, text.split()) == (3, ["hello", "above"])
     finally:
         cri.close()
 
 
 def test_removed_images_leave_nothing(stack: Stack) -> None:
     """No snapshot, mount, device or metadata in use after the last container and image are gone; the last test here."""
-    ctr = stack.containerd.ctr
-    for space in ctr("namespaces", "ls", "-q").stdout.split():
-        prefix = [str(stack.containerd.ctr_binary), "-a", str(stack.containerd.socket), "-n", space]
-        for image in run([*prefix, "images", "ls", "-q"], timeout=30).stdout.split():
-            run([*prefix, "images", "rm", "--sync", image], timeout=60)
-    root = stack.snapshotter.root
-
-    def clean() -> bool:
-        devices = [path for path in (root / "cache").glob(".erofs/files.*/*/*/*") if path.is_file()]
-        below = [point for point in mounts_below(root) if point != str(root / "mnt")]
-        return not below and not devices and not list((root / "snapshots").iterdir())
-
-    wait_until(clean, 20, "removal of everything")
+    nothing_stays(stack)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.conftest import load_image, require_programs
-from tests.lab.process import LabError, can_connect, mounts_below, run, wait_until
+from tests.e2e.conftest import load_image, nothing_stays, require_programs
+from tests.lab.process import LabError, can_connect, run, wait_until
 from tests.lab.stack import Stack, StackOptions, program
 
 pytestmark = pytest.mark.timeout(240)
@@ -47,21 +47,8 @@ def wait_for_snapshotter(stack: Stack) -> None:
 
 
 def remove_everything(stack: Stack) -> None:
-    ctr = stack.containerd.ctr
     stack.containerd.end_containers()
-    for image in ctr("images", "ls", "-q").stdout.split():
-        ctr("images", "rm", "--sync", image)
-    root = stack.snapshotter.root
-
-    def clean() -> bool:
-        below = [point for point in mounts_below(root) if point != str(root / "mnt")]
-        return not below and not list((root / "snapshots").iterdir()) and not list((root / "mnt").iterdir())
-
-    try:
-        wait_until(clean, 20, "removal of all snapshots")
-    except LabError:
-        left = [*(root / "snapshots").iterdir(), *(root / "mnt").iterdir()]
-        pytest.fail(f"left behind: {[str(path) for path in left]}, mounts {mounts_below(root)}")
+    nothing_stays(stack)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PAYLOAD
+from tests.e2e.conftest import PAYLOAD, nothing_stays
 from tests.lab.cri import Cri
-from tests.lab.process import LabError, mounts_below, run, wait_until
+from tests.lab.process import run
 from tests.lab.sample import pause_image, small_image
 from tests.lab.stack import Stack
 
@@ -196,33 +196,13 @@ def test_pod(stack: Stack, tag: str, tmp_path: Path) -> None:
     pause_image(tmp_path).push(stack.registry.host, "lab/pause", "1")
     cri = Cri(stack.containerd.socket, stack.work)
     try:
-        pod, config = cri.sandbox()
-        try:
-            pulled = cri.pull(f"{stack.host}/lab/small:{tag}", config)
-            code, text = cri.run(pod, config, pulled, "sh", "-c", "cat /marker; echo; ls /shadowed; exit 3")
-            assert (code, text.split()) == (3, ["hello", "above"])
-        finally:
-            cri.remove(pod)
+        image = f"{stack.host}/lab/small:{tag}"
+        code, text = cri.pod_says(image, "sh", "-c", "cat /marker; echo; ls /shadowed; exit 3")
+        assert (code, text.split()) == (3, ["hello", "above"])
     finally:
         cri.close()
 
 
 def test_removed_image_leaves_nothing(stack: Stack) -> None:
     """After the last container and image are gone, so are snapshots and mounts (this module's last test)."""
-    ctr = stack.containerd.ctr
-    for space in ctr("namespaces", "ls", "-q").stdout.split():
-        prefix = [str(stack.containerd.ctr_binary), "-a", str(stack.containerd.socket), "-n", space]
-        for image in run([*prefix, "images", "ls", "-q"], timeout=30).stdout.split():
-            run([*prefix, "images", "rm", "--sync", image], timeout=60)
-    mounts = stack.snapshotter.root / "mnt"
-
-    def clean() -> bool:
-        below = [point for point in mounts_below(stack.snapshotter.root) if point != str(mounts)]
-        left = [path.name for path in (stack.snapshotter.root / "snapshots").iterdir()]
-        return not below and not left and list(mounts.iterdir()) == []
-
-    try:
-        wait_until(clean, 20, "removal of all snapshots")
-    except LabError:
-        left = sorted(str(path) for path in (stack.snapshotter.root / "snapshots").iterdir())
-        pytest.fail(f"left: {left}, {mounts_below(stack.snapshotter.root)}, {list(mounts.iterdir())}")
+    nothing_stays(stack)

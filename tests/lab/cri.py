@@ -129,6 +129,14 @@ class Cri:
         lines = log.read_text().splitlines()
         return status.exit_code, "\n".join(line.split(" ", 3)[3] for line in lines if " stdout " in line)
 
+    def pod_says(self, image: str, *command: str) -> tuple[int, str]:
+        """(exit code, standard output) of a pod of one container: sandbox, pull and run as a kubelet does them."""
+        pod, config = self.sandbox()
+        try:
+            return self.run(pod, config, self.pull(image, config), *command)
+        finally:
+            self.remove(pod)
+
     def exec(self, container: str, *command: str) -> tuple[int, str]:
         request = self.messages.ExecSyncRequest(container_id=container, cmd=command, timeout=30)
         done = self.runtime.ExecSync(request, timeout=60)
@@ -138,9 +146,7 @@ class Cri:
         return self.runtime.ContainerStats(self.messages.ContainerId(container_id=container), timeout=30).stats
 
     def stop(self, container: str) -> None:
-        self.runtime.StopContainer(
-            self.messages.StopContainerRequest(container_id=container, timeout=0), timeout=60
-        )
+        self.runtime.StopContainer(self.messages.StopContainerRequest(container_id=container, timeout=0), timeout=60)
         self.runtime.RemoveContainer(self.messages.ContainerId(container_id=container), timeout=60)
 
     def image_filesystem(self) -> Any:
