@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
 
@@ -11,6 +12,7 @@ from nydusfs.sources.standing import Standing, State
 _CROWD = 16
 # A source with as many requests as it may be trusted with comes behind the other mirrors; seconds for each of them.
 _CROWDED_SECONDS = 0.1
+_ANSWERS_SECONDS = 0.3  # at most, for one that has answered: being asked a lot at once is no reason for the origin
 # A source must be this much faster than one listed before it to be preferred: the list's order is the user's.
 _RANK_FACTOR, _RANK_SECONDS = 0.25, 0.005
 # Mirrors are there to spare the origin. It is preferred only to mirrors that take a second and ten times as long.
@@ -36,7 +38,8 @@ def score(option: Option, size: int, now: float) -> float:
     standing = option.standing
     seconds = standing.latency.estimate(size, now) * (1 + standing.in_flight / _CROWD)
     if standing.crowded():
-        seconds += _CROWDED_SECONDS * (1 + standing.in_flight)
+        most = _ANSWERS_SECONDS if standing.latency.samples else math.inf
+        seconds += min(_CROWDED_SECONDS * (1 + standing.in_flight), most)
     if option.last:
         return seconds * _ORIGIN_FACTOR + _ORIGIN_SECONDS
     return seconds * (1 + option.rank * _RANK_FACTOR) + option.rank * _RANK_SECONDS

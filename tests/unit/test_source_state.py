@@ -246,3 +246,16 @@ def test_signed_targets_say_how_long_they_live() -> None:
     assert expiry("/b?sv=2020&se=2023-11-14T22%3A14%3A20Z&sig=x", WALL) == 60
     for silent in ("/b", "/b?sig=1", "/b?X-Amz-Date=99999999T999999Z&X-Amz-Expires=5", "/b?expires=soon"):
         assert expiry(silent, WALL) == float("inf")
+
+
+def test_a_mirror_that_answers_is_not_passed_over_for_the_origin_because_it_is_asked_a_lot() -> None:
+    mirror, origin = Option(), Option(last=True)
+    mirror.standing.latency.observe(0.25, 0.25, 4096, 0.0)  # the first answers of a cold peer-to-peer mirror
+    for _ in range(12):
+        mirror.standing.begin(0.0)
+    assert mirror.standing.crowded()
+    assert choose([mirror, origin], "b", 4096, 0.0, ()) is mirror
+    silent = Option()  # one that has shown nothing is not trusted with that many
+    for _ in range(12):
+        silent.standing.begin(0.0)
+    assert choose([silent, origin], "b", 4096, 0.0, ()) is origin
