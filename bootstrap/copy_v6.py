@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bootstrap.erofs_devices import Device
 from bootstrap.errors import RafsError
 from bootstrap.flat import S_IFMT, Ints, ragged
 from bootstrap.layout import v6
@@ -28,7 +29,7 @@ from bootstrap.levels import MAX_DEPTH, MAX_NSEC
 from bootstrap.load import blob_info
 from bootstrap.load_v6 import LoaderV6
 from bootstrap.reader_v6 import BootstrapV6
-from bootstrap.write_erofs import Device, put_superblock
+from bootstrap.write_erofs import put_superblock
 
 B = v6.BLOCK_SIZE
 WINDOW = 4096  # inodes at a time

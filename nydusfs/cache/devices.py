@@ -43,21 +43,27 @@ class Driver(Protocol):
         """See `Leaving`."""
 
 
+def device_key(store_path: Path) -> str:
+    """What names of a cache's devices begin with."""
+    return blake2b(os.fsencode(store_path.resolve()), digest_size=4).hexdigest()
+
+
 class DeviceFiles:
     """Of one cache store. Raises OSError when the folders cannot be made."""
 
     def __init__(self, store_path: Path, boot: str, driver: Driver) -> None:
         self.images = store_path / ".erofs" / "images"
         self.root = store_path / ".erofs" / f"files.{boot}"
-        self.key = blake2b(os.fsencode(store_path.resolve()), digest_size=4).hexdigest()
+        self.key = device_key(store_path)
         self.files = self.root / self.key
         self.leaving = Leaving(driver.ask, driver.quiet)
         self._driver = driver
-        self.images.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for other in (store_path / ".erofs").glob("files.*"):
-            if other != self.root:
-                shutil.rmtree(other, ignore_errors=True)
+        for folder in (self.files, self.images):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in os.listdir(store_path / ".erofs"):
+            if name.startswith("files.") and name != self.root.name:
+                shutil.rmtree(store_path / ".erofs" / name, ignore_errors=True)
 
     def create(self, blob_id: str, name: str) -> bool:
         """Make an empty device; False when there is one already."""

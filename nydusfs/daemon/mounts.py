@@ -278,6 +278,7 @@ class MountTable:
                 log.error("image at %s is lost: %s", request.mountpoint, image)
             else:
                 await self._restore(self._mounted(request, image), kept)
+                await trio.lowlevel.checkpoint()  # readers of others may be waiting
 
     async def _restore(self, mounted: MountedImage, kept: KeptMount) -> None:
         request = mounted.request

@@ -13,11 +13,13 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import trio
 
 from nydusfs import stacks
+from nydusfs.cache.devices import device_key
 from nydusfs.config import load_config
 from nydusfs.daemon import handover, http, process
 from nydusfs.daemon.api import Api
@@ -43,6 +45,7 @@ log = logging.getLogger("nydusfs.daemon")
 # A stop must end the process even if a thread hangs in a call that cannot be cancelled (a name lookup, a dead NFS).
 STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 UPGRADE_SECONDS = 30.0
+RESTORED_AT_ONCE = 8  # images, while readers of others are served already
 _LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -182,7 +185,8 @@ class Daemon:
         if self._link is not None and FUSE in self._link.held:
             self._link.save(handover.encode(self._state()))
 
-    async def _restore(self, kept: KeptState, fd: int) -> None:
+    async def _restore(self, kept: KeptState, fd: int, nursery: trio.Nursery | None = None) -> None:
+        """`nursery`: in which EROFS reads may be served before all images are known."""
         driver = self._driver
         driver.mountpoint = kept.mountpoint
         driver.adopt(fd)
@@ -201,6 +205,17 @@ class Daemon:
                 config = pull_auth(config)
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
             found.append((request, mount))
+        waited_for = self._erofs.waited_for() if nursery is not None and len(found) > 1 else set()
+        urgent = [pair for pair in found if _device_key(pair[0]) in waited_for] if waited_for else []
+        if nursery is not None and 0 < len(urgent) < len(found):
+            # Their readers wait; the others' have not asked yet.
+            await self.mounts.restore(urgent)
+            await self._erofs.start(nursery)
+            await trio.lowlevel.checkpoint()
+            found = [pair for pair in found if pair not in urgent]
+            while found:
+                await self.mounts.restore(found[:RESTORED_AT_ONCE])
+                found = found[RESTORED_AT_ONCE:]
         await self.mounts.restore(found)
         self._hold()
         self._machine.step(Event.TAKEOVER)
@@ -300,7 +315,7 @@ class Daemon:
             start_api()
             await self._until_started()
         else:
-            await self._open()
+            await self._open(nursery)
             self.start()
         if not self._stopping.is_set():
             await self._erofs.start(nursery)
@@ -328,11 +343,11 @@ class Daemon:
         await served.wait()
         await self.mounts.close_all()
 
-    async def _open(self) -> None:
+    async def _open(self, nursery: trio.Nursery) -> None:
         """To READY: a new mount, or the last worker's."""
         if self._kept is not None:
             assert self._link is not None
-            await self._restore(self._kept, os.dup(self._link.held[FUSE]))
+            await self._restore(self._kept, os.dup(self._link.held[FUSE]), nursery)
             return
         self._driver.open()
         self._hold()
@@ -421,3 +436,8 @@ class Daemon:
         timer = threading.Timer(STOP_DEADLINE, give_up)
         timer.daemon = True
         timer.start()
+
+
+def _device_key(request: MountRequest) -> str:
+    cache = request.config.cache
+    return device_key(Path(cache.work_dir)) if cache.persistent else ""

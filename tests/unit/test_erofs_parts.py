@@ -16,12 +16,13 @@ import trio
 
 from bootstrap.chunktable import BlobInfo
 from bootstrap.copy_v6 import ImageCopy, IrregularError
+from bootstrap.erofs_devices import Device, read_devices
 from bootstrap.errors import FormatError
 from bootstrap.flat import INODE, FlatTree
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester, super_flags
 from bootstrap.layout.tables import CHUNK
 from bootstrap.reader import BootstrapV6, open_bootstrap
-from bootstrap.write_erofs import Device, read_devices, write_erofs
+from bootstrap.write_erofs import write_erofs
 from bootstrap.write_v6 import write_v6
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
@@ -350,13 +351,14 @@ def test_a_device_and_the_cache_are_one_file(tmp_path: Path) -> None:
 def test_journal_outlives_its_writer(tmp_path: Path) -> None:
     fd = Journal.create()
     first = Journal(fd)
-    slots = [first.write(number, f"key/blob/{number}-00") for number in range(20)]
+    slots = [first.write(number, f"key/blob/{number}-00", number << 40, 4096) for number in range(20)]
     for slot in slots[::2]:
         first.clear(slot)
     second = Journal(fd)
     assert not second.take_gap()
     assert sorted(entry.number for entry in second.left()) == list(range(1, 20, 2))
     assert {entry.name for entry in second.left()} == {f"key/blob/{number}-00" for number in range(1, 20, 2)}
+    assert all((entry.offset, entry.size) == (entry.number << 40, 4096) for entry in second.left())
     first.reading(MAX_THREADS - 1, True)
     assert second.take_gap()
     assert not second.take_gap()

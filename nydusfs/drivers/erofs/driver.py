@@ -46,7 +46,8 @@ _T = TypeVar("_T")
 
 
 class ErofsDriver:
-    """`start` once images of an earlier worker are `restore`d; `begin` when FUSE answers; `stop` at the end."""
+    """`start` when images of an earlier worker are `restore`d, or the first of them; `begin` when all are and FUSE
+    answers; `stop` at the end."""
 
     def __init__(self, mountpoint: str, link: KeeperLink | None, choice: FsDriver) -> None:
         self._choice = choice
@@ -61,20 +62,29 @@ class ErofsDriver:
         self._trees: dict[CacheStore, int] = {}
         self._later: list[tuple[DeviceFiles, str]] = []
         self._tested_disks: dict[int, tuple[str, float]] = {}  # why not, and until when that is believed
+        self._all_known = trio.Event()  # images of an earlier worker
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
 
     # -- life
 
+    def waited_for(self) -> set[str]:
+        """The caches (`device_key`) that readers wait for whom an earlier worker did not answer."""
+        if self._link is None or GROUP not in self._link.held or JOURNAL not in self._link.held:
+            return set()
+        return {entry.name.partition("/")[0] for entry in Journal(self._link.held[JOURNAL]).left()}
+
     async def start(self, nursery: trio.Nursery) -> None:
-        """Go on with the group of an earlier worker, if there was one."""
+        """Go on with the group of an earlier worker, if there was one. Questions about images that are not `restore`d
+        yet wait for `begin`."""
         self._nursery = nursery
-        if self._link is not None and GROUP in self._link.held and JOURNAL in self._link.held:
+        if self._events is None and self._link is not None and GROUP in self._link.held and JOURNAL in self._link.held:
             await self._serve(os.dup(self._link.held[GROUP]), os.dup(self._link.held[JOURNAL]))
 
     async def begin(self) -> None:
         """FUSE answers: paths below the mountpoint can be asked for from now on."""
-        mounted = self._mounted()
+        self._all_known.set()
+        mounted = await _in_thread(self._mounted)  # the table is long where there are many mounts
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
             await trio.to_thread.run_sync(kernel.umount_detach, where)
@@ -298,16 +308,33 @@ class ErofsDriver:
                 return complete
         return False
 
+    async def _begin_next(self, image: ErofsImage, question: Question) -> None:
+        """Beside the answer to who waited for this worker: what comes behind."""
+        try:
+            await _in_thread(image.know_files)
+            image.begin_next(question)
+        except Exception:  # a bug must cost the head start, not the daemon
+            log.exception("image %s: its files are not known", image.where)
+
     def _know_files(self, image: ErofsImage) -> None:
         if self._events is not None:
             self._nursery.start_soon(_in_thread, image.know_files)
 
     async def fill(self, question: Question) -> bool:
         name = question.name
-        users = self._users(name)
-        for image in users:
-            if await image.fill(question):
-                return True
+        users: tuple[ErofsImage, ...] = ()
+        while True:
+            late = not self._all_known.is_set()
+            tried, users = users, self._users(name)
+            for image in users:
+                if not image.asked_before:
+                    image.asked_before = True
+                    self._nursery.start_soon(self._begin_next, image, question)
+                if image not in tried and await image.fill(question):
+                    return True
+            if not late:
+                break
+            await self._all_known.wait()
         if not users:
             log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
         elif all(image.segment(name) is None for image in users):

@@ -113,7 +113,8 @@ class Events:
             log.info("%d reads that the last worker did not answer", len(left))
 
     async def _serve_left(self, entry: Pending) -> None:
-        await self._serve(entry.number, entry.slot, Question(entry.name, 0, 0, 0, -1, time.time()))
+        question = Question(entry.name, entry.offset, entry.size, 0, -1, time.time())
+        await self._serve(entry.number, entry.slot, question)
 
     # -- threads
 
@@ -142,7 +143,7 @@ class Events:
                 self._journal.reading(number, False)
                 continue
             name = _name(event.fd)
-            slot = self._journal.write(event.fd, name)
+            slot = self._journal.write(event.fd, name, event.offset, event.size)
             self._journal.reading(number, False)
             try:
                 question = Question(name, event.offset, event.size, event.pid, event.fd, time.time())

@@ -236,8 +236,7 @@ class ErofsImage:
         segment = self.segment(device)
         if segment is None:
             return False
-        ino, at = self.file_at(question)
-        self._begin_next(question, segment, ino, at)
+        ino = self.begin_next(question)
         own = -1 if fd >= 0 else self.devices.open(blob_id, name)
         target = fd if fd >= 0 else own
         if target < 0:
@@ -281,18 +280,18 @@ class ErofsImage:
         kept = self.devices.leaving.keep(device)
         return kept and os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
-    def _begin_next(self, question: Question, segment: Segment, ino: int, at: int) -> None:
+    def begin_next(self, question: Question) -> int:
         """The kernel asks for one device after the other: where a file goes on in another one, that is fetched at once
-        and not one round trip later."""
-        if not ino:
-            return
-        end = max(at + 2 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
-        try:
-            others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
-        except (KeyError, IndexError, ValueError, RafsError):
-            return  # the read itself will say so
-        if others:
-            self.reader.start(others)
+        and not one round trip later. The file's inode, 0: not known."""
+        (ino, at), segment = self.file_at(question), self.segment(question.name)
+        if ino and segment is not None:
+            end = max(at + 4 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
+            try:
+                others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
+                self.reader.start(others)
+            except (KeyError, IndexError, ValueError, RafsError):
+                pass  # the read itself will say so
+        return ino
 
     def _follow(self, question: Question, segment: Segment, cached: bool) -> None:
         """Fetch in front of a reader who reads on."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from blake3 import blake3
 
 from bootstrap.base import Bootstrap
+from bootstrap.erofs_devices import read_devices
 from bootstrap.errors import FormatError
 from nydusfs.drivers.erofs.filemap import ROW_SIZE, FileMap
 from nydusfs.errors import NydusError
@@ -58,8 +59,6 @@ def open_image(path: Path, mark: bytes) -> list[DeviceFile] | None:
 
     Reading all of it has a second use: a mount whose metadata is not in the page cache made Linux 6.18 log a warning.
     """
-    from bootstrap.write_erofs import read_devices
-
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             end = len(data) - BLOCK
@@ -97,7 +96,6 @@ def write_image(reader: ImageReader, path: Path, mark: bytes, xattrs: bool) -> l
 
     Raises `UnsuitableError`, RafsError for bad metadata, OSError.
     """
-    from bootstrap.write_erofs import read_devices
     from nydusfs.drivers.erofs.making import make_body
 
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".image-", delete=False) as file:

@@ -19,9 +19,10 @@ MAGIC = b"nydusjnl"
 VERSION = 1
 READING_OFFSET = HEADER.size
 MAX_THREADS = 16
-ENTRY = Struct("<BxHi")  # used, length of the name, number; then the name
+ENTRY = Struct("<BxHi")  # used, length of the name, number; then the name, and at the end
+PLACE = Struct("<QQ")  # offset and size of the read; 0, 0 from a worker that wrote none
 ENTRY_SIZE = 192
-NAME_SIZE = ENTRY_SIZE - ENTRY.size
+NAME_SIZE = ENTRY_SIZE - ENTRY.size - PLACE.size
 ENTRIES = 4096
 _FIRST = 4096
 SIZE = _FIRST + ENTRIES * ENTRY_SIZE
@@ -35,6 +36,8 @@ class Pending(NamedTuple):
     slot: int
     number: int
     name: str
+    offset: int
+    size: int
 
 
 class Journal:
@@ -66,7 +69,8 @@ class Journal:
             if self._map[at]:
                 _, length, number = ENTRY.unpack_from(self._map, at)
                 name = self._map[at + ENTRY.size : at + ENTRY.size + min(length, NAME_SIZE)]
-                found.append(Pending(slot, number, name.decode("ascii", "replace")))
+                place = PLACE.unpack_from(self._map, at + ENTRY_SIZE - PLACE.size)
+                found.append(Pending(slot, number, name.decode("ascii", "replace"), *place))
         return found
 
     def take_gap(self) -> bool:
@@ -76,13 +80,14 @@ class Journal:
         self._map[marks] = bytes(MAX_THREADS)
         return gap
 
-    def write(self, number: int, name: str) -> int:
+    def write(self, number: int, name: str, offset: int = 0, size: int = 0) -> int:
         """Write an event down; its slot. Waits when there are more than `ENTRIES`."""
         self._room.acquire()
         slot = self._free.pop()
         at = _FIRST + slot * ENTRY_SIZE
         text = name.encode("ascii", "replace")[:NAME_SIZE]
         self._map[at + 1 : at + ENTRY.size + len(text)] = ENTRY.pack(0, len(text), number)[1:] + text
+        PLACE.pack_into(self._map, at + ENTRY_SIZE - PLACE.size, offset, size)
         self._map[at] = 1  # last: what is used is whole
         return slot
 

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bootstrap.copy_v6 import ImageCopy, IrregularError, References
+from bootstrap.erofs_devices import Device
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.layout.common import SuperFlags
 from bootstrap.reader_v6 import BootstrapV6
 from bootstrap.rewrite import draft
-from bootstrap.write_erofs import MAX_DEVICES, Device, write_erofs
+from bootstrap.write_erofs import MAX_DEVICES, write_erofs
 from nydusfs.drivers.erofs.filemap import ROW_SIZE
 from nydusfs.drivers.erofs.image import UnsuitableError
 from nydusfs.segments import BLOCK, SEGMENT_SIZE
