@@ -237,11 +237,12 @@ class Database:
             with self._guard:
                 following = self._queue[0] if self._queue else None
                 self._led = following is not None
+            # first: its wait for the disk passes while these answer
+            if following is not None:
+                following.wake.release()
             for job in jobs:
                 job.done = True
                 job.wake.release()
-            if following is not None:
-                following.wake.release()
 
     def _write(self, jobs: Sequence[_Job[Any]]) -> None:
         writer = self._writer

@@ -273,7 +273,7 @@ class Snapshotter:
             self._stand_in(parent)
             snapshot = self._store.create(kind, key, parent, labels, owner)
         try:
-            mounts = self._mounts(self._store.chain(key))
+            mounts = self._mounts([snapshot, *(self._store.chain(parent) if parent else ())])
             tally.remember(f"snapshot {key}", prepare=time.monotonic() - began)
             return mounts
         except BaseException:

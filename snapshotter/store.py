@@ -73,6 +73,8 @@ FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent WHERE s.key = ?
 """
 _TO_REMOVE = "SELECT id, kind, EXISTS (SELECT 1 FROM snapshots c WHERE c.parent = s.id) FROM snapshots s WHERE key = ?"
 
+_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
+
 # field of a filter -> column with an index; the most selective first
 _INDEXED = {("name",): "s.key", ("labels", SNAPSHOT_REF): "s.ref", ("parent",): "p.key"}
 
@@ -487,7 +489,7 @@ def _kept(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _dump(labels: Mapping[str, str]) -> str:
-    return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True)
+    return _JSON.encode(dict(labels))
 
 
 def need(text: str, what: str) -> None:

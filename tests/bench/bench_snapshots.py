@@ -121,6 +121,7 @@ def calls(side: Side, many: int, count: int) -> None:
                 fill = [there.request("Prepare", f"fill{number}") for number in range(present, wanted)]
                 timed(there, fill, 64)
                 present = wanted
+                os.sync()  # what the crowd before left to write is nobody's time
                 for clients, number in ((1, count // 8), (64, count)):
                     keys = [f"{wanted}-{clients}-{index}" for index in range(number)]
                     for call in ("Prepare", "Commit", "Remove"):
