@@ -19,6 +19,8 @@ from typing import Any
 
 import click
 
+from bootstrap.cli.params import ParamType
+
 _SHORT = {"-c": "--config-path", "-R": "--root", "-l": "--log-level", "-C": "--cache-dir", "-L": "--log-dir"}
 _SHORT["-M"] = "--daemon-mode"
 _TRUE, _FALSE = ("1", "t", "T", "true", "TRUE", "True"), ("0", "f", "F", "false", "FALSE", "False")
@@ -112,7 +114,7 @@ def go_arguments(arguments: Sequence[str]) -> list[str]:
     return out
 
 
-class _GoBool(click.ParamType[bool]):
+class _GoBool(ParamType[bool]):
     name = "bool"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> bool:

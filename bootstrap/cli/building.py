@@ -11,35 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-if TYPE_CHECKING:
-    _ParamType = click.ParamType[int]
-else:
-    _ParamType = click.ParamType  # generic only in newer releases of click
-
 PREFETCH_HELP = (
     "What to fetch ahead at run time: 'fs' records the paths read from stdin (one absolute path a line, to the end of "
     "input), 'blob' also puts their data first (v5), 'none' reads nothing."
 )
-
-
-class Number(_ParamType):
-    """A number as upstream takes it: decimal or 0x..."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return int(value, 0)
-        except ValueError:
-            self.fail(f"{value!r} is not a number (decimal, or hexadecimal with 0x)", param, ctx)
 
 
 def log_options(command: F) -> F:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bootstrap.cli.building import CommandError, Number, clear_errors, log_options, report, set_up_logging
+from bootstrap.cli.building import CommandError, clear_errors, log_options, report, set_up_logging
 from bootstrap.cli.data import FolderFirst, backend_options, open_data
+from bootstrap.cli.params import Number
 
 if TYPE_CHECKING:
     from bootstrap.blobsource import BlobReader

@@ -14,7 +14,6 @@ import click
 
 from bootstrap.cli.building import (
     PREFETCH_HELP,
-    Number,
     clear_errors,
     log_options,
     read_patterns,
@@ -22,6 +21,7 @@ from bootstrap.cli.building import (
     set_up_logging,
 )
 from bootstrap.cli.conflicts import InOrder, check_config, check_conflicts, check_source, dictionary_path
+from bootstrap.cli.params import Number
 
 if TYPE_CHECKING:
     from bootstrap.build import BuildOptions, BuildResult

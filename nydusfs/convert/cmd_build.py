@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from nydusfs.convert.options import Number, backend_flags, flag
+from bootstrap.cli.params import Number
+from nydusfs.convert.options import backend_flags, flag
 
 
 @click.command(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nydusfs.convert.options import Duration, Number, client_options, flag
+from bootstrap.cli.params import Number
+from nydusfs.convert.options import Duration, client_options, flag
 
 if TYPE_CHECKING:
     from nydusfs.convert.convert import ConvertOptions

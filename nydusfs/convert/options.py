@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bootstrap.cli.params import ParamType
+
 if TYPE_CHECKING:
     from nydusfs.registry.hosts import ClientOptions
 
@@ -45,21 +47,7 @@ def backend_flags(prefix: str, what: str, default: str | None = None) -> Callabl
     return add
 
 
-class Number(click.ParamType[int]):
-    """An integer, decimal or 0x hexadecimal."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return int(value, 0)
-        except ValueError:
-            self.fail(f"{value!r} is not a number (decimal or 0x hexadecimal)", param, ctx)
-
-
-class Size(click.ParamType[int]):
+class Size(ParamType[int]):
     """Bytes from text such as 0MB, 16MiB, 500k or 4096: units with an i are powers of 1024, others of 1000."""
 
     name = "size"
@@ -74,7 +62,7 @@ class Size(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** ("bkmgt".index(unit or "b")))
 
 
-class CommaList(click.ParamType[list[str]]):
+class CommaList(ParamType[list[str]]):
     """Items with commas between them; with `multiple` a flag may also be repeated. See `flattened`."""
 
     name = "list"
@@ -88,7 +76,7 @@ def flattened(values: Iterable[list[str]]) -> list[str]:
     return [item for value in values for item in value]
 
 
-class Duration(click.ParamType[float]):
+class Duration(ParamType[float]):
     """Seconds from text such as 5s, 1m30s, 500ms."""
 
     name = "duration"

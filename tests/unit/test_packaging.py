@@ -124,6 +124,16 @@ def test_a_bundle_that_cannot_be_made_is_one_line(words: list[str], tmp_path: Pa
     assert done.stderr.startswith("bundle.py: ")
 
 
+def test_commands_work_with_the_oldest_click_that_is_asked_for(tmp_path: Path) -> None:
+    """In 8.1, Debian 12's, its types of parameters are no generic: for each command its page is made."""
+    code = "import click; click.ParamType.__class_getitem__ = None; import runpy, sys; "
+    code += f"sys.argv = ['manpages.py', sys.argv[1]]; runpy.run_path({str(REPO / 'packaging' / 'manpages.py')!r}, "
+    code += "run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("nydusify-convert.1"))
+
+
 def documents(text: str) -> list[dict[str, Any]]:
     return [one for one in yaml.safe_load_all(text) if one is not None]
 
