@@ -7,20 +7,11 @@ import logging
 import sys
 import time
 
+from nydusfs.levels import LEVELS
 from snapshotter.errors import SettingsError, StartError
 from snapshotter.rotation import RotatingFile
 from snapshotter.settings import Settings
 
-_LEVELS = {
-    "trace": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warn": logging.WARNING,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "fatal": logging.CRITICAL,
-    "panic": logging.CRITICAL,
-}
 _NAMES = {"WARNING": "warning", "CRITICAL": "fatal"}
 # nydusd has no fatal or panic
 NYDUSD_LEVELS = {"warning": "warn", "fatal": "error", "panic": "error"}
@@ -93,7 +84,7 @@ def buffer_until_known() -> Buffer:
 def configure(settings: Settings, buffered: Buffer) -> None:
     """To stdout alone, or to the file, with warnings on stderr as well for the journal. Raises StartError."""
     root = logging.getLogger()
-    root.setLevel(_LEVELS[settings.log_level])
+    root.setLevel(LEVELS[settings.log_level])
     handlers: list[logging.Handler]
     if settings.log_to_stdout:
         handlers = [_Stream(sys.stdout)]
@@ -112,9 +103,9 @@ def configure(settings: Settings, buffered: Buffer) -> None:
 
 def set_level(name: str) -> None:
     """From now on. Raises SettingsError for an unknown name."""
-    if name.lower() not in _LEVELS:
-        raise SettingsError(f"log level {name!r}: use one of {', '.join(_LEVELS)}")
-    logging.getLogger().setLevel(_LEVELS[name.lower()])
+    if name.lower() not in LEVELS:
+        raise SettingsError(f"log level {name!r}: use one of {', '.join(LEVELS)}")
+    logging.getLogger().setLevel(LEVELS[name.lower()])
 
 
 def level() -> str:

@@ -10,6 +10,8 @@ from types import FrameType
 
 import click
 
+from nydusfs.levels import LEVELS
+
 _COMMANDS = {
     "convert": ("nydusfs.convert.cmd_convert", "Convert an image of a registry into a Nydus image"),
     "check": ("nydusfs.convert.cmd_check", "Check a Nydus image, and compare it with its source entry by entry"),
@@ -21,16 +23,6 @@ _COMMANDS = {
     "commit": ("nydusfs.convert.cmd_commit", "Make a new image of what a container changed"),
 }
 _ALIASES = {"view": "mount", "pack": "build"}
-_LEVELS = {
-    "trace": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warn": logging.WARNING,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "fatal": logging.CRITICAL,
-    "panic": logging.CRITICAL,
-}
 
 
 class _LazyGroup(click.Group):
@@ -64,7 +56,7 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 )
 @click.option("-D", "--debug", is_flag=True, envvar="DEBUG_LOG_LEVEL", help="Log everything.")
 @click.option(
-    "-l", "--log-level", default="info", envvar="LOG_LEVEL", type=click.Choice(list(_LEVELS), case_sensitive=False),
+    "-l", "--log-level", default="info", envvar="LOG_LEVEL", type=click.Choice(list(LEVELS), case_sensitive=False),
     show_default=True, help="Least severe level to log.",
 )  # fmt: skip
 @click.option("--log-file", envvar="LOG_FILE", type=click.Path(dir_okay=False), help="Log into a file, not to stderr.")
@@ -79,7 +71,7 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
     an environment variable, shown in brackets.
     """
     mine = bool(logging.getLogger().handlers)  # of a program that calls this in its own process
-    level = logging.DEBUG if debug else _LEVELS[log_level.lower()]
+    level = logging.DEBUG if debug else LEVELS[log_level.lower()]
     try:
         logging.basicConfig(
             level=level, filename=log_file, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
