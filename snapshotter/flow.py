@@ -127,11 +127,15 @@ class Snapshotter:
         labels = self._taken(labels)
         if is_meta(labels) or not unpacked_chain(key):
             self._store.commit(name, key, labels, parent)
-            return
-        # a client that sends no labels: ours say that it is one
-        self._store.commit(
-            name, key, labels, parent, lambda active: {**active, **labels} if is_meta(active) else labels
-        )
+        else:
+            # a client that sends no labels: ours say that it is one
+            self._store.commit(
+                name, key, labels, parent, lambda active: {**active, **labels} if is_meta(active) else labels
+            )
+        if not self._proxy and unpacked_chain(key):
+            made = self._store.stat(name)
+            if is_meta(made.labels):
+                self._images.expect(made)
 
     def remove(self, key: str) -> None:
         """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nydusfs.errors import NydusError
 from snapshotter import leftovers
 from snapshotter.auth.chain import Chain
 from snapshotter.auth.renewal import Renewal
@@ -115,6 +116,28 @@ class Images:
             tally.remember(f"image {name}", waited=began - asked, mount=time.monotonic() - began)
             log.info("image %s mounted at %s", record.image, self.mountpoint(record))
             return self.mountpoint(record)
+
+    def expect(self, meta: Snapshot) -> None:
+        """This image was unpacked: the nydusd of all opens it and begins to fetch what its start will read, before a
+        container asks for it. Returns at once; whatever fails is left to `ensure` to tell."""
+        if self._settings.serve and self._settings.shared:
+            threading.Thread(target=self._expect, args=(meta,), name="expect", daemon=True).start()
+
+    def _expect(self, meta: Snapshot) -> None:
+        name = instance_name(meta.id, None)
+        try:
+            self._wait_recovered(meta.id, None)
+            daemon = self._shared_daemon()
+            if name in self._instances or not daemon.alive:
+                return
+            labels, why = self._with_image(meta)
+            image = image_ref(labels, str(meta.id), why)
+            bootstrap = find_bootstrap(self._store.upper(meta.id), image)
+            self._settings.signatures.check(bootstrap, labels, image)
+            record = InstanceRecord(meta.id, daemon.id, image, bootstrap, None)
+            daemon.api.expect(f"/{name}", bootstrap, self.configs.found(record, labels)[0])
+        except (SnapshotterError, NydusError, OSError) as error:
+            log.debug("snapshot %d is not opened ahead: %s", meta.id, error)
 
     def _with_image(self, meta: Snapshot) -> tuple[Mapping[str, str], str]:
         """Its labels with the image that the client did not name; else why it is not known."""

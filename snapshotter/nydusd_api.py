@@ -80,6 +80,11 @@ class NydusdApi:
             body["prefetch_files"] = list(prefetch)
         self.call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
 
+    def expect(self, mountpoint: str, bootstrap: Path, config: str) -> None:
+        """`mount` with these arguments is likely to follow."""
+        body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
+        self.call("POST", f"/api/v1/mount/expected?mountpoint={quote(mountpoint)}", body)
+
     def metrics(self, kind: str = "", identity: str | None = None, timeout: float = 5.0) -> Any:
         """`kind`: "", backend, blobcache, sources, inflight, slow; `identity`: `/12`. None where there is nothing."""
         path = f"/api/v1/metrics/{kind}".rstrip("/")

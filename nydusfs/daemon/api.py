@@ -160,6 +160,7 @@ class Api:
                 "Mount",
                 {("POST", True): self._mount, ("PUT", True): self._remount, ("DELETE", False): self._umount},
             ),
+            "/api/v1/mount/expected": ("Mount", {("POST", True): self._expect}),
             "/api/v1/metrics": ("GlobalMetrics", {("GET", False): self._fs_metrics}),
             "/api/v1/metrics/files": ("FsFilesMetrics", {("GET", False): self._files_metrics}),
             "/api/v1/metrics/pattern": ("Pattern", {("GET", False): self._pattern_metrics}),
@@ -320,6 +321,10 @@ class Api:
 
     async def _mount(self, request: Request) -> Response:
         await self._daemon.mounts.mount(self._mount_request(request))
+        return Response()
+
+    async def _expect(self, request: Request) -> Response:
+        self._daemon.mounts.expect(self._mount_request(request))
         return Response()
 
     async def _remount(self, request: Request) -> Response:

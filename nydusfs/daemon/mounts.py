@@ -99,6 +99,7 @@ class Opener(Protocol):
     async def __call__(self, request: MountRequest) -> OpenImage:
         """Raises `NydusError`, `RafsError`, OSError."""
 
+    def expect(self, request: MountRequest) -> None: ...
     async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]: ...
 
 
@@ -183,6 +184,12 @@ class MountTable:
             yield
         finally:
             self._busy.discard(mountpoint)
+
+    def expect(self, request: MountRequest) -> None:
+        """A mount is about to be asked for. Raises `MountFailedError` for what cannot be a mountpoint."""
+        where = canonical(request.mountpoint)
+        if where not in self.images:
+            self._opener.expect(request.at(where))
 
     async def mount(self, request: MountRequest) -> MountedImage:
         """Raises `MountFailedError`; then nothing of the attempt is left."""

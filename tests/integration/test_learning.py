@@ -128,6 +128,37 @@ def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
             assert daemon.call("PUT", "profile?id=/a", '{"version": 7}').status == 400
 
 
+def test_an_image_that_is_expected_is_fetched_ahead_of_its_mount(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, FILES)
+    work = tmp_path / "cache"
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as server:
+        with start(image, server, work) as daemon:
+            read(daemon, READ)
+        shutil.rmtree(work)
+        server.requests.clear()
+        body = {"fs_type": "rafs", "source": str(image.bootstrap), "config": config(server, work)}
+        with Nydusd() as daemon:
+            broken = {**body, "source": str(tmp_path / "none")}
+            for expected in (body, broken, body):
+                answer = daemon.call("POST", "mount/expected?mountpoint=/a", json.dumps(expected))
+                assert answer.status == 204, answer
+            wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
+            requests = len(server.data_requests)
+            assert daemon.get("daemon").body["backend_collection"] == {}
+            assert daemon.call("POST", "mount?mountpoint=/b", json.dumps(broken)).status == 500
+            assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
+            read(daemon, READ)
+            assert len(server.data_requests) == requests
+            # with other settings than were expected: they count, and the other is let go
+            assert daemon.umount("/a").status == 204
+            answer = daemon.call("POST", "mount/expected?mountpoint=/a", json.dumps(body))
+            assert answer.status == 204
+            assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "other")).status == 204
+            read(daemon, READ)
+            assert (tmp_path / "other").is_dir()
+            daemon.stop()
+
+
 def test_what_a_reader_had_fetched_first_is_not_fetched_again(tmp_path: Path) -> None:
     image = tiny_image(tmp_path, FILES)
     work = tmp_path / "cache"
