@@ -150,7 +150,13 @@ class ChunkMap:
 
     def pieces(self, blob_index: int, offset: int, size: int) -> list[tuple[int, int, int]]:
         """(row, offset, size) of each chunk an extent touches: one, but for tarfs. KeyError if none holds it."""
-        return [(self.find(blob_index, offset, size), offset, size)]
+        starts, offsets = self._index.starts, self._index.offsets  # as `find`: each read comes here
+        row = bisect_right(offsets, offset, starts[blob_index], starts[blob_index + 1]) - 1
+        if row >= starts[blob_index]:
+            length, start = _span(self._data, 8 * self._index.places[row])
+            if offset + size <= start + length:
+                return [(row, offset, size)]
+        raise KeyError((blob_index, offset))
 
     # ---- units
 

@@ -349,8 +349,10 @@ class BootstrapV6(Bootstrap):
             raise FormatError("inode", at, "is not a regular file")
         if form >> 1 != v6.LAYOUT_CHUNK_BASED:
             raise FormatError("inode", at, f"data layout {form >> 1} for a regular file")
-        head = self._payload(ino, form, icount) - at
-        table = at + ((head + 7) & ~7)
+        head = 64 if form & 1 else 32  # as `_payload`
+        if icount:
+            head = head + 8 + 4 * icount + 7 & ~7
+        table = at + head
         if table + -(-size // self.chunk_size) * 8 > self.size:
             raise FormatError("chunk addresses", table, f"those of {size} bytes reach behind the end of the file")
         return size, table

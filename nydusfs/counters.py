@@ -10,7 +10,7 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_SIZE_EDGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+SIZE_EDGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
 _LATENCY_EDGES_MS = (1, 20, 50, 100, 500, 1000, 2000)
 
 
@@ -19,7 +19,7 @@ MAX_UNUSED = 16384  # keys; what is beyond counts as unused
 
 def size_bucket(size: int) -> int:
     """0 to 7: below 1 KiB, 4, 16, 64, 128, 512 KiB, 1 MiB, and from 1 MiB on."""
-    return bisect_right(_SIZE_EDGES, size)
+    return bisect_right(SIZE_EDGES, size)
 
 
 def _eight() -> list[int]:

@@ -111,7 +111,7 @@ class ImageReader:
             await self._need_tables(extents)
             pieces = self._pieces(extents)
             if (recorder := self.recorder) is not None:
-                recorder.note(ino, [piece.segment for piece in pieces])
+                recorder.note(ino, [piece[0] for piece in pieces])
         except SourceError as error:
             raise self._failed(ino, str(error)) from None
         except (RafsError, KeyError, ValueError, IndexError) as error:
@@ -186,12 +186,16 @@ class ImageReader:
     def _pieces(self, extents: Sequence[Extent]) -> list[_Piece]:
         """What to copy out of which segment; neighbours in one segment are one piece."""
         pieces: list[_Piece] = []
+        anchor, known = self.chunks.anchor, self._segments
         for blob_index, blob_offset, length, _ in extents:
             if blob_index == HOLE:
                 pieces.append(_Piece(None, 0, length))
                 continue
             for row, offset, size in self.chunks.pieces(blob_index, blob_offset, length):
-                segment = self.segment_of(blob_index, row)
+                number = anchor(blob_index, row) // SEGMENT_SIZE  # as `segment_of`
+                segment = known.get((blob_index, number)) or self.segment(blob_index, number)
+                if row not in segment.rows:
+                    raise KeyError((segment.blob.id, row))
                 if segment.places is None:
                     place = offset - segment.number * SEGMENT_SIZE
                 else:

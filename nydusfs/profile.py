@@ -204,8 +204,8 @@ class Recorder:
 
     def note(self, ino: int, segments: Iterable[Segment | None]) -> None:
         """`ino` 0: of a file that the reader does not know."""
-        if ino:
-            self.inodes.setdefault(ino, None)
+        if ino and ino not in self.inodes:
+            self.inodes[ino] = None
         for segment in segments:
             if segment is None:
                 continue

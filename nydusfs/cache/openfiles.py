@@ -37,6 +37,15 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    def again(self, slot: Hashable) -> OpenFile | None:
+        """`acquire` where it is open."""
+        with self._lock:
+            file = self._files.get(slot)
+            if file is not None:
+                self._files.move_to_end(slot)
+                file.users += 1
+            return file
+
     def acquire(
         self, slot: Hashable, paths: Callable[[], Iterable[str]], hands: Hands | None = None
     ) -> OpenFile | None:

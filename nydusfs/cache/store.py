@@ -222,7 +222,7 @@ class CacheStore:
         blob.used = time.time()
         if self.quota is not None:
             self.quota.used(slot)
-        return self.files.acquire(slot, lambda: blob.paths(segment, durable), hands)
+        return self.files.again(slot) or self.files.acquire(slot, lambda: blob.paths(segment, durable), hands)
 
     def stop_syncing(self) -> None:
         """Any thread: the process is about to end."""

@@ -133,17 +133,17 @@ class Connection:
 
     def send(self, unique: int, *parts: bytes | bytearray | memoryview) -> None:
         """Answer a request. One that is gone meanwhile (its process was killed, the mount aborted) is no error."""
-        self._write(0, unique, parts)
-
-    def send_error(self, unique: int, code: int) -> None:
-        self._write(-code, unique, ())
-
-    def _write(self, error: int, unique: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         size = OUT_HEADER.size
         for part in parts:
             size += len(part)
+        self._write((OUT_HEADER.pack(size, 0, unique), *parts))
+
+    def send_error(self, unique: int, code: int) -> None:
+        self._write((OUT_HEADER.pack(OUT_HEADER.size, -code, unique),))
+
+    def _write(self, message: Sequence[bytes | bytearray | memoryview]) -> None:
         try:
-            os.writev(self.fd, (OUT_HEADER.pack(size, error, unique), *parts))
+            os.writev(self.fd, message)
         except OSError as failure:
             if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF):
                 raise

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from enum import IntEnum
 from typing import Any
 
-from nydusfs.counters import size_bucket
+from nydusfs.counters import SIZE_EDGES
 
 READ_LATENCY_LIMITS = (200, 1_000, 20_000, 50_000, 500_000, 1_000_000, 2_000_000)  # microseconds, upper bounds
 
@@ -96,7 +96,7 @@ class FsStats:
         """A read that was answered."""
         self.hits[_READ] += 1
         self.latency[_READ] += nanoseconds
-        bucket = size_bucket(asked)
+        bucket = bisect_right(SIZE_EDGES, asked)
         self.data_read += returned
         self.blocks[bucket] += 1
         self.read_latency[bisect_left(READ_LATENCY_LIMITS, nanoseconds // 1000)] += 1
