@@ -26,6 +26,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import trio
@@ -35,7 +36,7 @@ from bootstrap.errors import RafsError
 from nydusfs import elf, pyc
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.fetch import joinable
-from nydusfs.imports import Importer
+from nydusfs.imports import Importer, Kind, Listing
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ WINDOW = 2  # segments fetched ahead of a run at most
 SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones are pieces of one big file
 INLINE = 32 << 10  # bytes of a module that is looked into at once: less than two switches to a thread cost
 MAX_PROGRAMS = 2000  # files followed per mount: nobody starts more, and a scanner of all files is not helped
+MAX_LISTED = 10_000  # entries of a folder
 MAX_TABLES = 64 << 20
 MAX_CONSTRUCTORS = 4096
 MAX_LINKS = 16
@@ -82,7 +84,7 @@ class Foresight:
         self._runs: dict[tuple[int, int], int] = {}  # (blob, row behind a run) -> its length in segments
         self._folders: list[bytes] = []  # of libraries found so far
         self._indexed: dict[bytes, int] | None = None
-        self._imports = Importer(self._resolve, self._is_folder)
+        self._imports = Importer(self._listing)
         # Modules to look into: the last one that somebody read first, then in the order in which they are run.
         self._modules: list[tuple[tuple[int, ...], int]] = []
         self._more = trio.Event()
@@ -298,6 +300,11 @@ class Foresight:
 
     def _resolve(self, path: bytes) -> int:
         """The inode of a regular file, symbolic links followed; 0: none."""
+        ino = self._walk(path)
+        return ino if ino and stat.S_ISREG(self._reader.bootstrap.attr(ino).mode) else 0
+
+    def _walk(self, path: bytes) -> int:
+        """The same of anything."""
         image = self._reader.bootstrap
         todo = deque(path.split(b"/"))
         above: list[int] = [image.root]
@@ -324,12 +331,24 @@ class Foresight:
                 todo.extendleft(reversed(target.split(b"/")))
                 continue
             above.append(ino)
-        return above[-1] if stat.S_ISREG(image.attr(above[-1]).mode) else 0
+        return above[-1]
 
-    def _is_folder(self, path: bytes) -> bool:
+    def _listing(self, path: bytes) -> Listing:
         image = self._reader.bootstrap
-        ino = image.resolve(path)
-        return bool(ino) and stat.S_ISDIR(image.attr(ino).mode)
+        folder = self._walk(path)
+        if not folder or not stat.S_ISDIR(image.attr(folder).mode):
+            return {}
+        found: dict[bytes, tuple[int, Kind]] = {}
+        for entry in islice(image.list_dir(folder), MAX_LISTED):
+            ino = entry.ino
+            mode = entry.dtype << 12  # as the kernel has it
+            if stat.S_ISLNK(mode) and (ino := self._walk(path + b"/" + entry.name)):
+                mode = image.attr(ino).mode
+            if stat.S_ISREG(mode):
+                found[entry.name] = ino, Kind.FILE
+            elif stat.S_ISDIR(mode):
+                found[entry.name] = ino, Kind.FOLDER
+        return found
 
     # -- fetching
 

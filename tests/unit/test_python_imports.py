@@ -9,7 +9,7 @@ import zlib
 import pytest
 
 from nydusfs import pyc
-from nydusfs.imports import Importer
+from nydusfs.imports import Importer, Kind
 from nydusfs.pyc import Import
 
 # `SOURCE`, compiled by six versions of CPython as /lib/p/q/m.py: base64 of zlib.
@@ -139,9 +139,14 @@ def test_data_of_any_kind_raises_nothing() -> None:
 
 def importer(*paths: bytes) -> Importer:
     """Inodes are numbers from 1 in this order."""
-    inodes = {path: number for number, path in enumerate(paths, 1)}
-    folders = {path[:at] for path in paths for at in range(1, len(path)) if path[at] == ord("/")}
-    return Importer(lambda path: inodes.get(path, 0), folders.__contains__)
+    folders: dict[bytes, dict[bytes, tuple[int, Kind]]] = {}
+    for number, path in enumerate(paths, 1):
+        kind = Kind.FILE
+        while path:
+            path, _, name = path.rpartition(b"/")
+            folders.setdefault(path, {}).setdefault(name, (number, kind))
+            kind = Kind.FOLDER
+    return Importer(lambda path: folders.get(path, {}))
 
 
 def test_files_are_found_as_the_interpreter_would() -> None:
