@@ -30,11 +30,11 @@ from nydusfs.drivers.erofs import mount
 from nydusfs.services import open_services
 from tests.bench.bench_fuse import _RANDOM, _SEQUENTIAL, make_tree
 from tests.lab.daemon import Nydusd, localfs_config
-from tests.lab.erofs import cannot_mount_erofs, cpu_seconds
+from tests.lab.erofs import cannot_mount_erofs, cpu_seconds, settle
 from tests.lab.paths import ref_bin
 from tests.lab.process import drop_caches, processes_mentioning, remove_tree, run, work_dir
 
-_TAR = "tar -cf - -C $0 tree | cat"  # with /dev/null as its output tar reads no data
+_TAR = "tar -cf - -C $0 . | cat"  # with /dev/null as its output tar reads no data
 _MISSES = """
 import os, random, statistics, sys, time
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -64,15 +64,15 @@ def _seconds(*words: str | Path) -> float:
     return time.perf_counter() - began
 
 
-def measure(root: Path) -> dict[str, float]:
+def measure(large: Path, small: Path) -> dict[str, float]:
     """One side, once: rates are better when larger, seconds when smaller."""
-    big, found = root / "big", {}
+    big, found = large / "big", {}
     for state in ("disk", "warm"):
         ways: list[tuple[str, Callable[[], float]]] = [
             ("sequential MiB/s", lambda: _number(_SEQUENTIAL, big)),
             ("random 4 KiB ops/s", lambda: _number(_RANDOM, big, "20000")),
-            ("tar s", lambda: _seconds("sh", "-c", _TAR, root)),
-            ("find -ls s", lambda: _seconds("find", root / "tree", "-ls")),
+            ("tar s", lambda: _seconds("sh", "-c", _TAR, small)),
+            ("find -ls s", lambda: _seconds("find", small, "-ls")),
         ]
         for name, work in ways:
             if state == "disk":
@@ -99,6 +99,26 @@ def image_seconds(case: Path, work: Path) -> tuple[float, float]:
     return trio.run(go)
 
 
+def make_case(base: Path, name: str, tree: Path) -> Path:
+    """A directory with the image of a tree and its blob."""
+    case = base / f"case-{name}"
+    case.mkdir()
+    with (case / "blob").open("w+b") as file:
+        result = build_directory(os.fspath(tree), file, BuildOptions())
+    (case / "blob").rename(case / result.blob_id)
+    (case / "image.boot").write_bytes(result.bootstrap)
+    return case
+
+
+def plain_image(tree: Path, target: Path) -> None:
+    """The same tree as mkfs.erofs writes it, mounted."""
+    run(["mkfs.erofs", "-E", "noinline_data", target.with_suffix(".img"), tree], timeout=300)
+    target.mkdir()
+    mounted = mount.open_erofs(str(target.with_suffix(".img")), [])
+    mount.attach(mounted, str(target))
+    os.close(mounted)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--big", type=int, default=256)
@@ -109,43 +129,40 @@ def main() -> None:
     if reason := cannot_mount_erofs():
         sys.exit(reason)
     base = work_dir()
-    plain_mount = base / "plain"
+    trees = {"large": base / "large", "small": base / "small"}
+    plain = {name: base / f"plain-{name}" for name in trees}
     try:
-        tree, case = base / "tree", base / "case"
-        for path in (case, plain_mount):
-            path.mkdir()
-        make_tree(tree, options.big, options.files, 0)
-        with (case / "blob").open("w+b") as file:
-            result = build_directory(os.fspath(tree), file, BuildOptions())
-        (case / "blob").rename(case / result.blob_id)
-        (case / "image.boot").write_bytes(result.bootstrap)
+        make_tree(trees["large"], options.big, options.files, 0)
+        (trees["large"] / "tree").rename(trees["small"])
+        cases = {name: make_case(base, name, tree) for name, tree in trees.items()}
         (base / "write").mkdir()
-        written, opened = image_seconds(case, base / "write")
+        written, opened = image_seconds(cases["small"], base / "write")
         report: dict[str, Any] = {"image written, s": written, "image opened again, s": opened}
-
-        run(["mkfs.erofs", "-E", "noinline_data", base / "plain.img", tree], timeout=300)
-        mounted = mount.open_erofs(str(base / "plain.img"), [])
-        mount.attach(mounted, str(plain_mount))
-        os.close(mounted)
+        for name, tree in trees.items():
+            plain_image(tree, plain[name])
+        case = cases["large"]
 
         sides: dict[str, list[dict[str, float]]] = {}
         with Nydusd("--fs-driver", "erofs") as daemon:
-            config = localfs_config(case, work_dir=base / "cache")
-            assert daemon.mount("/fill", case / "image.boot", config).status == 204
-            _seconds("sh", "-c", "find $0 -type f -exec cat {} +", daemon.mnt / "fill")
-            assert daemon.umount("/fill").status == 204
-            fuse = json.dumps({**json.loads(config), "fs_driver": "fuse"})
-            assert daemon.mount("/fuse", case / "image.boot", fuse).status == 204
-            assert daemon.mount("/erofs", case / "image.boot", config).status == 204
+            for name, made in cases.items():
+                config = localfs_config(made, work_dir=base / "cache")
+                assert daemon.mount("/fill", made / "image.boot", config).status == 204
+                _seconds("sh", "-c", "find $0 -type f -exec cat {} +", daemon.mnt / "fill")
+                assert daemon.umount("/fill").status == 204
+                settle(base / "cache")
+                fuse = json.dumps({**json.loads(config), "fs_driver": "fuse"})
+                assert daemon.mount(f"/fuse-{name}", made / "image.boot", fuse).status == 204
+                assert daemon.mount(f"/erofs-{name}", made / "image.boot", config).status == 204
             pids = processes_mentioning(str(daemon.sock))
             spent = 0.0
             for _ in range(options.rounds):
-                sides.setdefault("ext4", []).append(measure(tree))
-                sides.setdefault("plain erofs", []).append(measure(plain_mount))
+                sides.setdefault("ext4", []).append(measure(trees["large"], trees["small"]))
+                sides.setdefault("plain erofs", []).append(measure(plain["large"], plain["small"]))
                 before = sum(map(cpu_seconds, pids))
-                sides.setdefault("ours, erofs", []).append(measure(daemon.mnt / "erofs"))
+                ours = measure(daemon.mnt / "erofs-large", daemon.mnt / "erofs-small")
                 spent += sum(map(cpu_seconds, pids)) - before
-                sides.setdefault("ours, fuse", []).append(measure(daemon.mnt / "fuse"))
+                sides.setdefault("ours, erofs", []).append(ours)
+                sides.setdefault("ours, fuse", []).append(measure(daemon.mnt / "fuse-large", daemon.mnt / "fuse-small"))
             report["daemon s while erofs was read"] = spent
 
         # incomplete images: each round a new daemon and a new cache
@@ -179,7 +196,8 @@ def main() -> None:
         if options.json:
             options.json.write_text(text)
     finally:
-        subprocess.run(["umount", "-l", plain_mount], check=False, stderr=subprocess.DEVNULL)
+        for path in plain.values():
+            subprocess.run(["umount", "-l", path], check=False, stderr=subprocess.DEVNULL)
         remove_tree(base)
 
 

@@ -30,7 +30,14 @@ from nydusfs.cache.leaving import Leaving
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs import selftest
 from nydusfs.drivers.erofs.filemap import FileMap
-from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_file_map, open_image, write_image
+from nydusfs.drivers.erofs.image import (
+    DeviceFile,
+    fingerprint,
+    is_scattered,
+    open_file_map,
+    open_image,
+    write_image,
+)
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import open_services
@@ -62,6 +69,7 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
             check_file_map(reader, files, open_file_map(tmp_path / "a", mark, reader.bootstrap.chunk_size))
             assert write_image(reader, tmp_path / "b", mark, True) == files == open_image(tmp_path / "a", mark)
             assert open_image(tmp_path / "a", bytes(32)) is None
+            assert is_scattered(tmp_path / "a") == (name in ("v6-merged3", "v6-bigdir-prefetch-fs"))
             devices = []
             for number, file in enumerate(files):
                 segment = reader.segment(file.blob_index, int(file.name.partition("-")[0]))
@@ -155,6 +163,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
                 tracemalloc.stop()
             found = open_file_map(tmp_path / "image", mark, 1 << 20)
             assert found is not None
+            assert is_scattered(tmp_path / "image")
             ino, at = found.find(len(files) - 1, 4096 + 7) or (0, 0)
             assert at == 7
             assert reader.bootstrap.attr(ino).size == 4000

@@ -26,7 +26,14 @@ from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import fanotify, mount, selftest
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
-from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError, fingerprint, open_image, write_image
+from nydusfs.drivers.erofs.image import (
+    DeviceFile,
+    UnsuitableError,
+    fingerprint,
+    is_scattered,
+    open_image,
+    write_image,
+)
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.fuse import InFlightInfo
 from nydusfs.drivers.operations import OPCODE_READ
@@ -187,15 +194,15 @@ class ErofsDriver:
         for attempt in range(3):
             try:
                 names = [image.device_path(file, tree, self._group) for file in files]
-                direct = not any(name.startswith(mount.tree_path(tree)) for name in names)
-                mounted = mount.open_erofs(str(path), names, direct=direct)
+                plain = not any(name.startswith(mount.tree_path(tree)) for name in names)
+                mounted = mount.open_erofs(str(path), names, direct=plain and not is_scattered(path))
             except OSError as error:
                 # a segment file was renamed or deleted between our look and the kernel's
                 if error.errno != errno.ENOENT or attempt == 2:
                     raise
                 continue
             try:
-                if not direct:
+                if not plain:
                     image.know_files()
                 image.let_be()  # now that the mount holds the files, whose marks would go with them
                 mount.attach(mounted, self._target(image.where))

@@ -23,7 +23,7 @@ from bootstrap.reader_v6 import BootstrapV6
 from bootstrap.rewrite import draft
 from bootstrap.write_erofs import MAX_DEVICES, write_erofs
 from nydusfs.drivers.erofs.filemap import ROW_SIZE
-from nydusfs.drivers.erofs.image import UnsuitableError
+from nydusfs.drivers.erofs.image import SMALL_FILE, UnsuitableError
 from nydusfs.segments import BLOCK, SEGMENT_SIZE
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ log = logging.getLogger("nydusfs.erofs")
 Ints = NDArray[np.int64]
 
 
-def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> int:
-    """Write an image, and its file map behind it, into an empty file; the map's rows. All its blobs' own tables must be
-    there. Raises `UnsuitableError`, OSError, RafsError for bad metadata."""
+def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
+    """Write an image, and its file map behind it, into an empty file; the map's rows, and how many per cent of the
+    image's bytes are in small files. All its blobs' own tables must be there. Raises `UnsuitableError`, OSError, and
+    RafsError for bad metadata."""
     if reader.bootstrap.flags & SuperFlags.TARFS:
         raise UnsuitableError("its data is a plain tar, whose files begin at no block of 4096 bytes")
     try:
@@ -43,8 +44,9 @@ def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> int:
     except (IrregularError, FormatError, KeyError) as error:
         log.info("image %s: its metadata is written anew, not copied: %s", reader.name, error)
         file.truncate(0)
-    file.write(_build(reader, xattrs))
-    return 0
+    body, small = _build(reader, xattrs)
+    file.write(body)
+    return 0, small
 
 
 class _Devices:
@@ -77,7 +79,7 @@ class _Devices:
         return device, places
 
 
-def _copy(reader: ImageReader, file: IO[bytes], xattrs: bool) -> int:
+def _copy(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
     image = reader.bootstrap
     if not isinstance(image, BootstrapV6):
         raise IrregularError("v5")
@@ -87,10 +89,14 @@ def _copy(reader: ImageReader, file: IO[bytes], xattrs: bool) -> int:
         if copy.has_attributes and not xattrs:
             raise IrregularError("attributes that are not to be shown")
         used: dict[int, int] = {}
+        every = small = 0
         for found in copy.references():
             slots, counts = np.unique(_slots(reader, found), return_counts=True)
             for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
                 used[slot] = used.get(slot, 0) + count
+            _, whose = np.unique(found.inodes, return_inverse=True)
+            sizes = np.bincount(whose, found.needed)
+            every, small = every + int(sizes.sum()), small + int(sizes[sizes <= SMALL_FILE].sum())
         order = np.array(sorted(used), np.int64)
         devices = _Devices(reader, order)
         size = copy.size(len(order))
@@ -107,7 +113,7 @@ def _copy(reader: ImageReader, file: IO[bytes], xattrs: bool) -> int:
         rows.use(view[size:])
         copy.write(view[:size], devices.table, places)
         rows.sort()
-    return rows.total
+    return rows.total, 100 * small // max(every, 1)
 
 
 class _Rows:
@@ -157,7 +163,7 @@ def _slots(reader: ImageReader, found: References) -> Ints:
     return slots
 
 
-def _build(reader: ImageReader, xattrs: bool) -> bytearray:
+def _build(reader: ImageReader, xattrs: bool) -> tuple[bytearray, int]:
     image = reader.bootstrap
     try:
         tree = draft(image).tree
@@ -189,7 +195,9 @@ def _build(reader: ImageReader, xattrs: bool) -> bytearray:
     chunks["blob"][used], chunks["uncompressed_offset"][used] = devices.places(slots, blobs, offsets)
     chunks["index"] = 0
     tree.chunks = chunks
+    sizes = tree.inodes["size"][np.unique(rows)]
+    small = 100 * int(sizes[sizes <= SMALL_FILE].sum()) // max(int(sizes.sum()), 1)
     try:
-        return write_erofs(tree, devices.table, chunk_size=step)
+        return write_erofs(tree, devices.table, chunk_size=step), small
     except BuildError as error:
         raise UnsuitableError(str(error)) from None

@@ -57,8 +57,8 @@ def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> i
 
     `direct`: the kernel reads devices past their own page cache. For devices that nobody writes any more: what is not
     on the disk yet would be written out before each read. Of ext4's speed from disk, 3 rounds beside other work: random
-    4 KiB 1.2 (else 0.15), in sequence 2.9 (0.8), small files 1.0 (3: whole neighbourhoods are read). Data is in memory
-    once, not twice.
+    4 KiB 1.2 (else 0.15), in sequence 2.9 (0.8), small files 1.0 (3: whole neighbourhoods are read), so it is not for
+    images of small files. Data is in memory once, not twice.
 
     nosuid and nodev for the reasons `connection.mount` gives. Raises OSError, with what the kernel says about it.
     """
