@@ -23,6 +23,7 @@ from bootstrap.cli.params import ParamType
 
 _SHORT = {"-c": "--config-path", "-R": "--root", "-l": "--log-level", "-C": "--cache-dir", "-L": "--log-dir"}
 _SHORT["-M"] = "--daemon-mode"
+_UNIT_TUNABLES = "glibc.malloc.tcache_count=0"  # as systemd/containerd-nydus-grpc.service has it
 _TRUE, _FALSE = ("1", "t", "T", "true", "TRUE", "True"), ("0", "f", "F", "false", "FALSE", "False")
 
 # flag -> (aliases, setting). Settings are keys of the TOML file.
@@ -194,6 +195,8 @@ def _run(**options: Any) -> None:
     from snapshotter.errors import SettingsError, SnapshotterError
     from snapshotter.recovery import Program, repair
 
+    if os.environ.get("GLIBC_TUNABLES") == _UNIT_TUNABLES:
+        del os.environ["GLIBC_TUNABLES"]  # for this program, not for those it starts
     _few_arenas()
     stacks.on_signal()
     buffered = logs.buffer_until_known()

@@ -4,6 +4,7 @@
 
 Prepare, Commit and Remove with one client and with 64 on one connection, with 10 snapshots there and with many; List of
 all; a container of a known image from Prepare to mounted; memory; start-up with 1,000 snapshots and 100 images mounted.
+The snapshotters run with the environment that the unit file sets.
 overlayfs is asked through containerd, the only way there is: its metadata store has a part in the figures. Times
 depend on the disk and on who else uses it: read the ratios. Sides whose programs are missing are left out, loudly.
 """
@@ -32,7 +33,7 @@ from tests.lab.grpcwire import Failed, Wire
 from tests.lab.paths import ref_bin
 from tests.lab.process import remove_tree, unmount_below, work_dir
 from tests.lab.snapshots import Client, pull
-from tests.lab.stack import Snapshotter
+from tests.lab.stack import Snapshotter, unit_environment
 
 IMAGE = "127.0.0.1:1/lab/merged:v6"
 LABELS = {"containerd.io/gc.root": "2026-01-01T00:00:00Z", "containerd.io/snapshot.ref": "sha256:" + "0" * 64}
@@ -90,7 +91,7 @@ def server(side: str, work: Path) -> Iterator[Server]:
             metadata = {"containerd-namespace": "bench"}
             yield Server(running.socket, running.pid, "overlayfs", "", metadata)
         return
-    with Snapshotter(work / "s", template(), upstream=side == "upstream") as ours:
+    with Snapshotter(work / "s", template(), upstream=side == "upstream", env=unit_environment()) as ours:
         time.sleep(1)  # nydusd starts behind the socket
         yield Server(ours.socket, ours.pid, "nydus", "bench/1/", {"containerd-namespace": "bench"})
 
@@ -176,7 +177,8 @@ def start_up(side: Side, snapshots: int = 1000, images: int = 100, repeat: int =
     """
     work = work_dir()
     try:
-        with Snapshotter(work / "s", template(), upstream=side.name == "upstream", mode="shared") as ours:
+        upstream = side.name == "upstream"
+        with Snapshotter(work / "s", template(), upstream=upstream, env=unit_environment(), mode="shared") as ours:
             with Wire(ours.socket) as wire:
                 for number in range(snapshots - 5 * images):
                     wire.call("Prepare", pb.PrepareSnapshotRequest(key=f"fill{number}").SerializeToString())

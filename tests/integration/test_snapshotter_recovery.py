@@ -18,7 +18,7 @@ from tests.lab.daemon import can_mount_fuse
 from tests.lab.process import kill_together, mounts_below, remove_tree, run, unmount_below, wait_until, work_dir
 from tests.lab.served import CASE, IMAGE, snapshotter, some_file
 from tests.lab.snapshots import Client, mounted, option, pull
-from tests.lab.stack import Snapshotter, daemon_config
+from tests.lab.stack import Snapshotter, daemon_config, unit_environment
 
 pytestmark = [
     pytest.mark.root,
@@ -213,3 +213,18 @@ def test_a_hanging_nydusd_holds_up_its_own_image_only(ours: Snapshotter) -> None
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:
                 pass
+
+
+def test_what_the_unit_sets_for_the_snapshotter_is_not_for_nydusd() -> None:
+    work = work_dir()
+    backend = {"type": "localfs", "config": {"dir": str(image_case(CASE))}}
+    config = {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct"}
+    try:
+        with Snapshotter(work / "s", config, env=unit_environment()) as running:
+            wait_until(lambda: bool(running.services()), 20, "nydusd")
+            assert b"GLIBC_TUNABLES=" in Path(f"/proc/{running.pid}/environ").read_bytes()
+            for pid in running.services():
+                assert b"GLIBC_TUNABLES=" not in Path(f"/proc/{pid}/environ").read_bytes()
+    finally:
+        unmount_below(work)
+        remove_tree(work)

@@ -65,6 +65,13 @@ def daemon_config(
     return config
 
 
+def unit_environment() -> dict[str, str]:
+    """What the unit file sets. Upstream's program does not look at it."""
+    lines = (REPO / "systemd" / "containerd-nydus-grpc.service").read_text().splitlines()
+    words = [line.removeprefix("Environment=") for line in lines if line.startswith("Environment=")]
+    return {name: value for name, _, value in (word.partition("=") for word in words) if name != "HOME"}
+
+
 class Snapshotter:
     """`containerd-nydus-grpc`: ours, or upstream's with its nydusd when `upstream` is true."""
 
