@@ -100,7 +100,7 @@ def test_all_processes_of_nydusd_share_a_memory_limit(lab: Lab) -> None:
 
 def test_stacks_of_the_snapshotter_by_signal(lab: Lab) -> None:
     os.kill(lab.stack.snapshotter.pid, signal.SIGUSR1)
-    wait_until(lambda: "most recent call first" in lab.stack.snapshotter.log.read_text(), 10, "stacks on stderr")
+    wait_until(lambda: "most recent call first" in lab.stack.snapshotter.log.read_text(), 30, "stacks on stderr")
     assert lab.call("GET", "/api/v1/log")[0] == 200
 
 

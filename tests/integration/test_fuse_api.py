@@ -77,7 +77,7 @@ def test_prefetch_by_mount_request(daemon: Nydusd) -> None:
     config = localfs_config(case, work_dir=daemon.dir / "cp", fs_prefetch={"enable": True, "threads_count": 2})
     assert daemon.mount("/p", case / "image.boot", config, prefetch_files=["relative"]).status == 500
     assert daemon.mount("/p", case / "image.boot", config, prefetch_files=["/"]).status == 204
-    wait_until(lambda: daemon.get("metrics/blobcache").body["prefetch_data_amount"] > 0, 5, "prefetch")
+    wait_until(lambda: daemon.get("metrics/blobcache").body["prefetch_data_amount"] > 0, 30, "prefetch")
     assert daemon.umount("/p").status == 204
 
 

@@ -52,8 +52,8 @@ def test_stacks_of_all_threads_and_tasks_by_signal_and_api() -> None:
     with Nydusd() as daemon:
         os.kill(daemon.worker_pid, signal.SIGUSR1)
         # faulthandler writes piece by piece, the innermost frame first; tasks come after it
-        wait_until(lambda: "most recent call first" in daemon.log_text(), 10, "stacks in the log")
-        wait_until(lambda: "_watch_signals" in daemon.log_text(), 10, "tasks in the log")
+        wait_until(lambda: "most recent call first" in daemon.log_text(), 30, "stacks in the log")
+        wait_until(lambda: "_watch_signals" in daemon.log_text(), 30, "tasks in the log")
         assert daemon.running()
         told = daemon.get("daemon/stacks").body
         assert told["pid"] == daemon.worker_pid
@@ -71,7 +71,7 @@ def test_a_log_level_set_at_run_time_outlives_the_worker() -> None:
         assert daemon.call("PUT", "daemon", {"log_level": "error"}).status == 204
         first = daemon.worker_pid
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: daemon.running() and daemon.worker_pid != first, 10, "another worker")
+        wait_until(lambda: daemon.running() and daemon.worker_pid != first, 30, "another worker")
         assert daemon.log_text().count("Fuse daemon started!") == 1
         assert "died" in daemon.log_text() or "killed" in daemon.log_text()
 

@@ -378,7 +378,7 @@ def test_missing_fuse_device_and_missing_root_are_said(tmp_path: Path) -> None:
     # Everything is imported before the privileges go: the interpreter may lie where only root can read.
     code = "\n".join([
         f"import os, sys; sys.argv[1:] = ['-M', {str(mnt)!r}]",
-        "import nydusfs.daemon.logs, nydusfs.daemon.service, nydusfs.daemon.version",
+        "import difflib, nydusfs.daemon.logs, nydusfs.daemon.service, nydusfs.daemon.version",
         "from nydusfs.daemon.cli import main",
         "os.setgid(65534); os.setuid(65534); main()",
     ])  # fmt: skip
@@ -496,7 +496,7 @@ def test_everything_on_the_command_line(tmp_path: Path) -> None:
     with Nydusd(*arguments) as daemon:
         assert check_mount(case, daemon.mnt / "in" / "side") == []
         assert daemon.get("daemon").body["id"] == "boot-1"
-        wait_until(lambda: daemon.get("metrics/blobcache?id=boot").body["prefetch_requests_count"] > 0, 5, "prefetch")
+        wait_until(lambda: daemon.get("metrics/blobcache?id=boot").body["prefetch_requests_count"] > 0, 30, "prefetch")
         assert daemon.log_text() == "", "nothing on stdout when there is a log file"
         text = log.with_suffix(".log").read_text()
         assert "Rafs filesystem mounted at /in/side" in text

@@ -46,7 +46,7 @@ def reboot(ours: Snapshotter) -> None:
     """All processes and mounts gone, the files there."""
     ours.kill()
     kill_together(ours.daemons())
-    wait_until(lambda: not ours.daemons(), 10, "the end of all daemons")
+    wait_until(lambda: not ours.daemons(), 30, "the end of all daemons")
     unmount_below(ours.root)
     assert mounts_below(ours.root) == []
 

@@ -71,7 +71,7 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
                 os.kill(second["keeper_pid"], signal.SIGKILL)
                 third = settled(daemon, second, "keeper_pid")
                 assert third["worker_pid"] == second["worker_pid"]
-                wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 10, "the new keeper's start")
+                wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 30, "the new keeper's start")
                 assert oom_score(third["worker_pid"]) == 0
                 # the new keeper keeps as well as the old one; and without its zygote too
                 helpers = set(processes_mentioning(str(daemon.sock))) - set(third.values())
@@ -91,8 +91,8 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
             finally:
                 inside.kill()
         os.kill(info(daemon)["keeper_pid"], signal.SIGTERM)
-        wait_until(lambda: not os.path.ismount(daemon.mnt), 10, "the umount")
-        wait_until(lambda: not processes_mentioning(str(daemon.sock)), 10, "the end of all its processes")
+        wait_until(lambda: not os.path.ismount(daemon.mnt), 30, "the umount")
+        wait_until(lambda: not processes_mentioning(str(daemon.sock)), 30, "the end of all its processes")
 
 
 def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
             with subprocess.Popen(["sleep", "60"], cwd=first.mnt / "a") as inside:
                 try:
                     assert first.call("PUT", "daemon/fuse/sendfd").status == 204
-                    wait_until(lambda: bool(kept), 10, "the state at the supervisor")
+                    wait_until(lambda: bool(kept), 30, "the state at the supervisor")
                     second = Nydusd("--supervisor", path, "--id", "d1", "--upgrade", directory=first.dir)
                     second.sock = first.dir / "b.sock"
                     second.start(ready=False)

@@ -39,7 +39,7 @@ class Group:
                 (self._top / "cgroup.procs").write_text(pid)
             except ProcessLookupError:
                 pass
-        wait_until(self._removed, 5, "an empty control group")
+        wait_until(self._removed, 30, "an empty control group")
 
     def _removed(self) -> bool:
         try:
@@ -62,10 +62,10 @@ class Group:
         """Waits until every process of the group stands still. Raises LabError."""
         if self._second:
             (self.path / "cgroup.freeze").write_text("1")
-            wait_until(lambda: "frozen 1" in (self.path / "cgroup.events").read_text(), 5, "a frozen group")
+            wait_until(lambda: "frozen 1" in (self.path / "cgroup.events").read_text(), 30, "a frozen group")
         else:
             (self.path / "freezer.state").write_text("FROZEN")
-            wait_until(lambda: (self.path / "freezer.state").read_text().strip() == "FROZEN", 5, "a frozen group")
+            wait_until(lambda: (self.path / "freezer.state").read_text().strip() == "FROZEN", 30, "a frozen group")
 
     def thaw(self) -> None:
         for name, value in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):

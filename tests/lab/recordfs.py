@@ -302,7 +302,7 @@ class RecordFs:
         path.unlink()
         self._control.settimeout(60)
         self._answers = self._control.makefile("rb")
-        wait_until(lambda: os.path.ismount(mountpoint), 10, f"recordfs at {mountpoint}", self._child.alive)
+        wait_until(lambda: os.path.ismount(mountpoint), 30, f"recordfs at {mountpoint}", self._child.alive)
 
     def _ask(self, text: str) -> bytes:
         self._control.sendall(text.encode())

@@ -108,7 +108,7 @@ class Systemd:
             return subprocess.run(["rmdir", self._group], capture_output=True, check=False, timeout=10).returncode == 0
 
         try:
-            wait_until(gone, 10, f"the removal of {self._group}")
+            wait_until(gone, 30, f"the removal of {self._group}")
         except LabError as failure:
             if error is None:
                 raise failure from None
