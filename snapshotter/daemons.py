@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from snapshotter import crowd
 from snapshotter.cgroup import MemoryGroup
 from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -314,6 +315,7 @@ class Daemon:
 
     def _spawn(self, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
         """The process, on record, and the file it prints to."""
+        crowd.apart()
         record, settings = self._record, self._settings
         record.socket.unlink(missing_ok=True)
         make_private(record.socket.parent)

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from google.protobuf.empty_pb2 import Empty
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from protos.containerd.types import mount_pb2
-from snapshotter import errors
+from snapshotter import crowd, errors
 from snapshotter.directories import make_private
 from snapshotter.flow import Snapshotter
 from snapshotter.mounts import Mount
@@ -101,6 +102,7 @@ class Service(rpc.SnapshotsServicer):
 
 def _answer(context: grpc.ServicerContext, what: str, call: Callable[[], T]) -> T:
     began = time.monotonic()
+    crowd.enter()
     try:
         return call()
     except errors.SnapshotterError as error:
@@ -117,6 +119,7 @@ def _answer(context: grpc.ServicerContext, what: str, call: Callable[[], T]) -> 
         log.exception("%s failed", what)
         code, level, message = grpc.StatusCode.INTERNAL, 0, f"{what}: internal error: {type(error).__name__}"
     finally:
+        crowd.leave()
         tally.operation(what.upper(), time.monotonic() - began)
     if code not in _EXPECTED:
         tally.count("snapshotter_snapshot_operation_errors_total", what.upper(), code.name)
@@ -198,5 +201,7 @@ def serve(
         raise errors.StartError(f"{path}: cannot be served: {error}") from None
     finally:
         os.umask(umask)
+    before = set(threading.enumerate())
     server.start()
+    crowd.handed_out_by(set(threading.enumerate()) - before)
     return server

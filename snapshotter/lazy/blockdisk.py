@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snapshotter import crowd
 from snapshotter.errors import SnapshotterError
 
 EXPORT_SECONDS = 3600.0
@@ -53,6 +54,7 @@ def export(boot: Path, tars: Sequence[tuple[str, Path]], out: Path, mode: Export
         made = Path(scratch, "disk")
         for identity, tar in tars:
             os.symlink(tar, Path(scratch, identity))
+        crowd.apart()
         command = [sys.executable, "-P", "-c", _RUN, "export", "--block", "--log-level", "error"]
         command += ["--bootstrap", str(boot), "--localfs-dir", scratch, "--output", str(made)]
         command += ["--verity"] if mode.verity else []

@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from snapshotter import crowd
 from snapshotter.directories import FS_MODE, disk_usage
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST
@@ -80,6 +81,7 @@ def _apply(
     """Its diff id."""
     from bootstrap.errors import RafsError
 
+    crowd.apart()
     command = [sys.executable, "-P", "-m", "snapshotter.lazy.apply", *places]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
     assert child.stdin is not None

@@ -22,6 +22,7 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from snapshotter import crowd
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST, MANIFEST_DIGEST, TARFS_HINT
 from snapshotter.lazy import content
@@ -108,6 +109,7 @@ class Tarfs:
                 raise SnapshotterError(
                     f"image {image}: layer {layer} does not name its directory {name}, which would get other rights"
                 )
+            crowd.apart()
             command = [sys.executable, "-P", "-c", _BUILD, "create", "--type", "tar-tarfs", "--log-level", "error"]
             command += ["--blob-dir", scratch, "--bootstrap", str(boot), str(tar)]
             try:
