@@ -47,7 +47,8 @@ class Supervisor:
 
         def give(client: socket.socket) -> None:
             sent = socket.send_fds(client, [self._state], [self._fd])
-            client.sendall(self._state[sent:])
+            if rest := self._state[sent:]:  # else none: who has it all may have closed, a broken pipe
+                client.sendall(rest)
 
         self._exchange(give, ask)
 

@@ -86,7 +86,8 @@ def send_to_supervisor(path: str, state: bytes, fuse: int) -> None:
             sock.settimeout(SUPERVISOR_SECONDS)
             sock.connect(path)
             sent = socket.send_fds(sock, [state], [fuse])
-            sock.sendall(state[sent:])
+            if rest := state[sent:]:  # else none: who has it all may have closed, a broken pipe
+                sock.sendall(rest)
     except OSError as error:
         raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
 
