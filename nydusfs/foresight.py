@@ -54,6 +54,7 @@ SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones 
 INLINE = 32 << 10  # bytes of a module that is looked into at once: less than two switches to a thread cost
 MAX_PROGRAMS = 2000  # files followed per mount: nobody starts more, and a scanner of all files is not helped
 MAX_LISTED = 10_000  # entries of a folder
+MAX_LINKED = 200  # of them that are followed as symbolic links
 MAX_TABLES = 64 << 20
 MAX_CONSTRUCTORS = 4096
 MAX_LINKS = 16
@@ -339,11 +340,14 @@ class Foresight:
         if not folder or not stat.S_ISDIR(image.attr(folder).mode):
             return {}
         found: dict[bytes, tuple[int, Kind]] = {}
+        links = 0
         for entry in islice(image.list_dir(folder), MAX_LISTED):
             ino = entry.ino
             mode = entry.dtype << 12  # as the kernel has it
-            if stat.S_ISLNK(mode) and (ino := self._walk(path + b"/" + entry.name)):
-                mode = image.attr(ino).mode
+            if stat.S_ISLNK(mode) and links < MAX_LINKED:
+                links += 1
+                if ino := self._walk(path + b"/" + entry.name):
+                    mode = image.attr(ino).mode
             if stat.S_ISREG(mode):
                 found[entry.name] = ino, Kind.FILE
             elif stat.S_ISDIR(mode):

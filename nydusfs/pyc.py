@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 MARK = b"\r\n"  # bytes 2 and 3 of every such file
 MAX_SIZE = 2 << 20  # larger ones are tables of data
+# What a hostile module may claim: the largest of numpy, pandas and Django names 300 things.
+MAX_NAMES = 2000  # modules and what is wanted of them
+MAX_LEVEL = 64
+MAX_NAME = 1024  # bytes
 _HEAD = 16
 # Value types of `marshal`, by what follows the type byte.
 _PLAIN = {ord(kind): size for kind, size in zip("0NFTS.iIgy", (0, 0, 0, 0, 0, 0, 4, 8, 8, 16), strict=True)}
@@ -76,8 +80,7 @@ def read(data: bytes) -> Module | None:
         filename = code[version.filename]
         if not isinstance(filename, bytes):
             return None
-        found = dict.fromkeys(_imports(code, version))
-        return Module(version.tag.encode(), filename, tuple(found))
+        return Module(version.tag.encode(), filename, tuple(_few(_imports(code, version))))
     except (IndexError, ValueError, TypeError, KeyError):
         return None
 
@@ -164,13 +167,31 @@ def _imports(code: list[Any], version: Version) -> Iterator[Import]:
     for at in range(0, len(text) - 1, 2):
         operation, argument = text[at], text[at + 1] | extended
         if operation == version.extended:
-            extended = argument << 8
+            extended = argument << 8 & 0xFFFF_FF00  # as the interpreter, whose arguments have 32 bits
             continue
         extended = 0
         if operation == version.load_const:
             before = [before[1], argument]
         elif operation == version.import_name:
             level, wanted = consts[before[0]], consts[before[1]]
-            if isinstance(level, int) and isinstance(names[argument], bytes):
-                some = wanted if isinstance(wanted, list) else []
-                yield Import(level, names[argument], tuple(one for one in some if isinstance(one, bytes)))
+            name = names[argument]
+            if isinstance(level, int) and level <= MAX_LEVEL and _is_name(name):
+                some = wanted[:MAX_NAMES] if isinstance(wanted, list) else []
+                yield Import(level, name, tuple(filter(_is_name, some)))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) <= MAX_NAME
+
+
+def _few(imports: Iterator[Import]) -> dict[Import, None]:
+    """Each once, until there are too many to be looked up."""
+    found: dict[Import, None] = {}
+    left = MAX_NAMES
+    for one in imports:
+        if one not in found:
+            left -= 1 + len(one.wanted)
+            if left < 0:
+                break
+            found[one] = None
+    return found

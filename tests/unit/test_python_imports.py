@@ -149,6 +149,46 @@ def importer(*paths: bytes) -> Importer:
     return Importer(lambda path: folders.get(path, {}))
 
 
+def hostile(imports: list[tuple[int, bytes, tuple[bytes, ...]]], before: bytes = b"") -> bytes:
+    """A module of CPython 3.8 that imports these, `before` standing in front of its code."""
+
+    def long(kind: bytes, data: bytes) -> bytes:
+        return kind + len(data).to_bytes(4, "little") + data
+
+    def many(parts: list[bytes]) -> bytes:
+        return b"(" + len(parts).to_bytes(4, "little") + b"".join(parts)
+
+    def operation(code: int, argument: int) -> bytes:
+        return b"".join(bytes([144, argument >> shift & 255]) for shift in (16, 8)) + bytes([code, argument & 255])
+
+    code, consts, names = before, [], []
+    for level, name, wanted in imports:
+        code += operation(100, len(consts)) + operation(100, len(consts) + 1) + operation(108, len(names))
+        consts += [b"i" + level.to_bytes(4, "little"), many([long(b"s", one) for one in wanted])]
+        names.append(long(b"s", name))
+    nothing = many([])
+    parts = [long(b"s", code), many(consts), many(names), nothing, nothing, nothing, long(b"s", b"/lib/m.py")]
+    body = b"c" + bytes(24) + b"".join(parts) + long(b"s", b"m") + bytes(4) + long(b"s", b"")
+    return (3413).to_bytes(2, "little") + b"\r\n" + bytes(12) + body
+
+
+@pytest.mark.timeout(20)
+def test_what_a_hostile_module_claims_costs_little() -> None:
+    """Each of these kept a daemon busy for minutes, most in the thread that serves all images."""
+    one = (0, b"json", (b"dumps",))
+    read = pyc.read(hostile([one]))
+    assert read is not None and read.imports == (Import(*one),)
+    read = pyc.read(hostile([one, (2**31, b"far", ()), (0, b"." * 100_000, ()), (0, b"x", (b"y" * 5000,))]))
+    assert read is not None and read.imports == (Import(*one), Import(0, b"x", ()))
+    read = pyc.read(hostile([(0, b"m%d" % number, ()) for number in range(20_000)]))
+    assert read is not None and len(read.imports) == pyc.MAX_NAMES
+    read = pyc.read(hostile([one, (0, b"x", tuple(b"%d" % number for number in range(100_000)))]))
+    assert read is not None and read.imports == (Import(*one),)
+    # an argument that gets longer and longer; then an instruction that ends it
+    read = pyc.read(hostile([one], before=bytes([144, 255]) * 900_000 + bytes([9, 0])))
+    assert read is not None and read.imports == (Import(*one),)
+
+
 def test_files_are_found_as_the_interpreter_would() -> None:
     paths = (
         b"/lib/p/q/__pycache__/m.cpython-311.pyc",
