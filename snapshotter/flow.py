@@ -125,17 +125,15 @@ class Snapshotter:
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         labels = self._taken(labels)
-        if is_meta(labels) or not unpacked_chain(key):
-            self._store.commit(name, key, labels, parent)
-        else:
-            # a client that sends no labels: ours say that it is one
-            self._store.commit(
-                name, key, labels, parent, lambda active: {**active, **labels} if is_meta(active) else labels
-            )
-        if not self._proxy and unpacked_chain(key):
-            made = self._store.stat(name)
-            if is_meta(made.labels):
-                self._images.expect(made)
+        unpacked = bool(unpacked_chain(key))
+
+        def complete(active: Mapping[str, str]) -> Mapping[str, str]:
+            """A client that sends no labels: ours say that it is one."""
+            return {**active, **labels} if is_meta(active) else labels
+
+        made = self._store.commit(name, key, labels, parent, complete if unpacked and not is_meta(labels) else None)
+        if unpacked and not self._proxy and is_meta(made.labels):
+            self._images.expect(made)
 
     def remove(self, key: str) -> None:
         """Constant time: directories and mounts go in Cleanup, as containerd holds its lock during this call."""

@@ -228,7 +228,7 @@ class Store:
         labels: Mapping[str, str],
         parent: str = "",
         complete: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None,
-    ) -> None:
+    ) -> Snapshot:
         """The active snapshot `key` becomes the committed `name`. `parent`: rebase, only where there was none.
 
         `complete` makes the labels from those of the active one, instead of `labels`. Raises InvalidArgument, NotFound,
@@ -239,8 +239,8 @@ class Store:
         kept = _kept(labels)
         measured: tuple[int, int, int] | None = None  # id, bytes, inodes
 
-        def change(writer: sqlite3.Connection) -> int:
-            """0, or the id of a snapshot whose tree is to be measured first."""
+        def change(writer: sqlite3.Connection) -> Snapshot | int:
+            """What it is now, or the id of one whose tree is to be measured first."""
             row = writer.execute(_TO_COMMIT, (name, key)).fetchone()
             if row is None or (measured is not None and measured[0] != row[0]):
                 raise NotFound(f"snapshot {key} not found")
@@ -265,13 +265,16 @@ class Store:
                 " labels = ? WHERE id = ?",
                 (name, Kind.COMMITTED, parent_id, now, now, *usage, _dump(given), identity),
             )
-            return 0
+            return done
 
-        if large := self._database.apply(change, before=self._sync, whole=True):
+        made = self._database.apply(change, before=self._sync, whole=True)
+        if isinstance(made, int):
             # outside of the transaction: nobody else waits for the walk, and nothing writes to what is being committed
-            measured = (large, *disk_usage(self.upper(large)))
-            self._database.apply(change, before=self._sync, whole=True)
+            measured = (made, *disk_usage(self.upper(made)))
+            made = self._database.apply(change, before=self._sync, whole=True)
+            assert isinstance(made, Snapshot)
         self._changes += 1
+        return made
 
     def remove(self, key: str) -> None:
         """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
