@@ -129,8 +129,10 @@ class ImageOpener:
             expected.opened.set()
             if self._expected.get(request.source) is expected:
                 del self._expected[request.source]
-            if expected.image is not None:
-                await expected.image.aclose()
+            # taken away: a mount that comes in this very moment must not be given what is being closed
+            image, expected.image = expected.image, None
+            if image is not None:
+                await image.aclose()
 
     async def _as_expected(self, request: MountRequest) -> ReaderImage | None:
         expected = self._expected.pop(request.source, None)
