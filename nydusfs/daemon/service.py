@@ -206,13 +206,15 @@ class Daemon:
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
             found.append((request, mount))
         waited_for = self._erofs.waited_for() if nursery is not None and len(found) > 1 else set()
-        urgent = [pair for pair in found if _device_key(pair[0]) in waited_for] if waited_for else []
-        if nursery is not None and 0 < len(urgent) < len(found):
+        urgent, others = found[:0], found[:0]
+        for pair in found if waited_for else ():
+            (urgent if _device_key(pair[0]) in waited_for else others).append(pair)
+        if nursery is not None and urgent and others:
             # Their readers wait; the others' have not asked yet.
             await self.mounts.restore(urgent)
             await self._erofs.start(nursery)
             await trio.lowlevel.checkpoint()
-            found = [pair for pair in found if pair not in urgent]
+            found = others
             while found:
                 await self.mounts.restore(found[:RESTORED_AT_ONCE])
                 found = found[RESTORED_AT_ONCE:]
