@@ -36,6 +36,7 @@ WINDOW = 4096  # inodes at a time
 DIRECTORY_BYTES = 128 << 10  # of dirents at a time
 COPY_BYTES = 1 << 20
 KNOWN_ATTRIBUTES = 4096  # attribute areas remembered: most occur many times
+MAX_TYPE = 7  # EROFS_FT_SYMLINK, the last one
 _START, _INSIDE = 1, 2
 
 
@@ -107,6 +108,8 @@ class ImageCopy(LoaderV6):
             if not len(part):
                 continue
             entries = self._dirents(starts[part], spans[part])
+            if (entries.types > MAX_TYPE).any():
+                raise IrregularError("a type of file that is none")
             whose = owner[part][entries.within]
             names = self._names(entries.begins, entries.ends)
             ascending = np.fromiter(map(lt, [last, *names], names), np.bool_, len(names))

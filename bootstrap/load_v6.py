@@ -20,13 +20,14 @@ from bootstrap.reader import BootstrapV6
 
 class _Entries(NamedTuple):
     """Of dirents: the block each stands in, its inode, where its name begins and ends in the file, whether it is one of
-    the two dots."""
+    the two dots, the type it claims for its inode."""
 
     within: Ints
     nids: Ints
     begins: Ints
     ends: Ints
     dots: NDArray[np.bool_]
+    types: NDArray[np.uint32]
 
 
 class LoaderV6(Loader):
@@ -191,7 +192,7 @@ class LoaderV6(Loader):
         octets = self._words.view(np.uint8)
         first, second = octets[begins], octets[np.minimum(begins + 1, total - 1)]
         dots = (first == 0x2E) & ((lengths == 1) | ((lengths == 2) & (second == 0x2E)))
-        return _Entries(within, nids, begins, ends, dots)
+        return _Entries(within, nids, begins, ends, dots, self._words[words + 2] >> 16 & 0xFF)
 
     def _spare(self, names: int) -> None:
         """Before tables of that length are made: overlapping directories may claim billions."""

@@ -22,6 +22,7 @@ from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
 from tests.lab.process import LabError, processes_mentioning, remove_tree, unmount_below, work_dir
+from tests.lab.served import some_file
 from tests.lab.tiny import noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
@@ -118,7 +119,7 @@ def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
     with Nydusd() as daemon:
         assert daemon.mount("/a", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
         before = info(daemon)
-        with (daemon.mnt / "a" / "small" / sorted(os.listdir(daemon.mnt / "a" / "small"))[0]).open("rb") as held:
+        with (daemon.mnt / "a" / some_file(CASE)).open("rb") as held:
             expected = held.read()
             assert daemon.call("PUT", "daemon/upgrade").status == 204
             after = settled(daemon, before, "worker_pid")

@@ -41,9 +41,9 @@ def snapshotter(*arguments: str, upstream: Path | None = None, **more: object) -
         remove_tree(work)
 
 
-def some_file() -> str:
+def some_file(name: str = CASE) -> str:
     """The path in the image of a regular file with content."""
-    for entry in load_manifest(case(CASE))["entries"]:
+    for entry in load_manifest(case(name))["entries"]:
         if entry["type"] == "file" and entry.get("size", 0) > 10 and entry["path"].isascii():
             return str(entry["path"].lstrip("/"))
     raise AssertionError("no file")
