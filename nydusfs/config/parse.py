@@ -20,6 +20,9 @@ from nydusfs.errors import ConfigError
 MAX_TEXT = MIB
 MAX_BATCH = 0x1000_0000
 MAX_THREADS = 1024
+_PLAIN = "what is cached is plain data, so that no read has to decompress it"
+_NOT_ENCRYPTED = "what is cached is plain data; put work_dir on an encrypted disk"
+_STREAM = "prefetch asks for ranges, through Dragonfly too, and keeps what it gets"
 _CACHE_TYPES = ("", "blobcache", "filecache", "fscache", "dummycache")
 
 
@@ -103,7 +106,7 @@ def _version1(root: Section, template: bool) -> Config:
             prefetch_all=section.flag("prefetch_all", True),
             learn=section.flag("learn", True),
         )
-        section.known("stream_prefetch")
+        section.without_effect("stream_prefetch", _STREAM)
         _check_threads(section, "threads_count", prefetch)
         section.warn_unknown()
 
@@ -174,7 +177,7 @@ def _prefetch2(section: Section | None) -> PrefetchConfig | None:
         prefetch_all=section.flag("prefetch_all"),
         learn=section.flag("learn", True),
     )
-    section.known("stream_prefetch")
+    section.without_effect("stream_prefetch", _STREAM)
     _check_threads(section, "threads", prefetch)
     section.warn_unknown()
     return prefetch
@@ -231,14 +234,17 @@ def _rafs(
 def _cache(section: Section, kind: str, options: Section | None) -> CacheConfig:
     if kind not in _CACHE_TYPES:
         raise section.error("type", f"{kind!r} is not a cache type, expected one of {', '.join(_CACHE_TYPES[1:])}")
-    cache = CacheConfig(type=kind, validate=section.flag("validate"), compressed=section.flag("compressed"))
+    compressed = section.without_effect("compressed", _PLAIN)
+    cache = CacheConfig(type=kind, validate=section.flag("validate"), compressed=compressed)
     if options is None:
         return cache
     work_dir = options.text("work_dir", ".")
     if not work_dir:
         raise options.error("work_dir", "is empty")
     limit, floor = _amount(options, "limit", work_dir), _amount(options, "min_free", work_dir)
-    options.known("disable_indexed_map", "enable_encryption", "enable_convergent_encryption", "encryption_key")
+    options.known("disable_indexed_map", "encryption_key")
+    for key in ("enable_encryption", "enable_convergent_encryption"):
+        options.without_effect(key, _NOT_ENCRYPTED)
     options.warn_unknown()
     return replace(cache, work_dir=work_dir, limit=limit, min_free=floor)
 

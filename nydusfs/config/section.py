@@ -11,6 +11,8 @@ from nydusfs.redact import HIDDEN, public_url
 
 log = logging.getLogger("nydusfs.config")
 
+_said: set[str] = set()  # keys that were named as without effect: a configuration is read anew for each mount
+
 _TYPE_NAMES = {dict: "table", list: "list", str: "string", bool: "boolean", int: "integer", float: "number"}
 _SECRETS = {
     "auth", "registry_token", "access_key_id", "access_key_secret", "session_token", "encryption_key", "headers",
@@ -128,6 +130,14 @@ class Section:
     def known(self, *keys: str) -> None:
         """Names upstream knows in this place and that need no action here: no warning for them."""
         self._known.update(keys)
+
+    def without_effect(self, key: str, why: str) -> bool:
+        """A flag of upstream's that changes nothing here. If set, a process names it once, with the reason."""
+        value, name = self.flag(key), self._key(key)
+        if value and name not in _said:
+            _said.add(name)
+            log.warning("%s: %s has no effect: %s", self.where, name, why)
+        return value
 
     def warn_unknown(self) -> None:
         for key in self._values:

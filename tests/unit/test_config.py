@@ -159,6 +159,21 @@ def test_unknown_keys_are_named_once_and_ignored(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_keys_without_effect_are_named_once_by_a_process_and_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nydusfs.config.section._said", set())
+    keys = {"device__cache__compressed": True, "device__cache__config__enable_encryption": True}
+    for _ in range(2):
+        assert load(changed(**keys)).cache.compressed
+    load(changed(device__cache__compressed=False))
+    plain = "has no effect: what is cached is plain data"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"config.json: device.cache.compressed {plain}, so that no read has to decompress it",
+        f"config.json: device.cache.config.enable_encryption {plain}; put work_dir on an encrypted disk",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
