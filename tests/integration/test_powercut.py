@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.erofs import cannot_mount_erofs
+from tests.lab.powercut import DISK_SIZE, mount_as_at_boot
 from tests.lab.process import run
+from tests.lab.recordfs import LoopDisk
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
 
-def cut(folder: Path, *options: str, timeout: float = 110.0) -> dict[str, Any]:
+def cut(folder: Path, *options: str, timeout: float = 280.0) -> dict[str, Any]:
     words = [sys.executable, "-m", "tests.lab.powercut", *options, str(folder)]
     report: dict[str, Any] = json.loads(run(words, timeout=timeout).stdout)
     assert (report["wrong"], report["failed"]) == (0, 0), report
@@ -25,15 +28,40 @@ def cut(folder: Path, *options: str, timeout: float = 110.0) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.timeout(300)  # each state a file system: on a busy machine 2 s instead of 0.2
 def test_file_systems_that_promise_nothing_but_fsync(tmp_path: Path) -> None:
     cut(tmp_path, "--disk", "files", "--states", "80")
 
 
+@pytest.mark.timeout(300)  # each state a file system: on a busy machine 2 s instead of 0.2
 def test_ext4_on_a_disk_that_reorders_its_writes(tmp_path: Path) -> None:
     if cannot_mount_erofs():
         cut(tmp_path, "--disk", "ext4", "--states", "20", "--daemons", "1")
     else:
         cut(tmp_path, "--disk", "ext4", "--driver", "erofs", "--states", "20", "--daemons", "1")
+
+
+def test_a_superblock_of_which_one_sector_got_to_the_disk(tmp_path: Path) -> None:
+    """Its checksum is in the other one. A boot's fsck mends that from the second superblock, which a disk as small as
+    the harness's has only if made so: without, 6 of 1,500 states could never be mounted again."""
+    disk = LoopDisk(tmp_path, DISK_SIZE)
+    try:
+        (disk.mountpoint / "file").write_bytes(b"there" * 1000)
+        disk.write_out()
+        os.sync()
+        content = bytearray(disk.fs.content())
+    finally:
+        disk.close()
+    place = 1024 + 0x88  # where it was mounted last
+    content[place : place + 8] = b"/another"
+    (tmp_path / "after").write_bytes(content)
+    where = tmp_path / "where"
+    where.mkdir()
+    try:
+        assert mount_as_at_boot("ext4", tmp_path / "after", where) is True
+        assert (where / "file").read_bytes() == b"there" * 1000
+    finally:
+        run(["umount", where], check=False)
 
 
 @pytest.mark.long

@@ -25,6 +25,9 @@ from nydusfs.drivers.fuse_abi import ATTR_OUT, BODY, DIRENT, ENTRY_OUT, IN_HEADE
 from tests.lab.process import Child, LabError, run, wait_until
 
 DISK = "disk"
+# Of ext4, in blocks of 4 KiB: so even a small disk has a second superblock (in group 1), as every ordinary one has. The
+# first is two sectors: a power cut can leave one of them new and one old, and fsck then needs the other copy.
+GROUP_BLOCKS = 2048
 MAX_WRITE = 1 << 20
 _SETATTR_IN = struct.Struct("<I4xQQQQQQIIIIIIII")
 _FATTR_MODE, _FATTR_SIZE, _FATTR_MTIME = 1, 8, 32
@@ -338,7 +341,8 @@ class LoopDisk:
         self.mountpoint = folder / "disk"
         self.mountpoint.mkdir(exist_ok=True)
         try:
-            run([f"mkfs.{kind}", "-q", *(["-F", "-b", "4096"] if kind == "ext4" else []), self.fs.mountpoint / DISK])
+            ext4 = ["-F", "-b", "4096", "-g", str(GROUP_BLOCKS)]
+            run([f"mkfs.{kind}", "-q", *(ext4 if kind == "ext4" else []), self.fs.mountpoint / DISK])
             self.mount(options)
         except BaseException:
             self.fs.close()
@@ -347,6 +351,16 @@ class LoopDisk:
     def mount(self, options: str = "") -> None:
         words = ",".join(filter(None, ["loop", options]))
         run(["mount", "-o", words, self.fs.mountpoint / DISK, self.mountpoint])
+
+    def write_out(self) -> None:
+        """Begin to write what the file system changed of itself in place, as the kernel does every half a minute."""
+        number = os.stat(self.mountpoint).st_dev
+        name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+        fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         self.fs.fail("")
@@ -361,7 +375,7 @@ def main() -> None:
     _Server(mountpoint, control, int(disk)).serve()
 
 
-__all__ = ["DISK", "Entry", "LabError", "LoopDisk", "RecordFs", "Resize", "Step", "Sync", "Write"]
+__all__ = ["DISK", "GROUP_BLOCKS", "Entry", "LabError", "LoopDisk", "RecordFs", "Resize", "Step", "Sync", "Write"]
 
 if __name__ == "__main__":
     main()
