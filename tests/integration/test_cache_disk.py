@@ -156,7 +156,8 @@ def test_a_disk_that_fails(driver: str, image: TinyImage, server: FaultyServer, 
             assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
             wait_until(lambda: all_durable(disk.mountpoint / "cache"), 20, "the cache to be on the disk")
             disk.fs.fail("write")
-            assert wrong(daemon, image, drop=False) == {}  # the file system still takes it
+            # The file system takes it, until the kernel writes out: at once, if somebody on this machine calls sync.
+            assert set(wrong(daemon, image, drop=False).values()) <= allowed
             for _ in range(3):
                 assert set(wrong(daemon, image).values()) <= allowed
                 time.sleep(1.2)

@@ -48,7 +48,7 @@ def test_a_superblock_of_which_one_sector_got_to_the_disk(tmp_path: Path) -> Non
     try:
         (disk.mountpoint / "file").write_bytes(b"there" * 1000)
         disk.write_out()
-        os.sync()
+        run(["sync", "-f", disk.mountpoint])
         content = bytearray(disk.fs.content())
     finally:
         disk.close()

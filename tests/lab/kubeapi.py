@@ -61,6 +61,7 @@ class KubeApi:
         self.tokens: dict[str, bool] = {"admin-token": True, "nobody-token": False}
         self.asked: list[Asked] = []
         self.bookmarks = 0
+        self.watching = 0  # watches that began: no later `compact` is about their version
         self._changed = threading.Condition()
         self._version = 100
         self._oldest = 100
@@ -305,8 +306,11 @@ class KubeApi:
         end = time.monotonic() + float(asked.query.get("timeoutSeconds") or 1800)
         bookmarks = asked.query.get("allowWatchBookmarks") in ("1", "true")
         namespace = parts[3] if len(parts := asked.path.strip("/").split("/")) > 4 else ""
-        if seen < self._oldest:
-            gone = Refusal(410, "Expired", f"too old resource version: {seen} ({self._oldest})")
+        with self._changed:
+            oldest = self._oldest
+            self.watching += seen >= oldest
+        if seen < oldest:
+            gone = Refusal(410, "Expired", f"too old resource version: {seen} ({oldest})")
             yield {"type": "ERROR", "object": gone.status}
             return
         while time.monotonic() < end:

@@ -504,7 +504,7 @@ def _record(
                 files.close()
         loop = LoopDisk(base, DISK_SIZE, disk, options)
         try:
-            os.sync()
+            run(["sync", "-f", loop.mountpoint])
             loop.fs.forget()
             content = loop.fs.content()
             work(images, loop.mountpoint, driver, server, loop.write_out)
