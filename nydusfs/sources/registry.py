@@ -16,7 +16,7 @@ import trio
 
 from nydusfs.config import RegistryBackend
 from nydusfs.errors import AuthError
-from nydusfs.http import HttpClient, HttpError, ProtocolViolation, Response, Url, parse_url
+from nydusfs.http import HttpClient, HttpError, HttpTimeout, ProtocolViolation, Response, Url, parse_url
 from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, basic_auth
 from nydusfs.http.errors import TlsFailed
@@ -190,12 +190,14 @@ class RegistryEndpoint:
         if known is not None:
             try:
                 response = await self._get(known, (), wanted, patience, progress)
-            except HttpError:
-                self._redirects.drop(wanted.blob_id)
-                raise
-            if response.status in (200, 206):
-                return response
-            # Signed targets live 5 to 20 minutes; whatever the refusal, the full way is gone once.
+                if response.status in (200, 206):
+                    return response
+            except HttpError as error:
+                if isinstance(error, HttpTimeout) and not self.last:  # others may have it sooner
+                    self._redirects.drop(wanted.blob_id)
+                    raise
+            # Signed targets live 5 to 20 minutes, and servers behind them come and go; whatever the failure, it is not
+            # yet this source's: the full way is gone once.
             self._redirects.drop(wanted.blob_id)
             log.info("The redirected link has expired: %s, will retry read", known)
         url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{_part(wanted.blob_id)}{self.way.query}")

@@ -341,6 +341,22 @@ def test_a_signed_redirect_is_not_used_beyond_its_time(server: Any) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("mode", ["404", "503", "empty", "early-close", "hang-headers"])
+def test_a_remembered_redirect_that_fails_costs_no_reader_an_error(server: Any, mode: str) -> None:
+    first, second = server(), server()
+    origin = server(redirect=first.url)
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, retry_limit=0, timeout=3), hub)
+        await read(source)
+        first.mode, origin.redirect = mode, second.url
+        await read(source, 4096)
+        assert len(second.requests) == 1 and len(origin.requests) == 2
+        assert hub.report()[0]["state"] == "up"
+
+    run(scenario)
+
+
 def test_what_is_known_of_each_source_can_be_shown(server: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     origin, mirror = server(), server(mode="503")
