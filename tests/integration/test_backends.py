@@ -201,6 +201,29 @@ def test_a_unix_socket_of_one_blob(status: str, image: TinyImage, tmp_path: Path
         load_config(document("http-proxy", {"addr": "/none.sock"}), "test")
 
 
+# -- localfs
+
+
+def test_folders_of_blobs(image: TinyImage, tmp_path: Path) -> None:
+    """`dir` is first; what is damaged or cut off there is read from `alt_dirs`, in their order."""
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+    first, second, third = (folder / image.blob_id for folder in folders)
+    config = {"dir": str(folders[0]), "alt_dirs": [str(folder) for folder in folders[1:]]}
+    run(image, document("localfs", config), wrong(f"{second}: no such file"))
+    third.write_bytes(image.blob)
+    run(image, document("localfs", config), all_right)
+    first.write_bytes(image.blob[:2])
+    second.write_bytes(bytes(byte ^ 0x55 for byte in image.blob))
+    run(image, document("localfs", config), all_right)
+    third.unlink()
+    run(image, document("localfs", config), wrong(f"{second}: .*digest"))
+    run(image, document("localfs", {"blob_file": str(second)}), wrong("digest"))
+    second.write_bytes(image.blob)
+    run(image, document("localfs", {"blob_file": str(second)}), all_right)
+
+
 # -- localdisk
 
 

@@ -212,7 +212,87 @@ def test_a_registrys_own_certificates_come_from_certs_d(server: Any, tmp_path: P
     run(scenario)
 
 
+def test_a_mirror_that_gives_tokens_itself(server: Any) -> None:
+    """`auth_through`: the path of the realm counts, its host does not, and the registry hears of nothing."""
+    origin, mirror = server(auth="bearer"), server(auth="bearer")
+    mirror.realm = origin.url
+
+    async def scenario(hub: SourceHub) -> None:
+        through = {"host": mirror.url, "auth_through": True}
+        await read(open_source(backend(origin, mirrors=[through], auth=AUTH), hub))
+        assert len(mirror.data_requests) == 2 and [one for one in mirror.tokens if one.method == "GET"]
+        assert not origin.requests and not origin.tokens
+
+    run(scenario)
+
+
+def test_a_mirror_is_looked_after_only_while_somebody_reads(server: Any) -> None:
+    """`health_check_pause_elapsed`."""
+    origin, mirror = server(), server(mode="503")
+    settings = {
+        "host": mirror.url, "failure_limit": 1, "health_check_interval": 1, "health_check_pause_elapsed": 1,
+        "ping_url": f"{mirror.url}/ping",
+    }  # fmt: skip
+
+    def looks() -> int:
+        return sum(request.target == "/ping" for request in mirror.requests)
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, mirrors=[settings]), hub)
+        while looks() < 2:
+            await read(source)
+            await trio.sleep(0.05)
+        known = -1
+        while known != looks():  # never, if it went on: one a second
+            known = looks()
+            await trio.sleep(3)
+        while looks() == known:
+            await read(source)
+            await trio.sleep(0.05)
+
+    run(scenario)
+
+
+def test_redirects_go_where_the_configuration_says(server: Any) -> None:
+    """`blob_url_scheme` and `blob_redirected_host`: storage that is known by another name inside."""
+    store = server()
+    origin = server(redirect="https://storage.invalid:444")
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, blob_url_scheme="http", blob_redirected_host=store.netloc), hub))
+        assert [request.target for request in store.requests] == [f"/signed/blobs/{BLOB_ID}?sig=1"]
+
+    run(scenario)
+
+
+def test_a_given_token_is_tried_before_any_other_credentials(server: Any) -> None:
+    origin = server(auth="bearer")
+    origin.valid_tokens.add("given")
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, auth=AUTH, registry_token="given"), hub)
+        await read(source)
+        assert [one.headers.get("authorization") for one in origin.requests] == ["Bearer given"] and not origin.tokens
+        origin.valid_tokens.clear()
+        await read(source, 4096)
+        assert len([one for one in origin.tokens if one.method == "GET"]) == 1
+
+    run(scenario)
+
+
 # -- proxies
+
+
+def test_a_proxy_that_is_to_see_paths_gets_plain_http(server: Any) -> None:
+    """`use_http`, for a registry that is asked by TLS otherwise: through a tunnel nothing could be kept."""
+    origin, proxy = server(), server()
+    settings = {"scheme": "https", "proxy": {"url": proxy.url, "use_http": True, "fallback": False}}
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, **settings), hub))
+        assert proxy.requests[0].target == f"http://{origin.netloc}/v2/a/b/blobs/sha256:{BLOB_ID}"
+
+    run(scenario)
 
 
 def test_a_proxy_is_told_what_dragonfly_wants_to_know(server: Any) -> None:

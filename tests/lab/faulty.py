@@ -50,6 +50,7 @@ class FaultyServer:
     token_life: int = 300
     token_word: str = "token"  # what the tokens it gives begin with
     hang_tokens: bool = False
+    realm: str = ""  # where its challenges send for a token, instead of to itself
     login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
     choose: Callable[[Request], str] | None = None  # a mode per request
@@ -154,7 +155,7 @@ class FaultyServer:
             return _send(out, self.ping_status, b"ok")
         if self.auth and not self._authorized(request):
             repo = target.path.removeprefix("/v2/").rpartition("/blobs/")[0]
-            challenge = f'Bearer realm="{self.url}/token",service="lab",scope="repository:{repo}:pull"'
+            challenge = f'Bearer realm="{self.realm or self.url}/token",service="lab",scope="repository:{repo}:pull"'
             if self.auth == "basic":
                 challenge = 'Basic realm="lab, with a comma"'
             return _send(out, 401, b"{}", [("WWW-Authenticate", challenge)])
