@@ -92,6 +92,10 @@ class ImageReader:
         self.foresight: Foresight | None = None
 
     @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def backend_counters(self) -> BackendCounters:
         return self.source.counters
 

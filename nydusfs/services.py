@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import trio
 
@@ -53,6 +53,8 @@ class Services:
         self._stores: dict[str, CacheStore] = {}
         self._auth: dict[str, str] = {}
         self._registries: WeakKeyDictionary[RegistrySource, str] = WeakKeyDictionary()
+        self._readers: WeakSet[ImageReader] = WeakSet()
+        self._leaving: dict[str, trio.Event] = {}  # blobs that are being deleted
 
     def store(self, work_dir: str) -> CacheStore:
         """One store per directory, whatever it is called. Raises `CacheError`."""
@@ -113,6 +115,11 @@ class Services:
             ]
 
         opened = await trio.to_thread.run_sync(open_all)
+        for found in opened:
+            if not isinstance(found, Exception):
+                for blob in found[0].blobs:
+                    while (left := self._leaving.get(blob.id)) is not None:
+                        await left.wait()
         return [
             found if isinstance(found, Exception) else self._reader(image, store, *found)
             for image, store, found in zip(wanted, stores, opened, strict=True)
@@ -134,14 +141,31 @@ class Services:
         if line := connection_debug(config):
             log.info("%s", line)
         reader = ImageReader(image.name, bootstrap, chunks, source, self.scheduler, store, config, image.counters)
+        self._readers.add(reader)
         if store is not None and config.prefetch.learn:
             reader.profiles = ProfileStore(config.cache.work_dir)
         return reader
 
-    async def drop_blob(self, blob_id: str) -> None:
-        """Delete what all caches hold of a blob that no image uses any more."""
-        for store in self.stores():
-            await trio.to_thread.run_sync(store.remove_blob, blob_id)
+    def open_now(self) -> list[ImageReader]:
+        """Images that are read from or may be: mounted ones, and those that are opened ahead of their mount."""
+        return [reader for reader in self._readers if not reader.closed]
+
+    async def drop_blob(self, blob_id: str) -> bool:
+        """Delete what all caches hold of a blob. False: an image that is open has it, and it stays."""
+        while (left := self._leaving.get(blob_id)) is not None:
+            await left.wait()
+        if any(blob_id == blob.id for reader in self.open_now() for blob in reader.bootstrap.blobs):
+            return False
+        # whoever opens an image with it meanwhile waits: files must not vanish under it
+        left = self._leaving[blob_id] = trio.Event()
+        try:
+            with trio.CancelScope(shield=True):
+                for store in self.stores():
+                    await trio.to_thread.run_sync(store.remove_blob, blob_id)
+        finally:
+            del self._leaving[blob_id]
+            left.set()
+        return True
 
     async def aclose(self) -> None:
         self.hub.close()

@@ -41,7 +41,7 @@ def bootstraps(snapshots: Path) -> Iterator[Path]:
 def awaited(cache: Path, pulled: list[set[str]]) -> Iterator[Path]:
     """Bootstraps of images that were imported and not pulled. `pulled`: the blobs of each image that was; what was
     waited for is waited for no more."""
-    from nydusfs.cachetools.inventory import remembered
+    from nydusfs.cachetools.places import remembered
 
     for path in remembered(cache):
         try:
@@ -87,8 +87,7 @@ def orphans(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> lis
 
 def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[list[str], float]:
     """The orphans, and in how many seconds those of them that are too young to tell will not be (0: there are none)."""
-    # here: what these import takes as long as the rest of this program's start
-    from nydusfs.cachetools.inventory import stores
+    from nydusfs.cachetools.places import stores
 
     try:
         found = (entry for store in stores(cache) for entry in os.scandir(store))
@@ -117,10 +116,11 @@ def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[
 
 
 def remove(cache: Path, blob: str) -> None:
-    """All files of a blob, ours or upstream's, of further processes as well; what is gone already is fine."""
-    from nydusfs.cachetools.inventory import stores
+    """All files of a blob, ours or upstream's, of earlier processes as well; what is gone already is fine. A living
+    process alone knows whether it is about to use them."""
+    from nydusfs.cachetools.places import lock_holder, stores
 
-    for entry in [entry for store in stores(cache) for entry in os.scandir(store)]:
+    for entry in [entry for store in stores(cache) if lock_holder(store) is None for entry in os.scandir(store)]:
         match = _BLOB.fullmatch(entry.name)
         if match is None or match[1] != blob:
             continue
@@ -131,9 +131,9 @@ def remove(cache: Path, blob: str) -> None:
 
 
 class Dropper(Protocol):
-    """A nydusd: it drops what it has of a blob, unless an image mounted there uses it."""
+    """A nydusd: it drops what it has of a blob, unless an image uses it that is open there. False: it does."""
 
-    def drop_blob(self, blob_id: str) -> None: ...
+    def drop_blob(self, blob_id: str) -> bool: ...
 
 
 class Collector:
@@ -189,9 +189,8 @@ class Collector:
             log.debug("blob cache: %d blobs are of no image any more", len(blobs))
             for blob in blobs:
                 try:
-                    for daemon in self._daemons():
-                        daemon.drop_blob(blob)
-                    # what no daemon, or one that knows nothing of this, left
+                    if not all(daemon.drop_blob(blob) for daemon in self._daemons()):
+                        continue  # pulled again since we looked
                     remove(self._cache, blob)
                     tally.count("snapshotter_cache_blobs_deleted_total")
                 except SnapshotterError as error:

@@ -6,7 +6,6 @@ configuration.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -191,13 +190,16 @@ def _run(**options: Any) -> None:
     # the imports cost 0.2 s that --help does not need; nothing of them is garbage, and looking for it takes a tenth
     gc.disable()
     from nydusfs import stacks
+    from snapshotter import lean
+
+    lean.import_grpc()
     from snapshotter import logs, settings
     from snapshotter.errors import SettingsError, SnapshotterError
     from snapshotter.recovery import Program, repair
 
     if os.environ.get("GLIBC_TUNABLES") == _UNIT_TUNABLES:
         del os.environ["GLIBC_TUNABLES"]  # for this program, not for those it starts
-    _few_arenas()
+    lean.share_heap()
     stacks.on_signal()
     buffered = logs.buffer_until_known()
     os.umask(os.umask(0o077) | 0o027)  # whoever started this: nothing is made for others, nothing for a group to write
@@ -210,7 +212,7 @@ def _run(**options: Any) -> None:
                 click.echo(line)
             return
         stopping = _stop_on_signals()
-        program = Program(chosen)
+        program = Program(chosen, lean.Libraries())
     except (SnapshotterError, OSError) as error:
         from nydusfs.errors import os_reason
 
@@ -224,15 +226,6 @@ def _run(**options: Any) -> None:
     logging.shutdown()
     # gRPC's threads may still wait for a call; nothing of ours is left to do
     os._exit(0)
-
-
-def _few_arenas() -> None:
-    """64 threads of gRPC otherwise spread over 8 heaps a CPU: 6 MB of 60 that nobody uses twice. One is enough where
-    one thread runs at a time."""
-    try:
-        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX of glibc
-    except AttributeError:
-        pass
 
 
 def _stop_on_signals() -> threading.Event:

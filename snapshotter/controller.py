@@ -110,15 +110,11 @@ class Controller:
                 "version there and ask again, with or without its path",
             )
         with self._upgrading:
-            for daemon in self._images.daemons():
-                if not daemon.alive:
-                    continue
-                try:
-                    daemon.upgrade()
-                except SnapshotterError as error:
-                    log.error("nydusd %s is not upgraded: %s", daemon.id, error)
-                    return failure(500, f"nydusd {daemon.id}: {error}")
-                log.info("nydusd %s serves with the code that is installed now", daemon.id)
+            try:
+                self._images.upgrade()
+            except SnapshotterError as error:
+                log.error("not upgraded: %s", error)
+                return failure(500, str(error))
         return Reply()
 
     def _all_records(self, request: Request) -> Reply:

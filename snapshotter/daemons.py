@@ -185,35 +185,38 @@ class Daemon:
             if not self._alive:
                 self._resume()
 
-    def upgrade(self) -> None:
+    def upgrade(self) -> bool:
         """The code that is installed now serves in place of the running one, under its mounts; returns when it does.
 
-        Raises SnapshotterError; then what ran before serves on.
+        False: none runs. Raises SnapshotterError; then what ran before serves on.
         """
-        before = self.api.info().get("worker_pid")
+        with self.held():  # one that is being started may have been of the code of before
+            if not self._alive:
+                return False
         try:
+            before = self.api.info().get("worker_pid")
             self.api.upgrade()
         except ApiError as error:
             # upstream's has no such route: another process takes its mount over, as after a death
             if error.status not in (400, 404, 501) or self._supervisor is None:
-                raise
+                raise SnapshotterError(f"nydusd {self.id}: {error}") from None
             with self.held():
                 self._supervisor.save(lambda: self.api.send_state(EXCHANGE_SECONDS))
                 self._alive = False
                 self._end_processes(signal.SIGKILL)
                 self._resume()
-            return
+            return True
         deadline = time.monotonic() + UPGRADE_SECONDS
         while time.monotonic() < deadline:
             try:
                 info = self.api.info(timeout=5)
                 if info.get("worker_pid") != before and info.get("state") == "RUNNING":
                     self.save_state()
-                    return
+                    return True
             except SnapshotterError:
                 pass  # between two workers
             time.sleep(0.02)
-        raise Unavailable(f"its new worker does not answer within {UPGRADE_SECONDS:.0f} s")
+        raise Unavailable(f"nydusd {self.id}: its new worker does not answer within {UPGRADE_SECONDS:.0f} s")
 
     def upgrade_if_older(self) -> None:
         """After an update of the package, when this program was started again. Raises nothing."""

@@ -74,6 +74,7 @@ class Images:
         self._serving: set[str] = set()
         self._daemons: dict[str, Daemon] = {}
         self._recovered = threading.Event()  # what is on record is known here
+        self._started = threading.Event()  # the daemons on record, and the one of all, run or cannot
         self._gates: dict[str, threading.Event] = {}  # of each daemon on record: it was found or started again
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
 
@@ -226,6 +227,15 @@ class Images:
         with self._lock:
             return list(self._daemons.values())
 
+    def upgrade(self) -> None:
+        """Every daemon goes over to the code that is installed now, one after the other, under its mounts. One that
+        does not run will begin with it. Raises SnapshotterError."""
+        if not self._started.wait(RECOVERY_SECONDS):
+            raise Unavailable("still recovering after the start: try again")
+        for daemon in self.daemons():
+            if daemon.upgrade():
+                log.info("nydusd %s serves with the code that is installed now", daemon.id)
+
     def instances(self, daemon: str = "") -> list[InstanceRecord]:
         """Images on record, of one daemon or of all."""
         return [one for one in list(self._instances.values()) if daemon in ("", one.daemon)]
@@ -270,6 +280,7 @@ class Images:
                 self._shared_daemon().ensure()
             except (SnapshotterError, OSError) as error:
                 log.warning("%s; plain OCI images work, Nydus images will try again", error)
+        self._started.set()
 
     def _recover(self) -> None:
         alive = self._store.ids()

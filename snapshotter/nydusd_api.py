@@ -113,9 +113,10 @@ class NydusdApi:
         """After `take_over`: readers are served."""
         self.call("PUT", "/api/v1/daemon/start")
 
-    def drop_blob(self, blob_id: str) -> None:
-        """Have what is cached of a blob deleted, unless an image mounted there uses it."""
-        self.call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
+    def drop_blob(self, blob_id: str) -> bool:
+        """Have what is cached of a blob deleted. False: an image uses it that is mounted there or about to be."""
+        reply = self.call("DELETE", f"/api/v2/blobs?blob_id={quote(blob_id)}")
+        return not (isinstance(reply, dict) and reply.get("kept"))
 
     def set_registry_auth(self, config_id: str, auth: str) -> None:
         """Credentials (base64 of user:password) that count from the next token on; nydusd 2.4.1 and later."""

@@ -25,6 +25,7 @@ from snapshotter.flow import Snapshotter
 from snapshotter.images import Images, ImageSettings
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.registries import Registries
+from snapshotter.lean import Libraries
 from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
@@ -43,10 +44,11 @@ log = logging.getLogger(__name__)
 class Program:
     """A running snapshotter. The constructor returns with the socket being served; recovery goes on behind.
 
-    Raises StartError or SettingsError, with nothing left behind.
+    `libraries`: whose pages are given back when the start is over. Raises StartError or SettingsError, with nothing
+    left behind.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, libraries: Libraries | None = None) -> None:
         if os.geteuid() != 0:
             raise StartError("must run as root: it mounts images and owns container files")
         # with the proxy driver no image is read here, and nobody writes such a file
@@ -61,6 +63,7 @@ class Program:
                 "this kernel cannot mount overlayfs (or not on the file system of "
                 f"{root}): containers need it. Try modprobe overlay, or another --root"
             )
+        self._libraries = libraries
         self._settings = settings
         self._template = template
         self._database = Database(root / NAME)
@@ -158,6 +161,8 @@ class Program:
             log.warning("records of snapshots: %s", error)
         self._renewer.start()
         self._renewer.kick()  # images mounted again have the credentials of before
+        if self._libraries is not None:
+            self._libraries.give_back()
 
     def stop(self) -> None:
         """Ends serving; nydusd and its mounts stay for the containers that use them."""

@@ -28,7 +28,8 @@ from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX
 from nydusfs.cache.outside import STAGED
 from nydusfs.cachetools import holder
 from nydusfs.cachetools.images import KnownImage, open_image
-from nydusfs.cachetools.inventory import IMPORTED, foreign_id, stores
+from nydusfs.cachetools.inventory import foreign_id
+from nydusfs.cachetools.places import IMPORTED, stores
 from nydusfs.errors import CacheError
 from nydusfs.segments import Plain, Segment
 from nydusfs.tables import check_rows, kept_name, read_kept, write_kept

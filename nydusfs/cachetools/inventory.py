@@ -12,11 +12,10 @@ from nydusfs.cache.foreign import FOREIGN_SUFFIXES
 from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX
 from nydusfs.cache.outside import STAGED
 from nydusfs.cache.store import boot_id
+from nydusfs.cachetools.places import IMPORTED, WORKER
 
-IMPORTED = ".imported"  # bootstraps of images whose data was imported before they were pulled
 _ID = re.compile(r"[0-9a-f]{64}")
 _OWN = (".lock", ".maps", ".erofs", STAGED, IMPORTED)
-_WORKER = re.compile(r"\.worker-[0-9]{1,3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +81,13 @@ class Inventory:
         return sum(blob.allocated for blob in self.blobs.values())
 
 
-def stores(cache: Path) -> list[Path]:
-    """The directory and those of further processes below it. Empty when there is none."""
-    try:
-        names = sorted(os.listdir(cache))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [cache, *(cache / name for name in names if _WORKER.fullmatch(name) and (cache / name).is_dir())]
-
-
-def remembered(cache: Path) -> list[Path]:
-    """Bootstraps of images that were imported and not pulled."""
-    return sorted((cache / IMPORTED).glob("*.boot"))
-
-
 def take(store: Path) -> Inventory:
     """Raises OSError when the directory cannot be read; what goes away meanwhile is left out."""
     found = Inventory(store)
     boot = boot_id()
     for entry in os.scandir(store):
         name = entry.name
-        if name in _OWN or _WORKER.fullmatch(name):
+        if name in _OWN or WORKER.fullmatch(name):
             continue
         facts = _facts(entry)
         if facts is None:

@@ -60,8 +60,8 @@ class DaemonControl(Protocol):
         """Change to STOPPED; the returned call ends the process without unmounting."""
 
     def inflight(self) -> list[InFlightInfo]: ...
-    async def drop_blob(self, blob_id: str) -> None:
-        """Delete what is cached of a blob, unless a mounted image has it."""
+    async def drop_blob(self, blob_id: str) -> bool:
+        """Delete what is cached of a blob. False: an image has it that is mounted or about to be, so it stays."""
 
     @property
     def caches(self) -> Caches: ...
@@ -472,6 +472,6 @@ class Api:
         if "domain_id" in request.query:
             return self._failure(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
         if "blob_id" in request.query:
-            await self._daemon.drop_blob(request.query["blob_id"])
-            return Response()
+            dropped = await self._daemon.drop_blob(request.query["blob_id"])
+            return Response() if dropped else _json({"kept": True})
         raise BadRequestError("BadRequest")

@@ -153,11 +153,11 @@ class Daemon:
     def sources(self) -> list[dict[str, Any]]:
         return self._services.hub.report()
 
-    async def drop_blob(self, blob_id: str) -> None:
-        if any(blob_id in mounted.image.blob_ids() for mounted in self.mounts.images.values()):
-            log.info("blob %s is kept: a mounted image has it", blob_id)
-            return
-        await self._services.drop_blob(blob_id)
+    async def drop_blob(self, blob_id: str) -> bool:
+        dropped = await self._services.drop_blob(blob_id)
+        if not dropped:
+            log.info("blob %s is kept: an image has it that is mounted, or about to be", blob_id)
+        return dropped
 
     def set_log_level(self, level: str) -> None:
         self.set_runtime_config(_LOG, {"log_level": level})

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nydusfs.cachetools.images import blob_sizes
-from nydusfs.cachetools.inventory import Inventory, remembered, stores, take
+from nydusfs.cachetools.inventory import Inventory, take
+from nydusfs.cachetools.places import lock_holder, remembered, stores
 from nydusfs.config.amount import parse_amount
 from nydusfs.errors import CacheError
 from snapshotter.cachegc import bootstraps
@@ -54,11 +55,13 @@ class DaemonHolder:
         return list(answer["adopted"]), str(answer["refused"])
 
     def drop_blob(self, blob_id: str) -> None:
-        """All of it, unless an image that is mounted there has it. Raises CacheError."""
+        """All of it. Raises CacheError, also where an image that is open there has it."""
         try:
-            self.api.drop_blob(blob_id)
+            gone = self.api.drop_blob(blob_id)
         except SnapshotterError as failure:
             raise CacheError(str(failure)) from None
+        if not gone:
+            raise CacheError("an image has it that is mounted, or about to be")
 
     def _change(self, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -261,49 +264,4 @@ class Place:
         return max(0, min(rooms)) if rooms else None
 
 
-def lock_holder(store: Path) -> int | None:
-    """The process that has a store, as the kernel's table of locks says; nobody is disturbed by looking."""
-    wanted = set()
-    for path in (store / ".lock", store):
-        try:
-            facts = path.stat()
-        except OSError:
-            continue
-        wanted.add(facts.st_ino)
-    try:
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return None
-    devices = _devices(store)
-    for line in lines:
-        words = line.split()
-        if len(words) < 8 or words[1] != "FLOCK":
-            continue
-        major, minor, inode = words[5].split(":")
-        if int(inode) in wanted and (int(major, 16), int(minor, 16)) in devices:
-            return int(words[4])
-    return None
-
-
-def _devices(store: Path) -> set[tuple[int, int]]:
-    """Numbers that the kernel may have for the file system of a path: stat's, and the mount table's, which differ on
-    btrfs and overlayfs."""
-    found = set()
-    try:
-        device = (store / ".lock").stat().st_dev
-        found.add((os.major(device), os.minor(device)))
-        best = ""
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            words = line.split()
-            point = words[4].replace("\\040", " ")
-            if len(point) >= len(best) and (f"{store}/".startswith(point.rstrip("/") + "/")):
-                best, numbers = point, words[2]
-        if best:
-            major, _, minor = numbers.partition(":")
-            found.add((int(major), int(minor)))
-    except (OSError, ValueError):
-        pass
-    return found
-
-
-__all__ = ["Daemon", "DaemonHolder", "Image", "Place", "lock_holder"]
+__all__ = ["Daemon", "DaemonHolder", "Image", "Place"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nydusfs.learning import REQUESTS
-from tests.lab.daemon import Nydusd, can_mount_fuse, wait_until
+from tests.lab.daemon import Answer, Nydusd, can_mount_fuse, wait_until
 from tests.lab.faulty import FaultyServer, Request, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -144,6 +144,8 @@ def test_an_image_that_is_expected_is_fetched_ahead_of_its_mount(tmp_path: Path)
                 assert answer.status == 204, answer
             wait_until(lambda: "of its profile fetched ahead" in daemon.log_text(), 20, "the replay")
             requests = len(server.data_requests)
+            # what a collector of removed images' caches asks: it may have looked before this image was pulled again
+            assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}") == Answer(200, {"kept": True})
             assert daemon.get("daemon").body["backend_collection"] == {}
             assert daemon.call("POST", "mount?mountpoint=/b", json.dumps(broken)).status == 500
             assert daemon.mount("/a", image.bootstrap, config(server, work)).status == 204
@@ -156,6 +158,10 @@ def test_an_image_that_is_expected_is_fetched_ahead_of_its_mount(tmp_path: Path)
             assert daemon.mount("/a", image.bootstrap, config(server, tmp_path / "other")).status == 204
             read(daemon, READ)
             assert (tmp_path / "other").is_dir()
+            assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}") == Answer(200, {"kept": True})
+            assert daemon.umount("/a").status == 204
+            assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}").status == 204
+            assert not (work / image.blob_id).exists()
             daemon.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from snapshotter.nydusd_api import NydusdApi
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.process import kill_together, mounts_below, remove_tree, run, unmount_below, wait_until, work_dir
@@ -213,6 +215,43 @@ def test_a_hanging_nydusd_holds_up_its_own_image_only(ours: Snapshotter) -> None
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:
                 pass
+
+
+def test_an_upgrade_right_behind_a_start_is_one(ours: Snapshotter) -> None:
+    """What is asked for while nydusd is being found again, or started, waits for that: 200 must not mean nothing."""
+    with Client(ours.socket) as client:
+        meta = pull(client, image_case(CASE), ours.work, IMAGE)
+        (mount,) = client.prepare("c1", meta)
+    (api,) = (NydusdApi(path) for path in (ours.root / "socket").glob("*/api.sock"))
+    system = NydusdApi(ours.root / "system.sock")
+
+    def upgrade() -> None:
+        assert system.call("PUT", "/api/v1/daemons/upgrade", {"policy": "rolling"}, timeout=120) is None
+
+    before = api.info()["worker_pid"]
+    ours.stop()
+    stopped = ours.daemons()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        ours.start()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(upgrade)
+            time.sleep(1)
+            assert not asked.done()
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+            asked.result(120)
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert api.info()["worker_pid"] != before
+    assert read(lower([mount]) / some_file())
+    reboot(ours)
+    ours.start()
+    upgrade()
+    assert read(lower([mount]) / some_file())
 
 
 def test_what_the_unit_sets_for_the_snapshotter_is_not_for_nydusd() -> None:

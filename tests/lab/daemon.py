@@ -132,10 +132,12 @@ class Nydusd:
         self.child.process.wait(10)
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Answer:
+        """`path`: below /api/v1/, or a whole one."""
+        path = path if path.startswith("/") else f"/api/v1/{path}"
         connection = _Unix(str(self.sock), timeout)
         try:
             data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-            connection.request(method, f"/api/v1/{path}", body=data)
+            connection.request(method, path, body=data)
             answer = connection.getresponse()
             text = answer.read()
             return Answer(answer.status, json.loads(text) if text else None)

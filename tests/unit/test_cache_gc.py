@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
+import pytest
 import trio
 
+from nydusfs.cache import CacheStore
 from nydusfs.cachetools.gather import remember
-from nydusfs.config import load_config
-from nydusfs.services import open_services
+from nydusfs.config import Config, load_config
+from nydusfs.services import Services, open_services
 from snapshotter.cachegc import Collector, look, orphans, remove
 from tests.integration.test_sources_faults import config_text
 from tests.lab.faulty import faulty_server
@@ -69,7 +73,10 @@ def test_a_removed_blob_is_fetched_again_when_it_is_needed(tmp_path: Path) -> No
             readers = [await services.open_image(str(i.bootstrap), config, name="i") for i in (one, two)]
             for reader, image in zip(readers, (one, two), strict=True):
                 assert await reader.read(reader.bootstrap.resolve(b"f"), 0, 300_000) == image.files["f"]
-            await services.drop_blob(one.blob_id)
+            assert not await services.drop_blob(one.blob_id), "an image is open that has it"
+            assert (work / one.blob_id).exists()
+            readers[0].close()
+            assert await services.drop_blob(one.blob_id)
             assert not (work / one.blob_id).exists()
             assert (work / two.blob_id).exists()
             await services.drop_blob("../" + two.blob_id)
@@ -80,6 +87,38 @@ def test_a_removed_blob_is_fetched_again_when_it_is_needed(tmp_path: Path) -> No
             assert len(server.data_requests) > before
             for reader in (*readers, again):
                 reader.close()
+            await opened_while_it_goes(services, config)
+
+    async def opened_while_it_goes(services: Services, config: Config) -> None:
+        """Whoever opens an image while a blob of it is deleted waits for that, and has a cache that can be written."""
+        (store,) = services.stores()
+        removing, go_on, order = threading.Event(), threading.Event(), []
+
+        def slow(blob_id: str) -> None:
+            removing.set()
+            go_on.wait(20)
+            order.append("removed")
+            CacheStore.remove_blob(store, blob_id)
+
+        async def drop() -> None:
+            assert await services.drop_blob(one.blob_id)
+
+        async def open_it() -> None:
+            reader = await services.open_image(str(one.bootstrap), config, name="meanwhile")
+            order.append("opened")
+            assert await reader.read(reader.bootstrap.resolve(b"f"), 0, 300_000) == one.files["f"]
+            assert not await services.drop_blob(one.blob_id)
+            reader.close()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "remove_blob", slow)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drop)
+                await trio.to_thread.run_sync(removing.wait, 20)
+                nursery.start_soon(open_it)
+                await trio.sleep(0.2)
+                go_on.set()
+        assert order == ["removed", "opened"]
 
     with faulty_server({one.blob_id: one.blob, two.blob_id: two.blob}) as server:
         trio.run(run)
@@ -121,10 +160,12 @@ def test_removing_an_image_frees_what_nothing_else_uses(tmp_path: Path) -> None:
             place.mkdir(parents=True)
             (place / "image.boot").write_bytes(image.bootstrap.read_bytes())
     told: list[str] = []
+    pulled_again = True
 
     class Nydusd:
-        def drop_blob(self, blob_id: str) -> None:
+        def drop_blob(self, blob_id: str) -> bool:
             told.append(blob_id)
+            return not pulled_again
 
     for folder in (cache / own.blob_id, cache / shared.blob_id, cache / ".worker-2" / own.blob_id):
         folder.mkdir(parents=True)
@@ -135,4 +176,11 @@ def test_removing_an_image_frees_what_nothing_else_uses(tmp_path: Path) -> None:
     shutil.rmtree(snapshots / "10")
     shutil.rmtree(snapshots / "11")
     assert (collector._collect(), told) == (0, [own.blob_id])
+    assert (cache / own.blob_id).exists() and (cache / ".worker-2" / own.blob_id).exists()
+    pulled_again = False
+    with open(cache / ".worker-2" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a living nydusd's: it was told, and does what is to be done
+        assert collector._collect() == 0
+        assert (cache / ".worker-2" / own.blob_id).exists()
+    assert collector._collect() == 0
     assert sorted(path.name for path in cache.rglob("*") if len(path.name) == 64) == [shared.blob_id]
