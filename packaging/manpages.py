@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPO))
 # program -> (module, attribute or function that makes the command, section, one line)
 PROGRAMS: dict[str, tuple[str, str, int, str]] = {
     "containerd-nydus-grpc": ("snapshotter.cli", "_command()", 8, "snapshotter for containerd with lazy Nydus images"),
-    "nydusd": ("nydusfs.daemon.cli", "cli", 8, "serve container images whose data is fetched while they run"),
+    "nydusd": ("nydusfs.daemon.commands", "cli", 8, "serve container images whose data is fetched while they run"),
     "nydus-overlayfs": ("snapshotter.overlayfs", "", 8, "mount helper for overlays that have extra options"),
     "nydusctl": ("nydusfs.daemon.ctl", "cli", 1, "ask or change a running nydusd, look after a whole node"),
     "nydusify": ("nydusfs.convert.cli", "cli", 1, "make, check and mount Nydus images"),

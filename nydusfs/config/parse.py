@@ -7,7 +7,6 @@ keys never stop anything (here they are named once, upstream is silent).
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import replace
 from typing import Any, cast
 
@@ -64,6 +63,8 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as json_error:
         if text.lstrip()[:1] in ("{", "["):
             raise ConfigError("", f"is not valid JSON: {json_error}", where) from None
+        import tomllib  # 4 ms that a start without such a file does without
+
         try:
             return tomllib.loads(text)
         except (ValueError, RecursionError) as toml_error:

@@ -8,7 +8,6 @@ where it was asked for, HTTPS for everything else.
 from __future__ import annotations
 
 import logging
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,8 @@ def _folder(endpoint: str, hosts_dir: str) -> Path | None:
 
 
 def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route:
+    import tomllib  # 4 ms that a start without such a file does without
+
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
