@@ -13,7 +13,7 @@ import trio
 from bootstrap.base import Bootstrap
 from bootstrap.errors import RafsError
 from nydusfs.config import LocalDiskBackend, LocalFsBackend
-from nydusfs.daemon.mounts import MountRequest, OpenImage
+from nydusfs.daemon.mounts import KernelMounts, MountRequest, OpenImage, serves_xattrs
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
 from nydusfs.profile import decode, export, identity
@@ -28,8 +28,11 @@ MAX_EXPECTED = 8
 class ReaderImage:
     """`OpenImage` over an `ImageReader`. Source, cache and scheduler belong to all images and stay."""
 
-    def __init__(self, reader: ImageReader, prefetch_files: tuple[str, ...]) -> None:
+    def __init__(
+        self, reader: ImageReader, prefetch_files: tuple[str, ...], kernel_mounts: KernelMounts | None = None
+    ) -> None:
         self.reader = reader
+        self._kernel_mounts = kernel_mounts
         self._prefetch_files = [os.fsencode(path) for path in prefetch_files]
         self._learning: trio.CancelScope | None = None
 
@@ -44,6 +47,13 @@ class ReaderImage:
                 await self.reader.learn()
             except (NydusError, RafsError, OSError) as error:
                 log.warning("image %s: fetching ahead of its start stopped: %s", self.reader.name, error)
+
+    async def prepare(self, request: MountRequest) -> None:
+        """Before it is mounted, too: the kernel's mount is made, if there will be one."""
+        config = request.config
+        if self._kernel_mounts is not None and not config.id_mapping:
+            xattrs = serves_xattrs(config, self.metadata)
+            await self._kernel_mounts.prepare(self.reader, config.fs_driver, xattrs=xattrs)
 
     @property
     def metadata(self) -> Bootstrap:
@@ -88,6 +98,8 @@ class ReaderImage:
     async def aclose(self) -> None:
         if self._learning is not None:
             self._learning.cancel()
+        if self._kernel_mounts is not None:
+            await self._kernel_mounts.discard(self.reader)
         self.reader.close()
 
 
@@ -102,8 +114,11 @@ class _Expected:
 class ImageOpener:
     """Opens need no network; reading the bootstrap and indexing its chunks happens in a worker thread."""
 
-    def __init__(self, services: Services, mountpoint: str, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, services: Services, mountpoint: str, nursery: trio.Nursery, kernel_mounts: KernelMounts | None = None
+    ) -> None:
         self._services = services
+        self._kernel_mounts = kernel_mounts
         self._mountpoint = mountpoint
         self._nursery = nursery
         self._expected: dict[str, _Expected] = {}  # by bootstrap
@@ -122,6 +137,7 @@ class ImageOpener:
                 expected.image = await self._open(request)
                 expected.opened.set()
                 self._nursery.start_soon(expected.image.learn)
+                await expected.image.prepare(request)
                 await expected.decided.wait()
         except (NydusError, RafsError, OSError) as error:
             log.info("image expected at %s cannot be opened: %s", request.mountpoint, error)
@@ -152,13 +168,13 @@ class ImageOpener:
         # In a thread: a path that leads into this daemon's own mount is answered by the loop.
         await trio.to_thread.run_sync(self._refuse_own_files, request)
         reader = await self._services.open_image(request.source, request.config, name=request.mountpoint)
-        return ReaderImage(reader, request.prefetch_files)
+        return ReaderImage(reader, request.prefetch_files, self._kernel_mounts)
 
     async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
         """Images that a daemon served until now, all at once: their readers wait."""
         wanted = [Wanted(request.source, request.config, request.mountpoint) for request in requests]
         return [
-            found if isinstance(found, Exception) else ReaderImage(found, request.prefetch_files)
+            found if isinstance(found, Exception) else ReaderImage(found, request.prefetch_files, self._kernel_mounts)
             for request, found in zip(requests, await self._services.open_images(wanted), strict=True)
         ]
 

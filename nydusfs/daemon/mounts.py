@@ -88,6 +88,8 @@ class MountRequest:
 class KernelMounts(Protocol):
     """Images as mounts that the kernel serves, above what FUSE shows (`drivers.erofs.driver`)."""
 
+    async def prepare(self, reader: Any, choice: FsDriver | None, *, xattrs: bool) -> None: ...
+    async def discard(self, reader: Any) -> None: ...
     async def attach(
         self, where: str, volume: ImageVolume, reader: Any, choice: FsDriver | None, *, xattrs: bool
     ) -> None: ...
@@ -136,6 +138,10 @@ class MountedImage:
             "mounted_time": f"{when}.{self.mounted_ns % 10**9:09d} +00:00:00",
             "config": public_config(self.request.config),
         }
+
+
+def serves_xattrs(config: Config, metadata: ImageMetadata) -> bool:
+    return config.enable_xattr or bool(metadata.flags & SuperFlags.HAS_XATTR)
 
 
 def canonical(mountpoint: str) -> str:
@@ -371,7 +377,7 @@ class MountTable:
 
     @staticmethod
     def _serve_xattrs(mounted: MountedImage) -> bool:
-        return mounted.request.config.enable_xattr or bool(mounted.image.metadata.flags & SuperFlags.HAS_XATTR)
+        return serves_xattrs(mounted.request.config, mounted.image.metadata)
 
     def _start(self, mounted: MountedImage) -> None:
         # A worker that follows another one finds images that have been running for long.

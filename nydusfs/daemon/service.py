@@ -259,8 +259,8 @@ class Daemon:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
-                    opener = ImageOpener(services, self._driver.mountpoint, nursery)
                     self._erofs = ErofsDriver(self._driver.mountpoint, self._link, self.options.fs_driver)
+                    opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)
                     nursery.start_soon(process.give_back_when_idle, services)

@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=40.0)
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--sides", default="oci,ours,upstream", help="comma list of oci, ours, upstream")
+    parser.add_argument(
+        "--sides", default="oci,ours,upstream", help="comma list of oci, ours, erofs (ours with EROFS mounts), upstream"
+    )
     parser.add_argument("--prefetch", action="store_true", help="fs_prefetch on, as in the scenario's file")
     parser.add_argument("--logs", action="store_true", help="print the end of nydusd's log")
     options = parser.parse_args()
@@ -99,27 +101,26 @@ def main() -> None:
         print("interop: the reference programs are not here, upstream is left out", file=sys.stderr)
         sides.remove("upstream")
     results: list[Start] = []
-    first_upstream = "ours" not in sides
+    first_upstream = not {"ours", "erofs"} & set(sides)
     with Stack(
         StackOptions(upstream=first_upstream, rtt_ms=options.rtt_ms, mbit=options.mbit, prefetch=options.prefetch)
     ) as stack:
         registry = stack.registry
         image.push(registry.host, "lab/py", "oci")
-        if "ours" in sides:
+        if not first_upstream:
             stack.convert("lab/py:oci", "lab/py:ours")
         if "upstream" in sides:
             stack.convert("lab/py:oci", "lab/py:upstream", upstream=True)
         for number in range(options.repeat):
             for side in sides:
                 stack.options.upstream = side == "upstream" or first_upstream
-                stack.new_node(
-                    daemon_config(prefetch=options.prefetch, work_dir=str(stack.work / f"cache-{side}-{number}"))
-                )
-                tag = "oci" if side == "oci" else side
+                config = daemon_config(prefetch=options.prefetch, work_dir=str(stack.work / f"cache-{side}-{number}"))
+                stack.new_node({**config, "fs_driver": "erofs"} if side == "erofs" else config)
+                tag = "ours" if side == "erofs" else side
                 results += measure(
                     stack, registry, side, f"{stack.host}/lab/py:{tag}", "overlayfs" if side == "oci" else "nydus"
                 )
-                if options.logs and side == "ours":
+                if options.logs and side in ("ours", "erofs"):
                     for log in stack.snapshotter.root.glob("logs/**/*.log"):
                         print(tail(log, 2000))
     medians = {

@@ -97,6 +97,42 @@ def test_fixture_is_served_as_its_manifest_says(daemon: Nydusd, name: str) -> No
     assert marked_devices(work) == []
 
 
+def test_an_expected_mount_is_made_before_it_is_asked_for(daemon: Nydusd, tmp_path: Path) -> None:
+    """And goes without a trace if it is mounted in another way after all."""
+    case = image_case(CASE)
+    config = localfs_config(case, work_dir=tmp_path)
+    body = {"source": str(case / "image.boot"), "fs_type": "rafs", "config": config}
+    disk = tmp_path.stat().st_dev
+    assert daemon.mount("/first", case / "image.boot", config).status == 204  # with a mount of the self-test
+    assert daemon.umount("/first").status == 204
+    for wanted in (config, json.dumps({**json.loads(config), "fs_driver": "fuse"})):
+        assert daemon.call("POST", "mount/expected?mountpoint=/soon", body).status == 204
+        wait_until(lambda: _unattached(daemon, disk), 20, "a mount attached nowhere")
+        (ready,) = _unattached(daemon, disk)
+        assert daemon.mount("/soon", case / "image.boot", wanted).status == 204
+        assert is_erofs(daemon.mnt / "soon") == (wanted == config)
+        assert ((daemon.mnt / "soon").stat().st_dev == ready) == (wanted == config)
+        if wanted != config:
+            wait_until(lambda: not marked_devices(tmp_path), 20, "no device of it")
+        assert not _unattached(daemon, disk)
+        assert check_mount(case, daemon.mnt / "soon") == []
+        assert daemon.umount("/soon").status == 204
+        assert marked_devices(tmp_path) == []
+
+
+def _unattached(daemon: Nydusd, disk: int) -> set[int]:
+    """Device numbers of mounts that the worker holds by a descriptor and that are attached nowhere. `disk`: of its
+    caches, whose clones it holds so."""
+    found, folder = set(), Path(f"/proc/{daemon.worker_pid}/fd")
+    for fd in folder.iterdir():
+        try:
+            if os.readlink(fd) == "/":
+                found.add(fd.stat().st_dev)
+        except OSError:
+            pass  # closed meanwhile
+    return found - {disk}
+
+
 def test_a_second_mount_needs_no_new_image_and_shares_the_cache(daemon: Nydusd, tmp_path: Path) -> None:
     """Damaged derived files are made again; what FUSE cached is served by EROFS and the other way round."""
     case = image_case(CASE)

@@ -6,7 +6,6 @@ it tells when somebody unmounts from outside. A reader never meets it where an E
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -27,14 +26,14 @@ from nydusfs.drivers.erofs import fanotify, mount, selftest
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import (
-    DeviceFile,
     UnsuitableError,
     fingerprint,
-    is_scattered,
+    image_maker,
     open_image,
     write_image,
 )
 from nydusfs.drivers.erofs.journal import Journal
+from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.fuse import InFlightInfo
 from nydusfs.drivers.operations import OPCODE_READ
 from nydusfs.drivers.volume import ImageVolume
@@ -64,6 +63,8 @@ class ErofsDriver:
         self._group = -1
         self._nursery: trio.Nursery
         self._images: dict[str, ErofsImage] = {}
+        self._prepared: dict[ImageReader, PreparedMount] = {}
+        self._ahead: set[ImageReader] = set()  # those that `prepare` was called for
         self._blobs: dict[str, list[ErofsImage]] = {}
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
@@ -95,6 +96,8 @@ class ErofsDriver:
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
             await trio.to_thread.run_sync(kernel.umount_detach, where)
+        if self._choice != "fuse":
+            self._nursery.start_soon(_in_thread, image_maker)
 
     async def stop(self, *, successor: bool) -> None:
         """Readers that wait get EIO unless a successor answers them."""
@@ -105,6 +108,9 @@ class ErofsDriver:
             for where in list(self._images):
                 image = self._forget(where)
                 await trio.to_thread.run_sync(self._clean, image)
+            while self._prepared:
+                _, prepared = self._prepared.popitem()
+                await trio.to_thread.run_sync(self._clean, prepared)
 
     async def _serve(self, group: int, journal: int) -> None:
         self._group = group
@@ -159,7 +165,52 @@ class ErofsDriver:
             _open_caches(reader)
             self._remember(where, ErofsImage(where, volume, reader, devices, []))
 
+    async def prepare(self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> None:
+        """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
+        if (choice or self._choice) == "fuse" or not self._all_known.is_set():
+            return
+        self._nursery.start_soon(_in_thread, image_maker)
+        self._ahead.add(reader)
+        async with self._lock:
+            if any(image.reader is reader for image in self._images.values()):
+                return
+            try:
+                await self._prepare(reader, xattrs)
+            except (NydusError, RafsError, OSError) as error:
+                log.debug("image %s is not made ready for erofs: %s", reader.name, error)
+
+    async def discard(self, reader: ImageReader) -> None:
+        """An image that was prepared is not mounted."""
+        if reader not in self._ahead:
+            return
+        async with self._lock:  # it may be in the making
+            self._ahead.discard(reader)
+            prepared = self._prepared.pop(reader, None)
+        if prepared is not None:
+            await _in_thread(lambda: self._clean(prepared))
+
     async def _attach(self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool) -> None:
+        if reader not in self._prepared:
+            await self._prepare(reader, xattrs)
+        prepared = self._prepared[reader]
+        image = ErofsImage(where, volume, reader, prepared.devices, prepared.files, prepared.mark)
+        self._remember(where, image)
+        del self._prepared[reader]
+
+        def attach() -> None:
+            if not prepared.plain:
+                image.know_files()
+            prepared.attach(self._target(where))
+
+        try:
+            await _in_thread(attach)
+        except BaseException:
+            self._forget(where)
+            with trio.CancelScope(shield=True):
+                await _in_thread(lambda: self._clean(prepared))
+            raise
+
+    async def _prepare(self, reader: ImageReader, xattrs: bool) -> None:
         store = reader.store
         if store is None:
             raise UnsuitableError("it has no cache directory (device.cache)")
@@ -178,37 +229,14 @@ class ErofsDriver:
             await _in_thread(lambda: _prune(devices.images))
         await self._need_group()
         _open_caches(reader)
-        image = ErofsImage(where, volume, reader, devices, files, mark)
-        self._remember(where, image)
+        prepared = self._prepared[reader] = PreparedMount(reader, devices, path, files, mark)
         try:
-            await _in_thread(lambda: self._mount(image, path, files))
+            await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
         except BaseException:
-            self._forget(where)
+            del self._prepared[reader]
             with trio.CancelScope(shield=True):
-                await _in_thread(lambda: self._clean(image))
+                await _in_thread(lambda: self._clean(prepared))
             raise
-
-    def _mount(self, image: ErofsImage, path: Path, files: list[DeviceFile]) -> None:
-        """What `device_path` opens by the clone is asked about: the clone's mark must be there before the mount is."""
-        tree = self._tree(image)
-        for attempt in range(3):
-            try:
-                names = [image.device_path(file, tree, self._group) for file in files]
-                plain = not any(name.startswith(mount.tree_path(tree)) for name in names)
-                mounted = mount.open_erofs(str(path), names, direct=plain and not is_scattered(path))
-            except OSError as error:
-                # a segment file was renamed or deleted between our look and the kernel's
-                if error.errno != errno.ENOENT or attempt == 2:
-                    raise
-                continue
-            try:
-                if not plain:
-                    image.know_files()
-                image.let_be()  # now that the mount holds the files, whose marks would go with them
-                mount.attach(mounted, self._target(image.where))
-            finally:
-                os.close(mounted)
-            return
 
     def _tested(self, store: CacheStore) -> DeviceFiles:
         """Tried once for each disk; again after a while where it failed: it may have been full."""
@@ -233,10 +261,9 @@ class ErofsDriver:
             store.devices = devices
         return devices
 
-    def _tree(self, image: ErofsImage) -> int:
-        store = image.store
+    def _tree(self, store: CacheStore, devices: DeviceFiles) -> int:
         if store not in self._trees:
-            tree = mount.clone_tree(image.devices.root)
+            tree = mount.clone_tree(devices.root)
             fanotify.mark_mount(self._group, tree)
             self._trees[store] = tree
         return self._trees[store]
@@ -266,17 +293,17 @@ class ErofsDriver:
                 del self._blobs[key]
         return image
 
-    def _clean(self, image: ErofsImage) -> None:
+    def _clean(self, gone: ErofsImage | PreparedMount) -> None:
         """Delete the devices that no other mount of this cache has."""
-        others = {
-            (other.blob_id(file), file.name)
-            for other in list(self._images.values())
-            if other.devices is image.devices and other.indexes.keys() & image.indexes.keys()
-            for file in other.all_files()
-        }
-        for file in image.all_files():
-            if (image.blob_id(file), file.name) not in others:
-                image.devices.remove(image.blob_id(file), file.name)
+        if isinstance(gone, PreparedMount):
+            gone.close()
+        kept = set[tuple[str, str]]()
+        others: list[ErofsImage | PreparedMount] = [*self._images.values(), *self._prepared.values()]
+        for other in others:
+            if other.devices is gone.devices and not other.blob_ids.isdisjoint(gone.blob_ids):
+                kept |= other.names()
+        for blob_id, name in gone.names() - kept:
+            gone.devices.remove(blob_id, name)
 
     # -- what the kernel asks (`events.Server`)
 

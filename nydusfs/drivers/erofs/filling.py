@@ -13,9 +13,8 @@ import trio
 
 from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore
-from nydusfs.cache.devices import DeviceFiles, usable, write_whole
+from nydusfs.cache.devices import DeviceFiles, write_whole
 from nydusfs.cache.durability import resident
-from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.drivers.erofs.events import Question
 from nydusfs.drivers.erofs.filemap import FileMap
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_file_map, open_image
@@ -55,6 +54,7 @@ class ErofsImage:
         self.devices = devices
         self.files = files
         self.indexes = {blob.id: blob.index for blob in reader.bootstrap.blobs}
+        self.blob_ids = self.indexes.keys()
         self.keys = [f"{devices.key}/{blob.id}" for blob in reader.bootstrap.blobs]
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
@@ -63,13 +63,14 @@ class ErofsImage:
         self._read: set[str] = set()  # while a start is recorded
         self._file_map: FileMap | None = None
         self._slots = array("Q")  # blob << 40 | segment of each device
-        self._plain = False  # some segments were opened by their plain path
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
-    def blob_id(self, file: DeviceFile) -> str:
-        return self.reader.bootstrap.blobs[file.blob_index].id
+    def names(self) -> set[tuple[str, str]]:
+        """Of its devices: blob and segment."""
+        blobs = self.reader.bootstrap.blobs
+        return {(blobs[file.blob_index].id, file.name) for file in self._all_files()}
 
-    def all_files(self) -> list[DeviceFile]:
+    def _all_files(self) -> list[DeviceFile]:
         if not self.files:
             for xattrs in (True, False):
                 mark = fingerprint(self.reader.bootstrap, xattrs)
@@ -83,7 +84,7 @@ class ErofsImage:
     def know_files(self) -> None:
         """From now on it is known which file is read, if the image's metadata was a v6 bootstrap. For a thread."""
         self.asked_before = True
-        files = self.all_files()
+        files = self._all_files()
         found = open_file_map(self.devices.images / self.mark.hex(), self.mark, self.reader.bootstrap.chunk_size)
         if found is not None:
             self._slots = array("Q", (file.blob_index << 40 | int(file.name.partition("-")[0]) for file in files))
@@ -126,42 +127,6 @@ class ErofsImage:
             self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:
             pass
-
-    def device_path(self, file: DeviceFile, tree: int, group: int) -> str:
-        """What the kernel is to open for a device."""
-        blob = self.reader.bootstrap.blobs[file.blob_index]
-        cache = self.reader.cache(blob)
-        ready = cache.ready_path(file.name) if cache is not None else None
-        if ready is not None and usable(ready, file.size):
-            if ready.name == file.name and self.store.quota is None and not self.volume.stats.watched:
-                if not self._plain:
-                    self._plain = True
-                    self.devices.note_plain()
-                return str(ready)
-            self.devices.adopt(blob.id, file.name, ready)  # to be asked about until it is durable, or has to go
-        if not self.devices.create(blob.id, file.name) and (fd := self.devices.open(blob.id, file.name)) >= 0:
-            # Perhaps a mount from before the death of all processes has it, whose mark died with them. A mark on the
-            # file lets that mount ask again, and our own writes as well, which `events` allows at once.
-            try:
-                if os.fstat(fd).st_size < file.size:
-                    fanotify.mark_inode(group, fd)
-                elif self.volume.stats.watched:
-                    fanotify.heed(group, fd)  # another mount had no use for being asked
-            finally:
-                os.close(fd)
-        return mount.tree_path(tree) + self.devices.device(blob.id, file.name)
-
-    def let_be(self) -> None:
-        """Nothing is asked about devices that were durable at the mount. Raises OSError."""
-        if self._plain or self.store.quota is None or self.volume.stats.watched:
-            return
-        for file in self.files:
-            device = self.devices.device(self.blob_id(file), file.name)
-            if self.is_durable(device) and (fd := self.devices.open(self.blob_id(file), file.name, os.O_RDONLY)) >= 0:
-                try:
-                    self.devices.leaving.quiet(device, fd, file.size)
-                finally:
-                    os.close(fd)
 
     def segment(self, device: str) -> Segment | None:
         """The segment a device is; None when this image has no such one, or not now. From any thread."""
