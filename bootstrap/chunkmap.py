@@ -211,6 +211,21 @@ class ChunkMap:
                 raise FormatError("chunk record", at, "no stored bytes")
             yield digest, number, crc, offset, size, start, start + stored
 
+    def many_facts(self, blob_index: int, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """The chunk records (`layout.tables.CHUNK`) of rows of a blob that has no table of its own, where `facts` would
+        raise nothing: records that it would refuse have no `compressed_size`."""
+        import numpy as np
+
+        from bootstrap.layout.tables import CHUNK
+
+        words = np.frombuffer(self._data, "<u8", len(self._data) // 8)
+        places = np.frombuffer(self._index.places, "<u4")[rows].astype(np.int64)
+        found: NDArray[np.void] = words[places[:, None] + np.arange(CHUNK.itemsize // 8)].view(CHUNK).reshape(-1)
+        limit = self.blobs[blob_index].chunk_count or MAX_CHUNKS_PER_BLOB
+        bad = (found["compressed_size"] > 2 * MAX_CHUNK_SIZE) | (found["compressed_offset"] >> np.uint64(40) != 0)
+        found["compressed_size"][bad | (found["index"] >= limit)] = 0
+        return found
+
     def decode(self, members: list[Member], stored: bytes | memoryview) -> list[bytes | memoryview]:
         """The plain bytes of chunks that share one unit, each verified; `stored` are all bytes of the unit.
 

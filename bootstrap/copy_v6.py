@@ -13,9 +13,9 @@ are sorted, have their dots and are reached once. For all others there is `write
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import lt
-from typing import BinaryIO, NamedTuple
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from bootstrap.levels import MAX_DEPTH, MAX_NSEC
 from bootstrap.load import blob_info
 from bootstrap.load_v6 import LoaderV6
 from bootstrap.reader_v6 import BootstrapV6
-from bootstrap.write_erofs import put_superblock
+from bootstrap.write_erofs import Places, References, put_superblock
 
 B = v6.BLOCK_SIZE
 WINDOW = 4096  # inodes at a time
@@ -44,22 +44,10 @@ class IrregularError(RafsError):
     """No image to be copied; `write_erofs` may be able to write it."""
 
 
-class References(NamedTuple):
-    """Chunks that some files are made of, file by file. `inodes`: the file's nid; `within`: the chunk's number in it;
-    `at`: where its address lies in the bootstrap; `offsets`: in the uncompressed blob; `needed`: bytes of it."""
-
-    inodes: Ints
-    within: Ints
-    at: Ints
-    blobs: Ints
-    offsets: Ints
-    needed: Ints
-
-
 class ImageCopy(LoaderV6):
     """`scan` first. `scratch`: an empty file for 8 bytes per inode. All raise `IrregularError` or FormatError."""
 
-    def __init__(self, image: BootstrapV6, scratch: BinaryIO) -> None:
+    def __init__(self, image: BootstrapV6, scratch: IO[bytes]) -> None:
         super().__init__(image, [blob_info(blob) for blob in image.blobs])
         if image.flags & SuperFlags.TARFS or image.block_size != B:
             raise IrregularError("blocks of other sizes than 4096 bytes")
@@ -249,10 +237,8 @@ class ImageCopy(LoaderV6):
     def _head(devices: int) -> int:
         return round_up(v6.DEVICE_TABLE_OFFSET + v6.DEVICE_SLOT.size * devices, B)
 
-    def write(
-        self, out: memoryview, devices: Sequence[Device], places: Callable[[References], tuple[Ints, Ints]]
-    ) -> None:
-        """Fill `out`, of `size` bytes and empty. `places`: of references, the device's number and the byte on it."""
+    def write(self, out: memoryview, devices: Sequence[Device], places: Places) -> None:
+        """Fill `out`, of `size` bytes and empty."""
         head = self._head(len(devices))
         for begin in range(self._meta, self._end, COPY_BYTES):
             piece = self._data[begin : min(begin + COPY_BYTES, self._end)]

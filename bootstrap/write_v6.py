@@ -24,7 +24,7 @@ _U32 = 0xFFFFFFFF
 _AT_ONCE = 1 << 16  # rows
 
 
-_FILE_TYPES = np.zeros(16, np.uint8)
+FILE_TYPES = np.zeros(16, np.uint8)
 for _kind, _number in (
     (stat.S_IFREG, 1),
     (stat.S_IFDIR, 2),
@@ -34,7 +34,7 @@ for _kind, _number in (
     (stat.S_IFSOCK, 6),
     (stat.S_IFLNK, 7),
 ):
-    _FILE_TYPES[_kind >> 12] = _number
+    FILE_TYPES[_kind >> 12] = _number
 
 
 def write_v6(tree: FlatTree, *, chunk_size: int, flags: SuperFlags, prefetch: Sequence[bytes]) -> bytearray:
@@ -60,7 +60,7 @@ class TreeWriter:
         self._flags = flags
         self._block = tarfs.BLOCK_SIZE if flags & SuperFlags.TARFS else B
         self._first_names, self._nlink = tree.links()
-        self._xattrs = [_pack_xattrs(xattrs) for xattrs in tree.xattrs]
+        self._xattrs = [pack_xattrs(xattrs) for xattrs in tree.xattrs]
         sizes = np.array([len(packed) for packed in self._xattrs], np.int64)
         self._place: Placement = place(tree, self._first_names, sizes, chunk_size, self._block)
 
@@ -155,7 +155,7 @@ class TreeWriter:
         """Those of one block all at once, the others block by block."""
         tree, where, names = self._tree, self._place, self._tree.names
         nids = where.offsets // SLOT
-        types = _FILE_TYPES[tree.kinds() >> 12]
+        types = FILE_TYPES[tree.kinds() >> 12]
         parents = tree.parents()
         directories = tree.directories()
         first = tree.inodes["first"]
@@ -196,7 +196,7 @@ class TreeWriter:
             child = np.insert(np.arange(begin, end), (one, two), (row, parents[row]))
             splits = where.splits.get(row, [0, len(child)])
             stored = listing(names, begin, end)
-            self._put(image, meta, row, _dirent_blocks(stored, nids[child], types[child], splits, self._block))
+            self._put(image, meta, row, dirent_blocks(stored, nids[child], types[child], splits, self._block))
 
 
 class _Writer(TreeWriter):
@@ -301,7 +301,7 @@ class _Writer(TreeWriter):
         return total
 
 
-def _dirent_blocks(names: list[bytes], nids: Ints, types: Ints, splits: list[int], block: int) -> bytes:
+def dirent_blocks(names: list[bytes], nids: Ints, types: Ints, splits: list[int], block: int) -> bytes:
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     parts: list[bytes] = []
     for start, end in pairwise(splits):
@@ -314,7 +314,7 @@ def _dirent_blocks(names: list[bytes], nids: Ints, types: Ints, splits: list[int
     return b"".join(parts)
 
 
-def _pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
+def pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
     """The inline attribute area (1.7)."""
     packed = bytearray(v6.XATTR_HEADER.pack(0, 0))
     for name, value in xattrs.items():

@@ -20,12 +20,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from bootstrap.base import Blob
 from bootstrap.chunkmap import MAX_SPAN, ChunkMap, Member
 from bootstrap.decode import NO_DIGEST
 from bootstrap.errors import FormatError, RafsError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # One constant for the whole node; part of every key. Larger: fewer requests and cache files, more bytes that nobody
 # asked for. Measured over 40 Mbit/s and 20 ms, 2000 files of 10 kB, 69 of them read in 25 places one after the other:
@@ -125,8 +129,44 @@ def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
         named.append(b"packed")
         size = packed
     gappy = high - low > min(total + MAX_GAP, MAX_RUN)
-    key = blake2b(b"".join(named), digest_size=KEY_SIZE, person=b"nydus segment").digest()
+    key = _key(b"".join(named))
     return Segment(blob, number, key, rows, size, low, high, gappy, places or None)
+
+
+def many_names(chunks: ChunkMap, blob: Blob, numbers: NDArray[np.int64]) -> dict[int, tuple[str, int]]:
+    """`name` and `padded` of many segments, by number, in a quarter of the time of `make_segment`. Only those of chunks
+    that begin at whole blocks and have digests, of blobs without a table: ask `make_segment` about the rest, which may
+    be wrong."""
+    import numpy as np
+
+    if chunks.anchors_apart(blob.index):
+        return {}
+    rows = [
+        chunks.anchored(blob.index, number * SEGMENT_SIZE, (number + 1) * SEGMENT_SIZE) for number in numbers.tolist()
+    ]
+    counts = np.array([len(one) for one in rows], np.int64)
+    begins = np.cumsum(counts) - counts
+    every = np.repeat(np.array([one.start for one in rows], np.int64) - begins, counts) + np.arange(int(counts.sum()))
+    facts = chunks.many_facts(blob.index, every)
+    offsets = facts["uncompressed_offset"].astype(np.int64)
+    digested = np.ascontiguousarray(facts["digest"]).view("<u8").reshape(-1, 4).any(axis=1)
+    odd = (facts["compressed_size"] == 0) | (offsets % BLOCK != 0) | ~digested
+    named = np.empty(len(facts), np.dtype([("digest", "V32"), ("offset", "<u8"), ("size", "<u4")]))
+    named["digest"], named["offset"], named["size"] = facts["digest"], offsets, facts["uncompressed_size"]
+    text, step, head = named.tobytes(), named.itemsize, b"%d %d " % (SEGMENT_SIZE, blob.digester)
+    ends = offsets + facts["uncompressed_size"]
+    bad = np.concatenate(([0], np.cumsum(odd)))
+    found = {}
+    for number, begin, count in zip(numbers.tolist(), begins.tolist(), counts.tolist(), strict=True):
+        if count and bad[begin + count] == bad[begin]:
+            key = _key(head + text[begin * step : (begin + count) * step])
+            size = int(ends[begin + count - 1]) - number * SEGMENT_SIZE
+            found[number] = f"{number}-{key.hex()}", -(-size // BLOCK) * BLOCK
+    return found
+
+
+def _key(named: bytes) -> bytes:
+    return blake2b(named, digest_size=KEY_SIZE, person=b"nydus segment").digest()
 
 
 def runs(chunks: ChunkMap, segment: Segment) -> Iterator[tuple[int, int, list[UnitMembers]]]:

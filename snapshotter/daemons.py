@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nydusfs.config import FsDriver
 from snapshotter import crowd
 from snapshotter.cgroup import MemoryGroup
 from snapshotter.directories import make_private
@@ -56,6 +57,7 @@ class DaemonSettings:
     failover_policy: str = "resend"
     cpu_seconds: int = 0  # window after a start in which CPU time is measured, 0: not
     log_format: str = "text"
+    fs_driver: FsDriver = "fuse"
     group: MemoryGroup | None = None
 
 
@@ -338,6 +340,8 @@ class Daemon:
         command += ["--log-file", str(log_dir / "nydusd.log")]
         if settings.failover_policy != "resend":
             command += ["--failover-policy", settings.failover_policy]
+        if settings.fs_driver != "fuse":  # its images say so too; told before, it gets ready for them
+            command += ["--fs-driver", settings.fs_driver]
         if settings.log_format != "text":
             command += ["--log-format", settings.log_format]
         output = log_dir / "nydusd.out"

@@ -56,6 +56,7 @@ class DeviceFiles:
         self.root = store_path / ".erofs" / f"files.{boot}"
         self.key = device_key(store_path)
         self.files = self.root / self.key
+        self._folder = str(self.files)
         self.leaving = Leaving(driver.ask, driver.quiet)
         self._driver = driver
         for folder in (self.files, self.images):
@@ -67,13 +68,13 @@ class DeviceFiles:
 
     def create(self, blob_id: str, name: str) -> bool:
         """Make an empty device; False when there is one already."""
-        path = self.files / blob_id / name
+        path = f"{self._folder}/{blob_id}/{name}"  # thousands are made for a mount: joining objects takes a third
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             try:
                 fd = os.open(path, flags, 0o600)
             except FileNotFoundError:
-                path.parent.mkdir(mode=0o700, exist_ok=True)
+                (self.files / blob_id).mkdir(mode=0o700, exist_ok=True)
                 fd = os.open(path, flags, 0o600)
         except FileExistsError:
             return False

@@ -23,7 +23,8 @@ from bootstrap.flat import INODE, FlatTree
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester, super_flags
 from bootstrap.layout.tables import CHUNK
 from bootstrap.reader import BootstrapV6, open_bootstrap
-from bootstrap.write_erofs import write_erofs
+from bootstrap.write_erofs import ImageAnew
+from bootstrap.write_v5 import write_v5
 from bootstrap.write_v6 import write_v6
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
@@ -44,7 +45,6 @@ from nydusfs.image_reader import ImageReader
 from nydusfs.services import open_services
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import localfs_config
-from tests.lab.mounted import load_manifest
 from tests.lab.process import run
 
 BOOT = "0a1b2c3d"
@@ -86,8 +86,9 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
     words = [f"--device={device}" for device in devices]
     run(["fsck.erofs", *words, "--extract", tmp_path / "a"])
     said = run(["dump.erofs", *words, "-s", tmp_path / "a"]).stdout
-    entries = len(load_manifest(case)["entries"])
-    assert f"{entries}" in said
+    image = open_bootstrap(str(case / "image.boot"))
+    assert f" {image.inode_count}\n" in said
+    image.close()
     for path in (tmp_path / "a", tmp_path / "b"):
         data = bytearray(path.read_bytes())
         for at in random.Random(1).sample(range(len(data) - 4096), 20):
@@ -108,9 +109,7 @@ def most_in_small_files(image: Bootstrap) -> bool:
 def check_file_map(reader: ImageReader, files: list[DeviceFile], found: FileMap | None) -> None:
     """Each place of each file is found again: as that file, or as another one that shares the chunk."""
     image = reader.bootstrap
-    assert (found is None) == (image.version == 5)
-    if found is None:
-        return
+    assert found is not None
     numbers = {(file.blob_index, file.name): number for number, file in enumerate(files)}
     for _, entry in image.walk():
         attr = image.attr(entry.ino)
@@ -125,8 +124,8 @@ def check_file_map(reader: ImageReader, files: list[DeviceFile], found: FileMap 
     assert found.find(len(files), 0) is None
 
 
-def synthetic(count: int) -> bytes:
-    """The v6 bootstrap of so many files of one chunk, 200 to a directory, in a blob that is nowhere."""
+def synthetic(count: int, version: int) -> bytes:
+    """The bootstrap of so many files of one chunk, 200 to a directory, in a blob that is nowhere."""
     folders = -(-count // 200)
     inodes, chunks = np.zeros(1 + folders + count, INODE), np.zeros(count, CHUNK)
     inodes["mode"][: 1 + folders], inodes["mode"][1 + folders :] = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644
@@ -141,7 +140,7 @@ def synthetic(count: int) -> bytes:
     chunks["uncompressed_offset"] = np.arange(count) * 4096
     chunks["compressed_offset"], chunks["compressed_size"] = np.arange(count) * 100, 100
     chunks["uncompressed_size"] = 4000
-    names = [b"", *(b"d%06d" % number for number in range(folders)), *(b"f%06d" % number for number in range(count))]
+    names = [b"/", *(b"d%06d" % number for number in range(folders)), *(b"f%06d" % number for number in range(count))]
     blob = BlobInfo(
         id="ab" * 32, chunk_size=1 << 20, compressor=Compressor.ZSTD, digester=Digester.BLAKE3,
         features=BlobFeatures(0), chunk_count=count, compressed_size=count * 100, uncompressed_size=count * 4096,
@@ -149,16 +148,18 @@ def synthetic(count: int) -> bytes:
     )  # fmt: skip
     tree = FlatTree(names, inodes, np.arange(count), chunks, [blob])
     flags = super_flags(Compressor.ZSTD, Digester.BLAKE3)
-    return bytes(write_v6(tree, chunk_size=1 << 20, flags=flags, prefetch=()))
+    write = write_v5 if version == 5 else write_v6
+    return bytes(write(tree, chunk_size=1 << 20, flags=flags, prefetch=()))
 
 
-def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [5, 6])
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, version: int) -> None:
     """An image of 40,000 files is written in what one of 10,000 takes."""
     peaks = []
     config = load_config(localfs_config(tmp_path, work_dir=tmp_path / "cache"), "test")
 
     async def write(count: int) -> None:
-        (tmp_path / "boot").write_bytes(synthetic(count))
+        (tmp_path / "boot").write_bytes(synthetic(count, version))
         async with open_services() as services:
             reader = await services.open_image(str(tmp_path / "boot"), config, name="/")
             mark = fingerprint(reader.bootstrap, True)
@@ -179,7 +180,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     for count in (10_000, 40_000):
         trio.run(write, count)
     few, many = peaks
-    assert many < few + (1 << 20), peaks
+    assert many < few + (2 << 20), peaks
 
 
 def test_only_regular_images_are_copied_for_the_kernel(tmp_path: Path) -> None:
@@ -231,14 +232,27 @@ def test_device_tables_are_bounds_checked() -> None:
         read_devices(bytes(5000))
 
 
-def test_the_image_of_the_self_test_is_what_our_writer_makes() -> None:
+def test_the_image_of_the_self_test_is_what_our_writer_makes(tmp_path: Path) -> None:
     inodes, chunks = np.zeros(2, INODE), np.zeros(2, CHUNK)
     inodes["mode"] = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644
     inodes["first"], inodes["count"], inodes["size"] = (1, 0), (1, 2), (0, len(selftest.DATA))
     inodes["xattrs"] = -1
     chunks["uncompressed_offset"], chunks["uncompressed_size"] = (0, 4096), 4096
-    tree = FlatTree(names=[b"", b"f"], inodes=inodes, refs=np.array([0, 1]), chunks=chunks)
-    assert write_erofs(tree, [Device("d", 2)], chunk_size=4096) == selftest.tiny_image()
+    blob = BlobInfo(
+        id="ab" * 32, chunk_size=4096, compressor=Compressor.NONE, digester=Digester.BLAKE3, features=BlobFeatures(0),
+        chunk_count=2, compressed_size=8192, uncompressed_size=8192, ci_uncompressed_size=32,
+    )  # fmt: skip
+    flags = super_flags(Compressor.NONE, Digester.BLAKE3)
+    tree = FlatTree([b"", b"f"], inodes, np.array([0, 1]), chunks, [blob])
+    (tmp_path / "boot").write_bytes(write_v6(tree, chunk_size=4096, flags=flags, prefetch=()))
+    image = open_bootstrap(str(tmp_path / "boot"))
+    with (tmp_path / "a").open("w+b") as one, (tmp_path / "b").open("w+b") as other:
+        anew = ImageAnew(image, one, other, xattrs=True)
+        anew.scan()
+        made = bytearray(anew.size(1))
+        anew.write(memoryview(made), [Device("d", 2)], lambda found: (0 * found.blobs, found.offsets))
+    image.close()
+    assert made == selftest.tiny_image()
 
 
 class Told:

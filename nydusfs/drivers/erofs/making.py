@@ -1,7 +1,7 @@
 """From a bootstrap to the body of its EROFS metadata image: which segment each chunk lies in, and where.
 
-A v6 bootstrap is copied in a stream (`bootstrap.copy_v6`) and its chunks are written down by their places on devices,
-for `filemap`. What cannot be copied, v5 among it, is written anew from tables of all files (`bootstrap.write_erofs`).
+A v6 bootstrap is copied (`bootstrap.copy_v6`); what cannot be copied, v5 among it, is written anew
+(`bootstrap.write_erofs`). Both in a stream. Chunks are written down by their places on devices, for `filemap`.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ import logging
 import mmap
 import os
 import tempfile
+from contextlib import ExitStack
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bootstrap.copy_v6 import ImageCopy, IrregularError, References
+from bootstrap.copy_v6 import ImageCopy, IrregularError
 from bootstrap.erofs_devices import Device
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.layout.common import SuperFlags
 from bootstrap.reader_v6 import BootstrapV6
-from bootstrap.rewrite import draft
-from bootstrap.write_erofs import MAX_DEVICES, write_erofs
+from bootstrap.write_erofs import MAX_DEVICES, ImageAnew, References
 from nydusfs.drivers.erofs.filemap import ROW_SIZE
 from nydusfs.drivers.erofs.image import SMALL_FILE, UnsuitableError
-from nydusfs.segments import BLOCK, SEGMENT_SIZE
+from nydusfs.segments import BLOCK, SEGMENT_SIZE, many_names
 
 if TYPE_CHECKING:
     from nydusfs.image_reader import ImageReader
 
 log = logging.getLogger("nydusfs.erofs")
 Ints = NDArray[np.int64]
+AT_ONCE = 64  # segments, of a few or hundreds of chunks each
 
 
 def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
@@ -39,14 +40,35 @@ def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, 
     RafsError for bad metadata."""
     if reader.bootstrap.flags & SuperFlags.TARFS:
         raise UnsuitableError("its data is a plain tar, whose files begin at no block of 4096 bytes")
-    try:
-        return _copy(reader, file, xattrs)
-    except (IrregularError, FormatError, KeyError) as error:
-        log.info("image %s: its metadata is written anew, not copied: %s", reader.name, error)
-        file.truncate(0)
-    body, small = _build(reader, xattrs)
-    file.write(body)
-    return 0, small
+    with ExitStack() as stack:
+
+        def scratch() -> IO[bytes]:
+            return stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(file.name)))
+
+        try:
+            return _write(reader, file, _copied(reader, scratch(), xattrs))
+        except (IrregularError, FormatError, KeyError) as error:
+            log.info("image %s: its metadata is written anew, not copied: %s", reader.name, error)
+            file.truncate(0)
+        try:
+            anew = ImageAnew(reader.bootstrap, scratch(), scratch(), xattrs=xattrs)
+            anew.scan()
+            return _write(reader, file, anew)
+        except (FormatError, BuildError) as error:
+            raise UnsuitableError(str(error)) from None
+        except KeyError as error:
+            raise UnsuitableError(f"its blobs have no chunk {error}") from None
+
+
+def _copied(reader: ImageReader, scratch: IO[bytes], xattrs: bool) -> ImageCopy:
+    image = reader.bootstrap
+    if not isinstance(image, BootstrapV6):
+        raise IrregularError("v5")
+    copy = ImageCopy(image, scratch)
+    copy.scan()
+    if copy.has_attributes and not xattrs:
+        raise IrregularError("attributes that are not to be shown")
+    return copy
 
 
 class _Devices:
@@ -58,11 +80,22 @@ class _Devices:
         self._slots = slots
         self._packed: dict[int, dict[int, int]] = {}
         self.table: list[Device] = []
-        for place, slot in enumerate(slots.tolist()):
-            segment = reader.segment(slot >> 40, slot & (1 << 40) - 1)
-            self.table.append(Device(f"{segment.blob.index}/{segment.name}", segment.padded // BLOCK))
-            if segment.places is not None:
-                self._packed[place] = segment.places
+        for begin in range(0, len(slots), AT_ONCE):
+            part = slots[begin : begin + AT_ONCE]
+            blobs, numbers = part >> 40, part & (1 << 40) - 1
+            many = {
+                blob: many_names(reader.chunks, reader.bootstrap.blobs[blob], numbers[blobs == blob])
+                for blob in np.unique(blobs).tolist()
+            }
+            for blob, number in zip(blobs.tolist(), numbers.tolist(), strict=True):
+                name, padded = many[blob].get(number) or self._describe(reader, blob, number)
+                self.table.append(Device(f"{blob}/{name}", padded // BLOCK))
+
+    def _describe(self, reader: ImageReader, blob: int, number: int) -> tuple[str, int]:
+        segment = reader.segment(blob, number)
+        if segment.places is not None:
+            self._packed[len(self.table)] = segment.places
+        return segment.name, segment.padded
 
     def places(self, slots: Ints, blobs: Ints, offsets: Ints) -> tuple[Ints, Ints]:
         """Of chunks: the device's number and the byte on it. Raises `UnsuitableError`."""
@@ -79,40 +112,33 @@ class _Devices:
         return device, places
 
 
-def _copy(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
-    image = reader.bootstrap
-    if not isinstance(image, BootstrapV6):
-        raise IrregularError("v5")
-    with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as scratch:
-        copy = ImageCopy(image, scratch)
-        copy.scan()
-        if copy.has_attributes and not xattrs:
-            raise IrregularError("attributes that are not to be shown")
-        used: dict[int, int] = {}
-        every = small = 0
-        for found in copy.references():
-            slots, counts = np.unique(_slots(reader, found), return_counts=True)
-            for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-                used[slot] = used.get(slot, 0) + count
-            _, whose = np.unique(found.inodes, return_inverse=True)
-            sizes = np.bincount(whose, found.needed)
-            every, small = every + int(sizes.sum()), small + int(sizes[sizes <= SMALL_FILE].sum())
-        order = np.array(sorted(used), np.int64)
-        devices = _Devices(reader, order)
-        size = copy.size(len(order))
-        rows = _Rows(np.array([used[slot] for slot in order.tolist()], np.int64))
-        file.truncate(size + -(-rows.total * ROW_SIZE // BLOCK) * BLOCK)
+def _write(reader: ImageReader, file: IO[bytes], image: ImageCopy | ImageAnew) -> tuple[int, int]:
+    """Body and file map of an image that was scanned."""
+    used: dict[int, int] = {}
+    every = small = 0
+    for found in image.references():
+        slots, counts = np.unique(_slots(reader, found), return_counts=True)
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            used[slot] = used.get(slot, 0) + count
+        _, whose = np.unique(found.inodes, return_inverse=True)
+        sizes = np.bincount(whose, found.needed)
+        every, small = every + int(sizes.sum()), small + int(sizes[sizes <= SMALL_FILE].sum())
+    order = np.array(sorted(used), np.int64)
+    devices = _Devices(reader, order)
+    size = image.size(len(order))
+    rows = _Rows(np.array([used[slot] for slot in order.tolist()], np.int64))
+    file.truncate(size + -(-rows.total * ROW_SIZE // BLOCK) * BLOCK)
 
-        def places(found: References) -> tuple[Ints, Ints]:
-            device, byte = devices.places(_slots(reader, found), found.blobs, found.offsets)
-            rows.add(found, device, byte)
-            return device, byte
+    def places(found: References) -> tuple[Ints, Ints]:
+        device, byte = devices.places(_slots(reader, found), found.blobs, found.offsets)
+        rows.add(found, device, byte)
+        return device, byte
 
-        # All through the page cache: nothing of the image is memory of ours. Unmapped when the last table over it goes.
-        view = memoryview(mmap.mmap(file.fileno(), 0))
-        rows.use(view[size:])
-        copy.write(view[:size], devices.table, places)
-        rows.sort()
+    # All through the page cache: nothing of the image is memory of ours. Unmapped when the last table over it goes.
+    view = memoryview(mmap.mmap(file.fileno(), 0))
+    rows.use(view[size:])
+    image.write(view[:size], devices.table, places)
+    rows.sort()
     return rows.total, 100 * small // max(every, 1)
 
 
@@ -161,43 +187,3 @@ def _slots(reader: ImageReader, found: References) -> Ints:
             numbers[mine] = np.array(anchors, np.int64) // SEGMENT_SIZE
     slots: Ints = found.blobs << 40 | numbers
     return slots
-
-
-def _build(reader: ImageReader, xattrs: bool) -> tuple[bytearray, int]:
-    image = reader.bootstrap
-    try:
-        tree = draft(image).tree
-    except (FormatError, BuildError) as error:
-        raise UnsuitableError(str(error)) from None
-    if not xattrs:
-        tree.inodes = tree.inodes.copy()
-        tree.inodes["xattrs"] = -1
-
-    rows, within, refs = tree.file_refs()
-    chunks = tree.chunks.copy()
-    step = image.chunk_size
-    needed = np.minimum(step, tree.inodes["size"][rows] - within * step)
-    if (short := np.flatnonzero(chunks["uncompressed_size"][refs] < needed)).size:
-        path = tree.path(int(rows[short[0]]))
-        raise UnsuitableError(f"{path}: chunk {within[short[0]]} is shorter than its part of the file")
-
-    used = np.unique(refs)
-    blobs = chunks["blob"][used].astype(np.int64)
-    offsets = chunks["uncompressed_offset"][used].astype(np.int64)
-    numbers = offsets // SEGMENT_SIZE
-    for blob in np.unique(blobs).tolist():
-        if reader.chunks.anchors_apart(blob):
-            mine = np.flatnonzero(blobs == blob)
-            anchors = [reader.chunks.anchor(blob, reader.chunks.find(blob, at)) for at in offsets[mine].tolist()]
-            numbers[mine] = np.array(anchors, np.int64) // SEGMENT_SIZE
-    slots = blobs << 40 | numbers
-    devices = _Devices(reader, np.unique(slots))
-    chunks["blob"][used], chunks["uncompressed_offset"][used] = devices.places(slots, blobs, offsets)
-    chunks["index"] = 0
-    tree.chunks = chunks
-    sizes = tree.inodes["size"][np.unique(rows)]
-    small = 100 * int(sizes[sizes <= SMALL_FILE].sum()) // max(int(sizes.sum()), 1)
-    try:
-        return write_erofs(tree, devices.table, chunk_size=step), small
-    except BuildError as error:
-        raise UnsuitableError(str(error)) from None

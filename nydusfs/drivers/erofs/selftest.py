@@ -23,9 +23,8 @@ SECONDS = 5.0
 NEEDED = "Linux 6.15 or newer with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS is needed"
 DATA = bytes(range(256)) * 32  # two blocks
 _IMAGE = (
-    "eNrt2TEKwjAUBuCXioPYQygoOvUO3kU8RwWP4sHU3dHdqC04tFJw7PfBS1/SNoGsfwQwVrfr49L2ZdRRdHwzyZUG7le+xxRzVzvI"
-    "/s//C1cIAAAAAADAl2mu+y5i28xfeVJf1teVNdXNc5Xftv0696em3+Tdqqo69J0/y3U+5mHxmS+jP9NKP1fT4IwSAAAAxuYJjhUK"
-    "Zw=="
+    "eNrt1z0OgyAUwPEHCYPRQzi00Yk7eBfjPbyLB7PdHd19rbChIbFT/f8SyOPxGSYQAXBX79c6x7gSIzYx5pMzmetV39pIydVm6S/Ot1wh"
+    "AAAAfshpWTqRNuMvkHqLxrEP7Y3xU2MX4kaz3vvhaP9CyzRqVe/tOpxJTvZKZ032HwYAAAAAgH+zATYrCGw="
 )
 
 
