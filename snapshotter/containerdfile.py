@@ -25,6 +25,9 @@ from typing import Any
 
 Release = tuple[int, ...]
 
+SOCKETS = ("/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock")
+"""Where containerd is usually found: its own place, and that of k3s and rke2."""
+
 VERSION_SECONDS = 10
 _WHOLE = ("proxy_plugins", "stream_processors", "timeouts")
 _NEWEST: Release = (2, 3)
@@ -33,16 +36,18 @@ _KINDS: tuple[Release, ...] = ((1, 6, 0), (1, 7, 16), _NEWEST)  # one release of
 
 def release_of(text: str) -> Release:
     """Of what `containerd --version` says; () where it says none."""
-    found = re.search(r"\bv?(\d+)\.(\d+)\.(\d+)", text)
+    found = re.search(r"\bv?(\d+)\.(\d+)\.(\d+)", text) if text.startswith("containerd ") else None
     return tuple(int(part) for part in found.groups()) if found else ()
 
 
 def release_of_program(program: str) -> Release:
     """() where it does not say: it is not there, or is no containerd."""
     try:
+        # k3s is many programs in one file, and this one by the name it is called by
         done = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=VERSION_SECONDS, cwd="/", check=False
-        )
+            ["containerd", "--version"], executable=program, capture_output=True, text=True, timeout=VERSION_SECONDS,
+            cwd="/", check=False,
+        )  # fmt: skip
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return ()
     return release_of(done.stdout)

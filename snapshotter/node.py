@@ -18,14 +18,14 @@ import click
 
 from snapshotter import settings as settings_module
 from snapshotter.cli import parse
-from snapshotter.containerdfile import installed_release, read_config, release_of_program
+from snapshotter.containerdfile import SOCKETS, installed_release, read_config, release_of_program
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError, SnapshotterError
 from snapshotter.nydusd_config import Template, load_template
 from snapshotter.records import INSTANCES, DaemonRecord, InstanceRecord, instances_of
 from snapshotter.settings import Settings
 
-CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+CONTAINERD_SOCKET = SOCKETS[0]
 CONTAINERD_CONFIG = "/etc/containerd/config.toml"
 
 
@@ -113,6 +113,15 @@ def _table(value: Any, *names: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def grpc_address(config: Mapping[str, Any]) -> str:
+    """The socket that a configuration of any version gives containerd."""
+    return str(
+        _table(config, "grpc").get("address")
+        or _table(config, "plugins", "io.containerd.server.v1.grpc").get("address")
+        or CONTAINERD_SOCKET
+    )
+
+
 def containerds() -> list[Containerd]:
     """Those that run here."""
     found = []
@@ -127,7 +136,7 @@ def containerds() -> list[Containerd]:
                 address = value if equals else next(words, "")
         program = f"/proc/{process.pid}/exe"
         config, problem = read_config(file, partial(release_of_program, program), process.directory)
-        address = address or str(_table(config, "grpc").get("address") or CONTAINERD_SOCKET)
+        address = address or grpc_address(config)
         found.append(Containerd(address, file, process.pid, config, problem))
     return found
 
@@ -190,16 +199,15 @@ class Node:
                 if one.address == address and not self.choices.containerd_config:
                     return one
         elif not self.choices.containerd_config:
-            address = CONTAINERD_SOCKET
             ours = [one for one in running if self.settings and one.snapshotter_name(self.settings.address)]
-            others = [one for one in running if one.address == CONTAINERD_SOCKET]
+            others = [one for place in SOCKETS for one in running if one.address == place]
             for one in [*ours, *others]:
                 return one
         file = Path(self.choices.containerd_config or CONTAINERD_CONFIG)
         pid = {one.file: one.pid for one in running}.get(file)
         reader = partial(release_of_program, f"/proc/{pid}/exe") if pid else installed_release
         config, problem = read_config(file, reader)
-        address = self.choices.containerd or str(_table(config, "grpc").get("address") or CONTAINERD_SOCKET)
+        address = self.choices.containerd or grpc_address(config)
         pid = next((one.pid for one in running if one.address == address), 0)
         return Containerd(address, file, pid, config, problem)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nydusfs.containerd.chain import chain_ids
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
+from snapshotter.containerdfile import SOCKETS
 from snapshotter.labels import DATA_LAYER, IMAGE_REF, LAYER_DIGEST, MANIFEST_DIGEST, PREFIX, PULL_SECRET, PULL_USER
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# asked where no running containerd names our socket in its configuration: processes of the node may not be visible
-USUAL = ("/run/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock")
 SECONDS = 5.0  # for one call: what a container's start waits for it at most is a few of them
 MAX_DOCUMENT = 16 << 20
 _CONFIG = "containerd.io/gc.ref.content.config"
@@ -79,7 +78,8 @@ class Origins:
         from snapshotter.node import containerds  # the processes of this machine: /proc is read
 
         ours = [one.address for one in containerds() if one.snapshotter_name(self._address)]
-        return [one for one in dict.fromkeys(ours or [str(self._named), *USUAL]) if Path(one).is_socket()]
+        # the usual ones where none names our socket in its configuration: processes of the node may not be visible
+        return [one for one in dict.fromkeys(ours or [str(self._named), *SOCKETS]) if Path(one).is_socket()]
 
     def _ask(self, address: str, chain_id: str, namespace: str) -> Origin | None:
         # here: most pulls say what they are of, and the start need not wait for this

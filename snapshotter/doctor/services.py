@@ -15,6 +15,7 @@ from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.errors import SnapshotterError
+from snapshotter.install.target import services_of
 from snapshotter.node import Node
 from snapshotter.nydusd_api import NydusdApi
 
@@ -86,12 +87,13 @@ def unit(node: Node) -> Iterator[Finding]:
     if values.get("Service.Restart", "no") == "no":
         good = False
         yield warning("snapshotter.restart", f"{file}: Restart is not set", "Restart=always in its [Service] section")
-    if "containerd.service" not in values.get("Unit.Before", ""):
+    services = services_of(str(node.containerd.file))
+    if not set(services) <= set(values.get("Unit.Before", "").split()):
         good = False
         yield warning(
             "snapshotter.order",
             f"{file}: not ordered before containerd, whose CRI plugin does not load without its snapshotter",
-            "Before=containerd.service in its [Unit] section",
+            f"Before={' '.join(services)} in its [Unit] section",
         )
     program = values.get("Service.ExecStart", "").lstrip("-@:+!").partition(" ")[0]
     if not program or shutil.which(program) is None:

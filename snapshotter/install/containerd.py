@@ -8,8 +8,8 @@ what was meant. A file that is imported wins over the main one: in 1.6.20 it rep
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ Path_ = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Wish:
-    """`release`: of the containerd program, () where it is not known. `runtimes`: of these alone, not CRI's default."""
+    """`release`: of the containerd program, () where it is not known. `runtimes`: of these alone, not CRI's default.
+    `beside`: the configuration that imports the edited file; 2.x merges the two key by key."""
 
     address: str = ADDRESS
     root: str = OLD_ROOT  # that of `--config-path`
     runtimes: tuple[str, ...] = ()
     release: tuple[int, ...] = ()
     replace: bool = False
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,6 +76,7 @@ def edited(before: str, file: object, wish: Wish) -> Edited:
         wanted += _runtimes(edit, wish, version, name, over, notes)
     else:
         for cri in sections:
+            _free(wish, (*cri, "snapshotter"), name, over)
             edit.set((*cri, "snapshotter"), name, over)
         wanted.append((lambda v: (*CRI[v], "snapshotter"), name))
     for cri in sections:
@@ -88,8 +91,21 @@ def edited(before: str, file: object, wish: Wish) -> Edited:
     return Edited(edit.text(), name, notes, wanted)
 
 
+def _free(wish: Wish, path: Path_, value: str, over: Collection[Any] | None) -> None:
+    """Raises InstallError where the file beside sets a key to what somebody wants."""
+    now = lookup(wish.beside, path)
+    if now is not None and now != value and over is not None and now not in over:
+        raise InstallError(
+            f"{path[-1]} is {dumped(now)} in the configuration that this is added to, not {dumped(value)}: somebody "
+            "wants it so. Change it, or allow it with --replace"
+        )
+
+
 def _version(edit: Editor, wish: Wish) -> int:
     version = edit.value.get("version")
+    if version is None and not edit.value and "version" in wish.beside:
+        version = wish.beside["version"]
+        edit.set(("version",), version, None)
     if version is None and edit.value:
         version = 1  # containerd's rule for a file that does not say
     if version is None:
@@ -145,8 +161,9 @@ def _runtimes(
     base = RUNTIMES[version]
     for runtime in wish.runtimes:
         if lookup(edit.value, (*base, runtime)) is None:
-            usual = str(lookup(edit.value, (*base[:-1], "default_runtime_name")) or "runc")
-            model = lookup(edit.value, (*base, usual))
+            there = edit.value if lookup(edit.value, base) or not wish.beside else wish.beside
+            usual = str(lookup(there, (*base[:-1], "default_runtime_name")) or "runc")
+            model = lookup(there, (*base, usual))
             if not isinstance(model, dict):
                 model = {"runtime_type": "io.containerd.runc.v2"}
                 notes.append(

@@ -13,7 +13,7 @@ from pathlib import Path
 from snapshotter.containerdfile import read_config, release_of
 from snapshotter.errors import InstallError
 from snapshotter.install.containerd import Edited, Wish, edited, judge
-from snapshotter.install.host import CONTAINERD, Host
+from snapshotter.install.host import Host
 from snapshotter.install.parts import (
     CONFIG,
     UNIT,
@@ -26,10 +26,10 @@ from snapshotter.install.parts import (
     program_path,
     unit_text,
 )
+from snapshotter.install.target import Target, find, trial_of
 from snapshotter.install.tomlfile import lookup, parse
 from snapshotter.settings import ADDRESS
 
-CONTAINERD_CONFIG = "/etc/containerd/config.toml"
 START_SECONDS = 30.0
 
 CRI_IDS = ("cri", "images", "runtime")  # 1.x; the parts of 2.x
@@ -76,26 +76,31 @@ def install(host: Host, choices: Choices, say: Say) -> None:
     if host.here and os.geteuid() != 0 and not choices.dry_run:
         raise InstallError("must run as root: it writes to /etc and starts services")
     program = program_path(host, choices.bin)
-    file = containerd_config(host, choices.containerd_config)
-    containerd = host.program("containerd")
+    target = find(host, choices.containerd_config)
+    file = target.file
+    containerd = target.program(host)
     release = release_of(host.run([containerd, "--version"], timeout=30)[1]) if containerd else ()
     before = host.read(file)
-    change = edited(before or "", file, Wish(runtimes=choices.runtimes, release=release, replace=choices.replace))
+    start = target.start if before is None else before
+    wish = Wish(runtimes=choices.runtimes, release=release, replace=choices.replace, beside=target.beside)
+    change = edited(start, file, wish)
     record = Record.read(host)
     plan = Plan({file: (before, change.text)})
     _plan_files(host, choices, program, record, plan, say)
     if containerd:
-        for line in _try(host, containerd, file, change):
+        for line in _try(host, containerd, target, change):
             say(line)
     else:
         say("containerd is not installed here: its configuration is written but was not tried")
-    for line in change.notes:
+    for line in [*change.notes, *([target.note] if target.note and before is None else [])]:
         say(line)
     if choices.dry_run:
         say(plan.diff() or "nothing would be changed")
         return
     created = before is None if record is None else record.created_config
     record = Record("installing", file, created, dict(record.files) if record else {})
+    if before is None:
+        record.files[file] = digest(start)  # to be removed again, if nobody adds to it
     record.write(host)
     for path in (CONFIG, UNIT_FILE):
         if path in plan.files:
@@ -107,7 +112,7 @@ def install(host: Host, choices: Choices, say: Say) -> None:
         host.write(file, change.text)
         say(f"{file}: edited for {_told(release)}")
     if starts:
-        _restart_or_undo(host, plan, file, before, say)
+        _restart_or_undo(host, plan, target, before, say)
     elif not host.here:
         _enable_below(host, plan)
     record.state = "installed"
@@ -117,18 +122,8 @@ def install(host: Host, choices: Choices, say: Say) -> None:
     else:
         if host.here and not host.systemd:
             say("systemd does not run here: start the snapshotter before containerd by other means")
-        say(f"installed; nothing was started: systemctl enable --now {UNIT}, then systemctl restart {CONTAINERD}"
-            if host.here else f"installed below {host.root}; the services start at its next boot")  # fmt: skip
-
-
-def containerd_config(host: Host, given: str) -> str:
-    """The file of the containerd that runs here, else the usual one."""
-    if given or not host.here:
-        return given or CONTAINERD_CONFIG
-    from snapshotter.node import CONTAINERD_SOCKET, containerds
-
-    running = [one for one in containerds() if one.address == CONTAINERD_SOCKET]
-    return str(running[0].file) if running else CONTAINERD_CONFIG
+        by_hand = f"nothing was started: systemctl enable --now {UNIT}, then systemctl restart {target.service(host)}"
+        say(f"installed; {by_hand}" if host.here else f"installed below {host.root}; it all starts at its next boot")
 
 
 def _told(release: tuple[int, ...]) -> str:
@@ -168,22 +163,30 @@ def _write(host: Host, record: Record, plan: Plan, path: str, say: Say) -> None:
         say(f"{path}: written")
 
 
-def _try(host: Host, containerd: str, file: str, change: Edited) -> list[str]:
+def _try(host: Host, containerd: str, target: Target, change: Edited) -> list[str]:
     """containerd's own verdict on the new file, which lies beside the old one for that time. Raises InstallError."""
-    trial = f"{os.path.realpath(file) if host.here else file}.nydus-try"
+    file = target.file
+    trials = {trial_of(os.path.realpath(file) if host.here else file): change.text}
+    main = next(iter(trials))
+    if target.imported:
+        main = trial_of(target.main)
+        trials[main] = target.trial(host)
     try:
-        host.write(trial, change.text)
-        status, out, error = host.run([containerd, "-c", trial, "config", "dump"], check=False, timeout=30)
+        for path, text in trials.items():
+            host.write(path, text)
+        status, out, error = host.run([containerd, "-c", main, "config", "dump"], check=False, timeout=30)
     finally:
-        host.remove(trial)
+        for path in trials:
+            host.remove(path)
     if status:
         said = error.strip().splitlines()
         raise InstallError(f"{file}: containerd refuses the edited file: {said[-1] if said else f'status {status}'}")
-    imports = lookup(parse(change.text, file), ("imports",)) or []
+    imports = lookup(target.beside or parse(change.text, file), ("imports",)) or []
     found = [
         Path(name)
         for pattern in imports
         for name in sorted(glob.glob(str(host.path(Path(file).parent / str(pattern)))))
+        if name != str(host.path(file))
     ]
     return judge(out, change, Path(file), found)
 
@@ -209,34 +212,36 @@ def _start(host: Host, plan: Plan, say: Say) -> None:
     say(f"{UNIT}: {'runs' if running else 'started'}")
 
 
-def _restart_or_undo(host: Host, plan: Plan, file: str, before: str | None, say: Say) -> None:
-    if not plan.changed(file) and _loaded(file):
+def _restart_or_undo(host: Host, plan: Plan, target: Target, before: str | None, say: Say) -> None:
+    file = target.file
+    if not plan.changed(file) and _loaded(target.main):
         return
-    cri = _cri(file) or ""
-    problem = restart_containerd(host, file, cri)
+    cri = _cri(target.main) or ""
+    problem = restart_containerd(host, target, cri)
     if problem and plan.changed(file):
         if before is None:
             host.remove(file)
         else:
             host.write(file, before)
-        again = restart_containerd(host, file, cri, plugin=False)
+        again = restart_containerd(host, target, cri, plugin=False)
         state = f"and it does not start with that either: {again}" if again else "and it runs again as before"
         raise InstallError(f"{problem}; {file} is as it was, {state}. The snapshotter stays")
     if problem:
         raise InstallError(problem)
-    say(f"{CONTAINERD}: restarted, its plugin for this snapshotter is loaded; containers went on")
+    say(f"{target.service(host)}: restarted, its plugin for this snapshotter is loaded; containers went on")
 
 
-def restart_containerd(host: Host, file: str, cri_before: str, plugin: bool = True) -> str:
+def restart_containerd(host: Host, target: Target, cri_before: str, plugin: bool = True) -> str:
     """What is wrong with containerd afterwards, "" if nothing is. `cri_before`: what was wrong with CRI before."""
-    status, _, error = host.systemctl("restart", CONTAINERD, check=False)
+    unit = target.service(host)
+    status, _, error = host.systemctl("restart", unit, check=False)
     if status:
         said = error.strip().splitlines()
-        return f"systemctl restart {CONTAINERD}: {said[-1] if said else f'status {status}'}"
-    if not _within(lambda: _loaded(file) if plugin else _cri(file) is not None):
+        return f"systemctl restart {unit}: {said[-1] if said else f'status {status}'}"
+    if not _within(lambda: _loaded(target.main) if plugin else _cri(target.main) is not None):
         missing = "does not load the snapshotter" if plugin else "does not answer"
-        return f"containerd {missing} within {START_SECONDS:.0f} s (journalctl -u {CONTAINERD})"
-    cri = _cri(file)
+        return f"containerd {missing} within {START_SECONDS:.0f} s (journalctl -u {unit})"
+    cri = _cri(target.main)
     return f"containerd's CRI plugin does not load: {cri}" if cri and not cri_before else ""
 
 
@@ -256,13 +261,9 @@ def _cri(file: str) -> str | None:
 
 
 def address_of(file: str) -> str:
-    from snapshotter.node import CONTAINERD_SOCKET
+    from snapshotter.node import grpc_address
 
-    config, _ = read_config(Path(file))
-    found = lookup(config, ("grpc", "address")) or lookup(
-        config, ("plugins", "io.containerd.server.v1.grpc", "address")
-    )
-    return str(found or CONTAINERD_SOCKET)
+    return grpc_address(read_config(Path(file))[0])
 
 
 def _loaded(file: str) -> bool:

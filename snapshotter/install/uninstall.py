@@ -13,9 +13,10 @@ from protos.containerd.services.namespaces.v1 import namespace_pb2, namespace_pb
 from snapshotter.containerdfile import read_config
 from snapshotter.errors import InstallError
 from snapshotter.install.edit import has_block, restored
-from snapshotter.install.host import CONTAINERD, Host
-from snapshotter.install.install import Plan, Say, address_of, containerd_config, restart_containerd
-from snapshotter.install.parts import CONFIG, RECORD, UNIT, UNIT_FILE, Record
+from snapshotter.install.host import Host
+from snapshotter.install.install import Plan, Say, address_of, restart_containerd
+from snapshotter.install.parts import CONFIG, RECORD, UNIT, UNIT_FILE, Record, digest
+from snapshotter.install.target import Target, find, installed
 from snapshotter.node import Choices as Places
 from snapshotter.node import Node
 from snapshotter.settings import ADDRESS, OLD_ROOT
@@ -40,11 +41,13 @@ def uninstall(host: Host, choices: Choices, say: Say) -> None:
     if host.here and os.geteuid() != 0 and not choices.dry_run:
         raise InstallError("must run as root: it writes to /etc and stops services")
     record = Record.read(host)
-    file = choices.containerd_config or (record.containerd_config if record else "") or containerd_config(host, "")
+    given = choices.containerd_config
+    target = installed(host, record.containerd_config) if record and not given else find(host, given)
+    file = target.file
     before = host.read(file)
     after = restored(before, file) if before is not None else None
-    if after == "" and record is not None and record.created_config:
-        after = None
+    if after is not None and record is not None and record.created_config:
+        after = None if after == "" or record.files.get(file) == digest(after) else after
     plan = Plan({file: (before, after)})
     for path in (CONFIG, UNIT_FILE):
         text = host.read(path)
@@ -56,7 +59,7 @@ def uninstall(host: Host, choices: Choices, say: Say) -> None:
             say(f"{path}: kept: it was not written by this program, or changed since")
     if record is None and before is not None and not has_block(before):
         say(f"nothing was installed here by `nydusctl node install`: {RECORD} is not there, no marks in {file}")
-    node = _Node(host, file)
+    node = _Node(host, target)
     node.data()  # as long as the process tells
     if host.here:
         node.look()
@@ -86,15 +89,15 @@ def uninstall(host: Host, choices: Choices, say: Say) -> None:
         say(f"{file}: as it was before")
     if host.systemd and choices.restart:
         if (
-            host.is_active(CONTAINERD)
+            host.is_active(target.service(host))
             and plan.changed(file)
-            and (problem := restart_containerd(host, file, "", plugin=False))
+            and (problem := restart_containerd(host, target, "", plugin=False))
         ):
             raise InstallError(f"{problem}. Its configuration is the one from before the installation")
         host.systemctl("disable", "--now", UNIT, check=False)
         say(f"{UNIT}: stopped and disabled")
     elif host.here:
-        say(f"nothing was stopped: systemctl disable --now {UNIT}, systemctl restart {CONTAINERD}")
+        say(f"nothing was stopped: systemctl disable --now {UNIT}, systemctl restart {target.service(host)}")
     else:
         host.path(f"/etc/systemd/system/multi-user.target.wants/{UNIT}").unlink(missing_ok=True)
     if host.here and (choices.restart or not host.systemd):
@@ -115,9 +118,9 @@ def uninstall(host: Host, choices: Choices, say: Say) -> None:
 class _Node:
     """What of the snapshotter is at work, and where its data is."""
 
-    def __init__(self, host: Host, file: str) -> None:
+    def __init__(self, host: Host, target: Target) -> None:
         self._host = host
-        self._file = file
+        self._file = target.main
         self._places: list[Path] = []
         self.name = ""  # of the proxy plugin
         self.clients: list[Containers] = []  # one for each namespace

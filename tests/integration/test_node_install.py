@@ -15,15 +15,18 @@ from tests.lab.process import remove_tree, run, work_dir
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["debian", "newer"])
-def test_a_node_is_installed_used_and_left_as_it_was(newer: bool) -> None:
+@pytest.mark.parametrize("kind", ["debian", "newer", "k3s"])
+def test_a_node_is_installed_used_and_left_as_it_was(kind: str) -> None:
+    """`k3s`: a service that, like it, brings a containerd 2.x and writes its configuration at each start."""
+    newer = kind != "debian"
     containerd = ref_bin("containerd") if newer else Path(shutil.which("containerd") or "")
     if containerd is None or not containerd.is_file():
         pytest.skip("interop: no containerd 2.x here" if newer else "containerd is not installed")
     work = work_dir()
     try:
         apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        done = run([*apart, sys.executable, "-m", "tests.lab.installing", work, containerd], timeout=200, check=False)
+        command = [*apart, sys.executable, "-m", "tests.lab.installing", work, containerd, kind]
+        done = run(command, timeout=200, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         seen = json.loads(done.stdout)
     finally:
@@ -47,12 +50,14 @@ def test_a_node_is_installed_used_and_left_as_it_was(newer: bool) -> None:
     assert not seen["refused changed"]
     assert seen["still reads"].startswith("hello")
     assert seen["nydusd before"] > 0
-    said("uninstall", 0, "config.toml: as it was before", "images and cache stay in /var/lib/containerd-nydus")
+    edited = "nydus.toml" if kind == "k3s" else "config.toml"
+    said("uninstall", 0, f"{edited}: as it was before", "images and cache stay in /var/lib/containerd-nydus")
     assert (seen["uninstall left"], seen["uninstall lost"]) == ({}, [])
     assert (seen["nydusd after"], seen["mounts after"], seen["plugins after"]) == ([], [], [])
     assert seen["data kept"]
     assert seen["containerd after"]
-    said("broken", 1, "config.toml is as it was, and it runs again as before")
+    said("broken", 1, f"{edited} is as it was, and it runs again as before")
+    assert kind != "k3s" or "systemctl restart k3s.service" in seen["broken"][1]
     assert seen["broken config"]
     assert seen["broken alive"]
     if newer:

@@ -1,7 +1,9 @@
 """A node for `nydusctl node`: own mount and PID namespaces, a real containerd and a stand-in for systemd:
 
-    unshare --mount --pid --fork --kill-child --mount-proc python -m tests.lab.installing WORK CONTAINERD
+    unshare --mount --pid --fork --kill-child --mount-proc python -m tests.lab.installing WORK CONTAINERD KIND
 
+With the kind `k3s` containerd is that of a service which, like k3s, writes a configuration at each start that imports a
+directory.
 Installs, runs a container, tries to uninstall under it, upgrades, uninstalls, and installs with a containerd that
 does not come back. Prints what was seen as JSON; asserting it is the caller's part.
 """
@@ -27,15 +29,18 @@ from tests.lab.registry import Registry
 from tests.lab.sample import pause_image, small_image
 from tests.lab.stack import program
 
-SOCKET = "/run/containerd/containerd.sock"
-CONFIG = Path("/etc/containerd/config.toml")
 DATA = Path("/var/lib/containerd-nydus")
-CONTAINERD = "containerd.service"
+K3S = Path("/var/lib/rancher/k3s")
 
 
 class Lab:
-    def __init__(self, work: Path, containerd: Path) -> None:
-        self.work, self.containerd = work, containerd
+    def __init__(self, work: Path, containerd: Path, kind: str) -> None:
+        self.work, self.containerd, self.k3s = work, containerd, kind == "k3s"
+        folder = K3S / "agent/etc/containerd" if self.k3s else Path("/etc/containerd")
+        self.config = folder / "config.toml"
+        self.edited = folder / "config-v3.toml.d/nydus.toml" if self.k3s else self.config
+        self.socket = "/run/k3s/containerd/containerd.sock" if self.k3s else "/run/containerd/containerd.sock"
+        self.unit = "k3s.service" if self.k3s else "containerd.service"
         self.ctr_program = containerd.with_name("ctr")
         self.newer = version_of(containerd) >= (2, 0)
         self.seen: dict[str, Any] = {}
@@ -56,7 +61,8 @@ class Lab:
             Path("/run/containerd"),
             Path("/etc/cni/net.d"),
             Path("/etc/systemd/system"),
-            CONFIG.parent,
+            self.config.parent,
+            *([K3S / "data/current/bin", Path("/run/k3s/containerd")] if self.k3s else []),
         ):
             place.mkdir(parents=True, exist_ok=True)
         (self.work / "data").mkdir()
@@ -64,31 +70,39 @@ class Lab:
         bin = self.work / "bin"
         bin.mkdir()
         (bin / "systemctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.lab.systemctl "$@"\n')
-        # refuses to start with what is written while /run/refuse is there
+        # refuses to start with what is written while /run/refuse is there; k3s writes its file first
+        generate = f"cp {bin}/generated {self.config}\n" if self.k3s else ""
         (bin / "containerd-fussy").write_text(
-            "#!/bin/sh\n[ -e /run/refuse ] && grep -q containerd-nydus-grpc $2 && exit 1\n"
+            f"#!/bin/sh\n{generate}[ -e /run/refuse ] && grep -qs containerd-nydus-grpc {self.edited} && exit 1\n"
             f'exec {self.containerd} "$@"\n'
         )
+        if self.k3s:
+            (K3S / "data/current/bin/containerd").symlink_to(self.containerd)
         for path in bin.iterdir():
             path.chmod(0o755)
         os.environ["PATH"] = f"{bin}:{self.containerd.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         default = run([self.containerd, "config", "default"], timeout=20).stdout
         for quote in ("'", '"'):
             default = default.replace(f"root = {quote}/var/lib/containerd{quote}", f'root = "{self.work}/c"', 1)
-            default = default.replace(f"imports = [{quote}/etc/containerd/conf.d/*.toml{quote}]", "imports = []")
+            imports = f'["{self.edited.parent}/*.toml"]' if self.k3s else "[]"
+            default = default.replace(
+                f"imports = [{quote}/etc/containerd/conf.d/*.toml{quote}]", f"imports = {imports}"
+            )
+            default = default.replace(f"{quote}/run/containerd/containerd.sock{quote}", f'"{self.socket}"')
         # what this machine's kernel and network do not have
         default = re.sub(r"sandbox = '.*'", f"sandbox = '{self.host}/lab/pause:1'", default)
         default = default.replace("disable_apparmor = false", "disable_apparmor = true")
         default = default.replace("restrict_oom_score_adj = false", "restrict_oom_score_adj = true")
-        CONFIG.write_text(default)
+        self.config.write_text(default)
+        (bin / "generated").write_text(default)
         loopback = '{"cniVersion": "0.4.0", "name": "lo", "plugins": [{"type": "loopback"}]}'
         Path("/etc/cni/net.d/10-lo.conflist").write_text(loopback)
-        Path("/etc/systemd/system", CONTAINERD).write_text(
-            f"[Service]\nType=notify\nExecStart={bin}/containerd-fussy -c {CONFIG}\nKillMode=process\n"
+        Path("/etc/systemd/system", self.unit).write_text(
+            f"[Service]\nType=notify\nExecStart={bin}/containerd-fussy -c {self.config}\nKillMode=process\n"
         )
 
     def ctr(self, *words: str) -> str:
-        done = run([self.ctr_program, "-a", SOCKET, *words], timeout=60, check=False)
+        done = run([self.ctr_program, "-a", self.socket, *words], timeout=60, check=False)
         return done.stdout + done.stderr
 
     def node(self, *words: str) -> tuple[int, str]:
@@ -99,7 +113,7 @@ class Lab:
     def state(self) -> dict[str, str]:
         """Of everything the installation may touch: a digest of each file."""
         found = {}
-        for folder in ("/etc/containerd", "/etc/nydus", "/etc/systemd/system"):
+        for folder in (str(self.config.parent), "/etc/nydus", "/etc/systemd/system"):
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_symlink():
                     found[str(path)] = str(path.readlink())
@@ -107,10 +121,10 @@ class Lab:
                     found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    def pid(self, unit: str = CONTAINERD) -> int:
+    def pid(self, unit: str = "") -> int:
         from tests.lab.systemctl import main_pid
 
-        return main_pid(unit)
+        return main_pid(unit or self.unit)
 
     def nydusds(self) -> list[str]:
         found = []
@@ -128,7 +142,7 @@ class Lab:
         see = self.seen
         self.prepare()
         before = self.state()
-        run(["systemctl", "start", CONTAINERD], timeout=40)
+        run(["systemctl", "start", self.unit], timeout=40)
         see["dry"] = self.node("install", "--dry-run")
         see["dry changed"] = self.state() != before
         see["install"] = self.node("install")
@@ -161,21 +175,21 @@ class Lab:
         see["purge"] = self.node("uninstall", "--purge", "--force")
         see["purge left"] = sorted(path.name for path in DATA.iterdir()) if DATA.is_dir() else []
         see["purge state"] = self.state() == before
-        for unit in (CONTAINERD, "containerd-nydus-grpc.service"):
+        for unit in (self.unit, "containerd-nydus-grpc.service"):
             run(["systemctl", "stop", unit], timeout=40)
 
     def break_containerd(self, before: dict[str, str]) -> None:
         """One that does not start any more with our lines."""
         Path("/run/refuse").touch()
         self.seen["broken"] = self.node("install")
-        self.seen["broken config"] = self.state()[str(CONFIG)] == before[str(CONFIG)]
+        self.seen["broken config"] = self.state().get(str(self.edited)) == before.get(str(self.edited))
         self.seen["broken alive"] = bool(self.pid()) and "io.containerd" in self.ctr("plugins", "ls")
         Path("/run/refuse").unlink()
 
     def one_runtime(self) -> None:
         """Only the pods of a RuntimeClass, as in examples/kubernetes/runtimeclass.yaml."""
         self.seen["runtime"] = self.node("install", "--runtime", "nydus")
-        cri = Cri(Path(SOCKET), self.work)
+        cri = Cri(Path(self.socket), self.work)
         try:
             pod, config = cri.sandbox("nydus")
             image = cri.pull(f"{self.host}/lab/app:nydus", config)
@@ -189,7 +203,7 @@ class Lab:
 
     def container(self) -> None:
         ref = f"{self.host}/lab/app:nydus"
-        rpull = [program("ctr-remote"), "-a", SOCKET, "images", "rpull", "--plain-http", ref]
+        rpull = [program("ctr-remote"), "-a", self.socket, "images", "rpull", "--plain-http", ref]
         self.seen.setdefault("rpull", []).append(run(rpull, timeout=60, check=False).stdout)
         words = ("run", "-d", "--net-host", "--snapshotter", "nydus", ref, "app", "sleep", "600")
         self.seen.setdefault("run", []).append(self.ctr(*words))
@@ -207,7 +221,7 @@ class Lab:
 
 
 def main() -> None:
-    lab = Lab(Path(sys.argv[1]), Path(sys.argv[2]))
+    lab = Lab(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     began = time.monotonic()
     lab.with_image(lab.run)
     lab.seen["seconds"] = time.monotonic() - began
