@@ -13,8 +13,6 @@ the same sources make the same package.
 from __future__ import annotations
 
 import argparse
-import email.parser
-import gzip
 import hashlib
 import os
 import shutil
@@ -26,12 +24,8 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
 
-import manpages
-from bundle import REPO, BundleError, make, project, run
-
-NAME = "nydus-py"
-UNIT = "containerd-nydus-grpc.service"
-LIBRARY = f"usr/lib/{NAME}"
+from bundle import BundleError, project, run
+from tree import DESCRIPTION, LIBRARY, NAME, SUMMARY, UNIT, fill, licences, write
 
 # KillMode=process: neither stop nor restart of the service ends a nydusd or its mounts.
 POSTINST = f"""#!/bin/sh
@@ -85,6 +79,7 @@ if [ "$1" = purge ]; then
     fi
 fi
 """
+NEWLINE = "\n"
 OVERRIDES = f"""# Binary wheels as PyPI has them: those files were tested, and patched libraries do not survive strip.
 {NAME}: embedded-library
 {NAME}: unstripped-binary-or-object
@@ -106,51 +101,23 @@ def build(out: Path, wheel: Path | None = None) -> Path:
     target = out / f"{NAME}_{version}_{arch}.deb"
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch, "tree")
-        make(tree / LIBRARY, [f"3.{sys.version_info[1]}"], wheel, place=f"/{LIBRARY}")
-        _programs(tree)
-        _files(tree)
+        fill(tree, f"3.{sys.version_info[1]}", "python3", wheel)
         _documents(tree, version)
         _control(tree, version, arch)
         run(["dpkg-deb", "--root-owner-group", "-Zxz", "-z3", "--build", str(tree), str(target)])
     return target
 
 
-def _programs(tree: Path) -> None:
-    folder = tree / "usr/bin"
-    folder.mkdir(parents=True)
-    for name in project()["scripts"]:
-        (folder / name).symlink_to(f"../lib/{NAME}/bin/{name}")
-    (tree / LIBRARY / "bin/use-python").unlink()  # the package depends on the one it is for
-    (tree / LIBRARY / "bin/python3").unlink()
-    (tree / LIBRARY / "bin/python3").symlink_to("../../../bin/python3")
-
-
-def _files(tree: Path) -> None:
-    sys.path.insert(0, str(REPO))
-    from snapshotter.install.parts import default_config, unit_text
-
-    _write(tree / f"usr/lib/systemd/system/{UNIT}", unit_text("/usr/bin/containerd-nydus-grpc"))
-    _write(tree / "etc/nydus/config.json", default_config())
-    for place, text in manpages.pages():
-        _write(tree / f"usr/share/man/{place}.gz", text)
-
-
 def _documents(tree: Path, version: str) -> None:
     folder = tree / f"usr/share/doc/{NAME}"
     when = datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
     stamp = format_datetime(when)
-    _write(
+    write(
         folder / "changelog.gz",
         f"{NAME} ({version}) stable; urgency=medium\n\n  * Built from its sources.\n\n -- {maintainer()}  {stamp}\n",
     )
-    _write(folder / "copyright", _copyright(tree, when))
-    examples = folder / "examples"
-    for name in ("config.json", "containerd", "dragonfly", "grafana", "kubernetes"):
-        source = REPO / "examples" / name
-        for path in [source] if source.is_file() else sorted(source.rglob("*")):
-            if path.is_file():
-                _write(examples / path.relative_to(REPO / "examples"), path.read_text())
-    _write(tree / f"usr/share/lintian/overrides/{NAME}", OVERRIDES)
+    write(folder / "copyright", _copyright(tree, when))
+    write(tree / f"usr/share/lintian/overrides/{NAME}", OVERRIDES)
 
 
 def _copyright(tree: Path, when: datetime) -> str:
@@ -167,14 +134,7 @@ def _copyright(tree: Path, when: datetime) -> str:
         f" /{LIBRARY}/lib holds these distributions of others, unchanged; the licence of each is in its",
         " directory NAME-VERSION.dist-info:",
     ]
-    for path in sorted((tree / LIBRARY).glob("lib/*/site-packages/*.dist-info/METADATA")):
-        found = email.parser.HeaderParser().parsestr(path.read_text())
-        if found["Name"] == NAME:
-            continue
-        licence = found["License-Expression"] or (found["License"] or "").splitlines()[:1]
-        said = licence if isinstance(licence, str) else "".join(licence)
-        classes = [one.rpartition(" :: ")[2] for one in found.get_all("Classifier", []) if one.startswith("License")]
-        lines.append(f" {found['Name']} {found['Version']}: {said or ', '.join(classes) or 'see there'}"[:110])
+    lines += [f" {line}" for line in licences(tree)]
     return "\n".join(lines) + "\n"
 
 
@@ -184,7 +144,7 @@ def _control(tree: Path, version: str, arch: str) -> None:
     size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file() and not path.is_symlink()) // 1024
     depends = "init-system-helpers (>= 1.54), libc6 (>= 2.28), libgcc-s1, libstdc++6, zlib1g"
     depends += f", python3 (>= {here}~), python3 (<< {next_one}~)"
-    _write(
+    write(
         folder / "control",
         f"""Package: {NAME}
 Version: {version}
@@ -195,36 +155,28 @@ Depends: {depends}
 Recommends: containerd (>= 1.5~) | containerd.io
 Section: admin
 Priority: optional
-Description: start containers before their images are downloaded
- A Nydus stack in Python: a snapshotter for containerd, the daemon that serves
- images while their data is still on the way, and the tools that make, check
- and convert such images.
+Description: {SUMMARY}
+ {DESCRIPTION.replace(NEWLINE, NEWLINE + " ")}
  .
  Installing it starts the service and changes nothing of containerd. The
  command "nydusctl node install" has containerd use it.
 """,
     )
-    _write(folder / "conffiles", "/etc/nydus/config.json\n")
+    write(folder / "conffiles", "/etc/nydus/config.json\n")
     for name, text in (("postinst", POSTINST), ("prerm", PRERM), ("postrm", POSTRM)):
-        _write(folder / name, text)
+        write(folder / name, text)
         (folder / name).chmod(0o755)
     sums = []
     for path in sorted(tree.rglob("*")):
         if path.is_file() and not path.is_symlink() and folder not in path.parents:
             digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
             sums.append(f"{digest}  {path.relative_to(tree)}\n")
-    _write(folder / "md5sums", "".join(sums))
+    write(folder / "md5sums", "".join(sums))
 
 
 def maintainer() -> str:
     name, address = os.environ.get("DEBFULLNAME"), os.environ.get("DEBEMAIL")
     return f"{name or 'nydus-py developers'} <{address or 'nydus-py@localhost.localdomain'}>"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The bundle and the Debian package, built and used: installed, upgraded under a container, removed.
+"""The bundle and the packages, built and used: installed, upgraded under a container, removed.
 
 They are built with wheels from PyPI, 30 s each and more; `tests/run long`.
 """
@@ -109,3 +109,33 @@ def test_the_debian_package_is_installed_upgraded_and_removed(place: Path, wheel
     assert found["remove left"] == ["/etc/nydus/config.json"]  # a conffile goes with purge
     assert (found["remove nydusd"], found["containerd"]) == ([], True)
     assert (found["purge"][0], found["purge state"], found["purge left"]) == (0, True, [])
+
+
+def test_the_rpm_is_installed_upgraded_and_removed(place: Path, wheel: Path) -> None:
+    if shutil.which("rpmbuild") is None:
+        pytest.skip("rpmbuild is not installed")
+    system = f"/usr/bin/python3.{sys.version_info[1]}"
+    if not os.access(system, os.X_OK):
+        pytest.skip(f"the system has no {system}")
+    env = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    made = run([sys.executable, REPO / "packaging" / "rpm.py", place, "--wheel", wheel], timeout=600, env=env)
+    package = Path(made.stdout.strip())
+    asked = {query: run(["rpm", "-qp", query, package], timeout=60).stdout for query in ("--requires", "--configfiles")}
+    assert {system, "systemd"} <= set(asked["--requires"].split())
+    assert asked["--configfiles"].split() == ["/etc/nydus/config.json"]
+    found = seen("rpm", package)
+    assert found["install"][0] == 0, found["install"]
+    assert found["version"][0] == 0
+    assert "/etc/nydus/config.json" in found["files"]
+    assert found["compiled"] > 300
+    assert found["node"][0] == 0, found["node"]
+    assert found["runs"]
+    assert found["verify"] == [0, ""]
+    assert found["upgrade"][0] == 0, found["upgrade"]
+    went_over(found)
+    assert found["busy"][0] != 0
+    assert "1 containers use it: default/app." in found["busy"][1]
+    assert found["reads busy"].startswith("hello")
+    assert found["remove"][0] == 0, found["remove"]
+    assert (found["remove state"], found["remove left"], found["remove nydusd"]) == (True, [], [])
+    assert found["containerd"]

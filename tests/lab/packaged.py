@@ -1,6 +1,6 @@
-"""The lab node of `tests.lab.installing`, installed by the Debian package or as a Kubernetes pod does it:
+"""The lab node of `tests.lab.installing`, installed by a package or as a Kubernetes pod does it:
 
-    unshare ... python -m tests.lab.packaged WORK CONTAINERD deb PACKAGE
+    unshare ... python -m tests.lab.packaged WORK CONTAINERD deb|rpm PACKAGE
     unshare ... python -m tests.lab.packaged WORK CONTAINERD pod BUNDLE
 
 Prints what was seen as JSON. A pod is a mount namespace whose root is a tree of its own; `nsenter --target 1` leads
@@ -17,7 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tests.lab.installing import CONTAINERD, Lab
+from tests.lab.installing import Lab
 from tests.lab.process import run, wait_until
 from tests.lab.stack import REPO
 
@@ -111,7 +111,7 @@ class Packaged(Lab):
         see = self.seen
         self.prepare()
         before = self.state()
-        run(["systemctl", "start", CONTAINERD], timeout=40)
+        run(["systemctl", "start", self.unit], timeout=40)
         see["install"] = self.say("dpkg", "-i", package)
         see["version"] = self.say("nydusctl", "--version")
         see["files"] = sorted(self.state().keys() - before.keys())
@@ -132,7 +132,39 @@ class Packaged(Lab):
         see["purge"] = self.say("dpkg", "-P", "nydus-py")
         see["purge state"] = self.state() == before
         see["purge left"] = [str(one) for one in (Path("/usr/lib/nydus-py"), Path("/etc/nydus")) if one.exists()]
-        run(["systemctl", "stop", CONTAINERD], timeout=40)
+        run(["systemctl", "stop", self.unit], timeout=40)
+
+    def rpm(self, package: Path) -> None:
+        """With a database of its own: this machine's packages are Debian's, so dependencies are not looked at."""
+        see = self.seen
+        self.prepare()
+        before = self.state()
+        run(["systemctl", "start", self.unit], timeout=40)
+        own = ("--dbpath", self.work / "rpmdb", "--define", f"_install_script_path {os.environ['PATH']}")
+
+        def rpm(*words: str | Path) -> tuple[int, str]:
+            return self.say("rpm", *own, *words)
+
+        see["install"] = rpm("--nodeps", "-i", package)
+        see["version"] = self.say("nydusctl", "--version")
+        see["files"] = sorted(self.state().keys() - before.keys())
+        see["compiled"] = len(list(Path("/usr/lib/nydus-py/lib").rglob("*.pyc")))
+        see["node"] = self.say("nydusctl", "node", "install")
+        see["runs"] = bool(self.pid(UNIT))
+        see["verify"] = rpm("--nodeps", "-V", "nydus-py")
+        self.image_and_container()
+        see["nydusd before"], see["unit before"] = self.nydusds(), self.pid(UNIT)
+        see["upgrade"] = rpm("--nodeps", "-U", "--replacepkgs", package)
+        see["nydusd after"], see["unit after"] = self.nydusds(), self.pid(UNIT)
+        see["reads after"] = self.reads("1")
+        see["busy"] = rpm("-e", "nydus-py")
+        see["reads busy"] = self.reads("2")
+        self.end_container()
+        see["remove"] = rpm("-e", "nydus-py")
+        see["remove state"], see["remove nydusd"] = self.state() == before, self.nydusds()
+        see["remove left"] = [str(one) for one in (Path("/usr/lib/nydus-py"), Path("/etc/nydus")) if one.exists()]
+        see["containerd"] = bool(self.pid())
+        run(["systemctl", "stop", self.unit], timeout=40)
 
     def pod(self, bundle: Path) -> None:
         see = self.seen
@@ -140,7 +172,7 @@ class Packaged(Lab):
         PLACE.mkdir()
         Path("/etc/pod-config.json").write_text((REPO / "examples/config.json").read_text())
         before = self.state()
-        run(["systemctl", "start", CONTAINERD], timeout=40)
+        run(["systemctl", "start", self.unit], timeout=40)
         pod = Pod(bundle, "install")
         see["install"] = pod.says("node install: done")
         see["end"] = pod.end()
@@ -165,12 +197,12 @@ class Packaged(Lab):
         see["same"] = self.state() == before
         see["nydusd gone"] = self.nydusds()
         see["containerd"] = bool(self.pid())
-        run(["systemctl", "stop", CONTAINERD], timeout=40)
+        run(["systemctl", "stop", self.unit], timeout=40)
 
 
 def main() -> None:
-    lab = Packaged(Path(sys.argv[1]), Path(sys.argv[2]))
-    what = lab.deb if sys.argv[3] == "deb" else lab.pod
+    lab = Packaged(Path(sys.argv[1]), Path(sys.argv[2]), "debian")
+    what = {"deb": lab.deb, "rpm": lab.rpm, "pod": lab.pod}[sys.argv[3]]
     lab.with_image(lambda: what(Path(sys.argv[4])))
     print(json.dumps(lab.seen))
 

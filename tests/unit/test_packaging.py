@@ -94,6 +94,7 @@ def test_groff_has_nothing_to_say_of_the_pages(man: Path) -> None:
 def test_scripts_are_shell(tmp_path: Path) -> None:
     deb = script("deb")
     texts = {name: getattr(deb, name) for name in ("POSTINST", "PRERM", "POSTRM")}
+    texts |= {name: getattr(script("rpm"), name) for name in ("POST", "POSTTRANS", "PREUN", "POSTUN")}
     texts["node.sh"] = (REPO / "packaging" / "node.sh").read_text()
     texts["use-python"] = script("bundle").USE_PYTHON
     for name, text in texts.items():
