@@ -140,7 +140,8 @@ def render(before: dict[str, Any], now: dict[str, Any], width: int = WIDE) -> Re
     for one in rates(before, now):
         speed = one["per_second"]
         average = one["read_micros"] / one["reads"] / 1e6 if one["reads"] else None
-        cache = f"{100 * one['cache_hits'] / one['cache_asked']:.0f} %" if one["cache_asked"] else ""
+        asked = one["cache_hits"] + one["fetches"]  # pieces of files; `cache_asked` are reads, of several pieces each
+        cache = f"{100 * one['cache_hits'] / asked:.0f} %" if asked else ""
         ahead = f"{one['prefetch_used']}/{one['prefetched']}" if one["prefetched"] else ""
         failed = Text(str(one["read_errors"]), style="bold red" if one["read_errors"] else "")
         reads = f"{speed['reads']:.0f}"

@@ -259,6 +259,7 @@ def test_the_snapshotter_itself(lab: Lab) -> None:
     assert lab.call("GET", "/api/v1/log")[1] == {"level": "debug"}
     run([*CTL, "snapshotter", "log-level", "info", "--daemons", "--root", lab.root], timeout=60)
     assert json.loads(run([*CTL, "snapshotter", "daemons", "--root", lab.root], timeout=60).stdout)[0]["instances"]
+    assert "static" in run([*CTL, "auth", "explain", lab.ref, "--root", lab.root], timeout=60).stdout
     gone = run([*CTL, "snapshotter", "stacks", "--root", lab.work / "nowhere"], timeout=60, check=False)
     assert (gone.returncode, "no snapshotter answers" in gone.stderr) == (1, True)
 

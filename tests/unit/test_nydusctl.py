@@ -119,4 +119,5 @@ def test_top_cuts_nothing_off_where_the_terminal_is_narrow() -> None:
         assert "…" not in text
         assert name in "".join(line[:40].split()[0] for line in text.splitlines() if line.split()) or name in text
         assert "10.1 MB" in text
+        assert " 30 % " in text  # 3 pieces from the cache, 7 requests
         assert ("connection refused" in text) == (width == WIDE)
