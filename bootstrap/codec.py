@@ -85,14 +85,15 @@ def _lz4_block(data: bytes | bytearray | memoryview) -> bytes:
     return bytes(data) if stored_raw else cast(bytes, frame[11:-4])
 
 
-def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int) -> bytes:
-    """The `size` bytes that `data` stands for; CodecError unless it decodes to exactly that many (gzip: or more).
+def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int, *, begins: bool = False) -> bytes:
+    """The `size` bytes that `data` stands for; CodecError unless it decodes to exactly that many (gzip, and zstd that
+    only `begins` with them: or more).
 
     `size` comes from a record that was bounds-checked before: it limits what a hostile stream can make us allocate.
     """
     try:
         if kind == Compressor.ZSTD:
-            out = _zstd_exact(data, size)
+            out = _zstd_begin(data, size) if begins else _zstd_exact(data, size)
         elif kind == Compressor.LZ4_BLOCK:
             out = lz4.block.decompress(data, uncompressed_size=size) if size else b""
         elif kind == Compressor.GZIP:
@@ -105,6 +106,12 @@ def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int
     if len(out) != size:
         raise CodecError(f"{kind.label} data decodes to {len(out)} bytes instead of {size}")
     return out
+
+
+def _zstd_begin(data: bytes | bytearray | memoryview, size: int) -> bytes:
+    # zstd:chunked: as with gzip, behind a chunk its frame goes on with padding and the next header
+    stream = _zstd_decompressor().stream_reader(data, read_across_frames=False)
+    return stream.read(size)
 
 
 def _zstd_exact(data: bytes | bytearray | memoryview, size: int) -> bytes:

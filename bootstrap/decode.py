@@ -25,10 +25,12 @@ def where(chunk: Chunk, blob: Blob) -> str:
 
 
 def is_legacy_stargz(blob: Blob) -> bool:
-    """An `estargztoc-ref` blob (7.5): one gzip member per chunk, whose stored size is only an upper bound."""
-    return blob.compressor == Compressor.GZIP and bool(
-        blob.ci_uncompressed_size and not blob.features & BlobFeatures.CHUNK_INFO_V2
-    )
+    """An `estargztoc-ref` blob (7.5): one gzip member or zstd frame per chunk, whose stored size is an upper bound."""
+    if blob.compressor != Compressor.GZIP and not (  # only a blob of somebody else's is zstd:chunked
+        blob.compressor == Compressor.ZSTD and blob.features & BlobFeatures.SEPARATE
+    ):
+        return False
+    return bool(blob.ci_uncompressed_size and not blob.features & BlobFeatures.CHUNK_INFO_V2)
 
 
 def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
@@ -40,12 +42,13 @@ def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
     if len(stored) != chunk.compressed_size or not stored:
         raise CodecError(f"{where(chunk, blob)}: {len(stored)} bytes instead of {chunk.compressed_size}")
     size = chunk.uncompressed_size
-    compressed = chunk.flags & _COMPRESSED or is_legacy_stargz(blob)
+    stargz = is_legacy_stargz(blob)
+    compressed = chunk.flags & _COMPRESSED or stargz
     try:
         if chunk.flags & _ENCRYPTED:
             stored = decrypt_blob(blob, stored, None if compressed else size)
         if compressed:
-            plain = decompress(blob.compressor, stored, size)
+            plain = decompress(blob.compressor, stored, size, begins=stargz)
         elif len(stored) == size:
             plain = bytes(stored)
         else:

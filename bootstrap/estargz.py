@@ -1,5 +1,8 @@
 """A bootstrap for an eStargz layer as it is: from its table of contents, a few small ranges of it. RAFS format 7.5.
 
+zstd:chunked as the same project writes it (`nerdctl image convert --zstdchunked`) is eStargz with frames of zstd. Our
+nydusd alone reads such a blob: upstream's takes a frame for no longer than its chunk.
+
 This is what lets a node run an eStargz image that nobody converted: one bootstrap per layer, merged like those of any
 image (`merge_layers`, original_blob_id = the layer's digest). Modification times and special files are kept, which
 upstream's builder drops: Python would compile every module anew.
@@ -9,13 +12,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO
 
 from bootstrap.build import Build, BuildOptions, BuildResult
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.kinds import KINDS
 from bootstrap.modes.estargztoc import TocMode
-from bootstrap.stargztoc import MAX_TOC, TAIL_SIZE, Toc, parse_toc, toc_range, unpack_toc
+from bootstrap.stargztoc import MAX_TOC, TAIL_SIZE, Toc, parse_toc, toc_compressor, toc_range, unpack_toc
 from bootstrap.tartree import LayerTree
 
 __all__ = ["MAX_TOC", "TAIL_SIZE", "build_toc", "layer_bootstrap", "parse_toc", "read_toc", "toc_range", "unpack_toc"]
@@ -38,7 +42,7 @@ def read_toc(read: ReadAt, size: int, toc_digest: str | None = None) -> Toc:
     stored = read(offset, length)
     if len(stored) != length:
         raise FormatError("eStargz table", offset, f"{len(stored)} of {length} bytes could be read")
-    return parse_toc(unpack_toc(stored, toc_digest), offset)
+    return parse_toc(unpack_toc(stored, toc_digest), offset, toc_compressor(stored))
 
 
 def build_toc(toc: Toc, out: BinaryIO, options: BuildOptions, layer: tuple[str, int]) -> BuildResult:
@@ -47,7 +51,7 @@ def build_toc(toc: Toc, out: BinaryIO, options: BuildOptions, layer: tuple[str, 
     `layer`: its id (the digest in hex) and its size in bytes. `options.chunk_size` must be that of the archive, see
     `Toc.fitting_chunk_size`. Raises BuildError, naming the file.
     """
-    build = Build(out, options, KINDS["estargztoc-ref"])
+    build = Build(out, options, replace(KINDS["estargztoc-ref"], compressor=toc.compressor))
     tree = LayerTree(build.xattr_limit)
     mode = build.mode
     assert isinstance(mode, TocMode)

@@ -14,10 +14,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
+import zstandard
 
 from bootstrap import tar
 from bootstrap.errors import BuildError, CodecError, DigestMismatch, FormatError
-from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, is_chunk_size
+from bootstrap.layout.common import DEFAULT_CHUNK_SIZE, Compressor, is_chunk_size
 from bootstrap.layout.estargz import (
     DEFAULT_CHUNK_SIZE as STARGZ_CHUNK_SIZE,
 )
@@ -25,20 +26,23 @@ from bootstrap.layout.estargz import (
     FOOTER_SIZE,
     LANDMARKS,
     TOC_NAME,
+    ZSTD_FOOTER_SIZE,
     compressed_bound,
     unpack_footer,
+    unpack_zstd_footer,
+    zstd_chunked,
 )
 
-__all__ = ["TAIL_SIZE", "Toc", "TocChunk", "parse_toc", "toc_range", "unpack_toc"]
+__all__ = ["TAIL_SIZE", "Toc", "TocChunk", "parse_toc", "toc_compressor", "toc_range", "unpack_toc"]
 
-TAIL_SIZE = FOOTER_SIZE
+TAIL_SIZE = max(FOOTER_SIZE, ZSTD_FOOTER_SIZE)
 """So many bytes from the end of a layer tell whether it is eStargz, and where its table is."""
 
 MAX_STORED = 64 << 20
 MAX_TOC = 128 << 20
 """JSON of a layer of some 300,000 files; a hostile one must not take all memory."""
 
-_ZSTD_CHUNKED = b"GNUlInUx"
+_ZSTD_FRAME = bytes.fromhex("28b52ffd")
 _TYPES = {
     "dir": tar.DIRECTORY,
     "reg": tar.REGULAR,
@@ -107,24 +111,48 @@ def _seconds(text: str) -> int:
 
 
 def toc_range(tail: bytes, size: int) -> tuple[int, int]:
-    """Offset and length of the gzip member with the table, from the last TAIL_SIZE (or more) bytes of a layer of `size`
-    bytes. FormatError if the layer is no eStargz archive or its table would be too large."""
-    if tail.endswith(_ZSTD_CHUNKED):
-        raise FormatError(
-            "eStargz footer", size - len(_ZSTD_CHUNKED), "the layer is zstd:chunked, which must be converted first"
-        )
-    offset = unpack_footer(tail, size)
-    length = size - offset
+    """Offset and length of the gzip member (or zstd frame) of the table, from the last TAIL_SIZE (or more) bytes of
+    a layer of `size` bytes. FormatError if the layer is no eStargz archive or its table would be too large."""
+    if zstd_chunked(tail):
+        offset, length = unpack_zstd_footer(tail, size)
+    else:
+        offset = unpack_footer(tail, size)
+        length = size - offset
     if length > MAX_STORED:
         raise FormatError("eStargz table", offset, f"{length} compressed bytes are more than {MAX_STORED}")
     return offset, length
 
 
+def toc_compressor(stored: bytes) -> Compressor:
+    """What the chunks of a layer are compressed with, from its stored table."""
+    return Compressor.ZSTD if stored.startswith(_ZSTD_FRAME) else Compressor.GZIP
+
+
 def unpack_toc(stored: bytes, digest: str | None = None) -> bytes:
-    """The JSON inside that gzip member. `digest`: what it must have ("sha256:...", the layer's annotation), if known.
+    """The JSON inside that gzip member or zstd frame. `digest`: what it must have ("sha256:...", the layer's
+    annotation), if known.
 
     Raises CodecError for bytes that do not decode, DigestMismatch for others than those named.
     """
+    text = _zstd_toc(stored) if toc_compressor(stored) == Compressor.ZSTD else _gzip_toc(stored)
+    if digest is not None and digest != f"sha256:{hashlib.sha256(text).hexdigest()}":
+        raise DigestMismatch(f"the eStargz table of contents has not the digest {digest} that the image names")
+    return text
+
+
+def _zstd_toc(stored: bytes) -> bytes:
+    """The text alone."""
+    try:
+        text = zstandard.ZstdDecompressor().stream_reader(stored).read(MAX_TOC + 1)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"zstd:chunked table of contents: {error}") from error
+    if len(text) > MAX_TOC:
+        raise CodecError(f"zstd:chunked table of contents: more than {MAX_TOC} bytes")
+    return text
+
+
+def _gzip_toc(stored: bytes) -> bytes:
+    """The one file of a tar."""
     try:
         packed = zlib.decompressobj(31).decompress(stored, MAX_TOC + tar.READ_SIZE)
     except zlib.error as error:
@@ -139,14 +167,11 @@ def unpack_toc(stored: bytes, digest: str | None = None) -> bytes:
         raise CodecError("eStargz table of contents: its tar header has no size") from None
     if length > MAX_TOC or tar.BLOCK + length > len(packed):
         raise CodecError(f"eStargz table of contents: {length} bytes in {len(packed)}, {MAX_TOC} are the limit")
-    text = packed[tar.BLOCK : tar.BLOCK + length]
-    if digest is not None and digest != f"sha256:{hashlib.sha256(text).hexdigest()}":
-        raise DigestMismatch(f"the eStargz table of contents has not the digest {digest} that the image names")
-    return text
+    return packed[tar.BLOCK : tar.BLOCK + length]
 
 
 class TocChunk(NamedTuple):
-    """A chunk of a file: where its gzip member begins, the most bytes that takes, bytes of the file, SHA-256."""
+    """A chunk of a file: where its gzip member or zstd frame begins, most bytes of that, bytes of the file, SHA-256."""
 
     offset: int
     stored_bound: int
@@ -157,7 +182,8 @@ class TocChunk(NamedTuple):
 class Toc:
     """The entries of a table. `blob_size`: bytes of the layer, or up to where its file data ends."""
 
-    def __init__(self, entries: list[_Entry], blob_size: int) -> None:
+    def __init__(self, entries: list[_Entry], blob_size: int, compressor: Compressor = Compressor.GZIP) -> None:
+        self.compressor = compressor
         self._entries = entries
         self._blob_size = blob_size
         starts = sorted({entry.offset for entry in entries if entry.type in ("reg", "chunk") and entry.offset})
@@ -234,7 +260,10 @@ class Toc:
             if end is None:
                 raise BuildError(f"{where}: no offset of its data")
             name = piece.chunkDigest or (first.digest if len(pieces) == 1 else "")
-            bound = min(end - piece.offset, compressed_bound(size))
+            # zstd: blocks may be as small as their writer liked
+            bound = end - piece.offset
+            if self.compressor == Compressor.GZIP:
+                bound = min(bound, compressed_bound(size))
             found.append(TocChunk(piece.offset, bound, size, _digest(name, where)))
         if done != first.size:
             raise BuildError(f"{where}: chunks of {done} bytes, the file has {first.size}")
@@ -254,7 +283,7 @@ def _digest(text: str, where: str) -> bytes:
     return value
 
 
-def parse_toc(text: bytes, blob_size: int) -> Toc:
+def parse_toc(text: bytes, blob_size: int, compressor: Compressor = Compressor.GZIP) -> Toc:
     """The table in its JSON form (version 1). BuildError if it is not that."""
     try:
         table = msgspec.json.decode(text, type=_Table)
@@ -262,4 +291,4 @@ def parse_toc(text: bytes, blob_size: int) -> Toc:
         raise BuildError(f"eStargz table of contents: {error}") from error
     if table.version != 1:
         raise BuildError(f"eStargz table of contents of version {table.version}; 1 is known")
-    return Toc(table.entries, blob_size)
+    return Toc(table.entries, blob_size, compressor)

@@ -1,6 +1,7 @@
 """eStargz archives: where their table of contents is, and what legacy images say about its chunks.
 
-Reference: RAFS format 7.5; the footer is that of the eStargz specification.
+Reference: RAFS format 7.5; the footers are those of the eStargz specification, and of zstd:chunked in the same project:
+frames of zstd in place of gzip members.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ _SUBFIELD_ID = b"SG"
 _PAYLOAD_SIZE = 22
 _MAGIC = b"STARGZ"
 
+# A skippable frame of zstd at the very end: where the table lies, its size there and as text, what it is, a magic.
+ZSTD_FOOTER = Struct("<IIQQQQ8s")
+ZSTD_FOOTER_SIZE = ZSTD_FOOTER.size
+ZSTD_MAGIC = b"GNUlInUx"
+_SKIPPABLE, _ESTARGZ_TABLE = 0x184D2A50, 1
+_SKIPPABLE_HEADER = 8
+
 LEGACY_FOOTER_SIZE = 47
 """stargz before eStargz: the extra field is the payload itself, without a subfield header."""
 LEGACY_FOOTER = Struct("<10sH22s13s")
@@ -38,6 +46,31 @@ def pack_footer(toc_offset: int) -> bytes:
         b"%016x" % toc_offset + _MAGIC,
         _EMPTY_DEFLATE,
     )
+
+
+def pack_zstd_footer(toc_offset: int, stored: int, size: int) -> bytes:
+    """`stored`, `size`: bytes of the table, compressed and as text."""
+    payload = ZSTD_FOOTER_SIZE - _SKIPPABLE_HEADER
+    return ZSTD_FOOTER.pack(_SKIPPABLE, payload, toc_offset, stored, size, _ESTARGZ_TABLE, ZSTD_MAGIC)
+
+
+def zstd_chunked(tail: bytes) -> bool:
+    return tail.endswith(ZSTD_MAGIC)
+
+
+def unpack_zstd_footer(tail: bytes, size: int) -> tuple[int, int]:
+    """Offset and compressed length of the table of a zstd:chunked archive of `size` bytes. Raises FormatError."""
+    at = size - ZSTD_FOOTER_SIZE
+    if len(tail) < ZSTD_FOOTER_SIZE:
+        raise FormatError("zstd:chunked footer", max(at, 0), "cut short")
+    magic, length, offset, stored, _, kind, _ = ZSTD_FOOTER.unpack(tail[-ZSTD_FOOTER_SIZE:])
+    if (magic, length, kind) != (_SKIPPABLE, ZSTD_FOOTER_SIZE - _SKIPPABLE_HEADER, _ESTARGZ_TABLE):
+        raise FormatError(
+            "zstd:chunked footer", at, "of another form (Podman's, whose chunks have many sizes): convert the image"
+        )
+    if not _SKIPPABLE_HEADER < offset <= offset + stored <= at or not stored:
+        raise FormatError("zstd:chunked footer", at, f"table of {stored} bytes at {offset:#x}, not before the footer")
+    return offset, stored
 
 
 def unpack_footer(tail: bytes, size: int) -> int:

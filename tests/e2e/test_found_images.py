@@ -52,14 +52,14 @@ class Pods:
     pod: str
     config: Any
 
-    def push(self, name: str, *, estargz: int = 0, complete: bool = True) -> Image:
+    def push(self, name: str, *, estargz: int = 0, complete: bool = True, zstd: bool = False) -> Image:
         """As NAME:oci; `marker` and payload are the name's. `estargz`: chunk size of the layer with the payload, which
-        names all its directories if `complete`."""
+        names all its directories if `complete`, and with `zstd` is zstd:chunked beside layers of gzip."""
 
         def add(layout: ImageLayout, members: list[Member]) -> Layer:
             payload = any(info.name == "payload" for info, _ in members)
             more = [entry("tmp", mode=0o1777)] if payload and complete else []
-            return layout.add_estargz([*more, *members], estargz if payload else 4 << 20)
+            return layout.add_estargz([*more, *members], estargz if payload else 4 << 20, zstd=zstd and payload)
 
         image = small_image(self.work / name, name, payload=PAYLOAD, add=add if estargz else None)
         image.push(self.stack.registry.host, f"lab/{name}", "oci")
@@ -193,9 +193,11 @@ def test_a_layer_that_was_skipped_and_overlayfs_needs(pods: Pods) -> None:
     assert pods.stack.registry.since(mark).blobs().bytes == 0
 
 
-def test_estargz_as_it_is(pods: Pods) -> None:
-    pods.push("estargz", estargz=4 << 20)
-    pods.lazy("estargz")
+@pytest.mark.parametrize("zstd", [False, True], ids=["gzip", "zstd"])
+def test_estargz_as_it_is(pods: Pods, zstd: bool) -> None:
+    name = f"estargz-{zstd}".lower()
+    pods.push(name, estargz=4 << 20, zstd=zstd)
+    pods.lazy(name)
 
 
 @one_generation

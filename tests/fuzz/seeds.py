@@ -69,9 +69,10 @@ def layer_tar() -> bytes:
     return out.getvalue()
 
 
-def stargz_layer() -> bytes:
+def stargz_layer(zstd: bool = False) -> bytes:
     rng = random.Random(2)
-    return write_estargz([stargz_file(f"d/f{n}", rng.randbytes(n * 400)) for n in range(8)], chunk_size=4096)[0]
+    files = [stargz_file(f"d/f{n}", rng.randbytes(n * 400)) for n in range(8)]
+    return write_estargz(files, chunk_size=4096, zstd=zstd)[0]
 
 
 @cache

@@ -188,7 +188,7 @@ def _run_gzip(data: bytes) -> None:
 
 
 def _make_stargz(rng: random.Random) -> bytes:
-    layer = seeds.stargz_layer()
+    layer = seeds.stargz_layer(zstd=rng.random() < 0.5)
     return mutate(rng, layer, [], [len(layer) - 51, len(layer) - 47, len(layer) - 20])
 
 

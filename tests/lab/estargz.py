@@ -9,12 +9,15 @@ import gzip
 import hashlib
 import io
 import json
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from bootstrap.layout.estargz import TOC_NAME, pack_footer
+import zstandard
+
+from bootstrap.layout.estargz import TOC_NAME, pack_footer, pack_zstd_footer
 
 LANDMARK = ".no.prefetch.landmark"
 _TYPES = {
@@ -47,10 +50,22 @@ def file(name: str, data: bytes, **fields: Any) -> tuple[tarfile.TarInfo, bytes]
     return entry, data
 
 
+def frame(data: bytes) -> bytes:
+    """A frame of zstd as Go's writer makes them: without its size where the data takes several blocks."""
+    packer = zstandard.ZstdCompressor(level=3, write_content_size=len(data) < 1 << 17)
+    return packer.compress(data)
+
+
 def write_estargz(
-    entries: Iterable[tuple[tarfile.TarInfo, bytes]], chunk_size: int = 4 << 20, *, legacy: bool = False
+    entries: Iterable[tuple[tarfile.TarInfo, bytes]],
+    chunk_size: int = 4 << 20,
+    *,
+    legacy: bool = False,
+    zstd: bool = False,
 ) -> tuple[bytes, bytes]:
-    """The archive and the JSON of its table. `legacy`: the 47-byte footer of stargz."""
+    """The archive and the JSON of its table. `legacy`: the 47-byte footer of stargz. `zstd`: as zstd:chunked, which
+    the same writer makes with frames for members; table and footer are frames that decoders skip."""
+    pack = frame if zstd else member
     landmark = file(LANDMARK, b"\xf0")
     out = bytearray()
     open_member = b""
@@ -84,7 +99,7 @@ def write_estargz(
             if at:
                 found = {"name": entry.name, "type": "chunk", "NumLink": 0, "chunkOffset": at}
             if data:
-                out += member(open_member) if open_member else b""
+                out += pack(open_member) if open_member else b""
                 found["offset"] = len(out)
                 found["chunkDigest"] = digest(piece)
                 if at + len(piece) < len(data):
@@ -92,9 +107,13 @@ def write_estargz(
                 open_member = piece
             table.append(found)
         open_member += bytes(-len(data) % 512)
-    out += member(open_member)
+    out += pack(open_member + bytes(1024) if zstd else open_member)
     text = json.dumps({"version": 1, "entries": table}, indent="\t").encode()
     at = len(out)
+    if zstd:
+        stored = frame(text)
+        out += struct.pack("<II", 0x184D2A50, len(stored)) + stored
+        return bytes(out) + pack_zstd_footer(at + 8, len(stored), len(text)), text
     index, _ = file(TOC_NAME, text)
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import zstandard
+
 from tests.lab.estargz import write_estargz
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -143,18 +145,20 @@ class ImageLayout:
         media = {"gzip": LAYER_GZIP, "zstd": LAYER_ZSTD, "none": LAYER_TAR}[compression]
         return Layer(Blob(stored.digest, stored.size, path, media), plain.digest, plain.size, **counts)
 
-    def add_estargz(self, members: Iterable[Member], chunk_size: int = 4 << 20) -> Layer:
-        """A layer as stargz tools make them; the manifest vouches for its table."""
+    def add_estargz(self, members: Iterable[Member], chunk_size: int = 4 << 20, *, zstd: bool = False) -> Layer:
+        """A layer as stargz tools make them, of gzip or zstd:chunked; the manifest vouches for its table."""
         listed = []
         for info, body in members:
             data = body.read_bytes() if isinstance(body, Path) else body or b""
             info.size = len(data)
             listed.append((info, data))
-        archive, table = write_estargz(listed, chunk_size)
-        stored = self.add_blob(archive, LAYER_GZIP)
+        archive, table = write_estargz(listed, chunk_size, zstd=zstd)
+        media = LAYER_ZSTD if zstd else LAYER_GZIP
+        stored = self.add_blob(archive, media)
         marks = {TOC_DIGEST: "sha256:" + hashlib.sha256(table).hexdigest()}
-        blob = Blob(stored.digest, stored.size, stored.path, LAYER_GZIP, marks)
-        plain = gzip.decompress(archive)
+        blob = Blob(stored.digest, stored.size, stored.path, media, marks)
+        frames = zstandard.ZstdDecompressor().stream_reader(archive, read_across_frames=True)
+        plain = frames.read() if zstd else gzip.decompress(archive)
         files = sum(info.isreg() for info, _ in listed)
         diff_id = "sha256:" + hashlib.sha256(plain).hexdigest()
         return Layer(blob, diff_id, len(plain), len(listed), files, sum(info.size for info, _ in listed))

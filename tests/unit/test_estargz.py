@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bootstrap.base import Chunk
 from bootstrap.build import BuildOptions
-from bootstrap.codec import decompress
+from bootstrap.decode import decode_chunk
 from bootstrap.errors import DigestMismatch, FormatError, RafsError
 from bootstrap.estargz import build_toc, layer_bootstrap, parse_toc, read_toc
-from bootstrap.layout.common import Compressor
+from bootstrap.layout.estargz import pack_zstd_footer
 from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.reader import open_bootstrap
 from tests.lab.estargz import digest, file, write_estargz
@@ -72,16 +73,15 @@ def contents(path: Path, layers: dict[str, bytes]) -> dict[str, bytes]:
                 layer = layers[image.blobs[blob].id]
                 assert image.blobs[blob].compressed_size == len(layer)
                 stored = layer[record[5] : record[5] + record[3]]
-                data = decompress(Compressor.GZIP, stored, record[4])
-                assert hashlib.sha256(data).digest() == record[0]
+                data = decode_chunk(Chunk(*record), image.blobs[blob], stored)
                 pieces.append(data)
             found[name.decode().lstrip("/")] = b"".join(pieces)
     return found
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_layer_runs_as_it_is(legacy: bool, tmp_path: Path) -> None:
-    layer, text = write_estargz(ENTRIES, 0x10000, legacy=legacy)
+@pytest.mark.parametrize("form", ["estargz", "legacy", "zstd"])
+def test_a_layer_runs_as_it_is(form: str, tmp_path: Path) -> None:
+    layer, text = write_estargz(ENTRIES, 0x10000, legacy=form == "legacy", zstd=form == "zstd")
     reads: list[tuple[int, int]] = []
     path = tmp_path / "image.boot"
     path.write_bytes(layer_bootstrap(reader(layer, reads), len(layer), "ab" * 32, toc_digest=digest(text)))
@@ -100,9 +100,10 @@ def test_a_layer_runs_as_it_is(legacy: bool, tmp_path: Path) -> None:
         assert image.xattrs(image.resolve(b"/with-xattr")) == {b"user.a": b"1"}
 
 
-def test_layers_merge_into_an_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zstd", [False, True], ids=["gzip", "zstd below gzip"])
+def test_layers_merge_into_an_image(zstd: bool, tmp_path: Path) -> None:
     upper = [file("etc/passwd", b"nobody\n"), file(".wh.same", b""), file("new", b"n" * 5000)]
-    layers = [write_estargz(ENTRIES, 0x10000)[0], write_estargz(upper, 0x10000)[0]]
+    layers = [write_estargz(ENTRIES, 0x10000, zstd=zstd)[0], write_estargz(upper, 0x10000)[0]]
     sources, by_id = [], {}
     for layer in layers:
         name = hashlib.sha256(layer).hexdigest()
@@ -135,8 +136,11 @@ def test_what_cannot_run_says_why() -> None:
         layer_bootstrap(reader(layer[:-1]), len(layer) - 1, "a")
     with pytest.raises(FormatError, match="not that of an eStargz archive"):
         layer_bootstrap(reader(b"x"), 1, "a")
-    with pytest.raises(FormatError, match="zstd:chunked"):
+    with pytest.raises(FormatError, match=r"zstd:chunked footer.*Podman's"):
         layer_bootstrap(reader(bytes(100) + b"GNUlInUx"), 108, "a")
+    for offset, stored in ((0, 10), (9, 0), (9, 1 << 63), (60, 2)):
+        with pytest.raises(FormatError, match="not before the footer"):
+            layer_bootstrap(reader(bytes(60) + pack_zstd_footer(offset, stored, 1)), 108, "a")
     with pytest.raises(DigestMismatch, match="has not the digest"):
         layer_bootstrap(reader(layer), len(layer), "a", toc_digest=digest(b"other"))
     with pytest.raises(RafsError, match="chunk of 65536 bytes, the image has chunks of 4096"):
@@ -175,13 +179,15 @@ def test_what_cannot_run_says_why() -> None:
 
 
 SMALL, _ = write_estargz(ENTRIES[:4], 0x10000)
+ZSTD, _ = write_estargz(ENTRIES[:4], 0x10000, zstd=True)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_nothing_but_a_domain_error(data: st.DataObject) -> None:
-    toc_at = SMALL.rindex(b"\x1f\x8b\x08", 0, -51)
-    layer = bytearray(SMALL)
+@given(st.sampled_from([(SMALL, b"\x1f\x8b\x08"), (ZSTD, b"\x50\x2a\x4d\x18")]), st.data())
+def test_nothing_but_a_domain_error(form: tuple[bytes, bytes], data: st.DataObject) -> None:
+    small, begin = form
+    toc_at = small.rindex(begin, 0, -51 if small is SMALL else -48)
+    layer = bytearray(small)
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.one_of(st.integers(toc_at, len(layer) - 1), st.integers(len(layer) - 51, len(layer) - 1)))
         layer[at] = data.draw(st.integers(0, 255))
