@@ -28,7 +28,7 @@ _MAGIC = b"STARGZ"
 # A skippable frame of zstd at the very end: where the table lies, its size there and as text, what it is, a magic.
 ZSTD_FOOTER = Struct("<IIQQQQ8s")
 ZSTD_FOOTER_SIZE = ZSTD_FOOTER.size
-ZSTD_MAGIC = b"GNUlInUx"
+ZSTD_MAGIC = b"GnUlInUx"
 _SKIPPABLE, _ESTARGZ_TABLE = 0x184D2A50, 1
 _SKIPPABLE_HEADER = 8
 

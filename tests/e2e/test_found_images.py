@@ -59,9 +59,11 @@ class Pods:
         def add(layout: ImageLayout, members: list[Member]) -> Layer:
             payload = any(info.name == "payload" for info, _ in members)
             more = [entry("tmp", mode=0o1777)] if payload and complete else []
+            if not estargz:
+                return layout.add_layer([*more, *members])
             return layout.add_estargz([*more, *members], estargz if payload else 4 << 20, zstd=zstd and payload)
 
-        image = small_image(self.work / name, name, payload=PAYLOAD, add=add if estargz else None)
+        image = small_image(self.work / name, name, payload=PAYLOAD, add=add)
         image.push(self.stack.registry.host, f"lab/{name}", "oci")
         return image
 
@@ -198,6 +200,25 @@ def test_estargz_as_it_is(pods: Pods, zstd: bool) -> None:
     name = f"estargz-{zstd}".lower()
     pods.push(name, estargz=4 << 20, zstd=zstd)
     pods.lazy(name)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("form", ["estargz", "zstdchunked"])
+def test_what_nerdctl_converts_runs_as_it_is(pods: Pods, nerdctl: Path, form: str) -> None:
+    pods.push(f"before-{form}")
+    source, target = f"{pods.stack.host}/lab/before-{form}:oci", f"{pods.stack.host}/lab/nerdctl-{form}:oci"
+    for words in (
+        ("pull", "-q", "--snapshotter", "overlayfs", "--unpack=false", source),
+        ("image", "convert", f"--{form}", "--oci", source, target),
+        ("push", "-q", target),
+        ("rmi", source, target),
+    ):
+        pods.stack.containerd.nerdctl(nerdctl, *words)
+    stack, mark = pods.stack, pods.stack.registry.mark()
+    pulled = pods.pull(f"nerdctl-{form}", "oci")
+    assert big(stack, mark) == []
+    good(pods.read(pulled), f"before-{form}")
+    assert big(stack, mark) == []
 
 
 @one_generation

@@ -137,7 +137,7 @@ def test_what_cannot_run_says_why() -> None:
     with pytest.raises(FormatError, match="not that of an eStargz archive"):
         layer_bootstrap(reader(b"x"), 1, "a")
     with pytest.raises(FormatError, match=r"zstd:chunked footer.*Podman's"):
-        layer_bootstrap(reader(bytes(100) + b"GNUlInUx"), 108, "a")
+        layer_bootstrap(reader(bytes(100) + b"GnUlInUx"), 108, "a")
     for offset, stored in ((0, 10), (9, 0), (9, 1 << 63), (60, 2)):
         with pytest.raises(FormatError, match="not before the footer"):
             layer_bootstrap(reader(bytes(60) + pack_zstd_footer(offset, stored, 1)), 108, "a")
