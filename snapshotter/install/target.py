@@ -92,7 +92,7 @@ def trial_of(file: str) -> str:
 def find(host: Host, given: str) -> Target:
     """`given`: containerd's configuration, "" if it is to be found. Raises InstallError where that cannot be told."""
     if given:
-        one = next((one for one in DISTRIBUTIONS if Path(given).is_relative_to(one.folder)), None)
+        one = _distribution(given)
         return _of(host, one) if one else Target(given, given)
     there = [Target(one.main, one.main, one.services) for one in DISTRIBUTIONS if host.path(one.main).is_file()]
     usual = Target(CONTAINERD_CONFIG, CONTAINERD_CONFIG)
@@ -110,7 +110,7 @@ def find(host: Host, given: str) -> Target:
         files = " or ".join(one.main for one in there)
         raise InstallError(f"there are several containerd here: choose one with --containerd-config {files}")
     chosen = there[0] if there else usual
-    one = next((one for one in DISTRIBUTIONS if one.main == chosen.main), None)
+    one = _distribution(chosen.main)
     return _of(host, one) if one else chosen
 
 
@@ -119,10 +119,14 @@ def services_of(main: str) -> tuple[str, ...]:
     return next((one.services for one in DISTRIBUTIONS if one.main == main), (CONTAINERD,))
 
 
-def installed(host: Host, file: str) -> Target:
-    """The target of an installation that edited `file`. Raises InstallError."""
-    found = find(host, file)
-    return found if found.file == file else replace(found, file=file)
+def installed(file: str) -> Target:
+    """The target of an installation that edited `file`, whatever became of the rest since."""
+    one = _distribution(file)
+    return Target(file, one.main, one.services, one.programs) if one else Target(file, file)
+
+
+def _distribution(file: str) -> Distribution | None:
+    return next((one for one in DISTRIBUTIONS if Path(file).is_relative_to(one.folder)), None)
 
 
 def _of(host: Host, one: Distribution) -> Target:

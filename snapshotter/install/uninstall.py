@@ -42,7 +42,7 @@ def uninstall(host: Host, choices: Choices, say: Say) -> None:
         raise InstallError("must run as root: it writes to /etc and stops services")
     record = Record.read(host)
     given = choices.containerd_config
-    target = installed(host, record.containerd_config) if record and not given else find(host, given)
+    target = installed(record.containerd_config) if record and not given else find(host, given)
     file = target.file
     before = host.read(file)
     after = restored(before, file) if before is not None else None

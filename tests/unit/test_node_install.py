@@ -354,6 +354,12 @@ def test_a_node_that_writes_containerds_configuration_itself(name: str, tmp_path
     assert tree.run("install", "--bin", "/opt/bin")[0] == 0
     assert tree.run("uninstall")[0] == 0
     assert not template.exists()
+    assert tree.run("install", "--bin", "/opt/bin")[0] == 0
+    template.write_text(template.read_text() + "# {{ of somebody }}\n")
+    (folder / "config.toml").unlink()  # the distribution was taken away first
+    assert tree.run("uninstall")[0] == 0
+    assert template.read_text().endswith('runtime_type = "io.containerd.runc.v2"\n# {{ of somebody }}\n')
+    (folder / "config.toml").write_text(OLDER.format(name))
     template.write_text('{{ template "base" . }}\n')
     code, said = tree.run("install", "--bin", "/opt/bin")
     assert (code, said.count("\n"), "add the lines of examples/containerd" in said) == (1, 1, True)
