@@ -31,15 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        results = report.load(options.out / "results.jsonl") if options.report else measure(options, say)
+        if not options.report:
+            measure(options, say)
+        own = options.out / "results.jsonl"
+        results = report.load(*(path for path in [own, *options.merge] if path.exists() or path != own))
+        written = report.write(results, options.out)
+        if options.into is not None:
+            written += report.into(results, options.into)
     except KeyboardInterrupt:
         print("interrupted: everything was taken down, results so far are kept", file=sys.stderr)
         return 130
-    except (LabError, OSError) as error:
+    except (LabError, OSError, ValueError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1
-    written = report.write(results, options.out)
     print(report.table(results))
+    print(report.conditions(results))
     if not any(path.suffix == ".png" for path in written):
         say("no chart: matplotlib is not installed (pip install nydus-py[bench])")
     say("written: " + ", ".join(str(path) for path in written))
@@ -73,6 +79,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--convert", default="", metavar="ARGS", help="for nydusify convert; wants another --out")
     parser.add_argument("--out", type=Path, default=cache_dir() / "experiment", metavar="DIR",
                         help="results and the registry's storage, kept for the next run (%(default)s)")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="measure anew what is kept; the last of each start counts")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="results.jsonl of other runs, for table and chart")  # fmt: skip
+    parser.add_argument("--into", type=Path, metavar="DIR", help="write tables and charts into these docs as well")
     parser.add_argument("--quick", action="store_true", help="a small image over one link, once: shows that it works")
     parser.add_argument("--report", action="store_true", help="only write table and chart of the kept results")
     options = parser.parse_args(argv)
@@ -81,7 +91,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace, say: Say) -> list[Result]:
+def measure(options: argparse.Namespace, say: Say) -> None:
+    """Keeps each start in results.jsonl as soon as it was made."""
     cases = [SMALL] if options.quick else [case for case in CASES if case.name in options.cases]
     links = [Link(20, 200)] if options.quick else [LINKS[name] for name in options.links]
     wanted = list(options.scenarios)
@@ -93,8 +104,7 @@ def measure(options: argparse.Namespace, say: Say) -> list[Result]:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "results.jsonl"
-    results = report.load(kept)
-    done = {result.key for result in results}
+    done = {result.key for result in report.load(kept)} if kept.exists() and not options.again else set()
     repeats = range(1 if options.quick else options.repeats)
 
     def lacking(case: Case, link: Link, side: str, names: Sequence[str], repeat: int) -> list[str]:
@@ -105,7 +115,6 @@ def measure(options: argparse.Namespace, say: Say) -> list[Result]:
         with kept.open("a") as file:
             for result in found:
                 if result.scenario in names:
-                    results.append(result)
                     file.write(json.dumps(result.as_json()) + "\n")
                     say(
                         f"{result.case:15}{result.link:18}{result.side:9}{result.scenario:12}{result.seconds:7.2f} s "
@@ -129,7 +138,6 @@ def measure(options: argparse.Namespace, say: Say) -> list[Result]:
                                     keep(bench.shared(case, side, repeat, shared, options.dragonfly_prefetch), shared)
     finally:
         remove_tree(work)
-    return results
 
 
 def prepare(registry: Registry, names: Sequence[str], arguments: str, out: Path, say: Say) -> None:

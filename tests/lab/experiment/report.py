@@ -23,6 +23,13 @@ BARS: dict[Bar, str] = {
     ("ours", "cache"): "Nydus cache",
     ("ours", "learned"): "Nydus, cold, seen before",
     ("oci", "overlayfs"): "OCI image, pulled before",
+    ("erofs", "cold"): "Nydus with EROFS, cold",
+    ("erofs", "dragonfly"): "Nydus with EROFS and Dragonfly, cold",
+    ("erofs", "remote"): "Nydus with EROFS, remote peer",
+    ("erofs", "local"): "Nydus with EROFS, local peer",
+    ("erofs", "local-image"): "Nydus with EROFS, local peer, image here",
+    ("erofs", "cache"): "Nydus with EROFS, cache",
+    ("erofs", "learned"): "Nydus with EROFS, cold, seen before",
     ("upstream", "cold"): "upstream, cold",
     ("upstream", "dragonfly"): "upstream and Dragonfly, cold",
     ("upstream", "remote"): "upstream, remote peer",
@@ -43,10 +50,23 @@ CHART: tuple[Bar, ...] = (
 COLORS = ("#5b6770", "#d1495b", "#edae49", "#66a182", "#00798c", "#2e4057", "#8d6a9f")
 
 
-def load(path: Path) -> list[Result]:
-    if not path.exists():
-        return []
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines() if line]
+BEGIN, END = "<!-- begin of what the experiment wrote -->", "<!-- end of what the experiment wrote -->"
+
+
+def load(*paths: Path) -> list[Result]:
+    """All starts of these files; of one that was made again the last. Raises OSError, and ValueError for a file that is
+    none of this program's."""
+    found: dict[Any, Result] = {}
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                result = Result(**json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: no result of the experiment ({error})") from None
+            before = found.get(result.key)
+            if before is None or before.when <= result.when:
+                found[result.key] = result
+    return list(found.values())
 
 
 def medians(results: Sequence[Result]) -> dict[str, dict[str, dict[Bar, dict[str, Any]]]]:
@@ -88,6 +108,28 @@ def table(results: Sequence[Result]) -> str:
                 lines.append(f"| {title} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def conditions(results: Sequence[Result]) -> str:
+    """Markdown: how often, when and beside how much other work each row was measured."""
+    lines = ["| | starts of each | load | measured (UTC) | of |", "| --- | --- | --- | --- | --- |"]
+    for link, cases in medians(results).items():
+        for bar, title in BARS.items():
+            mine = [one for one in results if one.link == link and (one.side, one.scenario) == bar]
+            if not mine:
+                continue
+            starts = sorted({cases[name][bar]["starts"] for name in cases if bar in cases[name]})
+            loads = [one.load for one in mine]
+            cells = [f"{title}, {link.split(',')[0]}", _span(str(starts[0]), str(starts[-1]))]
+            cells.append(_span(f"{min(loads):.1f}", f"{max(loads):.1f}"))
+            cells.append(_span(min(one.when for one in mine), max(one.when for one in mine)))
+            cells.append(", ".join(sorted({one.commit for one in mine if one.commit})))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _cell(bars: dict[Bar, dict[str, Any]], bar: Bar) -> str:
@@ -154,7 +196,7 @@ def chart(results: Sequence[Result], link: str, stem: Path) -> list[Path]:
 def write(results: Sequence[Result], out: Path) -> list[Path]:
     """table.md, table.json and one chart per link."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(results))
+    (out / "table.md").write_text(f"{table(results)}\n{conditions(results)}")
     (out / "table.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
     written = [out / "table.md", out / "table.json"]
     for link in medians(results):
@@ -162,4 +204,19 @@ def write(results: Sequence[Result], out: Path) -> list[Path]:
     return written
 
 
-__all__ = ["BARS", "CHART", "SIDES", "as_json", "chart", "load", "medians", "table", "write"]
+def into(results: Sequence[Result], docs: Path) -> list[Path]:
+    """The charts, and the tables between two marks of performance.md. Raises ValueError when it has none."""
+    page = docs / "performance.md"
+    text = page.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, behind = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page}: the marks are not there, {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{table(results)}\n{conditions(results)}\n{END}{behind}")
+    written = [page]
+    for link in medians(results):
+        written += chart(results, link, docs / f"experiment-{link.split()[0]}")
+    return written
+
+
+__all__ = ["BARS", "CHART", "SIDES", "as_json", "chart", "conditions", "into", "load", "medians", "table", "write"]

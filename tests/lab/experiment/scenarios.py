@@ -8,15 +8,16 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.lab.dragonfly import Dragonfly
 from tests.lab.experiment.images import Case
 from tests.lab.paths import ref_bin
-from tests.lab.process import LabError, drop_caches, mounts_below, unmount_below, wait_until
+from tests.lab.process import LabError, drop_caches, mounts_below, run, unmount_below, wait_until
 from tests.lab.registry import Registry
-from tests.lab.stack import Stack, StackOptions, daemon_config
+from tests.lab.stack import REPO, Stack, StackOptions, daemon_config
 
 NODE = "a node without the image and without its data"
 SCENARIOS = {
@@ -46,14 +47,15 @@ class Link:
 
 
 LINKS = {"slow": Link(20, 40), "fast": Link(5, 1000)}
-SIDES = ("oci", "ours", "upstream")
+SIDES = ("oci", "ours", "erofs", "upstream")
+"""`erofs`: ours with kernel mounts; `ours` alone is with FUSE, the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """One start. `seconds` from the start of `nerdctl run` to its end; `bytes` and `requests` are those that the
     registry answered meanwhile, `data_bytes` and `data_requests` those of them for ranges of blobs; `load` of this
-    machine at the start."""
+    machine at the start, `when` it was (UTC), `commit` of what was measured."""
 
     case: str
     link: str
@@ -66,6 +68,8 @@ class Result:
     data_bytes: int
     data_requests: int
     load: float
+    when: str = ""
+    commit: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -73,6 +77,16 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@cache
+def commit() -> str:
+    """Of this tree, with a plus if it is changed; empty outside of a repository."""
+    try:
+        found = run(["git", "-C", REPO, "describe", "--always", "--dirty=+", "--exclude=*"], timeout=20, check=False)
+    except LabError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def missing(scenarios: Sequence[str], upstream: bool) -> list[str]:
@@ -117,7 +131,10 @@ class Bench:
         self._numbers += 1
         if profiles is not None:
             shutil.copytree(profiles, self._profiles(stack.work / f"n{self._numbers}"))
-        stack.new_node(daemon_config(mirrors, prefetch=self.prefetch), number=self._numbers)
+        config = daemon_config(mirrors, prefetch=self.prefetch)
+        if side == "erofs":
+            config["fs_driver"] = "erofs"
+        stack.new_node(config, number=self._numbers)
 
     @staticmethod
     def _profiles(node: Path) -> Path:
@@ -179,7 +196,15 @@ class Bench:
         return Result(
             *(case.name, self.link.name, side, scenario, repeat, round(seconds, 3)),
             *(traffic.bytes, traffic.count, sum(request.size for request in data), len(data), round(load, 2)),
+            *(time.strftime("%Y-%m-%d %H:%M", time.gmtime()), commit()),
         )
+
+    def pull(self, case: Case) -> None:
+        """The ordinary image, past the link: to time what comes after it."""
+        ctr, stack = self.stack.containerd.ctr, self.stack
+        near, far = (f"{host}/lab/{case.image}:oci" for host in (stack.registry.host, stack.host))
+        ctr("images", "pull", "--plain-http", "--snapshotter", "overlayfs", near, timeout=self.timeout)
+        ctr("images", "tag", near, far)
 
     def _warm_programs(self) -> None:
         """A node that runs containers has their programs in memory."""
@@ -205,14 +230,18 @@ class Bench:
         results: list[Result] = []
         if side == "oci":
             self.node("ours")
-            for scenario in PLAIN:
-                results.append(self.run(case, side, scenario, repeat))
+            if "oci" in wanted:
+                results.append(self.run(case, side, "oci", repeat))
+            else:
+                self.pull(case)
+            if "overlayfs" in wanted:
+                results.append(self.run(case, side, "overlayfs", repeat))
             return [result for result in results if result.scenario in wanted]
         self.node(side)
         results.append(self.run(case, side, "cold", repeat))
         if "cache" in wanted:
             results.append(self.run(case, side, "cache", repeat))
-        if "learned" in wanted and side == "ours":
+        if "learned" in wanted and side != "upstream":
             self.stack.end_node()  # a run's profile is complete when the image is let go of
             kept = self.stack.work / "profiles"
             shutil.rmtree(kept, ignore_errors=True)
