@@ -184,6 +184,26 @@ def test_what_a_hostile_module_claims_costs_little() -> None:
     assert read is not None and len(read.imports) == pyc.MAX_NAMES
     read = pyc.read(hostile([one, (0, b"x", tuple(b"%d" % number for number in range(100_000)))]))
     assert read is not None and read.imports == (Import(*one),)
+    # tuples in tuples, each of which is what another import wants
+    deep = b"".join(b"\xa9\x01" for _ in range(20_000)) + b"N"
+    code = b"".join(
+        b"\x90%c\x64%c\x90%c\x90%c\x64%c\x6c\0" % (0, 0, n >> 16, n >> 8 & 255, n & 255) for n in range(1, 20_000)
+    )
+    refs = b"".join(b"r" + number.to_bytes(4, "little") for number in range(1, 20_000))
+    consts = b"(" + (20_001).to_bytes(4, "little") + b"i" + bytes(4) + deep + refs
+    parts = b"s" + len(code).to_bytes(4, "little") + code + consts + b")\x01z\x01x" + b")\0" * 3 + b"z\x05/a.py"
+    pyc.read(
+        (3413).to_bytes(2, "little")
+        + b"\r\n"
+        + bytes(12)
+        + b"c"
+        + bytes(24)
+        + parts
+        + b"z\x01m"
+        + bytes(4)
+        + b"s"
+        + bytes(4)
+    )
     # an argument that gets longer and longer; then an instruction that ends it
     read = pyc.read(hostile([one], before=bytes([144, 255]) * 900_000 + bytes([9, 0])))
     assert read is not None and read.imports == (Import(*one),)
