@@ -23,7 +23,8 @@ from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.imageconfig import ImageConfigs
 from snapshotter.labels import SNAPSHOT_REF, IdMapping, image_label, image_ref, namespace_of
-from snapshotter.nydusd_api import ApiError, ApiUnreachable
+from snapshotter.mounting import Wanted, mount, mount_all
+from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.nydusd_config import Template, write_private
 from snapshotter.origins import Origins
 from snapshotter.records import DaemonRecord, InstanceRecord, Records, instance_name, own_mountpoint
@@ -362,11 +363,13 @@ class Images:
                 log.info("unmounted %s, which no snapshot needs any more", path)
             except SnapshotterError as error:
                 log.warning("%s", error)
-        for path, record in wanted.items():
-            if mounted is not None and path in mounted:
-                self._serving.add(record.name)
-            elif not self._remount(record):
-                return
+        there = {path for path in wanted if mounted is not None and path in mounted}
+        self._serving |= {wanted[path].name for path in there}
+        lost = [record for path, record in wanted.items() if path not in there]
+        if lost:
+            with daemon.held():
+                self._mount_again(daemon, lost, {})
+                daemon.save_state()
 
     def close(self, *, umount: bool = False) -> None:
         """Daemons and mounts stay, unless `umount` (cleanup_on_close)."""
@@ -378,9 +381,7 @@ class Images:
 
     # ---- mounting
 
-    def _mount(
-        self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False, config: str = ""
-    ) -> None:
+    def _mount(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> None:
         self._settings.signatures.check(record.bootstrap, labels, record.image)
         daemon = self._daemons[record.daemon]
         if not daemon.shared:
@@ -388,7 +389,7 @@ class Images:
             self._serving.add(record.name)
             return
         # before the lock: a credential helper may take its time
-        config = config or self.configs.write(record, labels, known=known)
+        config = self.configs.write(record, labels, known=known)
         prefetch = self._prefetch.pop(record.image, ())
         for attempt in (1, 2):
             with daemon.held():
@@ -396,32 +397,32 @@ class Images:
                 if record.name in self._serving:
                     return
                 try:
-                    daemon.api.mount(f"/{record.name}", record.bootstrap, config, prefetch)
+                    mount(daemon.api, Wanted(record, config, prefetch))
                 except ApiUnreachable:
                     if attempt == 2 or daemon.alive:
                         raise
                     continue
-                except ApiError as error:
-                    # ids are never given out twice: what is mounted there is this very image
-                    if "already exists" not in error.message:
-                        hint = ""
-                        if f"bootstrap {record.bootstrap}: " in error.reason:
-                            hint = " (damaged? remove the image in containerd and pull it again)"
-                        raise SnapshotterError(
-                            f"image {record.image} cannot be mounted: {error.reason}{hint}"
-                        ) from None
                 self._serving.add(record.name)
                 daemon.save_state()
                 return
 
-    def _remount(self, record: InstanceRecord, config: str = "") -> bool:
-        """A failing image does not take the others down. False: nydusd does not answer, more of them are no use."""
+    def _mount_again(self, daemon: Daemon, records: Sequence[InstanceRecord], configs: dict[str, str]) -> None:
+        """What `daemon` of all images served before. A failing one does not take the others down. `configs`: by name,
+        those that are made already."""
+        wanted = []
+        for record in records:
+            labels = self._labels(record)
+            try:
+                self._settings.signatures.check(record.bootstrap, labels, record.image)
+                config = configs.pop(record.name, "") or self.configs.write(record, labels, known=True)
+            except (SnapshotterError, OSError) as error:
+                log.warning("image %s is not mounted again: %s", record.image, error)
+                continue
+            wanted.append(Wanted(record, config, self._prefetch.pop(record.image, ())))
         try:
-            self._mount(record, self._labels(record), known=True, config=config)
-        except (SnapshotterError, OSError) as error:
-            log.warning("image %s is not mounted again: %s", record.image, error)
-            return not isinstance(error, ApiUnreachable)
-        return True
+            mount_all(daemon.api, wanted, lambda record: self._serving.add(record.name))
+        except SnapshotterError as error:
+            log.warning("nydusd %s: its other images are mounted when asked for: %s", daemon.id, error)
 
     def _forget(self, record: InstanceRecord) -> None:
         daemon = self._daemons[record.daemon]
@@ -481,10 +482,7 @@ class Images:
                 return
             # mounted before this start and lost with the old process; images never mounted are ensure's business
             self._serving -= {one.name for one in served}
-            for instance in served:
-                if not self._remount(instance, prepared.pop(instance.name, "")):
-                    log.warning("nydusd %s does not answer: its other images are mounted when asked for", record.id)
-                    return
+            self._mount_again(daemon, served, prepared)
 
         def on_take_over() -> None:
             self._settle(daemon)

@@ -55,6 +55,11 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
 
 
+def _mount(bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> dict[str, Any]:
+    body: dict[str, Any] = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
+    return {**body, "prefetch_files": list(prefetch)} if prefetch else body
+
+
 class NydusdApi:
     """One daemon's API. Every method raises ApiUnreachable or ApiError."""
 
@@ -75,15 +80,23 @@ class NydusdApi:
     def mount(self, mountpoint: str, bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> None:
         """`mountpoint` is a path inside the daemon's tree; `config` is JSON text and may hold secrets; `prefetch`:
         absolute paths in the image."""
-        body: dict[str, Any] = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
-        if prefetch:
-            body["prefetch_files"] = list(prefetch)
-        self.call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", body)
+        self.call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", _mount(bootstrap, config, prefetch))
+
+    def mount_all(self, wanted: Sequence[tuple[str, Path, str, Sequence[str]]]) -> list[str | None] | None:
+        """Arguments of `mount`, many times. For each None or nydusd's own text of why not; None for the whole if this
+        daemon cannot be asked so."""
+        body = [{"mountpoint": at, **_mount(source, config, prefetch)} for at, source, config, prefetch in wanted]
+        try:
+            reply = self.call("POST", "/api/v1/mounts", body)
+        except ApiError as error:
+            if error.status in (400, 404):
+                return None
+            raise
+        return reply if isinstance(reply, list) and len(reply) == len(body) else None
 
     def expect(self, mountpoint: str, bootstrap: Path, config: str) -> None:
         """`mount` with these arguments is likely to follow."""
-        body = {"fs_type": "rafs", "source": str(bootstrap), "config": config}
-        self.call("POST", f"/api/v1/mount/expected?mountpoint={quote(mountpoint)}", body)
+        self.call("POST", f"/api/v1/mount/expected?mountpoint={quote(mountpoint)}", _mount(bootstrap, config))
 
     def metrics(self, kind: str = "", identity: str | None = None, timeout: float = 5.0) -> Any:
         """`kind`: "", backend, blobcache, sources, inflight, slow; `identity`: `/12`. None where there is nothing."""

@@ -160,6 +160,7 @@ class Api:
                 "Mount",
                 {("POST", True): self._mount, ("PUT", True): self._remount, ("DELETE", False): self._umount},
             ),
+            "/api/v1/mounts": ("Mounts", {("POST", True): self._mount_all}),
             "/api/v1/mount/expected": ("Mount", {("POST", True): self._expect}),
             "/api/v1/metrics": ("GlobalMetrics", {("GET", False): self._fs_metrics}),
             "/api/v1/metrics/files": ("FsFilesMetrics", {("GET", False): self._files_metrics}),
@@ -322,6 +323,27 @@ class Api:
     async def _mount(self, request: Request) -> Response:
         await self._daemon.mounts.mount(self._mount_request(request))
         return Response()
+
+    async def _mount_all(self, request: Request) -> Response:
+        """Bodies of mounts, each with its `mountpoint`. The answer has null or an error's message for each."""
+        try:
+            items = json.loads(request.body)
+        except (ValueError, RecursionError):
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise _bad_body(request.body, "expected a sequence of mounts")
+        failed: dict[int, ApiError] = {}
+        wanted: dict[int, MountRequest] = {}
+        for number, item in enumerate(items):
+            query = {"mountpoint": at} if isinstance(at := item.get("mountpoint"), str) else {}
+            try:
+                body = json.dumps(item).encode()
+                wanted[number] = self._mount_request(Request("POST", request.path, query, body))
+            except ApiError as error:
+                failed[number] = error
+        done = await self._daemon.mounts.mount_all(list(wanted.values()))
+        failed |= {number: one for number, one in zip(wanted, done, strict=True) if isinstance(one, MountFailedError)}
+        return _json([f"Mount({failed[number].detail})" if number in failed else None for number in range(len(items))])
 
     async def _expect(self, request: Request) -> Response:
         self._daemon.mounts.expect(self._mount_request(request))

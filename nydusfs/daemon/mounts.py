@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from nydusfs.profile import WINDOW as START_SECONDS
 
 log = logging.getLogger("nydusfs.daemon")
 
+TOGETHER = 8  # images that are opened at a time
 
 class ImageMetadata(Metadata, Protocol):
     @property
@@ -199,42 +200,73 @@ class MountTable:
 
     async def mount(self, request: MountRequest) -> MountedImage:
         """Raises `MountFailedError`; then nothing of the attempt is left."""
+        (found,) = await self.mount_all([request])
+        if isinstance(found, MountFailedError):
+            raise found
+        return found
+
+    async def mount_all(self, requests: Sequence[MountRequest]) -> list[MountedImage | MountFailedError]:
+        """Each as `mount` would, but what is kept for the next worker is written once: it grows with each of them."""
+        found: list[MountedImage | MountFailedError] = [MountFailedError(DOES_NOT_EXIST) for _ in requests]
+        limit = trio.CapacityLimiter(TOGETHER)
+
+        async def one(number: int) -> None:
+            async with limit:
+                try:
+                    found[number] = await self._mount(requests[number], claims)
+                except MountFailedError as error:
+                    found[number] = error
+
+        with ExitStack() as claims:
+            if len(requests) == 1:
+                await one(0)  # no nursery, which wraps what it raises
+            else:
+                async with trio.open_nursery() as nursery:
+                    for number in range(len(requests)):
+                        nursery.start_soon(one, number)
+            mounted = [each for each in found if isinstance(each, MountedImage)]
+            if mounted:
+                self._changed()
+            for each in mounted:
+                self._start(each)
+        give_back_memory()
+        for each in mounted:
+            log.info("Rafs filesystem mounted at %s", each.request.mountpoint)
+        return found
+
+    async def _mount(self, request: MountRequest, claims: ExitStack) -> MountedImage:
         where = canonical(request.mountpoint)
         request = request.at(where)
-        with self._claim(where):
-            try:
-                self._driver.check_free(where)
-            except MountExistsError as error:
-                log.error("mount at %s refused: %s", where, error)
-                raise MountFailedError(ALREADY_EXISTS) from None
-            mounted = await self._open(request)
-            metadata = mounted.image.metadata
-            try:
-                mounted.volume = await self._driver.mount(
-                    where,
-                    metadata,
-                    mounted.image.reader,
-                    mounted.stats,
-                    serve_xattrs=self._serve_xattrs(mounted),
-                    idmap=mounted.idmap,
-                )
-            except NydusError as error:
-                await mounted.image.aclose()
-                detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
-                raise MountFailedError(detail) from None
-            self.images[where] = mounted
-            try:
-                await self._attach(mounted)
-            except NydusError as error:
-                del self.images[where]
-                await self._driver.umount(where)
-                await self._close(mounted)
-                log.error("mount at %s failed: %s", where, error)
-                raise MountFailedError(str(error)) from None
-            self._changed()
-            self._start(mounted)
-        give_back_memory()
-        log.info("Rafs filesystem mounted at %s", where)
+        claims.enter_context(self._claim(where))
+        try:
+            self._driver.check_free(where)
+        except MountExistsError as error:
+            log.error("mount at %s refused: %s", where, error)
+            raise MountFailedError(ALREADY_EXISTS) from None
+        mounted = await self._open(request)
+        metadata = mounted.image.metadata
+        try:
+            mounted.volume = await self._driver.mount(
+                where,
+                metadata,
+                mounted.image.reader,
+                mounted.stats,
+                serve_xattrs=self._serve_xattrs(mounted),
+                idmap=mounted.idmap,
+            )
+        except NydusError as error:
+            await mounted.image.aclose()
+            detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
+            raise MountFailedError(detail) from None
+        self.images[where] = mounted
+        try:
+            await self._attach(mounted)
+        except NydusError as error:
+            del self.images[where]
+            await self._driver.umount(where)
+            await self._close(mounted)
+            log.error("mount at %s failed: %s", where, error)
+            raise MountFailedError(str(error)) from None
         return mounted
 
     async def remount(self, request: MountRequest) -> None:

@@ -151,7 +151,9 @@ def two_pods(stack: Stack, cri: Cri, ref: str, runtime: str) -> None:
 
 def test_two_pods_of_one_image_at_once(clients: Clients) -> None:
     two_pods(clients.stack, clients.cri, clients.ref, clients.runtime)
-    assert any("is of image " + clients.ref in line for line in clients.stack.snapshotter.log_lines())
+    # by whichever of its names containerd has first: with the tag or with the digest
+    named = re.compile(rf"is of image {re.escape(clients.ref.rpartition(':')[0])}[:@]")
+    wait_until(lambda: any(map(named.search, clients.stack.snapshotter.log_lines())), 20, "the image's name")
 
 
 def test_snippet_of_1_7_in_2_x() -> None:

@@ -159,6 +159,13 @@ class Snapshotter:
     def log_lines(self) -> list[str]:
         return (self.root / "logs" / "nydus-snapshotter.log").read_text().splitlines()
 
+    def nydusd_log(self, lines: int = 80) -> str:
+        """The end of what each nydusd said."""
+        found = []
+        for path in sorted((self.root / "logs").glob("*/nydusd.*")):
+            found += [f"{path.parent.name}/{path.name}:", *path.read_text(errors="replace").splitlines()[-lines:]]
+        return "\n".join(found)
+
     def services(self) -> list[int]:
         """Those of them that none of the others started: one for each nydusd."""
         pids = self.daemons()
@@ -333,17 +340,21 @@ class Stack:
     ) -> str:
         """Output of a short command in a container of an image that has been pulled."""
         name = f"c{time.monotonic_ns()}"
-        done = self.containerd.ctr(
-            "run",
-            "--rm",
-            *(["--net-host"] if net_host else []),
-            "--snapshotter",
-            snapshotter,
-            ref,
-            name,
-            *command,
-            timeout=timeout,
-        )
+        try:
+            done = self.containerd.ctr(
+                "run",
+                "--rm",
+                *(["--net-host"] if net_host else []),
+                "--snapshotter",
+                snapshotter,
+                ref,
+                name,
+                *command,
+                timeout=timeout,
+            )
+        except LabError as error:
+            said = "\n".join(self.snapshotter.log_lines()[-40:]) if not self.snapshotter.upstream else ""
+            raise LabError(f"{error}\n{said}\n{self.snapshotter.nydusd_log()}") from None
         return done.stdout
 
     def rpull(

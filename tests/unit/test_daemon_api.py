@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nydusfs.daemon.api import Api
-from nydusfs.daemon.errors import UnexpectedEventError, UnsupportedError
+from nydusfs.daemon.errors import MountFailedError, UnexpectedEventError, UnsupportedError
 from nydusfs.daemon.http import Request, Response
 from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounts import MountedImage, MountRequest
@@ -29,6 +29,10 @@ class Mounts:
 
     async def mount(self, request: MountRequest) -> None:
         self.asked.append(request)
+
+    async def mount_all(self, requests: list[MountRequest]) -> list[MountFailedError | None]:
+        self.asked += requests
+        return [MountFailedError("no") if request.source == "/none" else None for request in requests]
 
 
 class Caches:
@@ -186,6 +190,27 @@ async def test_mount_request_carries_everything_over() -> None:
     (request,) = control.mounts.asked
     assert (request.mountpoint, request.source, request.prefetch_files) == ("/4", "/boot", ("/bin",))
     assert request.config.id == "/4"
+
+
+@pytest.mark.trio
+async def test_many_mounts_in_one_request_fail_one_by_one() -> None:
+    control = Control()
+    config = {"device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}}, "mode": "direct"}
+    body = {"source": "/boot", "fs_type": "rafs", "config": json.dumps(config)}
+    items = [{**body, "mountpoint": "/4"}, body, {**body, "mountpoint": "/5", "source": "/none"},
+             {**body, "mountpoint": "/6", "config": "{}"},
+             {**body, "mountpoint": "/7", "prefetch_files": ["/a"]}]  # fmt: skip
+    answer = await ask("POST", "mounts", json.dumps(items), control)
+    assert answer.status == 200
+    said = json.loads(answer.body)
+    assert [one is None for one in said] == [True, False, False, False, True]
+    assert "'mountpoint' should be specified" in said[1]
+    assert said[2] == 'Mount(MountFilesystem(Other("no")))'
+    assert "Failed to load config" in said[3]
+    assert [one.mountpoint for one in control.mounts.asked] == ["/4", "/5", "/7"]
+    assert control.mounts.asked[-1].prefetch_files == ("/a",)
+    for wrong in ("{}", "[1]", "zz", "null"):
+        assert (await ask("POST", "mounts", wrong)).status == 400
 
 
 @pytest.mark.trio

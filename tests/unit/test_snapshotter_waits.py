@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,8 @@ from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.images import Images, ImageSettings
-from snapshotter.nydusd_api import ApiUnreachable, NydusdApi
+from snapshotter.mounting import Wanted, mount_all
+from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
 from snapshotter.nydusd_config import load_template
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.store import Store
@@ -90,8 +92,9 @@ def test_a_nydusd_busy_for_others_is_not_waited_for_without_end(
         thread.join(10)
 
 
+@pytest.mark.parametrize("upstream", [False, True])
 def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upstream: bool
 ) -> None:
     """After a restart all its images are mounted again, under its lock."""
     monkeypatch.setattr("snapshotter.nydusd_api.DIAL_SECONDS", 1.0)
@@ -106,16 +109,43 @@ def test_a_silent_nydusd_costs_one_timeout_and_not_one_per_image(
     one._alive = True
     asked: list[str] = []
 
-    def silent(mountpoint: str, bootstrap: Path, config: str, prefetch: object) -> None:
-        asked.append(mountpoint)
-        raise ApiUnreachable("POST /api/v1/mount: timed out")
+    def silent(method: str, url: str, body: object = None, timeout: float = 0) -> None:
+        asked.append(url)
+        if upstream and url == "/api/v1/mounts":
+            raise ApiError("POST /api/v1/mounts", 404, "NoRoute")
+        raise ApiUnreachable(f"POST {url}: timed out")
 
-    monkeypatch.setattr(one.api, "mount", silent)
+    monkeypatch.setattr(one.api, "call", silent)
     for number in range(1, 30):
         record = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
         all_images._instances[record.name] = record
     one._on_start()
-    assert len(asked) == 1
+    assert asked == ["/api/v1/mounts", *(["/api/v1/mount?mountpoint=/1"] if upstream else [])]
+
+
+def test_one_image_that_fails_does_not_take_the_others_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one request for all and, where nydusd knows none, by one for each."""
+    images = [InstanceRecord(number, "d", f"127.0.0.1:5000/a:{number}", Path("/boot")) for number in range(60)]
+    for upstream in (False, True):
+        api, sizes = NydusdApi(Path("/none")), list[int]()
+
+        def answer(
+            method: str, url: str, body: Any = None, timeout: float = 0, upstream: bool = upstream, sizes: Any = sizes
+        ) -> Any:
+            if url == "/api/v1/mounts" and not upstream:
+                sizes.append(len(body))
+                return ["object or filesystem already exists" if one["mountpoint"] == "/9" else
+                        "bad" if one["mountpoint"] == "/7" else None for one in body]  # fmt: skip
+            status, said = (404, "NoRoute") if url == "/api/v1/mounts" else (500, "bad")
+            if status == 404 or url.endswith("=/7"):
+                raise ApiError(url, status, said)
+            return None
+
+        monkeypatch.setattr(api, "call", answer)
+        done: list[int] = []
+        mount_all(api, [Wanted(one, "{}") for one in images], lambda one, done=done: done.append(one.snapshot))  # type: ignore[misc]
+        assert done == [number for number in range(60) if number != 7]
+        assert sizes == ([] if upstream else [25, 25, 10])
 
 
 def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
