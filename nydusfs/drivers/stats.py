@@ -122,8 +122,9 @@ class FsStats:
             if len(self.slow) >= MAX_SLOW:
                 if nanoseconds <= self._least_slow:  # on a busy machine every read is slow: 20 us to look for the least
                     return
-                least = min(self.slow, key=lambda one: self.slow[one][1])
-                self._least_slow = self.slow.pop(least)[1]
+                # another thread may do the same at this moment
+                least, (_, self._least_slow, _) = min(list(self.slow.items()), key=lambda one: one[1][1])
+                self.slow.pop(least, None)
             entry = self.slow[ino] = [0, 0, 0]
         entry[0] += 1
         entry[1] += nanoseconds
