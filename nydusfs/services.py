@@ -115,15 +115,18 @@ class Services:
             ]
 
         opened = await trio.to_thread.run_sync(open_all)
-        for found in opened:
-            if not isinstance(found, Exception):
-                for blob in found[0].blobs:
-                    while (left := self._leaving.get(blob.id)) is not None:
-                        await left.wait()
-        return [
-            found if isinstance(found, Exception) else self._reader(image, store, *found)
-            for image, store, found in zip(wanted, stores, opened, strict=True)
-        ]
+        readers: list[ImageReader | Exception] = []
+        for image, store, found in zip(wanted, stores, opened, strict=True):
+            if readers:
+                await trio.lowlevel.checkpoint()  # a millisecond each, and readers of others may be waiting
+            if isinstance(found, Exception):
+                readers.append(found)
+                continue
+            for blob in found[0].blobs:
+                while (left := self._leaving.get(blob.id)) is not None:
+                    await left.wait()
+            readers.append(self._reader(image, store, *found))
+        return readers
 
     def _reader(
         self, image: Wanted, store: CacheStore | Exception | None, bootstrap: Bootstrap, chunks: ChunkMap

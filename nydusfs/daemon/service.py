@@ -46,6 +46,7 @@ log = logging.getLogger("nydusfs.daemon")
 STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 UPGRADE_SECONDS = 30.0
 RESTORED_AT_ONCE = 8  # images, while readers of others are served already
+HURRIED, HURRIED_SECONDS = 8, 1.0  # reads that waited for this worker are given to two sources at once
 _LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -163,8 +164,11 @@ class Daemon:
         self.set_runtime_config(_LOG, {"log_level": level})
 
     def set_runtime_config(self, config_id: str, values: dict[str, str]) -> None:
-        self._runtime.setdefault(config_id, {}).update(values)
+        self._apply(config_id, values)
         self._save()
+
+    def _apply(self, config_id: str, values: dict[str, str]) -> None:
+        self._runtime.setdefault(config_id, {}).update(values)
         if config_id == _LOG:
             set_level(values["log_level"])
         if (auth := values.get("registry_auth")) is not None:
@@ -192,8 +196,9 @@ class Daemon:
         driver.adopt(fd)
         driver.numbering = kept.numbering
         driver.operations.tree.restore_numbers(kept.tree, kept.next_node)
+        self._services.hub.extras.hurry(HURRIED, trio.current_time() + HURRIED_SECONDS)
         for config_id, values in kept.runtime.items():
-            self.set_runtime_config(config_id, values)
+            self._apply(config_id, values)  # not saved before the mounts are there: the next worker would have none
         found = []
         for mount in kept.mounts:
             try:

@@ -173,6 +173,7 @@ class Connection:
         return True
 
     def close(self) -> None:
+        """From any thread. Those that take requests may be about to answer one: see `kernel.bury`."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            kernel.bury(fd)

@@ -95,6 +95,16 @@ def umount_detach(mountpoint: str) -> bool:
     raise OSError(code, os.strerror(code), mountpoint)
 
 
+def bury(fd: int) -> None:
+    """Close a descriptor that threads may be about to write to, in whatever order things end: its number is given to no
+    other file as long as this process lives, and whoever still uses it gets EBADF."""
+    grave = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.dup2(grave, fd, inheritable=False)
+    finally:
+        os.close(grave)
+
+
 def call_with_deadline(action: Callable[[], object], seconds: float) -> BaseException | object:
     """Run a call that may hang in the kernel in a thread of its own; its result, its exception, or `TimeoutError`."""
     outcome: list[object] = []

@@ -63,6 +63,20 @@ class ExtraBudget:
     burst: float = 16.0  # the readers that may meet a source that hangs at the same time
     credit: float = 16.0
     reserve: float = 4.0
+    _hurries: int = 0
+    _hurried_until: float = float("-inf")
+
+    def hurry(self, reads: int, until: float) -> None:
+        """The next `reads` reads that begin before `until` have waited before, for a worker that died: each may be
+        given to a second source at once, if it has the credit."""
+        self._hurries, self._hurried_until = reads, until
+
+    def hurried(self, now: float) -> bool:
+        """Whether a read that begins now is one of those."""
+        if not self._hurries or now >= self._hurried_until:
+            return False
+        self._hurries -= 1
+        return True
 
     def earn(self) -> None:
         self.credit = min(self.burst, self.credit + self.ratio)

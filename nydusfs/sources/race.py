@@ -112,6 +112,7 @@ class Racer:
                 if endpoint.standing.state is State.DOWN:
                     self._watcher.watch(endpoint, self)
         turns = _Turns(self, wanted)
+        turns.hurried = len(self.endpoints) > 1 and wanted.demanded and self._extras.hurried(self.last_read)
         if len(self.endpoints) == 1 or (wanted.priority is Priority.PREFETCH and wanted.urgent is None):
             return await self._in_turn(turns, check)
         return await self._raced(turns, check)
@@ -181,7 +182,7 @@ class Racer:
                     elapsed = trio.current_time() - turns.started[other]
                     if turns.started[other] < turns.started[endpoint]:
                         self.tally.hedges_won += 1
-                        if not progress.excused:
+                        if not progress.excused and not turns.hurried:
                             self._overtaken(other, elapsed, wanted)
             nursery.cancel_scope.cancel()
         if body is None:
@@ -197,11 +198,13 @@ class Racer:
         helper = turns.helper(running)
         if helper is None:
             return math.inf
-        return max(self._patience(running, helper), turns.no_hedge_before)
+        return max(self._patience(turns, running, helper), turns.no_hedge_before)
 
-    def _patience(self, running: _Running, helper: Endpoint) -> float:
+    def _patience(self, turns: _Turns, running: _Running, helper: Endpoint) -> float:
         latest = next(reversed(running))
         progress = running[latest]
+        if turns.hurried and len(running) == 1:
+            return progress.moved
         delay = latest.standing.latency.hedge_after()
         delay = UNKNOWN if delay is None else delay
         if progress.begun:
@@ -220,7 +223,7 @@ class Racer:
         if helper is None:
             turns.no_hedge_before = now + UNKNOWN
             return None
-        turns.no_hedge_before = self._patience(running, helper)
+        turns.no_hedge_before = self._patience(turns, running, helper)
         if turns.no_hedge_before > now:  # it has moved meanwhile, or only the origin is left: wait for its time
             return None
         bucket = self._bucket if helper.last else None
@@ -354,6 +357,7 @@ class _Turns:
     damaged: bool = False
     asked: int = 0
     no_hedge_before: float = 0.0
+    hurried: bool = False  # late from its begin, see `ExtraBudget.hurry`
     _over: bool = False
     _refused: dict[Endpoint, Refused] = field(default_factory=dict)
 

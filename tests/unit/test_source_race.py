@@ -77,6 +77,40 @@ def test_a_source_nobody_knows_gets_half_a_second() -> None:
     assert seconds == pytest.approx(UNKNOWN + 0.1)
 
 
+def test_readers_who_waited_for_a_dead_worker_are_given_two_sources_at_once() -> None:
+    """As many as are said, for a while, within the budget; and who loses such a race is no worse a source for it."""
+
+    async def lies_later(wanted: Range) -> Buffer:
+        await trio.sleep(0.1)
+        return await lies(wanted)
+
+    mirror = FakeSource("mirror", lies_later)
+    origin = FakeSource("origin", answers(0.1, spread=0), rank=1, last=True)
+    race = racer(mirror, origin)
+    race._extras.hurry(2, 3.0)
+
+    async def main() -> None:
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for offset in range(4):
+                nursery.start_soon(race.read, Range(f"b{offset}", 0, 8), check)
+        assert race.tally.hedges == 2 and trio.current_time() - began == pytest.approx(0.2, abs=0.02)
+        assert await race.read(Range("c", 0, 8), check) == GOOD * 8
+        assert race.tally.hedges == 2
+
+    virtual(main)
+    slow, quick = (
+        FakeSource("slow", answers(0.3, spread=0)),
+        FakeSource("origin", answers(0.1, spread=0), rank=1, last=True),
+    )
+    race = racer(slow, quick)
+    race._extras.hurry(1, 1e12)
+    assert timed(race)[0] == pytest.approx(0.1)
+    assert slow.standing.state is State.UP and slow.standing.error_rate == 0
+    race._extras.hurry(1, -1e12)
+    assert timed(race)[0] == pytest.approx(0.3)
+
+
 def test_a_body_that_moves_is_not_late() -> None:
     """Over a slow link a second request would only take the first one's bytes away. One that stops is late."""
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
+from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.journal import SWEEP, Journal, Pending
 
@@ -54,7 +55,8 @@ class Events:
     """One process reads one group at a time."""
 
     def __init__(self, group: int, journal: Journal, server: Server) -> None:
-        self._group = group
+        # Its own, so that no thread of this one writes to what somebody else closed: the number may be another file's.
+        self._group = os.dup(group)
         self._journal = journal
         self._server = server
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -84,6 +86,9 @@ class Events:
             with trio.CancelScope(shield=True):
                 for thread in threads:
                     await trio.to_thread.run_sync(thread.join, 1.0)
+            # One that hangs in a call ends later: it is refused then.
+            for fd in (self._group, self._wake):
+                kernel.bury(fd)
 
     def stop(self, *, successor: bool) -> None:
         self._successor = successor

@@ -48,7 +48,7 @@ class Journal:
         self._map = mmap.mmap(fd, SIZE)
         if HEADER.unpack_from(self._map) != (MAGIC, VERSION):
             raise ValueError("not a journal of this version")
-        self._free = [slot for slot in range(ENTRIES) if not self._map[_FIRST + slot * ENTRY_SIZE]]
+        self._free = [slot for slot, used in enumerate(self._used()) if not used]
         self._room = threading.Semaphore(len(self._free))
 
     @staticmethod
@@ -58,19 +58,22 @@ class Journal:
         os.pwrite(fd, HEADER.pack(MAGIC, VERSION), 0)
         return fd
 
+    def _used(self) -> bytes:
+        """The first byte of every entry."""
+        return self._map[_FIRST:SIZE:ENTRY_SIZE]
+
     def reading(self, thread: int, now: bool) -> None:
         self._map[READING_OFFSET + thread] = now
 
     def left(self) -> list[Pending]:
         """What an earlier worker did not answer."""
         found = []
-        for slot in range(ENTRIES):
+        for slot in (slot for slot, used in enumerate(self._used()) if used):
             at = _FIRST + slot * ENTRY_SIZE
-            if self._map[at]:
-                _, length, number = ENTRY.unpack_from(self._map, at)
-                name = self._map[at + ENTRY.size : at + ENTRY.size + min(length, NAME_SIZE)]
-                place = PLACE.unpack_from(self._map, at + ENTRY_SIZE - PLACE.size)
-                found.append(Pending(slot, number, name.decode("ascii", "replace"), *place))
+            _, length, number = ENTRY.unpack_from(self._map, at)
+            name = self._map[at + ENTRY.size : at + ENTRY.size + min(length, NAME_SIZE)]
+            place = PLACE.unpack_from(self._map, at + ENTRY_SIZE - PLACE.size)
+            found.append(Pending(slot, number, name.decode("ascii", "replace"), *place))
         return found
 
     def take_gap(self) -> bool:

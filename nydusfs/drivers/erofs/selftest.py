@@ -127,5 +127,6 @@ def _read(group: int, file: int) -> tuple[bool, object]:
     finally:
         if outcome:
             thread.join(SECONDS)
+        if not thread.is_alive():  # else it is going to write there
             os.close(done)
             os.close(told)
