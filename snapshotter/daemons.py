@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import select
 import signal
 import subprocess
 import threading
@@ -21,7 +20,7 @@ from snapshotter.cgroup import MemoryGroup
 from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
-from snapshotter.processes import end, installed_version, last_line, peer_pid, serving
+from snapshotter.processes import Life, end, installed_version, last_line, peer_pid, serving
 from snapshotter.records import DaemonRecord, Records
 from snapshotter.supervisor import EXCHANGE_SECONDS, Supervisor
 from snapshotter.system import cpu_seconds, detach, mountpoints, proportional_kb, start_time
@@ -101,6 +100,7 @@ class Daemon:
         if settings.failover:
             self._supervisor = Supervisor(settings.root / "supervisor" / f"{record.id}.sock")
         self._alive = False
+        self._life: Life | None = None  # of the process that is watched
         self._gives_state = True
         self._closing = threading.Event()
         self._born = 0.0
@@ -110,7 +110,13 @@ class Daemon:
 
     @property
     def alive(self) -> bool:
+        """As far as is known: who watches it may be about to notice its death."""
         return self._alive
+
+    def lives(self) -> bool:
+        """Alive, by a look at its process; False for a moment where only the keeper died."""
+        life = self._life
+        return self._alive and not (life is not None and life.ended())
 
     @property
     def record(self) -> DaemonRecord:
@@ -180,10 +186,12 @@ class Daemon:
             self.lock.release()
 
     def ensure(self) -> None:
-        """Returns with the process running. Raises Unavailable saying why it does not."""
+        """Returns with the process running, also if it died this moment. Raises Unavailable saying why it does not."""
         with self.held():
             if self._closing.is_set():
                 raise Unavailable(f"nydusd {self.id} is being stopped")
+            if self._alive and not self.lives():
+                self._noticed()
             if not self._alive:
                 self._resume()
 
@@ -383,10 +391,8 @@ class Daemon:
         self._born = time.monotonic()
         if self._settings.group is not None:
             self._settings.group.add(self._processes())
-        descriptor = os.pidfd_open(self._record.pid)
-        threading.Thread(
-            target=self._watch, args=(self._record.pid, descriptor, process), name=f"watch-{self.id}", daemon=True
-        ).start()
+        life = self._life = Life(self._record.pid)
+        threading.Thread(target=self._watch, args=(life, process), name=f"watch-{self.id}", daemon=True).start()
 
     def _measure(self, pid: int) -> None:
         self._closing.wait(self._settings.cpu_seconds)
@@ -396,26 +402,30 @@ class Daemon:
 
     # ---- death
 
-    def _watch(self, pid: int, descriptor: int, process: subprocess.Popen[bytes] | None) -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
-        os.close(descriptor)
+    def _watch(self, life: Life, process: subprocess.Popen[bytes] | None) -> None:
+        life.ended(None)
         if process is not None:
             process.wait()
         with self.lock:
-            if self._record.pid != pid or self._closing.is_set() or not self._alive:
+            if self._life is not life or self._closing.is_set():
+                return  # whoever noticed it first has another one
+            if self._alive and not self._noticed():
                 return
-            if self._has_another_keeper(pid):
-                return
-            self._alive = False
-            tally.count(EVENTS, "DIED")
-            self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
+        if self._settings.restart:
+            self._bring_back()
+
+    def _noticed(self) -> bool:
+        """Under the lock: the process that is watched has ended. False: the mount has another keeper."""
+        pid = self._record.pid
+        if self._has_another_keeper(pid):
+            return False
+        self._alive = False
+        tally.count(EVENTS, "DIED")
+        self._deaths = self._deaths + 1 if time.monotonic() - self._born < STEADY_SECONDS else 0
         consequence = "starting it again" if self._settings.restart else "recover_policy is none"
         output = self._settings.log_dir / self.id / "nydusd.out"
         log.error("nydusd %s (pid %d) died, its last words: %s; %s", self.id, pid, last_line(output, 0), consequence)
-        if self._settings.restart:
-            self._bring_back()
+        return True
 
     def _has_another_keeper(self, pid: int) -> bool:
         """A keeper that dies is replaced by its worker: nothing happened to the mount. Watches the new one then."""

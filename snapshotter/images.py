@@ -91,7 +91,7 @@ class Images:
         self._wait_recovered(meta.id, mapping)
         with self._one(name):
             record = self._instances.get(name)
-            if record is not None and name in self._serving and self._daemons[record.daemon].alive:
+            if record is not None and name in self._serving and self._daemons[record.daemon].lives():
                 return self.mountpoint(record)
             began = time.monotonic()
             labels, why = self._with_image(meta)

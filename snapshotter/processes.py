@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -34,6 +35,24 @@ def installed_version(program: str) -> tuple[str, str] | None:
         return None
     version, commit = (re.search(rf"{name}:\s*(\S+)", done.stdout) for name in ("Version", "Git Commit"))
     return (version[1], commit[1]) if version and commit else None
+
+
+class Life:
+    """Whether one process has ended, whoever is its parent, whoever has its pid next. Raises OSError: it has."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+
+    def ended(self, wait: float | None = 0.0) -> bool:
+        """`wait`: seconds for it to end, None: as long as it takes."""
+        poll = select.poll()  # each caller's own: two threads cannot share one
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(None if wait is None else wait * 1000))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
 
 def peer_pid(path: Path) -> int:

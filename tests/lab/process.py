@@ -14,9 +14,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from snapshotter.processes import end
+from snapshotter.processes import Life, end
 
 
 class LabError(Exception):
@@ -186,13 +187,14 @@ def parent_of(pid: int) -> int:
 
 
 def kill_together(pids: Sequence[int]) -> None:
-    """SIGKILL to all at one moment: none of them sees another one die."""
+    """SIGKILL to all at one moment: none of them sees another one die. Returns when they are dead."""
+    lives = []
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
+                lives.append(Life(pid))
+    assert all(life.ended(20) for life in lives), pids
 
 
 def processes_mentioning(text: str) -> list[int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
 from snapshotter.nydusd_config import load_template
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.store import Store
+from snapshotter.system import start_time
 from snapshotter.trash import Trash
 
 
@@ -90,6 +93,39 @@ def test_a_nydusd_busy_for_others_is_not_waited_for_without_end(
     finally:
         release.set()
         thread.join(10)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_dead_nydusd_is_none_before_its_watcher_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    """A container that is prepared in that moment gets a new mount. Where that fails, the watcher tries on."""
+    one, resumed = daemon(tmp_path), threading.Event()
+    monkeypatch.setattr(one, "_resume", resumed.set if watched else lambda: (_ for _ in ()).throw(Unavailable("no")))
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        one._record = replace(one.record, pid=process.pid, started=start_time(process.pid))
+        with one.lock:  # the watcher waits for it
+            one._live(process)
+            assert one.lives()
+            process.kill()
+            assert one._life is not None
+            assert one._life.ended(10)
+            assert one.alive
+            assert not one.lives()
+            if watched:
+                one.ensure()
+                assert resumed.is_set()
+            else:
+                with pytest.raises(Unavailable, match="no"):
+                    one.ensure()
+                monkeypatch.setattr(one, "_resume", resumed.set)
+            assert not one.alive
+        assert resumed.wait(10)
+    finally:
+        process.kill()
+        process.wait()
+        one.unwatch()
 
 
 @pytest.mark.parametrize("upstream", [False, True])
