@@ -15,6 +15,7 @@ import trio
 
 from nydusfs.cache.durability import RWF_NOWAIT, resident
 from nydusfs.cache.foreign import ForeignBlob
+from nydusfs.cache.health import FULL
 from nydusfs.cache.names import NAME, unlink
 from nydusfs.hands import Hands
 from nydusfs.segments import Plain, Segment
@@ -241,16 +242,24 @@ class BlobCache:
         """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""
         return self.store.quota is not None and self.store.devices is not None
 
-    def write(self, segment: Segment, plain: Plain) -> bool:
-        """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows."""
-        if not self.store.health.usable():
+    def write(self, segment: Segment, plain: Plain, *, must: bool = False) -> bool:
+        """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows.
+
+        `must`: a kernel mount waits for them and reads nothing but the disk, so a full one is made room on.
+        """
+        if not must and not self.store.health.usable():
             return False
         quota, slot, devices = self.store.quota, (self.blob_id, segment.key), self.store.devices
-        must = devices is not None and devices.can_leave(self.blob_id, segment.name)
-        if quota is not None and not quota.reserve(slot, segment.name, len(plain), must=must):
+        wanted = must or (devices is not None and devices.can_leave(self.blob_id, segment.name))
+        if quota is not None and not quota.reserve(slot, segment.name, len(plain), must=wanted):
             return False
         try:
-            self._write(segment, plain)
+            try:
+                self._write(segment, plain)
+            except OSError as error:
+                if not must or error.errno not in FULL or not self.store.make_room(2 * segment.padded):
+                    raise
+                self._write(segment, plain)
         except OSError as error:
             unlink(self.path / f"{segment.name}.part")
             if quota is not None:
@@ -260,7 +269,8 @@ class BlobCache:
         finally:
             if quota is not None:
                 quota.written(slot)
-        self.store.health.worked()
+        if not must:  # else others are to leave what room there is to those that must
+            self.store.health.worked()
         return True
 
     def _write(self, segment: Segment, plain: Plain) -> None:

@@ -36,6 +36,9 @@ class Driver(Protocol):
     def durable(self, device: str, fd: int) -> None:
         """It is complete and on the disk: before that a failed write-out may put zeros where bytes were."""
 
+    def mounted(self, blob: str) -> bool:
+        """Whether a mount has devices of `<key>/<blob id>`."""
+
     def ask(self, path: Path) -> int:
         """See `Leaving`."""
 
@@ -84,6 +87,10 @@ class DeviceFiles:
     def note_plain(self) -> None:
         """A mount is about to open a segment by its plain path. Raises OSError."""
         (self.root / PLAIN).touch(mode=0o600)
+
+    def mounted(self, blob_id: str) -> bool:
+        """Whether a mount has devices of this blob."""
+        return self._driver.mounted(f"{self.key}/{blob_id}")
 
     def can_leave(self, blob_id: str, name: str) -> bool:
         """Whether a segment is a device whose data can go while mounts have it."""

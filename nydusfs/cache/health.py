@@ -64,10 +64,14 @@ class Health:
             now = time.monotonic()
             if now < self._until:
                 return False
-            if self._code == errno.ENOSPC and not _has_room(self._path):
+            if self._code in FULL and not _has_room(self._path):
                 self._until = now + PAUSE
                 return False
             return True
+
+    def full(self) -> bool:
+        """Whether the last write failed for want of room."""
+        return self._code in FULL
 
     def failed(self, error: OSError) -> None:
         """A write did not work."""

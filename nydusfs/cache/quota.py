@@ -57,7 +57,7 @@ Slot = tuple[str, bytes]  # blob id, segment key
 
 class Quota:
     """`evict` deletes a segment's file, or is True: it needs notice. `notice` waits, deletes those that are not in
-    use and says which. Both are called from the thread that writes. `held`: whether somebody reads from a segment now.
+    use and says which. Both are called from the thread that writes. `held`: whether a segment must stay now.
     `beside`: bytes of the disk that other files of the cache take. All methods from any thread."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Quota:
         limit: Limit,
         evict: Callable[[Slot, str], bool | None],
         notice: Callable[[dict[Slot, str]], set[Slot]] | None = None,
-        held: Callable[[Slot], bool] = lambda slot: False,
+        held: Callable[[Slot, str], bool] = lambda slot, name: False,
     ) -> None:
         self.limit = limit
         self.beside = 0
@@ -166,6 +166,17 @@ class Quota:
                 entry.writing = False
                 self._pending -= entry.size
 
+    def free(self, size: int) -> int:
+        """Have so many bytes go, whatever the limit; how many went. The disk may be full of other things."""
+        freed = 0
+        with self._lock:
+            for _ in range(ROUNDS):
+                more, noticed = self._free_up(size - freed)
+                freed += more
+                if freed >= size or not noticed:
+                    break
+        return freed
+
     def trim(self) -> None:
         """Down to the limit: after it was lowered, or at the start."""
         with self._lock:
@@ -223,7 +234,7 @@ class Quota:
         for slot, entry in sorted(self._entries.items(), key=lambda item: item[1].worth()):
             if freed + size >= (max(short, most) if given else short):
                 break
-            if entry.writing or entry.noticed or self._held(slot):
+            if entry.writing or entry.noticed or self._held(slot, entry.name):
                 continue
             if self._evict(slot, entry.name):
                 entry.noticed = True

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -30,12 +32,12 @@ from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import RWF_NOWAIT, Syncer
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES
 from nydusfs.cache.fresh import Fresh
-from nydusfs.cache.health import Health, Speed
+from nydusfs.cache.health import LEAST_ROOM, Health, Speed
 from nydusfs.cache.leaving import GRACE
 from nydusfs.cache.maps import map_path
 from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX, unlink
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
-from nydusfs.cache.quota import Limit, Quota
+from nydusfs.cache.quota import Limit, Quota, Slot
 from nydusfs.errors import CacheError
 from nydusfs.hands import Hands
 from nydusfs.segments import Segment
@@ -72,6 +74,7 @@ class CacheStore:
         self.devices: DeviceFiles | None = None  # segment files that kernel mounts have as devices
         self.nowait = bool(RWF_NOWAIT)
         self.quota: Quota | None = None
+        self._making_room = threading.Lock()
         self.disk = Speed()
         self.health = Health(self.path)
 
@@ -80,21 +83,46 @@ class CacheStore:
         if self.quota is not None:
             self.quota.limit = limit
         elif limit.size or limit.floor:
-            quota = Quota(self.path, limit, self._evict, self._give_notice, self.files.in_use)
-            for folder in os.scandir(self.path):
-                if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
-                    continue
-                blob_id = folder.name.removesuffix(SEGMENTS_SUFFIX)
-                for entry in os.scandir(folder):
-                    match = NAME.fullmatch(entry.name)
-                    if match is not None and match[3] in (None, self.boot):
-                        facts = entry.stat(follow_symlinks=False)
-                        name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
-                        quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
-            self.quota = quota
+            self.quota = self._counted(limit, lambda slot, _: self.files.in_use(slot))
         self.count_beside()
         if self.quota is not None:
             self.quota.trim()
+
+    def _counted(self, limit: Limit, held: Callable[[Slot, str], bool]) -> Quota:
+        quota = Quota(self.path, limit, self._evict, self._give_notice, held)
+        for folder in os.scandir(self.path):
+            if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
+                continue
+            blob_id = folder.name.removesuffix(SEGMENTS_SUFFIX)
+            for entry in os.scandir(folder):
+                match = NAME.fullmatch(entry.name)
+                if match is not None and match[3] in (None, self.boot):
+                    facts = entry.stat(follow_symlinks=False)
+                    name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
+                    quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
+        return quota
+
+    def make_room(self, size: int) -> bool:
+        """The disk is full and so many bytes must be written: what was used longest ago goes, also where the cache has
+        no limit. False when nothing can go. For a worker thread."""
+        with self._making_room:
+            try:
+                info = os.statvfs(self.path)
+                if info.f_bfree * info.f_frsize >= size + LEAST_ROOM // 4:
+                    return True  # somebody made it meanwhile
+                # All files are looked at, so that is not done for a single segment.
+                freed = (self.quota or self._counted(Limit(), self._stays)).free(max(size, LEAST_ROOM))
+            except OSError as error:
+                log.error("cache %s: no room can be made: %s", self.path, error.strerror)
+                return False
+        log.info("cache %s is full: %d bytes that nobody read went for what a kernel mount waits for", self.path, freed)
+        return freed > 0
+
+    def _stays(self, slot: Slot, name: str) -> bool:
+        """Whether it is read now, or its room would not be free without it: kernel mounts have it open."""
+        if self.files.in_use(slot) or self.devices is None:
+            return self.files.in_use(slot)
+        return self.devices.mounted(slot[0]) and not self.devices.can_leave(slot[0], name)
 
     def count_beside(self) -> None:
         """Have the limit know what files that are no segments take, after one was made. For a worker thread."""

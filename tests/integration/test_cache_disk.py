@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -107,6 +108,50 @@ def test_a_full_disk_and_room_again(image: TinyImage, server: FaultyServer, tmp_
         filler.unlink()
         wait_until(lambda: kept(daemon, image, server) and written_again(daemon), 20, "the cache")
         assert len(said(daemon, " WARN ")) == 1
+
+
+@pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())
+def test_a_full_disk_below_an_erofs_mount(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+    """12 MiB of data, room for 8, no limit: the kernel reads the disk alone, so what nobody reads makes room. First
+    that of an image that is not mounted, then the mounted one's own."""
+    (tmp_path / "image").mkdir()
+    other = tiny_image(tmp_path / "image", {"e": noise(3 * MIB, 9)})
+    with small_disk(tmp_path / "disk", 24 * MIB) as disk, Nydusd("--fs-driver", "erofs") as daemon:
+        with faulty_server({other.blob_id: other.blob}) as second:
+            mount(daemon, other, second, disk / "cache", "/other")
+            assert wrong(daemon, other, "other") == {}
+            assert daemon.umount("/other").status == 204
+        before = set((disk / "cache" / other.blob_id).iterdir())
+        mount(daemon, image, server, disk / "cache")
+        fill(disk, 5 * MIB)
+        for _ in range(3):
+            assert wrong(daemon, image) == {}
+        assert not before & set((disk / "cache" / other.blob_id).iterdir())
+        assert len(said(daemon, " WARN ")) == 1
+        assert said(daemon, " INFO .*went for what a kernel mount waits for")
+        assert said(daemon, " ERROR ") == []
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """ext4, without blocks of the administrator's own."""
+    folder.mkdir()
+    with (folder.with_suffix(".img")).open("wb") as file:
+        file.truncate(size)
+    run(["mkfs.ext4", "-q", "-F", "-m", "0", folder.with_suffix(".img")])
+    run(["mount", "-o", "loop", folder.with_suffix(".img"), folder])
+    try:
+        yield folder
+    finally:
+        run(["umount", "-l", folder])
+
+
+def fill(disk: Path, left: int) -> None:
+    """Leave so many bytes free."""
+    run(["sync", "-f", disk])
+    info = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, info.f_bfree * info.f_frsize - left)
 
 
 def test_a_disk_that_turns_read_only_and_back(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:

@@ -267,6 +267,9 @@ class Told:
     def durable(self, device: str, fd: int) -> None:
         self.durables.append(device)
 
+    def mounted(self, blob: str) -> bool:
+        return True
+
     def ask(self, path: Path) -> int:
         fd = os.open(path, os.O_RDWR)
         self.silent.discard(os.fstat(fd).st_ino)

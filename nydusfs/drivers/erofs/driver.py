@@ -395,6 +395,10 @@ class ErofsDriver:
                 image.devices.leaving.quiet(device, fd, segment.padded)
                 return
 
+    def mounted(self, blob: str) -> bool:
+        made = list(self._prepared.values())
+        return blob in self._blobs or any(blob.partition("/")[2] in one.blob_ids for one in made)
+
     def quiet(self, fd: int) -> None:
         fanotify.ignore(self._group, fd)
 

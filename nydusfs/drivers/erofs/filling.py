@@ -213,7 +213,9 @@ class ErofsImage:
                 plain = await self.reader.whole(segment, ino)
                 # Mostly the cache has put them there. Not if the folder was cleaned up under us, if it had the segment
                 # before this device was made, or if the disk does not take it.
-                if self._sure(device, segment, target):
+                if self._sure(device, segment, target) or (
+                    await self._keep(segment, plain) and self._sure(device, segment, target)
+                ):
                     break
                 await trio.to_thread.run_sync(self._write_durably, device, target, plain, segment.padded)
                 if self.devices.leaving.keep(device) and os.fstat(target).st_size >= segment.padded:
@@ -225,6 +227,16 @@ class ErofsImage:
             if own >= 0:
                 os.close(own)
         self._follow(question, segment, False)
+        return True
+
+    async def _keep(self, segment: Segment, plain: Plain) -> bool:
+        """Put into the cache what it did not take, for a want of room it seems."""
+        cache = self.reader.cache(segment.blob)
+        if cache is None or segment.key in cache or not self.store.health.full():
+            return False
+        if not await trio.to_thread.run_sync(lambda: cache.write(segment, plain, must=True)):
+            return False
+        cache.add(segment, plain)
         return True
 
     def _write_durably(self, device: str, fd: int, plain: Plain, padded: int) -> None:
