@@ -84,7 +84,7 @@ def test_who_misses_an_old_file_does_not_uncount_the_one_being_written() -> None
 def test_what_is_being_read_stays_and_what_lies_beside_counts() -> None:
     gone: list[bytes] = []
     quota = Quota(
-        Path("/"), Limit(10 * BLOCK), lambda slot, name: gone.append(slot[1]), held=lambda slot: slot[1] == b"0"
+        Path("/"), Limit(10 * BLOCK), lambda slot, name: gone.append(slot[1]), held=lambda slot, name: slot[1] == b"0"
     )
     quota.beside = 4 * BLOCK
     for number in range(20):
