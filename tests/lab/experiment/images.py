@@ -168,7 +168,7 @@ class _Debs:
 
     def closure(self, names: Sequence[str]) -> list[str]:
         """Packages that are installed when `names` are asked for."""
-        text = run(["apt-get", "-s", *self._options, "install", *names], timeout=120).stdout
+        text = run(["apt-get", "-s", *self._options, "install", *names], timeout=600).stdout
         return [line.split()[1] for line in text.splitlines() if line.startswith("Inst ")]
 
     def file(self, package: str) -> Path:
@@ -202,7 +202,7 @@ class _Tree:
         for package in debs.closure(names):
             if package not in have:
                 have.add(package)
-                run(["dpkg-deb", "-x", debs.file(package), self.root], timeout=120)
+                run(["dpkg-deb", "-x", debs.file(package), self.root], timeout=600)
         accounts = self.root / "usr/share/base-passwd"
         for name in ("passwd", "group"):
             if (accounts / f"{name}.master").exists() and not (self.root / "etc" / name).exists():
@@ -228,7 +228,7 @@ class _Tree:
 
     def _layer(self, layout: ImageLayout) -> Layer:
         """What maintainers' scripts would have added too: the loader's cache and compiled Python."""
-        run(["ldconfig", "-r", self.root], timeout=120)
+        run(["ldconfig", "-r", self.root], timeout=600)
         shutil.rmtree(self.root / "var/cache/ldconfig", ignore_errors=True)
         if (self.root / "usr/bin/python3.11").exists():
             compiler = (

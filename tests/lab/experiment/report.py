@@ -212,10 +212,15 @@ def into(results: Sequence[Result], docs: Path) -> list[Path]:
     _, end, behind = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: the marks are not there, {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{table(results)}\n{conditions(results)}\n{END}{behind}")
     written = [page]
+    blocks = []
     for link in medians(results):
-        written += chart(results, link, docs / f"experiment-{link.split()[0]}")
+        drawn = chart(results, link, docs / f"experiment-{link.split()[0]}")
+        written += drawn
+        picture = next((path.name for path in drawn if path.suffix == ".svg"), "")
+        blocks += [f"![seconds to start four images]({picture})\n"] if picture else []
+        blocks.append(table([one for one in results if one.link == link]))
+    page.write_text("\n".join([before + BEGIN + "\n", *blocks, conditions(results), END + behind]))
     return written
 
 
