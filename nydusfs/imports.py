@@ -47,6 +47,7 @@ class Importer:
         self._folders: dict[bytes, Listing] = {}
         self._roots: list[bytes] = []  # what sys.path must hold, as far as it was seen
         self._known: dict[tuple[bytes, bytes], Found | None] = {}
+        self.origins: dict[int, bytes] = {}  # folders of extensions by inode
         machine = MACHINES.get(os.uname().machine, b"none")
         self._suffixes = [b"-%s-linux-gnu.so" % machine, b"-%s-linux-musl.so" % machine]
 
@@ -149,5 +150,6 @@ class Importer:
             return Found(ino, b"")
         for suffix in (*(b"." + tag + suffix for suffix in self._suffixes), b".abi3.so", b".so"):
             if ino := self._file(folder, name + suffix):
+                self.origins[ino] = folder
                 return Found(ino, b"")
         return None
