@@ -40,6 +40,7 @@ class BlobCache:
         self._folder = str(self.path)  # joining paths as objects takes 2 us each time
         self.foreign = ForeignBlob.find(store.path, blob_id)
         self.naming = threading.Lock()  # over which file has a segment's name
+        self.wrote = 0.0  # when something was last written, of time.monotonic()
         self.used = 0.0  # when somebody last read from it here, seconds since the epoch
         self._ready: dict[bytes, bool] = {}  # key -> durable
         self._unsure: set[bytes] = set()  # not durable, and seen outside of the page cache
@@ -278,6 +279,7 @@ class BlobCache:
         part = f"{path}.part"
         devices = self.store.devices
         fd, behind = -1, self.store.syncer.full()
+        self.wrote = time.monotonic()
         try:
             if devices is not None:
                 fd = devices.fill(self.blob_id, segment, plain, Path(part))

@@ -133,6 +133,34 @@ def _unattached(daemon: Nydusd, disk: int) -> set[int]:
     return found - {disk}
 
 
+def test_devices_are_read_directly_once_nothing_is_written(tmp_path: Path) -> None:
+    """And through the page cache again while something is. The bytes are right in each state."""
+    image = tiny_image(tmp_path, {"a": noise(3 << 20, 1), "b": noise(3 << 20, 2)})
+
+    with faulty_server({image.blob_id: image.blob}) as server, Nydusd(*ON) as daemon:
+        mnt = daemon.mnt / "i"
+
+        def direct() -> bool:
+            (line,) = [one for one in Path("/proc/mounts").read_text().splitlines() if f" {mnt} erofs " in one]
+            return "directio" in line.split()[3].split(",")
+
+        assert daemon.mount("/i", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
+        for name in ("a", "b"):
+            assert reader(READ_ONE, mnt / name).stdout.strip() == digests(image)[name]
+            wait_until(lambda: not direct(), 20, "reads through the page cache")
+            wait_until(direct, 40, "direct reads")
+            assert reader(READ_ONE, mnt / name).stdout.strip() == digests(image)[name]
+        assert daemon.umount("/i").status == 204
+
+
+READ_ONE = """
+import hashlib, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+print(hashlib.sha256(open(fd, "rb").read()).hexdigest())
+"""
+
+
 def test_a_second_mount_needs_no_new_image_and_shares_the_cache(daemon: Nydusd, tmp_path: Path) -> None:
     """Damaged derived files are made again; what FUSE cached is served by EROFS and the other way round."""
     case = image_case(CASE)

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -194,6 +195,7 @@ class ErofsDriver:
             await self._prepare(reader, xattrs)
         prepared = self._prepared[reader]
         image = ErofsImage(where, volume, reader, prepared.devices, prepared.files, prepared.mark)
+        image.direct = prepared.direct
         self._remember(where, image)
         del self._prepared[reader]
 
@@ -364,6 +366,9 @@ class ErofsDriver:
                 if not image.asked_before:
                     image.asked_before = True
                     self._nursery.start_soon(self._begin_next, image, question)
+                if image.direct:
+                    image.direct = False
+                    self._nursery.start_soon(_in_thread, partial(self._turn, image, False))
                 if image not in tried and await image.fill(question):
                     return True
             if not late:
@@ -420,6 +425,18 @@ class ErofsDriver:
             await trio.sleep(SETTLE)
             batch, self._later = self._later, []
             await _in_thread(lambda batch=batch: self._ignore(batch))  # type: ignore[misc]
+            for image in list(self._images.values()):
+                if (wanted := image.direct_now()) != image.direct:
+                    await _in_thread(partial(self._turn, image, wanted))
+
+    def _turn(self, image: ErofsImage, direct: bool) -> None:
+        """Have its devices read past their page cache or through it."""
+        try:
+            if not (direct and image.scattered()):
+                mount.set_direct(self._target(image.where), direct)
+            image.direct = direct
+        except OSError as error:
+            log.debug("image %s: %s", image.where, error)
 
     def _ignore(self, batch: list[tuple[DeviceFiles, str]]) -> None:
         for devices, device in batch:

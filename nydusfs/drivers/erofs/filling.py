@@ -8,6 +8,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
+from struct import error as StructError
 
 import trio
 
@@ -17,7 +18,7 @@ from nydusfs.cache.devices import DeviceFiles, write_whole
 from nydusfs.cache.durability import resident
 from nydusfs.drivers.erofs.events import Question
 from nydusfs.drivers.erofs.filemap import FileMap
-from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, open_file_map, open_image
+from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, is_scattered, open_file_map, open_image
 from nydusfs.drivers.stats import Fop
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import ReadError
@@ -29,6 +30,7 @@ log = logging.getLogger("nydusfs.erofs")
 READ_AHEAD = 4 << 20  # bytes in front of a sequential reader
 HEAD = 128 << 10  # of a file whose beginning is read: as much as FUSE is asked for then
 SINGLE = 16 << 10  # bytes: who is asked for more reads in sequence
+SETTLED = 5.0  # seconds after the last write until devices are read past their page cache
 FILLS = 4  # attempts to have a device complete that a cache at its limit empties meanwhile
 
 
@@ -59,6 +61,7 @@ class ErofsImage:
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
         self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
+        self.direct: bool | None = None  # as the kernel was told to read devices; None: not known
         self.asked_before = False  # about one of its devices
         self._read: set[str] = set()  # while a start is recorded
         self._file_map: FileMap | None = None
@@ -78,6 +81,20 @@ class ErofsImage:
                     self.files, self.mark = found, mark
                     break
         return self.files
+
+    def direct_now(self) -> bool:
+        """Whether devices are better read past their page cache now: nothing was written to them for a while. What is
+        not on the disk yet would be written out before each read."""
+        caches = [self.reader.cache(blob) for blob in self.reader.bootstrap.blobs]
+        return all(cache is None or time.monotonic() - cache.wrote > SETTLED for cache in caches)
+
+    def scattered(self) -> bool:
+        """See `image.is_scattered`. Raises OSError."""
+        self._all_files()
+        try:
+            return is_scattered(self.devices.images / self.mark.hex())
+        except StructError:
+            return True
 
     # -- files
 

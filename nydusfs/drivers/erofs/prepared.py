@@ -30,6 +30,7 @@ class PreparedMount:
         self.mark = mark
         self.blob_ids = frozenset(blob.id for blob in reader.bootstrap.blobs)
         self.plain = False  # some segments were opened by their plain path
+        self.direct = False  # devices are read past their page cache
         self._path = path
         config = reader.config
         self._watched = config.iostats_files or config.access_pattern or config.latest_read_files
@@ -41,8 +42,9 @@ class PreparedMount:
         for attempt in range(3):
             try:
                 names = [self._device_path(file, tree, group) for file in self.files]
-                direct = not any(name.startswith(mount.tree_path(tree)) for name in names)
-                self._mounted = mount.open_erofs(str(self._path), names, direct=direct and not is_scattered(self._path))
+                apart = not any(name.startswith(mount.tree_path(tree)) for name in names)
+                self.direct = apart and not is_scattered(self._path)
+                self._mounted = mount.open_erofs(str(self._path), names, direct=self.direct)
             except OSError as error:
                 # a segment file was renamed or deleted between our look and the kernel's
                 if error.errno != errno.ENOENT or attempt == 2:
