@@ -296,7 +296,7 @@ def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
 
 
 _WAYS = """
-import errno, mmap, os, socket, subprocess, sys
+import ctypes, errno, mmap, os, socket, subprocess, sys
 base, want = sys.argv[1:3]
 def check(what, data):
     if data != expected: sys.exit(f"{what}: {len(data)} bytes differ")
@@ -324,6 +324,11 @@ except OSError as error:
 else:
     buffer = mmap.mmap(-1, -(-len(expected) // 4096) * 4096)
     check("O_DIRECT", buffer[: os.preadv(fd, [buffer], 0)]); print("read")
+load("ahead")
+with open(f"{base}/ahead", "rb") as file:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.readahead(file.fileno(), ctypes.c_int64(0), ctypes.c_size_t(len(expected))): sys.exit("readahead")
+    check("after readahead", file.read())
 load("random")
 fd = os.open(f"{base}/random", os.O_RDONLY)
 for at in range(len(expected) // 4096 * 4096, -1, -40960):
@@ -334,10 +339,10 @@ print(subprocess.run([f"{base}/program", "ran"], capture_output=True, text=True,
 
 @pytest.mark.parametrize("overlay", [False, True])
 def test_every_way_to_read_a_cold_image(tmp_path: Path, overlay: bool) -> None:
-    """mmap, sendfile, splice, O_DIRECT (this kernel refuses to open, as on every file-backed EROFS), execve."""
+    """mmap, sendfile, splice, readahead, O_DIRECT (refused by this kernel on every file-backed EROFS), execve."""
     data = noise(700_000)
     program = Path("/bin/echo").resolve().read_bytes()
-    names = ("mapped", "sent", "spliced", "direct", "random")
+    names = ("mapped", "sent", "spliced", "direct", "ahead", "random")
     files = {name: data[:-4] + n.to_bytes(4, "big") for n, name in enumerate(names)} | {"program": program}
     image = tiny_image(tmp_path, files, mode=0o755)
     want = tmp_path / "want"
