@@ -366,7 +366,7 @@ class ErofsDriver:
                 if not image.asked_before:
                     image.asked_before = True
                     self._nursery.start_soon(self._begin_next, image, question)
-                if image.direct:
+                if image.direct is not False:
                     image.direct = False
                     self._nursery.start_soon(_in_thread, partial(self._turn, image, False))
                 if image not in tried and await image.fill(question):
@@ -426,7 +426,8 @@ class ErofsDriver:
             batch, self._later = self._later, []
             await _in_thread(lambda batch=batch: self._ignore(batch))  # type: ignore[misc]
             for image in list(self._images.values()):
-                if (wanted := image.direct_now()) != image.direct:
+                # those of an earlier worker only once they are asked about: many never are
+                if image.files and (wanted := image.direct_now()) != image.direct:
                     await _in_thread(partial(self._turn, image, wanted))
 
     def _turn(self, image: ErofsImage, direct: bool) -> None:

@@ -90,7 +90,6 @@ class ErofsImage:
 
     def scattered(self) -> bool:
         """See `image.is_scattered`. Raises OSError."""
-        self._all_files()
         try:
             return is_scattered(self.devices.images / self.mark.hex())
         except StructError:
