@@ -121,7 +121,7 @@ class Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def wait_ready(self, ready: Callable[[], bool], timeout: float = 20.0, longest_pause: float = 0.1) -> float:
+    def wait_ready(self, ready: Callable[[], bool], timeout: float = 60.0, longest_pause: float = 0.1) -> float:
         try:
             return wait_until(ready, timeout, self.name, self.alive, longest_pause)
         except LabError as error:
