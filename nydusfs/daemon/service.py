@@ -47,6 +47,7 @@ STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 UPGRADE_SECONDS = 30.0
 RESTORED_AT_ONCE = 8  # images, while readers of others are served already
 HURRIED, HURRIED_SECONDS = 8, 1.0  # reads that waited for this worker are given to two sources at once
+SOURCES = "sources"  # name of a held descriptor: what was learned of them
 _LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -180,6 +181,13 @@ class Daemon:
 
     # -- what is kept for the next worker
 
+    def _share(self, services: Services) -> None:
+        link, hub = self._link, services.hub
+        if link is not None:
+            if SOURCES in link.held:
+                hub.take_over(read_memory_file(link.held[SOURCES]))
+            hub.learned = lambda: link.keep(SOURCES, hub.leave())
+
     def _state(self) -> KeptState:
         tree, next_node = self._driver.operations.tree.numbers()
         driver = self._driver
@@ -264,6 +272,7 @@ class Daemon:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
+                    self._share(services)
                     self._erofs = ErofsDriver(self._driver.mountpoint, self._link, self.options.fs_driver)
                     opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)

@@ -39,6 +39,13 @@ class KeeperLink:
         self.held[name] = fd
         self._send("hold", [fd], name=name)
 
+    def keep(self, name: str, content: bytes) -> None:
+        """Have a text kept for the next worker, in place of the last one of this name. It stays in memory."""
+        last = self.held.get(name, -1)
+        self.hold(name, memory_file(content))
+        if last >= 0:
+            os.close(last)
+
     def save(self, state: bytes) -> None:
         """What the next worker is to be given; replaces what was saved before. It stays in memory."""
         fd = memory_file(state)

@@ -63,6 +63,17 @@ class Authenticator:
                 self._tokens.retire(other._key)
             self._key = TokenKey(other._key.realm, other._key.service, other._key.scope, self._basic)
 
+    def known(self) -> tuple[TokenKey, tuple[str, float, float]] | None:
+        """Where the registry has tokens fetched, and the token that is good now."""
+        token = self._tokens.known(self._key) if self._key is not None else None
+        return None if self._key is None or token is None else (self._key, token)
+
+    def recall(self, realm: Url, service: str, scope: str, token: tuple[str, float, float]) -> None:
+        """Go on with what an earlier worker knew of this repository."""
+        self._key = TokenKey(realm, service, scope, self._basic)
+        self._tokens.adopt(self._key, token, self._client, self._connect_timeout, self._timeout)
+        self.settled = True
+
     @asynccontextmanager
     async def first(self, address: str) -> AsyncIterator[None]:
         """Around a request: lets the first one to a server of an unknown registry go ahead of the others. One mirror

@@ -6,16 +6,19 @@ Images of one registry are many; their connections and what was learnt about a m
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from typing import Any
 
 import trio
 
 from nydusfs.config import ConnectionConfig, MirrorConfig
-from nydusfs.http import HttpClient, Origin
+from nydusfs.http import HttpClient, HttpError, Origin, parse_url
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
 from nydusfs.sources.dragonfly import Peer
@@ -48,6 +51,10 @@ def environment_headers(environment: Mapping[str, str]) -> tuple[tuple[str, str]
     return tuple(found)
 
 
+def _digest(key: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()
+
+
 class SourceHub:
     """Keyed by settings, so that two mounts with different credentials or roots share nothing they should not.
 
@@ -56,7 +63,9 @@ class SourceHub:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
-        self.tokens = TokenStore()
+        self.learned: Callable[[], None] = lambda: None  # see `leave`
+        self.tokens = TokenStore(lambda: self.learned())
+        self._left: dict[str, dict[str, Any]] = {}
         self.extras = ExtraBudget()
         self.prober = Prober(nursery)
         self.headers = environment_headers(os.environ)
@@ -93,7 +102,42 @@ class SourceHub:
                 timeout=seconds(connection.timeout),
                 through=through,
             )
+            self._recall(key)
         return self._authenticators[key]
+
+    # -- what the next worker is to know
+
+    def leave(self) -> bytes:
+        """Tokens by repository, for the next worker: it needs no challenge and no token before its first read. What it
+        has to say again is said by `learned`. Secret: for memory only."""
+        now = time.time()
+        found = {name: one for name, one in self._left.items() if one["times"][1] > now}  # not asked for yet
+        for key, authenticator in self._authenticators.items():
+            if (known := authenticator.known()) is not None:
+                at, (value, renew, expires) = known
+                times = [now + renew if renew < inf else None, now + expires]
+                found[_digest(key)] = {"realm": str(at.realm), "of": [at.service, at.scope], "t": value, "times": times}
+        return json.dumps(found).encode()
+
+    def take_over(self, left: bytes) -> None:
+        """What another worker did `leave`. One that says it in another way has said nothing."""
+        try:
+            self._left = {name: one for name, one in json.loads(left).items() if float(one["times"][1])}
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            self._left = {}
+
+    def _recall(self, key: tuple[object, ...]) -> None:
+        one = self._left.pop(_digest(key), None)
+        if one is None:
+            return
+        try:
+            renew, expires = (inf if when is None else float(when) - time.time() for when in one["times"])
+            service, scope = one["of"]
+            if expires > 0:
+                token = (str(one["t"]), renew, expires)
+                self._authenticators[key].recall(parse_url(one["realm"]), service, scope, token)
+        except (ValueError, TypeError, KeyError, HttpError):
+            pass  # of another release
 
     def forget(self, authenticator: Authenticator) -> None:
         """Its credentials were replaced: whoever still uses it does, nobody new gets it."""

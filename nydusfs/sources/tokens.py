@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlencode
 
@@ -57,7 +57,9 @@ class _Slot:
 
 
 class TokenStore:
-    def __init__(self) -> None:
+    def __init__(self, learned: Callable[[], None] = lambda: None) -> None:
+        """`learned` is called when there is a new token."""
+        self._learned = learned
         self._slots: dict[TokenKey, _Slot] = {}
         self._realms: dict[Url, trio.CapacityLimiter] = {}
         self._changed = trio.Event()
@@ -69,6 +71,24 @@ class TokenStore:
             return ""
         slot.used_at = now()
         return slot.value
+
+    def known(self, key: TokenKey) -> tuple[str, float, float] | None:
+        """Token, seconds until it is to be renewed and until it ends."""
+        slot = self._slots.get(key)
+        if slot is None or not slot.value or now() >= slot.expires_at:
+            return None
+        return slot.value, slot.renew_at - now(), slot.expires_at - now()
+
+    def adopt(
+        self, key: TokenKey, token: tuple[str, float, float], client: HttpClient, connect_timeout: float, timeout: float
+    ) -> None:
+        """A token of an earlier worker, as `known` gave it and with what is left of its time."""
+        if key not in self._slots:
+            value, renew, expires = token
+            slot = self._slots[key] = _Slot(client, connect_timeout, timeout, value)
+            slot.fetched_at = now()
+            slot.renew_at, slot.expires_at = now() + renew, now() + expires
+            self._changed.set()
 
     async def fresh(self, key: TokenKey) -> str:
         """The token, renewed first where that is due and nobody is at it. "" when it could not be had."""
@@ -144,6 +164,7 @@ class TokenStore:
         slot.renew_at = slot.expires_at - min(_MARGIN, life / 4) - jitter
         slot.pause = 0.0
         self._changed.set()
+        self._learned()
         log.info("cached bearer auth, next time: %d", time.time() + life)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
 from tests.lab.process import LabError, processes_mentioning, remove_tree, unmount_below, work_dir
@@ -54,6 +55,34 @@ def settled(daemon: Nydusd, before: dict[str, int], *names: str) -> dict[str, in
     except LabError as error:
         raise LabError(f"{error}; the end of its log:\n{daemon.log_text()[-3000:]}") from None
     return info(daemon)
+
+
+def test_the_next_worker_needs_no_new_token(tmp_path: Path) -> None:
+    """What one worker was given the next ones have, also the one behind a worker that read nothing."""
+    image = tiny_image(tmp_path, {name: noise(1 << 20, number) for number, name in enumerate("abc")})
+    with (
+        faulty_server({image.blob_id: image.blob}, auth="bearer", login="robot:pw") as registry,
+        Nydusd() as daemon,
+    ):
+        backend = {"scheme": "http", "host": registry.netloc, "repo": "a/b", "auth": "cm9ib3Q6cHc="}
+        config = {
+            "device": {"backend": {"type": "registry", "config": backend}}, "mode": "direct",
+            "fs_prefetch": {"enable": False, "learn": False},
+        }  # fmt: skip
+        assert daemon.mount("/", image.bootstrap, json.dumps(config)).status == 204
+        assert (daemon.mnt / "a").read_bytes() == noise(1 << 20, 0)
+        given, asked = len(registry.tokens), len(registry.data_requests)
+        for _ in range(2):
+            before = info(daemon)
+            os.kill(before["worker_pid"], signal.SIGKILL)
+            settled(daemon, before, "worker_pid")
+        assert (daemon.mnt / "b").read_bytes() == noise(1 << 20, 1)
+        assert len(registry.tokens) == given
+        later = registry.data_requests[asked:]
+        assert later and all(request.headers.get("authorization", "").startswith("Bearer ") for request in later)
+        registry.valid_tokens.clear()  # taken back: asked for again as ever
+        assert (daemon.mnt / "c").read_bytes() == noise(1 << 20, 2)
+        assert len(registry.tokens) > given
 
 
 def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from nydusfs.config import ConnectionConfig
 from nydusfs.daemon import handover
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
+from nydusfs.http import Origin, Url
+from nydusfs.http.connection import Tls
+from nydusfs.sources.auth import Authenticator
+from nydusfs.sources.hub import SourceHub
 from tests.lab.daemon import localfs_config
 
 
@@ -61,3 +67,51 @@ def test_settings_of_the_last_worker_are_taken_over_with_its_mounts() -> None:
     trio.run(take_over)
     assert saved == []
     assert daemon.runtime_config("") == {"registry_auth": "dTpw"}
+
+
+@pytest.mark.parametrize("left", [b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"times": [1]}}', b'{"a": {"times": "xy"}}'])
+def test_what_another_release_left_of_its_sources_is_ignored(left: bytes) -> None:
+    async def take_over() -> None:
+        async with trio.open_nursery() as nursery:
+            hub = SourceHub(nursery)
+            hub.take_over(left)
+            assert hub.leave() == b"{}"
+            nursery.cancel_scope.cancel()
+
+    trio.run(take_over)
+
+
+def test_a_token_is_left_for_as_long_as_it_is_good() -> None:
+    origin = Origin("http", "r.example", 80)
+    realm = Url(origin, "/token")
+
+    def authenticator(hub: SourceHub, repo: str) -> Authenticator:
+        return hub.authenticator(ConnectionConfig(), Tls(), origin, repo, "dTpw", "")
+
+    async def live(left: bytes, check: Callable[[SourceHub], Awaitable[None]]) -> bytes:
+        async with trio.open_nursery() as nursery:
+            hub = SourceHub(nursery)
+            hub.take_over(left)
+            await check(hub)
+            nursery.cancel_scope.cancel()
+        return hub.leave()
+
+    async def first(hub: SourceHub) -> None:
+        for repo, seconds in (("long", 300.0), ("short", 0.2)):
+            authenticator(hub, repo).recall(realm, "s", repo, (f"Bearer {repo}", seconds / 2, seconds))
+
+    async def idle(_: SourceHub) -> None:
+        await trio.sleep(0.3)
+
+    async def third(hub: SourceHub) -> None:
+        assert [await authenticator(hub, repo).header() for repo in ("long", "short", "other")] == [
+            "Bearer long",
+            "",
+            "",
+        ]
+        other = hub.authenticator(ConnectionConfig(), Tls(), origin, "long", "b3RoZXI=", "")
+        assert await other.header() == ""  # it belongs to whose password got it
+
+    left = trio.run(live, b"", first)
+    assert b"dTpw" not in left
+    trio.run(live, trio.run(live, left, idle), third)
