@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,24 @@ def test_what_only_some_calls_need_is_not_imported_at_the_start() -> None:
     loaded = set(printed(f"{START}; import sys; print(*sys.modules)").split())
     assert "snapshotter.service" in loaded
     assert not loaded & set(FOR_LATER)
+
+
+def test_looking_for_unused_blobs_brings_nothing_large_along(tmp_path: Path) -> None:
+    blob = tmp_path / "cache" / ("a" * 64)
+    for folder in (blob, tmp_path / "cache" / ".worker-2", tmp_path / "snapshots" / "1" / "fs"):
+        folder.mkdir(parents=True)
+    os.utime(blob, (0, 0))
+    code = f"""
+{START}
+import pathlib, sys
+from snapshotter.cachegc import orphans, remove
+cache = pathlib.Path({str(tmp_path / "cache")!r})
+(found,) = orphans(cache, pathlib.Path({str(tmp_path / "snapshots")!r}))
+remove(cache, found)
+print(*sys.modules)
+"""
+    assert not {"trio", "nydusfs.cache"} & set(printed(code).split())
+    assert not blob.exists()
 
 
 def test_what_is_left_out_can_be_had_later(tmp_path: Path) -> None:
