@@ -226,6 +226,8 @@ def test_files_are_found_as_the_interpreter_would() -> None:
     )
     module = pyc.read(compiled("cpython-311"))
     assert module is not None
-    found = [paths[ino - 1] for ino in importer(*paths).follow(1, module)]
+    imports = importer(*paths)
+    found = [paths[ino - 1] for ino in imports.follow(1, module)]
     assert found == [paths[8], paths[3], paths[5], paths[6], paths[4], paths[9]]
+    assert imports.origins == {6: b"/lib/p/q", 10: b"/lib/lib-dynload"}
     assert importer(*paths).follow(2, module) == []  # compiled for another place
