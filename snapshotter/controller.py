@@ -152,7 +152,11 @@ class Controller:
                 log.warning("PUT /api/v1/prefetch: %s of %s is not an absolute path", wrong[0], entry["image"])
                 continue
             self._images.prefetch(entry["image"], paths)
-            log.info("%d paths are fetched first at the next mount of %s", len(paths), entry["image"])
+            if self._images.fetches_ahead:
+                log.info("%d paths are fetched first at the next mount of %s", len(paths), entry["image"])
+            else:
+                why = "fs_prefetch.enable is off in nydusd's template"
+                log.warning("%s: %d paths of %s will not be fetched ahead", why, len(paths), entry["image"])
         if value is None:
             log.warning("PUT /api/v1/prefetch: the body is not a JSON list")
         return Reply()

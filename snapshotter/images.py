@@ -245,6 +245,11 @@ class Images:
         daemon = self._daemons.get(record.daemon)
         return record.name in self._serving and daemon is not None and daemon.alive
 
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether nydusd fetches anything at a mount: `fs_prefetch.enable` of the template."""
+        return bool((self._settings.template.document.get("fs_prefetch") or {}).get("enable"))
+
     def prefetch(self, image: str, paths: Sequence[str]) -> None:
         """Absolute paths that nydusd fetches first at the next mount of an image; an empty list takes them back."""
         if paths:

@@ -77,12 +77,12 @@ def test_stacks_profile_and_levels(lab: Lab) -> None:
     assert lab.call("PUT", "/api/v1/log", {"level": "info", "daemons": True})[0] == 200
 
 
-def test_prefetch_list_is_for_the_next_mount(lab: Lab) -> None:
+def test_a_prefetch_list_that_is_not_used_is_said(lab: Lab) -> None:
     assert lab.call("PUT", "/api/v1/prefetch", "nonsense") == (200, "")
     wanted = [{"image": lab.ref, "prefetch": "/marker\n/payload"}]
     assert lab.call("PUT", "/api/v1/prefetch", wanted) == (200, "")
     log = (lab.root / "logs" / "nydus-snapshotter.log").read_text()
-    assert f"2 paths are fetched first at the next mount of {lab.ref}" in log
+    assert f"fs_prefetch.enable is off in nydusd's template: 2 paths of {lab.ref} will not be fetched ahead" in log
 
 
 def test_all_processes_of_nydusd_share_a_memory_limit(lab: Lab) -> None:

@@ -67,6 +67,8 @@ def pods(stack: Stack, controller: Path) -> None:
         assert plugin_sends(controller, '[{"image": 7}, "no JSON object"]') == b"HTTP/1.1 200 OK"
         annotation = json.dumps([{"image": ref, "prefetch": "/payload\n/nowhere"}])
         assert plugin_sends(controller, annotation) == b"HTTP/1.1 200 OK"
+        log = (root / "logs" / "nydus-snapshotter.log").read_text()
+        assert f"2 paths are fetched first at the next mount of {ref}" in log
         image = cri.pull(ref, config)
         container, _ = cri.start(pod, config, image, "sleep", "300")
         wait_until(
