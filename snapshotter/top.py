@@ -201,3 +201,5 @@ def command(
                 before = now
     except SnapshotterError as failure:
         raise click.ClickException(str(failure)) from None
+    except KeyboardInterrupt:  # the way it ends
+        return

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,17 @@ def test_top_once(lab: Lab) -> None:
     shown = run([*CTL, "top", *where], timeout=60).stdout
     assert lab.ref[:20] in shown
     assert "RUNNING" in shown
+
+
+def test_top_goes_on_until_it_is_interrupted(lab: Lab) -> None:
+    where = ["--root", lab.root, "-a", lab.stack.containerd.socket, "--interval", "0.2"]
+    top = subprocess.Popen([*CTL, "top", "--json", *where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert top.stdout is not None
+    for _ in range(2):
+        assert json.loads(top.stdout.readline())["images"]
+    top.send_signal(signal.SIGINT)
+    _, errors = top.communicate(timeout=30)
+    assert (top.returncode, errors) == (0, "")
 
 
 def test_the_snapshotter_itself(lab: Lab) -> None:
