@@ -235,9 +235,16 @@ class MountTable:
         return found
 
     async def _mount(self, request: MountRequest, claims: ExitStack) -> MountedImage:
+        """`claims` has the mountpoint from then on; nothing of a failure is left, its claim neither."""
         where = canonical(request.mountpoint)
-        request = request.at(where)
-        claims.enter_context(self._claim(where))
+        with ExitStack() as claim:
+            claim.enter_context(self._claim(where))
+            mounted = await self._show(request.at(where))
+            claims.enter_context(claim.pop_all())
+        return mounted
+
+    async def _show(self, request: MountRequest) -> MountedImage:
+        where = request.mountpoint
         try:
             self._driver.check_free(where)
         except MountExistsError as error:
