@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bootstrap.errors import RafsError
+from nydusfs.trees import disk_usage
 from snapshotter.bootstrapfile import PLACES, is_plain_file
 from snapshotter.cachegc import used_blobs
-from snapshotter.directories import disk_usage
 from snapshotter.labels import LAYER_DIGEST, NYDUS_REF, STARGZ, TWIN, is_data, is_layer_of_twin, is_meta
 from snapshotter.store import Kind, Snapshot, Store
 

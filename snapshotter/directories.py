@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,6 @@ WORK_MODE = 0o711
 RECORD = "snapshot.json"
 ROOM = 256  # bytes of a record that are blank: what a commit or an update changes fits in
 _SECTOR = 512
-_FEW = 64  # inodes: 0.1 ms
 _ONE_WRITE = 4096  # within one page, which a kill never tears
 _numbers = itertools.count()
 _JSON = json.JSONEncoder(ensure_ascii=False)  # made once: `json.dumps` makes one for each call
@@ -129,47 +127,6 @@ def write_record(directory: str, record: Mapping[str, object]) -> None:
         except OSError:
             pass
         raise
-
-
-def small_usage(path: Path) -> tuple[int, int] | None:
-    """`disk_usage` of a tree that is read in no time; None for a larger one."""
-    return _usage(path, _FEW)
-
-
-def disk_usage(path: Path) -> tuple[int, int]:
-    """(bytes on disk, inodes) of a tree, each inode once. Files that vanish meanwhile are not counted."""
-    return _usage(path, math.inf) or (0, 0)
-
-
-def _usage(path: Path, most: float) -> tuple[int, int] | None:
-    size = 0
-    seen: set[tuple[int, int]] = set()
-    pending = [str(path)]
-    try:
-        top = os.lstat(path)
-    except FileNotFoundError:
-        return 0, 0
-    size += top.st_blocks * 512
-    seen.add((top.st_dev, top.st_ino))
-    while pending:
-        try:
-            entries = os.scandir(pending.pop())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        with entries:
-            for entry in entries:
-                try:
-                    stat = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                if (stat.st_dev, stat.st_ino) not in seen:
-                    seen.add((stat.st_dev, stat.st_ino))
-                    size += stat.st_blocks * 512
-                    if len(seen) > most:
-                        return None
-    return size, len(seen)
 
 
 def make_private(path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import NoReturn
 from nydusfs.containerd.chain import chain_ids
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
+from nydusfs.trees import disk_usage
 from snapshotter.auth.local import label_credentials
 from snapshotter.auth.vault import LABELS, Vault
 from snapshotter.cachegc import Collector
 from snapshotter.cacheusage import CacheUsage
-from snapshotter.directories import disk_usage
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images

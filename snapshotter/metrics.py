@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nydusfs.trees import disk_usage
 from snapshotter.daemons import EVENTS, Daemon
-from snapshotter.directories import disk_usage
 from snapshotter.errors import SnapshotterError
 from snapshotter.exposition import CONTENT_TYPE, Family, render
 from snapshotter.httpd import Reply, Request

@@ -22,8 +22,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from nydusfs.trees import disk_usage, small_usage
 from snapshotter.database import Database
-from snapshotter.directories import TEMPORARY, Fresh, disk_usage, has_record, small_usage, write_record
+from snapshotter.directories import TEMPORARY, Fresh, has_record, write_record
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.filters import Equals
 from snapshotter.labels import OWN, SNAPSHOT_REF, UID_MAPPING, id_mapping

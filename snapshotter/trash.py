@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nydusfs.trees import remove_tree
 from snapshotter.system import detach, mountpoints
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Trash:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            shutil.rmtree(path)
+            remove_tree(path)
 
     def empty(self, patience: float) -> None:
         """Has everything gathered and deleted; returns when that is done, or after `patience` seconds."""
@@ -81,7 +81,7 @@ class Trash:
 
 def _delete(path: str) -> None:
     try:
-        shutil.rmtree(path)
+        remove_tree(path)
     except OSError:
         # the mount of an image whose nydusd was lost went along with the rename: nobody's any more
         inside = [point for point in mountpoints() if point.startswith(f"{path}/")]
@@ -89,4 +89,4 @@ def _delete(path: str) -> None:
             raise
         for point in reversed(inside):
             detach(point)
-        shutil.rmtree(path)
+        remove_tree(path)

@@ -21,6 +21,7 @@ from nydusfs.convert.images import Image
 from nydusfs.convert.progress import Progress, size_text
 from nydusfs.convert.sourcetree import MAX_FOLLOWED
 from nydusfs.errors import ConvertError, os_reason
+from nydusfs.trees import remove_tree
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -44,7 +45,7 @@ def overlay_mounted(image: Image, folder: Path, progress: Progress) -> Iterator[
     from bootstrap.tar import open_layer
 
     layers, mountpoint = folder / "layers", folder / "mnt"
-    shutil.rmtree(layers, ignore_errors=True)
+    remove_tree(layers, ignore_errors=True)
     for made in (layers, mountpoint):
         made.mkdir(parents=True, exist_ok=True)
     done: list[Path] = []
@@ -71,7 +72,7 @@ def overlay_mounted(image: Image, folder: Path, progress: Progress) -> Iterator[
         finally:
             subprocess.run(["umount", str(mountpoint)], capture_output=True, timeout=60, check=False)
     finally:
-        shutil.rmtree(layers, ignore_errors=True)
+        remove_tree(layers, ignore_errors=True)
 
 
 def _mount(lower: Sequence[Path], layers: Path, mountpoint: Path, name: str) -> None:
@@ -234,7 +235,7 @@ class _Unpacker:
         except FileNotFoundError:
             return False
         if stat.S_ISDIR(found.st_mode):
-            shutil.rmtree(name, dir_fd=parent)
+            remove_tree(name, dir_fd=parent)
         else:
             os.unlink(name, dir_fd=parent)
         return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0

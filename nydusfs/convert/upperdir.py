@@ -50,6 +50,12 @@ def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: by
     """Pieces of the layer tar for an upper directory. `upper` is a descriptor; `merged` gives that of the directory
     where upper and lower layers are seen as one; `marks` begin the names of overlayfs' attributes. Raises ConvertError
     that names the path."""
+    with _changes_noticed():
+        yield from _upper(upper, choice, merged, marks)
+    yield tarwrite.END_OF_ARCHIVE
+
+
+def _upper(upper: int, choice: Choice, merged: Callable[[], int], marks: bytes) -> Iterator[bytes]:
     writer = _Writer(marks)
     stack = [b""]
     while stack:
@@ -80,13 +86,13 @@ def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: by
     for path in choice.replaced:
         head, _, last = path.rpartition(b"/")
         yield writer.whiteout(head, last)
-    yield tarwrite.END_OF_ARCHIVE
 
 
 def folder_layer(top: int, path: bytes, choice: Choice) -> Iterator[bytes]:
     """Pieces of the layer tar for all there is below `path` of the directory `top`, or for the one file it names.
     Mounts below are taken with it. Raises ConvertError that names the path."""
-    yield from _tree(top, path, _Writer(), choice)
+    with _changes_noticed():
+        yield from _tree(top, path, _Writer(), choice)
     yield tarwrite.END_OF_ARCHIVE
 
 
@@ -150,7 +156,7 @@ class _Writer:
         if kind == stat.S_IFREG:
             member.kind, member.size = tarwrite.FILE, found.st_size
             yield pack_member(member)
-            yield from _content(directory, name, path, found.st_size)
+            yield from _content(directory, name, path, found)
             return
         if kind == stat.S_IFDIR:
             member.kind, member.name = tarwrite.DIRECTORY, path + b"/"
@@ -173,6 +179,18 @@ class _Writer:
             if error.errno != errno.ENOTSUP:
                 raise ConvertError(f"/{shown(path)}: its attributes cannot be read: {error.strerror}") from error
         return found
+
+
+@contextmanager
+def _changes_noticed() -> Iterator[None]:
+    """What is gone, or of another kind, when it is looked at again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
+            raise
+        name = shown(os.fsencode(error.filename)) if isinstance(error.filename, (str, bytes)) else "a file"
+        raise ChangedError(f"{name} of the container changed while it was read") from None
 
 
 @contextmanager
@@ -204,12 +222,9 @@ def descend(top: int, path: bytes) -> int:
     return at
 
 
-def _content(directory: int, name: bytes, path: bytes, size: int) -> Iterator[bytes]:
-    try:
-        # O_NONBLOCK: should it have become a fifo, open must not wait for a writer
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except OSError as error:
-        raise ConvertError(f"/{shown(path)} of the container cannot be read: {error.strerror}") from error
+def _content(directory: int, name: bytes, path: bytes, found: os.stat_result) -> Iterator[bytes]:
+    descriptor = _opened_file(directory, name, path, found)
+    size = found.st_size
     try:
         left = size
         while left:
@@ -225,6 +240,24 @@ def _content(directory: int, name: bytes, path: bytes, size: int) -> Iterator[by
     finally:
         os.close(descriptor)
     yield padding(size)
+
+
+def _opened_file(directory: int, name: bytes, path: bytes, found: os.stat_result) -> int:
+    """The file that was `found`. Opening what took its place meanwhile could wait (a pipe) or act (a device, which the
+    container may make though not open), so it is first looked at without."""
+    try:
+        look = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            there = os.fstat(look)
+            if (there.st_dev, there.st_ino, stat.S_IFMT(there.st_mode)) != (found.st_dev, found.st_ino, stat.S_IFREG):
+                raise ChangedError(f"/{shown(path)} of the container was replaced while it was read")
+            return os.open(b"/proc/self/fd/%d" % look, os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(look)
+    except FileNotFoundError:
+        raise ChangedError(f"/{shown(path)} of the container was removed while it was read") from None
+    except OSError as error:
+        raise ConvertError(f"/{shown(path)} of the container cannot be read: {error.strerror}") from error
 
 
 def _mark(directory: int, name: bytes, attribute: bytes) -> bytes | None:

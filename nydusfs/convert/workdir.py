@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nydusfs.errors import ConvertError, os_reason
+from nydusfs.trees import remove_tree
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def work_folder(root: Path) -> Iterator[Path]:
             raise ConvertError(os_reason(error)) from error
         raise ConvertError(f"working directory {folder}: {error.strerror or error} (choose with --work-dir)") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
         if not existed:
             try:
                 root.rmdir()

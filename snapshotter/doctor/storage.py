@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from nydusfs.drivers import kernel
-from snapshotter.directories import disk_usage
+from nydusfs.trees import disk_usage
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.doctor.services import listens
 from snapshotter.errors import SnapshotterError

@@ -19,6 +19,7 @@ from nydusfs.containerd.containers import Container, Containers
 from nydusfs.drivers import kernel
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import Reference
+from nydusfs.trees import disk_usage
 from snapshotter.client.plan import (
     Descriptor,
     Platform,
@@ -29,7 +30,6 @@ from snapshotter.client.plan import (
     parse_manifest,
 )
 from snapshotter.controller import SOCKET
-from snapshotter.directories import disk_usage
 from snapshotter.errors import NotFound, SnapshotterError
 from snapshotter.labels import DATA_LAYER, META_LAYER, PREFIX
 from snapshotter.node import Node

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import stat
 import sys
 import tarfile
 from typing import IO
+
+from nydusfs.trees import remove_tree
 
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 _PIECE = 1 << 20
@@ -63,7 +64,7 @@ def _remove(path: str) -> None:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
-    shutil.rmtree(path) if stat.S_ISDIR(mode) else os.unlink(path)
+    remove_tree(path) if stat.S_ISDIR(mode) else os.unlink(path)
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:

@@ -16,8 +16,8 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import ConvertError, NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.trees import disk_usage
 from snapshotter.auth.chain import parse
-from snapshotter.directories import disk_usage
 from snapshotter.errors import InvalidArgument, SnapshotterError, Unavailable
 from snapshotter.labels import (
     IMAGE_BLOCK,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,9 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.trees import disk_usage, remove_tree
 from snapshotter import crowd
-from snapshotter.directories import FS_MODE, disk_usage
+from snapshotter.directories import FS_MODE
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST
 from snapshotter.lazy import content
@@ -52,7 +52,7 @@ def unpack(
             f"image {image}: a layer of it was not unpacked and has no label {LAYER_DIGEST}: remove it, pull again"
         )
     for left in folder.glob(".unpack-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpack-"))
     try:
         for name in ("fs", "work", "merged"):
@@ -62,12 +62,12 @@ def unpack(
         os.chmod(scratch / "fs", FS_MODE)
         content.check(image, labels, chain, _apply(registries, image, labels, layer, [str(scratch), *below], tar))
         for entry in (folder / "fs").iterdir():  # of an attempt that was cut short here, or of the lazy way
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         os.rename(scratch / "fs", folder / "fs")
         size, inodes = disk_usage(folder / "fs")
         (folder / DONE).write_text(f"{size} {inodes}")
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch, ignore_errors=True)
 
 
 def _apply(

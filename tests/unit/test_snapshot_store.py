@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from nydusfs.trees import disk_usage
 from snapshotter.database import MIGRATIONS, NAME, Database
-from snapshotter.directories import disk_usage, read_record
+from snapshotter.directories import read_record
 from snapshotter.errors import (
     AlreadyExists,
     FailedPrecondition,

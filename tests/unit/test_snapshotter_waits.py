@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nydusfs.trees import remove_tree
 from snapshotter import daemons, images
 from snapshotter.auth.chain import Chain
 from snapshotter.daemons import Daemon, DaemonSettings
@@ -47,13 +47,13 @@ def test_small_trees_are_gone_when_the_call_returns_and_big_ones_behind_it(
     bin_.put(tree(tmp_path / "7"))
     bin_.empty(10)
     assert list((tmp_path / "trash").iterdir()) == []
-    may_delete, real = threading.Event(), shutil.rmtree
+    may_delete, real = threading.Event(), remove_tree
 
     def slow(path: str) -> None:
         assert may_delete.wait(10)
         real(path)
 
-    monkeypatch.setattr("snapshotter.trash.shutil.rmtree", slow)
+    monkeypatch.setattr("snapshotter.trash.remove_tree", slow)
     bin_.put(tree(tmp_path / "8"))
     began = time.monotonic()
     bin_.empty(0.2)
