@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.builder import Builder
 from tests.lab.paths import REPO
 from tests.lab.process import remove_tree, run, work_dir
 
@@ -74,13 +76,44 @@ def test_a_bundle_runs_from_anywhere_and_installs_nodes_from_pods(place: Path, w
     for program in ("containerd-nydus-grpc", "nydusd", "nydusify", "nydus-image", "ctr-remote"):
         done = subprocess.run([moved / "bin" / program, "--help"], env=bare, cwd="/", capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
-    found = seen("pod", moved)
+    installs(moved)
+
+
+def installs(bundle: Path) -> None:
+    """A node, installed, upgraded and uninstalled by pods that have this bundle."""
+    found = seen("pod", bundle)
     assert "its plugin for this snapshotter is loaded" in found["install"]
     assert (found["end"], found["runs"]) == (0, True)
     went_over(found)
     assert "1 containers use it: default/app." in found["busy"]
     assert found["reads busy"].startswith("hello")
     assert (found["left"], found["same"], found["nydusd gone"], found["containerd"]) == ([], True, [], True)
+
+
+def test_the_image_of_the_dockerfile_is_built_and_installs_nodes(place: Path) -> None:
+    """As docs/kubernetes.md says it is done, for all versions of Python that it names; with buildah for docker."""
+    file, name = REPO / "packaging" / "Dockerfile", "registry.example/nydus-py:0.1.0"
+    base = re.search(r"^ARG BASE=(\S+:(\w+)-slim)$", file.read_text(), re.MULTILINE)
+    versions = re.search(r'PYTHONS="(.+)"', file.read_text())
+    assert base is not None
+    assert versions is not None
+    buildah = Builder(place / "b")
+    buildah.debian(base[1], base[2])
+    buildah.build(file, REPO, name)
+    config = buildah.config(name)
+    assert (config["Entrypoint"], config["Cmd"]) == (["/usr/local/bin/node.sh"], ["install"])
+    root = buildah.root(name)
+    entry = [*config["Entrypoint"], "frobnicate"]
+    done = subprocess.run(["chroot", root, *entry], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("node.sh install|uninstall")
+    for program in ("nsenter", "timeout", "cmp", "sed", "sort"):  # all that node.sh wants of the image
+        run(["chroot", root, "sh", "-c", f"command -v {program}"], timeout=30)
+    assert (root / "usr/local/bin/node.sh").read_bytes() == (REPO / "packaging" / "node.sh").read_bytes()
+    assert {one.name for one in (root / "nydus-py/lib").iterdir()} == {f"python{one}" for one in versions[1].split()}
+    assert not (root / "src").exists()
+    assert not (root / "etc/pip.conf").exists()
+    installs(root / "nydus-py")
 
 
 def test_the_debian_package_is_installed_upgraded_and_removed(place: Path, wheel: Path) -> None:
