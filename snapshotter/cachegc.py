@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 AWAITED = 30 * 86_400.0  # seconds that imported data waits for its image
 YOUNG = 60.0  # seconds: a blob may be there a moment before the bootstrap that names it
+KEPT = 10.0  # seconds until a nydusd is asked again that had an image open: an expected one is given up after 30
 _BLOB = re.compile(r"([0-9a-f]{64})(?:\.(?:blob|chunk|segments)[a-z_.]*)?")
 
 
@@ -190,7 +191,8 @@ class Collector:
             for blob in blobs:
                 try:
                     if not all(daemon.drop_blob(blob) for daemon in self._daemons()):
-                        continue  # pulled again since we looked
+                        again = min(again or KEPT, KEPT)  # pulled again since we looked, or not unmounted yet
+                        continue
                     remove(self._cache, blob)
                     tally.count("snapshotter_cache_blobs_deleted_total")
                 except SnapshotterError as error:
