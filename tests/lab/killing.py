@@ -1,6 +1,6 @@
 """SIGKILL of nydusd's worker at random moments, under readers that verify every byte: what did they notice?
 
-    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N] [--fs-driver erofs]
+    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N] [--fs-driver erofs [--delay MS]]
 
 Several images with prefetch on, from a registry with a mirror before it that answers 503, wrong bytes and nothing in
 turn. Readers hash files in random order, drop the pages again so that each read asks the daemon, and cached segments
@@ -152,10 +152,16 @@ class _Mounts:
 
 
 def kill_workers(
-    kills: int, readers: int = 8, seed: int = 1, every: tuple[float, float] = (0.05, 0.4), fs_driver: str = "fuse"
+    kills: int,
+    readers: int = 8,
+    seed: int = 1,
+    every: tuple[float, float] = (0.05, 0.4),
+    fs_driver: str = "fuse",
+    delay: float = 0.06,
 ) -> Report:
-    """`every`: bounds of the random pause between two kills, seconds. For EROFS the registry is slow and there is no
-    prefetch, so that there is something to ask all the time."""
+    """`every`: bounds of the random pause between two kills, seconds. For EROFS the registry and the mirror take
+    `delay` seconds to answer and there is no prefetch, so that there is something to ask all the time: a reader then
+    waits for at least one of those once more, two where the mirror fails, whatever the death itself costs."""
     cold = fs_driver != "fuse"
     rng = random.Random(seed)
     base = work_dir()
@@ -166,7 +172,7 @@ def kill_workers(
 
         def slow(_: Request) -> str:
             if cold:
-                time.sleep(0.06)
+                time.sleep(delay)
             return "ok"
 
         def choose(request: Request) -> str:
@@ -332,12 +338,15 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fs-driver", default="fuse")
+    parser.add_argument("--delay", type=float, default=60, help="milliseconds until registry and mirror answer, EROFS")
     parser.add_argument("--everything", action="store_true", help="all processes at once, EROFS; --kills rounds")
     options = parser.parse_args()
     if options.everything:
         print(json.dumps(asdict(kill_everything(options.kills, options.readers, options.seed)), indent=1))
         return
-    report = kill_workers(options.kills, options.readers, options.seed, fs_driver=options.fs_driver)
+    report = kill_workers(
+        options.kills, options.readers, options.seed, fs_driver=options.fs_driver, delay=options.delay / 1000
+    )
     print(json.dumps(asdict(report), indent=1))
 
 
