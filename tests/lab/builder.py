@@ -54,7 +54,8 @@ class Builder:
         if not mirrors:
             raise LabError("apt has no mirror of Debian here")
         words = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--aptopt={options}", suite, tar, mirrors[0]]
-        run(words, timeout=400)
+        # mounts of its own: one that is killed leaves neither /proc nor /sys in its directory
+        run(["unshare", "--mount", *words], timeout=400)
         container = self("from", "scratch")
         self("add", container, tar)
         self("commit", container, name)
