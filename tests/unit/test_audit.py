@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import audit
+from tests import advisories, audit
 
 CLEAN = {"name": "h11", "version": "0.16.0", "vulns": []}
 BAD = {
@@ -43,17 +43,34 @@ def test_a_known_vulnerability_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert audit.audit({"h11": "0.14.0"})[0] == 0
 
 
-def test_silence_is_said_loudly_and_costs_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_is_said_loudly_costs_one_question_and_leaves_a_copy_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answers(monkeypatch, SKIPPED)
     status, lines = audit.audit({"h11": "0.14.0", "trio": "1"})
-    assert status == 0 and any(line.startswith("NOT AUDITED") for line in lines) and asked == [{"h11": "0.14.0"}]
+    assert status == 0 and asked == [{"h11": "0.14.0"}]
+    assert any("PyPI did not say" in line and "as of 20" in line for line in lines)
 
     def fail(packages: Mapping[str, str]) -> dict[str, Any]:
         raise audit.NotAudited("Connection refused")
 
     monkeypatch.setattr(audit, "ask", fail)
-    status, lines = audit.audit({"h11": "0.14.0"})
+    status, lines = audit.audit({"httpx": "0.23.0"})
     assert status == 0 and "Connection refused" in lines
+    status, lines = audit.audit({"certifi": "2023.5.7", "httpx": "0.19.0"})
+    assert status == 1
+    assert any(line.startswith("certifi 2023.5.7: CVE-2023-37920") and "2023.7.22" in line for line in lines)
+    assert any(line.startswith("httpx 0.19.0: ") for line in lines)
+
+
+def test_ranges_begin_with_their_first_version_and_end_before_the_mended_one() -> None:
+    events = [{"introduced": "1.0"}, {"fixed": "1.4"}, {"introduced": "2.0rc1"}, {"fixed": "2.1"}, {"introduced": "3"}]
+    package = {"name": "Some_Thing"}
+    advisory = {"affected": [{"package": package, "ranges": [{"type": "ECOSYSTEM", "events": events}]}]}
+    ranges = advisories.spans(advisory, "some-thing")
+    assert ranges == [("1.0", "1.4"), ("2.0rc1", "2.1"), ("3", None)] and advisories.spans(advisory, "other") == []
+    bad = {"1.0", "1.3.9", "2.0rc1", "2.0.9", "3", "9"}
+    every = bad | {"0.9", "1.4", "1.9", "2.0b1", "2.1"}
+    assert {one for one in every if advisories.concerns(one, ranges)} == bad
+    assert advisories.concerns("0.1", [("0", "2")])
 
 
 def test_all_is_asked_where_somebody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
