@@ -63,6 +63,20 @@ def went_over(found: dict[str, Any]) -> None:
     assert found["reads after"].startswith("hello")
 
 
+def lived(found: dict[str, Any]) -> None:
+    """A package's life up to its removal, which it refuses while a container uses it."""
+    for step in ("install", "node", "upgrade", "remove"):
+        assert found[step][0] == 0, found[step]
+    assert found["version"][0] == 0
+    assert "/etc/nydus/config.json" in found["files"]
+    assert found["runs"]
+    went_over(found)
+    assert found["busy"][0] != 0
+    assert "1 containers use it: default/app." in found["busy"][1]
+    assert found["reads busy"].startswith("hello")
+    assert (found["remove nydusd"], found["containerd"]) == ([], True)
+
+
 def test_a_bundle_runs_from_anywhere_and_installs_nodes_from_pods(place: Path, wheel: Path) -> None:
     made, moved = place / "made", place / "moved"
     run([sys.executable, REPO / "packaging" / "bundle.py", made, "--wheel", wheel], timeout=600)
@@ -128,19 +142,8 @@ def test_the_debian_package_is_installed_upgraded_and_removed(place: Path, wheel
         done = run([lintian, "--fail-on", "error,warning", package], timeout=400, check=False)
         assert (done.returncode, done.stdout) == (0, "")
     found = seen("deb", package)
-    assert found["install"][0] == 0, found["install"]
-    assert found["version"][0] == 0
-    assert "/etc/nydus/config.json" in found["files"]
-    assert found["runs"]
-    assert found["node"][0] == 0, found["node"]
-    assert found["upgrade"][0] == 0, found["upgrade"]
-    went_over(found)
-    assert found["busy"][0] != 0
-    assert "1 containers use it: default/app." in found["busy"][1]
-    assert found["reads busy"].startswith("hello")
-    assert found["remove"][0] == 0, found["remove"]
+    lived(found)
     assert found["remove left"] == ["/etc/nydus/config.json"]  # a conffile goes with purge
-    assert (found["remove nydusd"], found["containerd"]) == ([], True)
     assert (found["purge"][0], found["purge state"], found["purge left"]) == (0, True, [])
 
 
@@ -157,18 +160,7 @@ def test_the_rpm_is_installed_upgraded_and_removed(place: Path, wheel: Path) -> 
     assert {system, "systemd"} <= set(asked["--requires"].split())
     assert asked["--configfiles"].split() == ["/etc/nydus/config.json"]
     found = seen("rpm", package)
-    assert found["install"][0] == 0, found["install"]
-    assert found["version"][0] == 0
-    assert "/etc/nydus/config.json" in found["files"]
+    lived(found)
     assert found["compiled"] > 300
-    assert found["node"][0] == 0, found["node"]
-    assert found["runs"]
     assert found["verify"] == [0, ""]
-    assert found["upgrade"][0] == 0, found["upgrade"]
-    went_over(found)
-    assert found["busy"][0] != 0
-    assert "1 containers use it: default/app." in found["busy"][1]
-    assert found["reads busy"].startswith("hello")
-    assert found["remove"][0] == 0, found["remove"]
-    assert (found["remove state"], found["remove left"], found["remove nydusd"]) == (True, [], [])
-    assert found["containerd"]
+    assert (found["remove state"], found["remove left"]) == (True, [])
