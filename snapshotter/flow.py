@@ -21,6 +21,7 @@ from snapshotter.filters import Adaptor, parse
 from snapshotter.images import Images
 from snapshotter.labels import (
     DATA_LAYER,
+    IMAGE_REF,
     LAYER_DIGEST,
     OWN,
     PROXY,
@@ -234,7 +235,10 @@ class Snapshotter:
             raise NotFound(_NOT_LAZY.format(image=origin.image, space=origin.namespace))
         if SNAPSHOT_REF not in labels and not is_meta(origin.labels):
             return labels
-        return {**origin.labels, **labels}
+        known = dict(origin.labels)
+        if is_meta(known) and not origin.sure:
+            del known[IMAGE_REF]  # it would stay; the name is asked for when the image is to be mounted
+        return {**known, **labels}
 
     def _skip(
         self,

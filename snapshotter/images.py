@@ -22,7 +22,7 @@ from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.imageconfig import ImageConfigs
-from snapshotter.labels import SNAPSHOT_REF, IdMapping, image_label, image_ref, namespace_of
+from snapshotter.labels import IdMapping, chain_of, image_label, image_ref, namespace_of
 from snapshotter.mounting import Wanted, mount, mount_all
 from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.nydusd_config import Template, write_private
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 RECOVERY_SECONDS = 90.0
 RECOVER_TOGETHER = 4  # daemons: a start costs 0.3 s of a CPU
 UMOUNT_SECONDS = 10.0  # normal: milliseconds; an image left mounted is unmounted by the next start's `_settle`
+# A pull that names no image gives it its name right after its last layer, some milliseconds on an idle machine.
+NAMED_SOON = (0.05, 0.1, 0.2, 0.4, 0.8)
 IMAGE_SECONDS = 120.0  # wait for another call's mount of the same image; that one is bounded itself
 
 
@@ -94,8 +96,10 @@ class Images:
             if record is not None and name in self._serving and self._daemons[record.daemon].lives():
                 return self.mountpoint(record)
             began = time.monotonic()
-            labels, why = self._with_image(meta)
+            labels, why, sure = self._with_image(meta)
             image = image_ref(labels, str(meta.id), why)
+            if not sure:
+                log.warning("snapshot %d is taken to be of %s: containerd has no name for it", meta.id, image)
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             if record is None and not self._settings.serve:
                 self._settings.signatures.check(bootstrap, labels, image)
@@ -130,9 +134,15 @@ class Images:
         try:
             self._wait_recovered(meta.id, None)
             daemon = self._shared_daemon()
-            if name in self._instances or not daemon.alive:
-                return
-            labels, why = self._with_image(meta)
+            for pause in (*NAMED_SOON, None):
+                if name in self._instances or not daemon.alive:
+                    return
+                labels, why, sure = self._with_image(meta)
+                if sure or why:
+                    break
+                if pause is None:
+                    return
+                time.sleep(pause)
             image = image_ref(labels, str(meta.id), why)
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             self._settings.signatures.check(bootstrap, labels, image)
@@ -141,18 +151,24 @@ class Images:
         except (SnapshotterError, NydusError, OSError) as error:
             log.debug("snapshot %d is not opened ahead: %s", meta.id, error)
 
-    def _with_image(self, meta: Snapshot) -> tuple[Mapping[str, str], str]:
-        """Its labels with the image that the client did not name; else why it is not known."""
+    def _with_image(self, meta: Snapshot) -> tuple[Mapping[str, str], str, bool]:
+        """Its labels with the image that the client did not name, and whether that is sure; else why it is not known.
+
+        What is sure is written down. The rest is asked for again: while a pull is under way, and after one that was
+        ended, containerd knows the registry's host and not its port.
+        """
         labels = meta.labels
-        if image_label(labels) or self._origins is None or not labels.get(SNAPSHOT_REF):
-            return labels, ""
-        origin, why = self._origins.find(labels[SNAPSHOT_REF], namespace_of(meta.key))
+        chain = chain_of(meta.key, labels)
+        if image_label(labels) or self._origins is None or not chain:
+            return labels, "", True
+        origin, why = self._origins.find(chain, namespace_of(meta.key))
         if origin is None:
-            return labels, why
-        log.info("snapshot %d is of image %s, as containerd says: the pull did not name it", meta.id, origin.image)
+            return labels, why, False
         more = {key: value for key, value in origin.labels.items() if key not in labels}
-        self._store.update(meta.key, more, [f"labels.{key}" for key in more])
-        return {**labels, **more}, ""
+        if origin.sure:
+            log.info("snapshot %d is of image %s, as containerd says: the pull did not name it", meta.id, origin.image)
+            self._store.update(meta.key, more, [f"labels.{key}" for key in more])
+        return {**labels, **more}, "", origin.sure
 
     def describe(self, meta: Snapshot) -> tuple[Path, str]:
         """Bootstrap and nydusd configuration of an image for which `ensure` returned; the text may hold a password.
@@ -162,7 +178,7 @@ class Images:
         record = self._instances.get(instance_name(meta.id, None))
         if record is not None:
             return record.bootstrap, self.configs.path(record).read_text()
-        labels, why = self._with_image(meta)
+        labels, why, _ = self._with_image(meta)
         image = image_ref(labels, str(meta.id), why)
         record = InstanceRecord(meta.id, "", image, find_bootstrap(self._store.upper(meta.id), image))
         return record.bootstrap, self.configs.found(record, labels)[0]

@@ -47,6 +47,7 @@ OWN = frozenset({STARGZ, STARGZ_TOC, TARFS, TWIN, INDEX_ALTERNATIVE, PROXY, IMAG
 
 Labels = Mapping[str, str]
 _UNPACK = re.compile(r"extract-\d+-\S+ (sha256:[0-9a-f]{64})")
+_CHAIN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class IdMapping(NamedTuple):
@@ -117,6 +118,13 @@ def unpacked_chain(key: str) -> str:
     """
     match = _UNPACK.fullmatch(key.rpartition("/")[2])
     return match[1] if match else ""
+
+
+def chain_of(key: str, labels: Labels) -> str:
+    """The chain id of a committed layer, by its label or else by the name that every client commits it under; "" if
+    neither says."""
+    name = key.rpartition("/")[2]
+    return labels.get(SNAPSHOT_REF) or (name if _CHAIN.fullmatch(name) else "")
 
 
 def id_mapping(labels: Labels) -> IdMapping | None:

@@ -39,11 +39,14 @@ _REMEMBERED = 4096  # manifests
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """`labels`: those that the client would have sent with this layer, but for `containerd.io/snapshot.ref`."""
+    """`labels`: those that the client would have sent with this layer, but for `containerd.io/snapshot.ref`. `sure`:
+    containerd has the image under this name. Else the port of its registry is a guess, good for this moment alone: a
+    pull that is under way gives the name a moment later."""
 
     image: str
     namespace: str
     labels: Mapping[str, str]
+    sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,9 @@ class Origins:
                 client.namespace = space
                 for info in _contents(client, [f'labels."{_CONFIG}"']):
                     layer = self._chain(client, info).get(chain_id)
-                    image = _image(client, info) if layer else ""
+                    image, sure = _image(client, info) if layer else ("", False)
                     if layer and image:
-                        return Origin(image, client.namespace, _labels(image, info.digest, layer))
+                        return Origin(image, client.namespace, _labels(image, info.digest, layer), sure)
         return None
 
     def _chain(self, client: Containerd, info: Any) -> Mapping[str, _Layer]:
@@ -137,11 +140,12 @@ def _contents(client: Containerd, filters: list[str]) -> Iterator[Any]:
     yield from sorted(found, key=lambda info: (info.updated_at.seconds, info.updated_at.nanos), reverse=True)
 
 
-def _image(client: Containerd, manifest: Any) -> str:
-    """The name a manifest was pulled by, else the repository it came from with its digest; "" if nothing says.
+def _image(client: Containerd, manifest: Any) -> tuple[str, bool]:
+    """The name a manifest was pulled by, else the repository it came from with its digest; "" if nothing says. And
+    whether that is sure.
 
-    During the pull there is no name yet. The port of the registry is then that of the only registry on this host which
-    other images came from, or the usual one.
+    During the pull there is no name yet. The port of the registry is then taken to be that of the only registry on this
+    host which other images came from, or the usual one.
     """
     sources = [
         (key.removeprefix(_SOURCE), repository)
@@ -157,13 +161,13 @@ def _image(client: Containerd, manifest: Any) -> str:
     pulled = [one for one in names if (one.hostname, one.repository) in sources] or ([] if sources else names)
     pulled.sort(key=lambda one: (not one.tag, str(one)))
     if pulled:
-        return str(pulled[0])
+        return str(pulled[0]), True
     for hostname, repository in sources:
         hosts = {one.host for one in _references(client.image_names()) if one.hostname == hostname}
         host = hosts.pop() if len(hosts) == 1 else hostname
         for found in _references([f"{host}/{repository}@{manifest.digest}"]):
-            return str(found)
-    return ""
+            return str(found), False
+    return "", False
 
 
 def _references(names: Iterable[str]) -> list[Reference]:

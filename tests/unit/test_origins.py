@@ -56,19 +56,22 @@ class Store:
 
 
 @pytest.mark.parametrize(
-    ("sources", "names", "wanted"),
+    ("sources", "names", "wanted", "sure"),
     [
         # labels know no ports; a tag that was only given here is not in the registry of its name
-        ({"r.example": "a/b"}, ["else.example/x:1", "r.example:5/a/b:v1", "sha256:" + "d" * 64], "r.example:5/a/b:v1"),
-        ({"r.example": "z,a/b"}, [f"r.example/a/b@{MANIFEST}", "r.example/a/b:v1"], "r.example/a/b:v1"),
-        ({"docker.io": "library/x"}, [], f"docker.io/library/x@{MANIFEST}"),
-        ({"r.example": "a/b"}, ["r.example:5/else:1"], f"r.example:5/a/b@{MANIFEST}"),
-        ({}, ["r.example/a/b:v1"], "r.example/a/b:v1"),
-        ({}, ["sha256:" + "d" * 64], None),
+        (
+            {"r.example": "a/b"}, ["else.example/x:1", "r.example:5/a/b:v1", "sha256:" + "d" * 64],
+            "r.example:5/a/b:v1", True,
+        ),
+        ({"r.example": "z,a/b"}, [f"r.example/a/b@{MANIFEST}", "r.example/a/b:v1"], "r.example/a/b:v1", True),
+        ({"docker.io": "library/x"}, [], f"docker.io/library/x@{MANIFEST}", False),
+        ({"r.example": "a/b"}, ["r.example:5/else:1"], f"r.example:5/a/b@{MANIFEST}", False),
+        ({}, ["r.example/a/b:v1"], "r.example/a/b:v1", True),
+        ({}, ["sha256:" + "d" * 64], None, False),
     ],
-)
+)  # fmt: skip
 def test_the_name_it_was_pulled_by(
-    monkeypatch: pytest.MonkeyPatch, sources: dict[str, str], names: list[str], wanted: str | None
+    monkeypatch: pytest.MonkeyPatch, sources: dict[str, str], names: list[str], wanted: str | None, sure: bool
 ) -> None:
     store = Store(sources, {MANIFEST: names}, (BLOB, META))
     monkeypatch.setattr("nydusfs.containerd.client.Containerd", lambda *_: store)
@@ -81,6 +84,7 @@ def test_the_name_it_was_pulled_by(
         return
     assert origin is not None
     assert (origin.image, origin.labels[IMAGE_REF], META_LAYER in origin.labels) == (wanted, wanted, True)
+    assert origin.sure is sure
     assert Reference.parse(origin.image)
     lowest, _ = found.find(CHAIN[0])
     assert lowest is not None
