@@ -18,6 +18,7 @@ from snapshotter.cachegc import Collector
 from snapshotter.cacheusage import CacheUsage
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
 from snapshotter.filters import Adaptor, parse
+from snapshotter.idmapped import IdMappedLayers
 from snapshotter.images import Images
 from snapshotter.labels import (
     DATA_LAYER,
@@ -68,6 +69,7 @@ class Snapshotter:
         store: Store,
         layout: Layout,
         images: Images,
+        idmapped: IdMappedLayers,
         vault: Vault,
         lazy: LazyFinder,
         cache: CacheUsage,
@@ -89,6 +91,7 @@ class Snapshotter:
         self._vault = vault
         self._layout = layout
         self._images = images
+        self._idmapped = idmapped
         self._sync_remove = sync_remove
         self._trash = Trash(store.trash, self._gather)
         self._trash.empty(0)  # what an earlier life had no time for
@@ -184,6 +187,7 @@ class Snapshotter:
             done.append(identity)
         self._store.forget(done)
         try:
+            self._idmapped.release(self._needed_names)
             self._images.release_mapped(self._needed_names)
         except SnapshotterError as error:
             log.warning("%s", error)
@@ -316,16 +320,24 @@ class Snapshotter:
         for depth, layer in enumerate(chain[1:], 1):
             if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
                 by_kernel = self._lazy.local(layer) is not None
-                if mapping and depth > 1 and not by_kernel:
-                    raise InvalidArgument(
-                        f"image {image_label(layer.labels)}: it has layers on top of a Nydus image, whose owners "
-                        "cannot be mapped to a user namespace: convert the whole image to Nydus"
-                    )
+                between = self._between(chain[1:depth], layer, None if by_kernel else mapping)
                 image = self._mounted(layer, mapping)
                 volumes = self._volumes_of(chain[0], chain[depth:])
-                return self._layout.lazy(chain[0], chain[1:depth], image, volumes, mapped=not by_kernel)
+                return self._layout.lazy(chain[0], between, image, volumes, mapped=not by_kernel)
             self._unpack(chain, depth)
         return self._layout.ordinary(chain)
+
+    def _between(self, layers: Sequence[Snapshot], below: Snapshot, mapping: IdMapping | None) -> list[str]:
+        """Directories of unpacked layers above the lazy one `below`."""
+        if mapping is None:
+            return [str(self._store.upper(layer.id)) for layer in layers]
+        try:
+            return self._idmapped.ensure([layer.id for layer in layers], mapping)
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                f"image {image_label(below.labels)}: it has layers on top of a Nydus image, whose owners cannot be "
+                f"mapped to a user namespace here: {error}. Or convert the whole image to Nydus"
+            ) from None
 
     def _in_guest(self, chain: Sequence[Snapshot]) -> bool:
         if len(chain) > 1 and PROXY in chain[1].labels and not self._proxy:
@@ -345,7 +357,7 @@ class Snapshotter:
         return [extra_option(*self._images.describe(image[0]), self._store.path(own.id))]
 
     def _needed_names(self) -> set[str]:
-        """Of images as containers in user namespaces need them."""
+        """Of images and of layers above them as containers in user namespaces need them."""
         return {
             instance_name(layer.id, mapping)
             for chain in self._store.mapped()

@@ -42,20 +42,20 @@ class Layout:
     def lazy(
         self,
         own: Snapshot,
-        between: Sequence[Snapshot],
+        between: Sequence[str],
         image: Path,
         volumes: Sequence[str] = (),
         *,
         mapped: bool = False,
     ) -> list[Mount]:
-        """For a snapshot over a mounted Nydus image; `between` are the unpacked layers above the image, nearest first.
+        """For a snapshot over a mounted Nydus image; `between`: unpacked layers above the image, nearest first.
 
         Upstream drops those layers unless a detection flag is on (images built on Nydus images lose files); here they
         are always stacked. A view brings its own empty directory, as overlay wants two lower directories then.
         `volumes`: options for a runtime that mounts the image itself; their type has them taken out elsewhere.
-        `mapped`: the image shows its owners as the snapshot's user namespace has them already.
+        `mapped`: all of these show their owners as the snapshot's user namespace has them already.
         """
-        lower = [*(self._fs(layer) for layer in between), str(image)]
+        lower = [*between, str(image)]
         if own.kind is not Kind.ACTIVE:
             lower.append(self._fs(own))
         return [self._with(self._overlay(own, lower, mapped=mapped), volumes)]

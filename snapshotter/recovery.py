@@ -22,6 +22,7 @@ from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, StartError
 from snapshotter.flow import Snapshotter
+from snapshotter.idmapped import IdMappedLayers
 from snapshotter.images import Images, ImageSettings
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.registries import Registries
@@ -58,7 +59,8 @@ class Program:
         self._lock = _lock_root(root)
         claim_address(settings.address)
         userxattr = in_user_namespace()
-        if not overlay_works(root, "userxattr" if userxattr else ""):
+        overlay_options = "userxattr" if userxattr else ""
+        if not overlay_works(root, overlay_options):
             raise StartError(
                 "this kernel cannot mount overlayfs (or not on the file system of "
                 f"{root}): containers need it. Try modprobe overlay, or another --root"
@@ -110,6 +112,7 @@ class Program:
         self._images = Images(images, store, records, self._auth.chain, origins)
         self._renewer = Renewer(self._images.mounted, self._images.renew, settings.auth.renewal_seconds)
         self._images.configs.on_credentials = self._renewer.learned
+        self._idmapped = IdMappedLayers(root, store, overlay_options)
         self._lazy = LazyFinder(settings.lazy, Registries(template, self._auth.chain), store)
         self._collector = Collector(
             cache,
@@ -126,6 +129,7 @@ class Program:
             store,
             layout,
             self._images,
+            self._idmapped,
             self._auth.vault,
             self._lazy,
             CacheUsage(cache, store),
@@ -176,6 +180,8 @@ class Program:
         self._collector.close()
         self._images.close(umount=self._settings.cleanup_on_close)
         self._lazy.close(umount=self._settings.cleanup_on_close)
+        if self._settings.cleanup_on_close:
+            self._idmapped.close()
         self._database.close()
         try:
             # another instance may have put its own socket there by now

@@ -84,10 +84,11 @@ def in_user_namespace() -> bool:
         return False  # a kernel without them
 
 
-def overlay_works(directory: Path, more: str = "") -> bool:
+def overlay_works(directory: Path, more: str = "", lower: str = "") -> bool:
     """Whether an overlay with its upper directory here can be mounted; tried, as the module may load on demand.
 
-    `more`: options besides the directories. Takes away what a trial that was killed left.
+    `more`: options besides the directories. `lower`: its lower directory, else an empty one. Takes away what a trial
+    that was killed left.
     """
     for name in os.listdir(directory):
         if name.startswith(TRIAL):
@@ -98,7 +99,7 @@ def overlay_works(directory: Path, more: str = "") -> bool:
         for name in ("lower", "upper", "work", "merged"):
             os.mkdir(f"{scratch}/{name}")
         try:
-            options = f"lowerdir={scratch}/lower,upperdir={scratch}/upper,workdir={scratch}/work"
+            options = f"lowerdir={lower or f'{scratch}/lower'},upperdir={scratch}/upper,workdir={scratch}/work"
             options += f",{more}" if more else ""
             mount("overlay", "overlay", f"{scratch}/merged", 0, options)
         except OSError:

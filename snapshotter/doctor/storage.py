@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -16,7 +17,10 @@ from nydusfs.trees import disk_usage
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.doctor.services import listens
 from snapshotter.errors import SnapshotterError
+from snapshotter.idmapped import FOLDER
+from snapshotter.labels import UID_MAPPING, IdMapping, id_mapping
 from snapshotter.node import Node, nydusds
+from snapshotter.records import instance_of
 from snapshotter.system import start_time
 
 FULL, LOW = 0.02, 0.10  # of the disk free
@@ -107,9 +111,10 @@ def mounts(node: Node) -> Iterator[Finding]:
     try:
         instances = {one.snapshot for one in node.instances()}
         daemons = {str(one.mountpoint): one.id for one in node.daemons()}
+        needed = _mapped(node)
     except SnapshotterError:
         return
-    dead, silent, unknown = [], [], []
+    dead, silent, unknown, unneeded = [], [], [], []
     points = {one.mountpoint: one for one in kernel.mounts() if one.mountpoint.startswith(root)}
     for path, entry in points.items():
         if entry.fstype.startswith("fuse"):
@@ -125,6 +130,8 @@ def mounts(node: Node) -> Iterator[Finding]:
             entry.fstype == "erofs" and number.isdecimal() and int(number) not in instances
         ):
             unknown.append(path)
+        elif path.startswith(f"{root}{FOLDER}/") and instance_of(os.path.basename(path)) not in needed:
+            unneeded.append(path)
     if dead:
         yield error(
             "leftover.mount",
@@ -139,8 +146,21 @@ def mounts(node: Node) -> Iterator[Finding]:
         )
     if unknown:
         yield warning("leftover.unknown", f"mounts that no record knows: {_some(unknown)}", f"umount -l {unknown[0]}")
+    if unneeded:
+        yield note(
+            "leftover.idmapped",
+            f"layers are mounted for user namespaces that no container has any more: {_some(unneeded)}",
+            "containerd's next garbage collection unmounts them",
+        )
     if not (dead or silent or unknown):
         yield ok("leftover.mount", f"{len(points)} mounts below {node.root}, all of them alive and known")
+
+
+def _mapped(node: Node) -> set[tuple[int, IdMapping | None]]:
+    """Layers with user namespaces that they may be mounted for. Raises SnapshotterError."""
+    rows = [(row[0], json.loads(row[1])) for row in node.query("SELECT id, labels FROM snapshots")]
+    mappings = {id_mapping(labels) for _, labels in rows if UID_MAPPING in labels}
+    return {(identity, mapping) for identity, _ in rows for mapping in mappings}
 
 
 def processes_and_sockets(node: Node) -> Iterator[Finding]:

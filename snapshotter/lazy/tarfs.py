@@ -194,7 +194,8 @@ def mount(boot: Path, tars: Sequence[Path], target: Path) -> None:
 
 def mount_erofs(image: Path, devices: Sequence[Path], target: Path) -> None:
     """From files where the kernel can, else through loop devices. Raises OSError."""
-    from nydusfs.drivers.erofs.mount import attach, open_erofs
+    from nydusfs.drivers.erofs.mount import open_erofs
+    from nydusfs.drivers.mountapi import attach
     from snapshotter.lazy import loop
 
     try:

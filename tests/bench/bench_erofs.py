@@ -25,6 +25,7 @@ import trio
 from bootstrap.build import build_directory
 from bootstrap.options import BuildOptions
 from nydusfs.config import load_config
+from nydusfs.drivers import mountapi
 from nydusfs.drivers.erofs import image as erofs_image
 from nydusfs.drivers.erofs import mount
 from nydusfs.services import open_services
@@ -117,7 +118,7 @@ def plain_image(tree: Path, target: Path) -> None:
     run(["mkfs.erofs", "-E", "noinline_data", target.with_suffix(".img"), tree], timeout=300)
     target.mkdir()
     mounted = mount.open_erofs(str(target.with_suffix(".img")), [])
-    mount.attach(mounted, str(target))
+    mountapi.attach(mounted, str(target))
     os.close(mounted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,36 @@ def test_root_of_the_container_owns_its_files(stack: Stack, form: str) -> None:
     ctr("containers", "rm", name)
     ctr("content", "prune", "references", check=False)
     wait_until(lambda: not upper.exists(), 30, "the removal of the container's snapshot")
-    left = [path for path in mounts_below(stack.snapshotter.root) if "-userns-" in path]
-    assert left == []
-    wait_until(lambda: not list((stack.snapshotter.root / "mnt").glob("*-userns-*")), 20, "the unmount")
+    no_mapping_is_left(stack)
     assert stack.ctr_run(ref, "cat", "/marker").strip() == "hello"
+
+
+def test_an_image_made_of_a_container_of_a_nydus_image(stack: Stack, nerdctl: Path) -> None:
+    """Its own layer is unpacked, the ones below are lazy: root of the container owns the files of both."""
+    ref, made = f"{stack.host}/lab/small:nydus", f"{stack.host}/lab/made:{time.monotonic_ns()}"
+    stack.rpull(ref)
+    ctl, ctr = stack.containerd.nerdctl, stack.containerd.ctr
+    name = f"w{time.monotonic_ns()}"
+    ctl(nerdctl, "run", "-d", "-q", "--name", name, "--net", "host", ref, "sleep", "600")
+    try:
+        ctl(nerdctl, "exec", name, "sh", "-c", "echo changed >/marker; mkdir -m 700 /closed; echo in >/closed/file")
+        ctl(nerdctl, "commit", name, made)
+    finally:
+        ctl(nerdctl, "rm", "-f", name)
+    name, mapping = f"u{time.monotonic_ns()}", f"0:{HOST}:65536"
+    options = ["--snapshotter", "nydus", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels"]
+    script = "cat /marker /closed/file; ls -lnd /marker /closed /closed/file /payload; echo more >>/closed/file"
+    said = ctr("run", *options, made, name, "sh", "-c", script).stdout.splitlines()
+    assert said[:2] == ["changed", "in"]
+    assert [line.split()[2:4] for line in said[2:]] == [["0", "0"]] * 4
+    found = list((stack.snapshotter.root / "snapshots").glob("*/fs/closed/file"))
+    assert {path.read_text(): os.stat(path).st_uid for path in found} == {"in\n": 0, "in\nmore\n": HOST}
+    ctr("containers", "rm", name)
+    ctr("content", "prune", "references", check=False)
+    no_mapping_is_left(stack)
+
+
+def no_mapping_is_left(stack: Stack) -> None:
+    root = stack.snapshotter.root
+    wait_until(lambda: not [path for path in mounts_below(root) if "-userns-" in path], 30, "the unmount")
+    wait_until(lambda: not [*root.glob("mnt/*-userns-*"), *root.glob("idmapped/*")], 20, "the unmount")

@@ -276,12 +276,13 @@ def test_what_the_daemon_does_to_devices_is_not_announced_to_itself(tmp_path: Pa
 _OWN_WAYS = """
 import mmap, os, select, sys, threading
 from pathlib import Path
+from nydusfs.drivers import mountapi
 from nydusfs.drivers.erofs import fanotify, mount, selftest
 base = Path(sys.argv[1])
 files = base / "files"; files.mkdir()
 (base / "image").write_bytes(selftest.tiny_image())
 device = files / "d"; device.touch()
-group, tree = fanotify.init(), mount.clone_tree(files)
+group, tree = fanotify.init(), mountapi.clone_tree(files)
 fanotify.mark_mount(group, tree)
 mounted = mount.open_erofs(str(base / "image"), [f"/proc/self/fd/{tree}/d"])
 fd = os.open(device, os.O_RDWR)

@@ -123,10 +123,6 @@ def test_what_cannot_be_mapped_is_said(ours: Snapshotter) -> None:
         unequal = {**labels(1000), PREFIX + "gidmapping": "0:2000:65536"}
         with pytest.raises(grpc.RpcError, match="must be equal"):
             client.prepare("default/4/a", meta, unequal)
-        client.prepare("default/4/layer", meta)
-        client.commit("default/5/top", "default/4/layer")
-        with pytest.raises(grpc.RpcError, match="convert the whole image"):
-            client.prepare("default/4/b", "default/5/top", labels(1000))
         assert [info.name for info in client.list("kind==active")] == []
 
 

@@ -43,8 +43,10 @@ class Client:
         )
         return list(self.stub.Prepare(request, timeout=CALL_SECONDS).mounts)
 
-    def view(self, key: str, parent: str = "") -> list[Any]:
-        request = pb.ViewSnapshotRequest(snapshotter=self.snapshotter, key=key, parent=parent)
+    def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> list[Any]:
+        request = pb.ViewSnapshotRequest(
+            snapshotter=self.snapshotter, key=key, parent=parent, labels=dict(labels or {})
+        )
         return list(self.stub.View(request, timeout=CALL_SECONDS).mounts)
 
     def mounts(self, key: str) -> list[Any]:

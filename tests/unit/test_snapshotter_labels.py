@@ -36,7 +36,7 @@ def test_what_containerd_knows_of_an_image_is_no_more_trusted_than_the_image(tmp
     origins: Any = Containerd({**said, **dict.fromkeys(OWN, "true"), PULL_USER: "u", PULL_SECRET: "p"})
     lazy = LazyFinder(LazySettings(index=True), None, store)  # type: ignore[arg-type]
     none: Any = None
-    flow = Snapshotter(store, Layout(store.directory), none, Vault(tmp_path / "auth"), lazy, none, none, origins)
+    flow = Snapshotter(store, Layout(store.directory), none, none, Vault(tmp_path / "auth"), lazy, none, none, origins)
     flow.prepare("extract-1 " + CHAIN, "", {SNAPSHOT_REF: CHAIN})
     (made,) = store.all()
     assert dict(made.labels) == {**said, SNAPSHOT_REF: CHAIN}

@@ -22,7 +22,7 @@ from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
-from nydusfs.drivers import kernel
+from nydusfs.drivers import kernel, mountapi
 from nydusfs.drivers.erofs import fanotify, mount, selftest
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
@@ -265,7 +265,7 @@ class ErofsDriver:
 
     def _tree(self, store: CacheStore, devices: DeviceFiles) -> int:
         if store not in self._trees:
-            tree = mount.clone_tree(devices.root)
+            tree = mountapi.clone_tree(devices.root)
             fanotify.mark_mount(self._group, tree)
             self._trees[store] = tree
         return self._trees[store]

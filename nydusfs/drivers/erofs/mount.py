@@ -1,7 +1,4 @@
-"""The mount API of descriptors: an EROFS image with thousands of devices needs it, mount(2) takes one page of options.
-
-Names are those of `linux/mount.h`; numbers of the calls are the same on all architectures but alpha.
-"""
+"""EROFS mounts by the mount API of descriptors: thousands of devices need it, mount(2) takes one page of options."""
 
 from __future__ import annotations
 
@@ -10,48 +7,27 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-SYS_open_tree = 428
-SYS_move_mount = 429
+from nydusfs.drivers.mountapi import (
+    AT_FDCWD,
+    MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    call,
+)
+
 SYS_fsopen = 430
 SYS_fsconfig = 431
 SYS_fsmount = 432
-
-AT_FDCWD = -100
-OPEN_TREE_CLONE = 1
-OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-FSOPEN_CLOEXEC = 1
 SYS_fspick = 433
+
+FSOPEN_CLOEXEC = 1
 FSPICK_CLOEXEC = 0x1
 FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
 FSMOUNT_CLOEXEC = 1
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOATIME = 0x1, 0x2, 0x4, 0x10
-MOVE_MOUNT_F_EMPTY_PATH = 0x4
 
 READ_AHEAD_KIB = 512
 """Of the mount; the kernel's 128 reads a cached image at a third of the speed, 1024 was slower again in some runs."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-
-
-def _call(name: str, number: int, *arguments: object) -> int:
-    found: int = _syscall(ctypes.c_long(number), *arguments)
-    if found < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{name}: {os.strerror(code)}")
-    return found
-
-
-def clone_tree(path: str | os.PathLike[str]) -> int:
-    """A descriptor of a private bind mount of a directory that is attached nowhere. Raises OSError."""
-    flags = ctypes.c_uint(OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
-    return _call("open_tree", SYS_open_tree, ctypes.c_int(AT_FDCWD), os.fsencode(path), flags)
-
-
-def tree_path(tree: int) -> str:
-    """What paths into a tree of `clone_tree` begin with, in this process."""
-    return f"/proc/self/fd/{tree}/"
 
 
 def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> int:
@@ -65,7 +41,7 @@ def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> i
 
     nosuid and nodev for the reasons `connection.mount` gives. Raises OSError, with what the kernel says about it.
     """
-    context = _call("fsopen", SYS_fsopen, b"erofs", ctypes.c_uint(FSOPEN_CLOEXEC))
+    context = call("fsopen", SYS_fsopen, b"erofs", ctypes.c_uint(FSOPEN_CLOEXEC))
     try:
         try:
             _config(context, FSCONFIG_SET_FLAG, b"ro", None)  # before block devices are opened
@@ -81,7 +57,7 @@ def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> i
             raise OSError(error.errno, f"{error.strerror}{_said(context)}") from None
         flags = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOATIME
         arguments = ctypes.c_int(context), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(flags)
-        return _call("fsmount", SYS_fsmount, *arguments)
+        return call("fsmount", SYS_fsmount, *arguments)
     finally:
         os.close(context)
 
@@ -89,7 +65,7 @@ def open_erofs(image: str, devices: Iterable[str], *, direct: bool = False) -> i
 def set_direct(target: str, direct: bool) -> None:
     """From now on a mount's devices are read past their page cache, or through it: see `open_erofs`. Raises OSError."""
     cwd, flags = ctypes.c_int(AT_FDCWD), ctypes.c_uint(FSPICK_CLOEXEC)
-    context = _call("fspick", SYS_fspick, cwd, os.fsencode(target), flags)
+    context = call("fspick", SYS_fspick, cwd, os.fsencode(target), flags)
     try:
         if direct:
             _config(context, FSCONFIG_SET_FLAG, b"directio", None)
@@ -98,12 +74,6 @@ def set_direct(target: str, direct: bool) -> None:
         raise OSError(error.errno, f"{error.strerror}{_said(context)}") from None
     finally:
         os.close(context)
-
-
-def attach(mounted: int, target: str) -> None:
-    """Put a mount at a path. Raises OSError."""
-    cwd, flags = ctypes.c_int(AT_FDCWD), ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH)
-    _call("move_mount", SYS_move_mount, ctypes.c_int(mounted), b"", cwd, os.fsencode(target), flags)
 
 
 def _bdis() -> set[str]:
@@ -124,7 +94,7 @@ def _set_read_ahead(names: set[str]) -> None:
 
 
 def _config(context: int, command: int, key: bytes | None, value: bytes | None) -> None:
-    _call("fsconfig", SYS_fsconfig, ctypes.c_int(context), ctypes.c_uint(command), key, value, ctypes.c_int(0))
+    call("fsconfig", SYS_fsconfig, ctypes.c_int(context), ctypes.c_uint(command), key, value, ctypes.c_int(0))
 
 
 def _said(context: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bootstrap.errors import RafsError
 from nydusfs.cache.devices import DeviceFiles, usable
+from nydusfs.drivers import mountapi
 from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.drivers.erofs.image import DeviceFile, is_scattered
 from nydusfs.image_reader import ImageReader
@@ -42,7 +43,7 @@ class PreparedMount:
         for attempt in range(3):
             try:
                 names = [self._device_path(file, tree, group) for file in self.files]
-                apart = not any(name.startswith(mount.tree_path(tree)) for name in names)
+                apart = not any(name.startswith(mountapi.tree_path(tree)) for name in names)
                 self.direct = apart and not is_scattered(self._path)
                 self._mounted = mount.open_erofs(str(self._path), names, direct=self.direct)
             except OSError as error:
@@ -55,7 +56,7 @@ class PreparedMount:
 
     def attach(self, target: str) -> None:
         """Raises OSError."""
-        mount.attach(self._mounted, target)
+        mountapi.attach(self._mounted, target)
         self.close()
 
     def close(self) -> None:
@@ -92,7 +93,7 @@ class PreparedMount:
                     fanotify.heed(group, fd)  # another mount had no use for being asked
             finally:
                 os.close(fd)
-        return mount.tree_path(tree) + devices.device(blob.id, file.name)
+        return mountapi.tree_path(tree) + devices.device(blob.id, file.name)
 
     def _asked_always(self) -> bool:
         """Of complete segments too: they may have to go, or their reads are counted."""

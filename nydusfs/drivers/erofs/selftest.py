@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 from nydusfs.config import FsDriver
+from nydusfs.drivers import mountapi
 from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.errors import NydusError
 
@@ -78,7 +79,7 @@ class _Test:
 
     def _check(self) -> None:
         group = self._keep(fanotify.init())
-        tree = self._keep(mount.clone_tree(self._files))
+        tree = self._keep(mountapi.clone_tree(self._files))
         fanotify.mark_mount(group, tree)
         mounted = self._keep(mount.open_erofs(str(self._image), [f"/proc/self/fd/{tree}/d"]))
         file = self._keep(os.open("f", os.O_RDONLY | os.O_CLOEXEC, dir_fd=mounted))
