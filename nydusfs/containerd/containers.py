@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nydusfs.containerd.client import Containerd
@@ -20,12 +20,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """`image` is the name of its image record; `snapshot_key` names its writable layer in `snapshotter`."""
+    """`image` is the name of its image record; `snapshot_key` names its writable layer in `snapshotter`; `spec`: the
+    OCI runtime's, JSON."""
 
     id: str
     image: str
     snapshotter: str
     snapshot_key: str
+    spec: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,9 @@ class Containers(Containerd):
     def _list(self, filters: Sequence[str]) -> list[Container]:
         request = containers_pb2.ListContainersRequest(filters=filters)
         reply = self.call("listing containers", self._containers.List, request)
-        return [Container(one.id, one.image, one.snapshotter, one.snapshot_key) for one in reply.containers]
+        return [
+            Container(one.id, one.image, one.snapshotter, one.snapshot_key, one.spec.value) for one in reply.containers
+        ]
 
     def task(self, container: str) -> Task:
         """All zero for a container without a process."""

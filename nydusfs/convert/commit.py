@@ -19,7 +19,7 @@ from nydusfs.containerd.containers import Container, Containers
 from nydusfs.containerd.pausing import paused
 from nydusfs.convert import manifests
 from nydusfs.convert.bootstrap_layer import write_bootstrap_layer
-from nydusfs.convert.container import Layers, image_of, layers_of, merged_view, root_of
+from nydusfs.convert.container import Layers, image_of, layers_of, merged_view, root_of, user_namespace_of
 from nydusfs.convert.derive import derived_manifest, prefetch_paths, push_layers
 from nydusfs.convert.endpoints import Connections, Location
 from nydusfs.convert.facts import shown
@@ -142,6 +142,7 @@ class _Reading:
     ) -> None:
         self._containers = containers
         self._container = container
+        self._namespace = user_namespace_of(container)
         self._layers = layers
         self._folder = folder
         self._progress = progress
@@ -175,7 +176,9 @@ class _Reading:
         try:
             with merged_view(self._layers, self._folder) as view:
                 return self._layer(
-                    "upper", "what the container changed", lambda: upper_layer(upper, choice, view, self._layers.marks)
+                    "upper",
+                    "what the container changed",
+                    lambda: upper_layer(upper, choice, view, self._layers.marks, self._namespace),
                 )
         finally:
             os.close(upper)
@@ -183,7 +186,9 @@ class _Reading:
     def _mounted(self, pid: int, number: int) -> NewLayer:
         path, choice = self._with[number], Choice(left_out=self._without)
         with root_of(self._container, pid) as root:
-            return self._layer(f"mount-{number}", f"/{shown(path)}", lambda: folder_layer(root, path, choice))
+            return self._layer(
+                f"mount-{number}", f"/{shown(path)}", lambda: folder_layer(root, path, choice, self._namespace)
+            )
 
     def _layer(self, name: str, what: str, pieces: Callable[[], Iterator[bytes]]) -> NewLayer:
         for attempt in range(1, _TRIES + 1):

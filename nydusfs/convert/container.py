@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -18,6 +19,7 @@ from nydusfs.convert.images import Image, load_images
 from nydusfs.convert.stored import StoredImage
 from nydusfs.convert.upperdir import TRUSTED, USER
 from nydusfs.errors import ConvertError
+from nydusfs.owners import Range, UserNamespace
 from nydusfs.registry.hosts import ClientOptions
 from nydusfs.registry.reference import Reference, ReferenceError
 
@@ -89,6 +91,19 @@ def layers_of(containers: Containers, container: Container) -> Layers:
             f"upper directory {upper} of container {container.id} is not here: run this beside containerd"
         )
     return Layers(Path(upper), mount.option("lowerdir"), USER if "userxattr" in mount.options else TRUSTED)
+
+
+def user_namespace_of(container: Container) -> UserNamespace:
+    """What it was made with. Raises ConvertError."""
+    try:
+        linux = json.loads(container.spec).get("linux") or {}
+        ranges = [
+            tuple(Range(one["containerID"], one["hostID"], one["size"]) for one in linux.get(name) or ())
+            for name in ("uidMappings", "gidMappings")
+        ]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ConvertError(f"container {container.id}: its OCI runtime specification cannot be read") from None
+    return UserNamespace(*ranges)
 
 
 @contextmanager

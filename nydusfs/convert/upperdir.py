@@ -20,12 +20,14 @@ from bootstrap import tarwrite
 from bootstrap.tarwrite import Member, pack_member, padding
 from nydusfs.convert.facts import shown
 from nydusfs.errors import ConvertError
+from nydusfs.owners import UserNamespace, renumbered
 
 log = logging.getLogger(__name__)
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 TRUSTED, USER = b"trusted.overlay.", b"user.overlay."  # overlayfs' attributes; the second with the option userxattr
+MACHINE = UserNamespace()
 _PIECE = 1 << 20
 _KINDS = {stat.S_IFCHR: tarwrite.CHAR, stat.S_IFBLK: tarwrite.BLOCK_DEVICE, stat.S_IFIFO: tarwrite.FIFO}
 
@@ -46,17 +48,25 @@ class Choice:
         return not any(path == one or path.startswith(one + b"/") for one in (*self.left_out, *self.replaced))
 
 
-def upper_layer(upper: int, choice: Choice, merged: Callable[[], int], marks: bytes = TRUSTED) -> Iterator[bytes]:
+def upper_layer(
+    upper: int,
+    choice: Choice,
+    merged: Callable[[], int],
+    marks: bytes = TRUSTED,
+    namespace: UserNamespace = MACHINE,
+) -> Iterator[bytes]:
     """Pieces of the layer tar for an upper directory. `upper` is a descriptor; `merged` gives that of the directory
-    where upper and lower layers are seen as one; `marks` begin the names of overlayfs' attributes. Raises ConvertError
-    that names the path."""
+    where upper and lower layers are seen as one; `marks` begin the names of overlayfs' attributes; owners are named as
+    in `namespace`, the container's. Raises ConvertError that names the path."""
     with _changes_noticed():
-        yield from _upper(upper, choice, merged, marks)
+        yield from _upper(upper, choice, merged, marks, namespace)
     yield tarwrite.END_OF_ARCHIVE
 
 
-def _upper(upper: int, choice: Choice, merged: Callable[[], int], marks: bytes) -> Iterator[bytes]:
-    writer = _Writer(marks)
+def _upper(
+    upper: int, choice: Choice, merged: Callable[[], int], marks: bytes, namespace: UserNamespace
+) -> Iterator[bytes]:
+    writer = _Writer(marks, namespace)
     stack = [b""]
     while stack:
         path = stack.pop()
@@ -88,11 +98,11 @@ def _upper(upper: int, choice: Choice, merged: Callable[[], int], marks: bytes) 
         yield writer.whiteout(head, last)
 
 
-def folder_layer(top: int, path: bytes, choice: Choice) -> Iterator[bytes]:
+def folder_layer(top: int, path: bytes, choice: Choice, namespace: UserNamespace = MACHINE) -> Iterator[bytes]:
     """Pieces of the layer tar for all there is below `path` of the directory `top`, or for the one file it names.
-    Mounts below are taken with it. Raises ConvertError that names the path."""
+    Mounts below are taken with it; owners are named as in `namespace`. Raises ConvertError that names the path."""
     with _changes_noticed():
-        yield from _tree(top, path, _Writer(), choice)
+        yield from _tree(top, path, _Writer(namespace=namespace), choice)
     yield tarwrite.END_OF_ARCHIVE
 
 
@@ -126,8 +136,9 @@ def _tree(top: int, path: bytes, writer: _Writer, choice: Choice, *, opaque: boo
 class _Writer:
     """Entries of one layer; remembers the first name of each file with several. `marks`: attributes to leave out."""
 
-    def __init__(self, marks: bytes = TRUSTED) -> None:
+    def __init__(self, marks: bytes = TRUSTED, namespace: UserNamespace = MACHINE) -> None:
         self._marks = marks
+        self._namespace = namespace
         self._links: dict[tuple[int, int], bytes] = {}
 
     def whiteout(self, directory: bytes, name: bytes) -> bytes:
@@ -144,7 +155,8 @@ class _Writer:
         if kind == stat.S_IFSOCK:
             log.info("/%s is a socket: layers have no place for it, it is left out", shown(path))
             return
-        member = Member(path, b"", stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        owner = self._namespace.user(found.st_uid), self._namespace.group(found.st_gid)
+        member = Member(path, b"", stat.S_IMODE(found.st_mode), *owner)
         member.mtime = found.st_mtime_ns // 10**9
         if kind != stat.S_IFDIR and found.st_nlink > 1:
             first = self._links.setdefault((found.st_dev, found.st_ino), path)
@@ -178,7 +190,7 @@ class _Writer:
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise ConvertError(f"/{shown(path)}: its attributes cannot be read: {error.strerror}") from error
-        return found
+        return renumbered(found, self._namespace.user, self._namespace.group)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import containerd_of, load_image, require_programs
+from tests.e2e.test_commit import commit
 from tests.lab.process import mounts_below, wait_until
 from tests.lab.stack import Stack, StackOptions
 
@@ -84,6 +85,26 @@ def test_an_image_made_of_a_container_of_a_nydus_image(stack: Stack, nerdctl: Pa
     ctr("containers", "rm", name)
     ctr("content", "prune", "references", check=False)
     no_mapping_is_left(stack)
+
+
+def test_commit_names_owners_as_the_container_does(stack: Stack) -> None:
+    ref, target = f"{stack.host}/lab/small:nydus", f"{stack.host}/lab/small:committed"
+    stack.rpull(ref)
+    ctr = stack.containerd.ctr
+    name, mapping = f"u{time.monotonic_ns()}", f"0:{HOST}:65536"
+    options = ["--snapshotter", "nydus", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels"]
+    ctr("run", "-d", *options, ref, name, "sh", "-c", "echo changed >/marker; mkdir /made; sleep 600")
+    try:
+        upper = stack.snapshotter.root / "snapshots"
+        wait_until(lambda: bool(list(upper.glob("*/fs/made"))), 20, "what the container does")
+        commit(stack, name, target)
+    finally:
+        ctr("tasks", "rm", "-f", name)
+        ctr("containers", "rm", name)
+    stack.rpull(target)
+    for more in (options[:2], options):
+        said = ctr("run", "--rm", *more, target, f"{name}-{len(more)}", "ls", "-ln", "/marker", "/payload").stdout
+        assert [line.split()[2:4] for line in said.splitlines()] == [["0", "0"]] * 2
 
 
 def no_mapping_is_left(stack: Stack) -> None:

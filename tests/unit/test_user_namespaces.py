@@ -11,8 +11,11 @@ import pytest
 
 from bootstrap.base import Attr
 from nydusfs.config import load_config
+from nydusfs.containerd.containers import Container
+from nydusfs.convert.container import user_namespace_of
 from nydusfs.drivers.idmap import IdMap
-from nydusfs.errors import NydusError
+from nydusfs.errors import ConvertError, NydusError
+from nydusfs.owners import Range, UserNamespace, renumbered
 from snapshotter.database import MIGRATIONS, NAME, Database
 from snapshotter.labels import IdMapping
 from snapshotter.records import InstanceRecord, Records, instance_name, instance_of
@@ -37,9 +40,33 @@ def test_attributes_that_hold_ids() -> None:
     assert changed[b"user.a"] == b"b"
     assert changed[b"system.posix_acl_access"] == expected
     assert changed[b"security.capability"] == struct.pack("<IIIIII", 0x03000001, 1 << 13, 0, 0, 0, 65536)
+    back = UserNamespace((Range(0, 65536, 1000),), (Range(0, 65536, 1000),))
+    assert renumbered(changed, back.user, back.group) == found
     # what is not of a known form is the kernel's to judge
     odd = {b"system.posix_acl_access": b"\2\0\0\0x", b"security.capability": b"short"}
     assert mapped.xattrs(odd) == odd
+
+
+def test_owners_that_a_container_sees() -> None:
+    specification = {
+        "uidMappings": [
+            {"containerID": 0, "hostID": 1000, "size": 1},
+            {"containerID": 1, "hostID": 100_000, "size": 65535},
+        ],
+        "gidMappings": [{"containerID": 0, "hostID": 100_000, "size": 65536}],
+    }
+
+    def made_with(document: object) -> UserNamespace:
+        return user_namespace_of(Container("c", "i", "nydus", "k", json.dumps(document).encode()))
+
+    seen = made_with({"linux": specification})
+    assert [seen.user(owner) for owner in (1000, 1001, 100_000, 165_534, 165_535, 0)] == [0, 1001, 1, 65535, 165_535, 0]
+    assert [seen.group(owner) for owner in (1000, 100_000, 165_535)] == [1000, 0, 65535]
+    for without in ({}, {"linux": None}, {"linux": {"uidMappings": None}}):
+        assert made_with(without) == UserNamespace()
+    for wrong in ([], {"linux": {"uidMappings": [{}]}}, {"linux": {"gidMappings": 5}}):
+        with pytest.raises(ConvertError, match="container c: its OCI runtime specification"):
+            made_with(wrong)
 
 
 @pytest.mark.parametrize("value", ["[0]", "[0,1,0]", "[-1,1,1]", "[0,4294967295,2]", '["0",1,1]'])

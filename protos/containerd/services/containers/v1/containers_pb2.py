@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n9protos/containerd/services/containers/v1/containers.proto\x12!containerd.services.containers.v1\"\xca\x01\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\x13\n\x0bsnapshotter\x18\x06 \x01(\t\x12\x14\n\x0csnapshot_key\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container2\x81\x02\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n9protos/containerd/services/containers/v1/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\"\xee\x01\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x13\n\x0bsnapshotter\x18\x06 \x01(\t\x12\x14\n\x0csnapshot_key\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container2\x81\x02\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +34,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTAINER_LABELSENTRY']._loaded_options = None
   _globals['_CONTAINER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CONTAINER']._serialized_start=97
-  _globals['_CONTAINER']._serialized_end=299
-  _globals['_CONTAINER_LABELSENTRY']._serialized_start=254
-  _globals['_CONTAINER_LABELSENTRY']._serialized_end=299
-  _globals['_GETCONTAINERREQUEST']._serialized_start=301
-  _globals['_GETCONTAINERREQUEST']._serialized_end=334
-  _globals['_GETCONTAINERRESPONSE']._serialized_start=336
-  _globals['_GETCONTAINERRESPONSE']._serialized_end=423
-  _globals['_LISTCONTAINERSREQUEST']._serialized_start=425
-  _globals['_LISTCONTAINERSREQUEST']._serialized_end=465
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=467
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=557
-  _globals['_CONTAINERS']._serialized_start=560
-  _globals['_CONTAINERS']._serialized_end=817
+  _globals['_CONTAINER']._serialized_start=124
+  _globals['_CONTAINER']._serialized_end=362
+  _globals['_CONTAINER_LABELSENTRY']._serialized_start=317
+  _globals['_CONTAINER_LABELSENTRY']._serialized_end=362
+  _globals['_GETCONTAINERREQUEST']._serialized_start=364
+  _globals['_GETCONTAINERREQUEST']._serialized_end=397
+  _globals['_GETCONTAINERRESPONSE']._serialized_start=399
+  _globals['_GETCONTAINERRESPONSE']._serialized_end=486
+  _globals['_LISTCONTAINERSREQUEST']._serialized_start=488
+  _globals['_LISTCONTAINERSREQUEST']._serialized_end=528
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=530
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=620
+  _globals['_CONTAINERS']._serialized_start=623
+  _globals['_CONTAINERS']._serialized_end=880
 # @@protoc_insertion_point(module_scope)
