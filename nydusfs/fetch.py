@@ -8,7 +8,8 @@
 - Missing neighbours of one read are one request, unless other nodes would not find what was fetched so (`by_range`).
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
   are decoded in place, where the two switches (about 100 us) would cost more than the work.
-- A reader goes on as soon as its segment is verified: the cache file is written meanwhile.
+- A reader goes on as soon as its segment is verified: the cache file is written meanwhile. Where the file is what the
+  reader waits for (`stored`), each segment is written before the next one of its request is decoded.
 - Failure is never remembered: the next read tries again.
 """
 
@@ -81,6 +82,7 @@ class _Flight:
     ahead: int = 0  # bytes that nobody had asked for
     urgent: trio.Event = field(default_factory=trio.Event)  # a reader waits; one for all flights of a request
     plain: Plain | None = None
+    complete: bool = False  # nothing is left to do for it
     error: SourceError | None = None
 
 
@@ -92,17 +94,8 @@ class _Part:
     units: list[UnitMembers]
     plain: Plain | None = None
     completes: _Flight | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What a check made of the bytes that passed it, one for each part."""
-
-    plain: list[Plain]
-    kept: list[bool]
-
-
-_Results: TypeAlias = list[_Result]  # of the checks of one request; the last one counts
+    decoded: Plain | None = None  # and verified; stays if what came in the same answer was wrong
+    kept: bool = False
 
 
 class FetchScheduler:
@@ -336,12 +329,14 @@ class FetchScheduler:
         except SourceError as error:
             if len(group) == 1 or not error.damaged:
                 for flight in group:
-                    flight.error = error
+                    if not flight.complete:
+                        flight.error = error
                 return
             # One bad segment must not take its neighbours along.
             for flight in group:
                 try:
-                    await self._fetch_one(flight, priority)
+                    if not flight.complete:
+                        await self._fetch_one(flight, priority)
                 except SourceError as own:
                     flight.error = own
 
@@ -351,12 +346,11 @@ class FetchScheduler:
         kept = False
         ranges = list(runs(job.chunks, job.segment))
         for number, (start, end, units) in enumerate(ranges):
-            results: _Results = []
             last = number == len(ranges) - 1
             part = _Part(job, units, plain, flight if last else None)
-            check = partial(self._verify, results, [part], start, last, self._decoders(priority))
+            check = partial(self._verify, [part], start, last, self._decoders(priority))
             await self._read(flight, start, end - start, priority, check)
-            (plain,), (kept,) = results[-1].plain, results[-1].kept
+            plain, kept = part.decoded, part.kept
         assert plain is not None
         self._finish(flight, plain, kept)
 
@@ -367,11 +361,14 @@ class FetchScheduler:
             _Part(job, next(runs(job.chunks, job.segment))[2], None, flight)
             for job, flight in zip(jobs, group, strict=True)
         ]
-        results: _Results = []
-        check = partial(self._verify, results, parts, start, True, self._decoders(priority))
-        await self._read(group[0], start, end - start, priority, check)
-        for flight, plain, kept in zip(group, results[-1].plain, results[-1].kept, strict=True):
-            self._finish(flight, plain, kept)
+        check = partial(self._verify, parts, start, True, self._decoders(priority))
+        try:
+            await self._read(group[0], start, end - start, priority, check)
+        finally:
+            for flight, part in zip(group, parts, strict=True):
+                if part.decoded is not None:
+                    self._finish(flight, part.decoded, part.kept)
+                    flight.complete = True
 
     def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
         return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
@@ -389,40 +386,41 @@ class FetchScheduler:
 
     async def _verify(
         self,
-        results: _Results,
         parts: list[_Part],
         start: int,
         store: bool,
         limiter: trio.CapacityLimiter,
         stored: Buffer,
     ) -> None:
-        """The check of a source's bytes: verify everything, then write it if `store`; appends what came of it.
-
-        Raises `WrongBytes`.
-        """
+        """The check of a source's bytes: verify the parts, and write them if `store`. Raises `WrongBytes`."""
         view = memoryview(stored)
         small = len(stored) <= INLINE or len(self._flights) <= 1
         small = small and not any(part.job.cache is not None and part.job.cache.write_waits() for part in parts)
         if not small or sum(part.job.segment.size for part in parts) > INLINE_PLAIN:
-            results.append(
-                await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)
-            )
+            await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)
             return
-        plain = _decode(parts, start, view, _serve)
-        if any(part.completes is not None and part.completes.awaited for part in parts):
-            await trio.lowlevel.checkpoint()  # readers are woken in this turn
-            await trio.lowlevel.checkpoint()  # and have answered now
-        results.append(_Result(plain, _store(parts, plain, store)))
+        served: list[_Part] = []
+        try:
+            _decode(parts, start, view, store, _serve, served)
+        finally:
+            if served and store:
+                await trio.lowlevel.checkpoint()  # readers are woken in this turn
+                await trio.lowlevel.checkpoint()  # and have answered now
+                _store(served)
 
-    def _decode_and_store(self, parts: list[_Part], start: int, stored: memoryview, store: bool) -> _Result:
+    def _decode_and_store(self, parts: list[_Part], start: int, stored: memoryview, store: bool) -> None:
         def tell(flight: _Flight, plain: Plain) -> None:
             try:
                 self._token.run_sync_soon(_serve, flight, plain)
             except trio.RunFinishedError:
                 pass
 
-        plain = _decode(parts, start, stored, tell)
-        return _Result(plain, _store(parts, plain, store))
+        served: list[_Part] = []
+        try:
+            _decode(parts, start, stored, store, tell, served)
+        finally:
+            if store:
+                _store(served)
 
     def _finish(self, flight: _Flight, plain: Plain, kept: bool) -> None:
         job = flight.job
@@ -454,26 +452,36 @@ def _serve(flight: _Flight, plain: Plain) -> None:
     flight.done.set()
 
 
-def _decode(parts: list[_Part], start: int, stored: memoryview, ready: Callable[[_Flight, Plain], None]) -> list[Plain]:
-    """Verify all parts; what a reader waits for is `ready` at once. Raises `WrongBytes`."""
-    found: list[Plain] = []
+def _decode(
+    parts: list[_Part],
+    start: int,
+    stored: memoryview,
+    store: bool,
+    ready: Callable[[_Flight, Plain], None],
+    served: list[_Part],
+) -> None:
+    """Verify all parts. What a reader waits for is `ready` at once and to be stored after all (`served`), the rest
+    before the next one is decoded. Raises `WrongBytes`."""
     for part in parts:
+        if part.decoded is not None:
+            continue
         job = part.job
         try:
-            plain = decode(job.segment, job.chunks, part.units, start, stored, part.plain)
+            part.decoded = decode(job.segment, job.chunks, part.units, start, stored, part.plain)
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
         if part.completes is not None and part.completes.awaited:
-            ready(part.completes, plain)
-        found.append(plain)
-    return found
+            ready(part.completes, part.decoded)
+            served.append(part)
+        elif store:
+            _store([part])
 
 
-def _store(parts: list[_Part], found: list[Plain], store: bool) -> list[bool]:
-    return [
-        store and part.job.cache is not None and part.job.cache.write(part.job.segment, plain)
-        for part, plain in zip(parts, found, strict=True)
-    ]
+def _store(parts: list[_Part]) -> None:
+    for part in parts:
+        assert part.decoded is not None
+        cache = part.job.cache
+        part.kept = cache is not None and cache.write(part.job.segment, part.decoded)
 
 
 def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[Plain, bool] | None:

@@ -459,10 +459,12 @@ class ImageReader:
         if wanted and not self._closed:
             self.start(wanted)
 
-    def _behind(self, ino: int, offset: int, size: int, own: dict[bytes, Segment], cached: bool) -> list[Segment]:
+    def _behind(
+        self, ino: int, offset: int, size: int, own: dict[bytes, Segment], cached: bool, here: int = 0
+    ) -> list[Segment]:
         wanted: list[Segment] = []
         try:
-            start, length = self._files.note(ino, offset, size)
+            start, length = self._files.note(ino, offset, size, here)
             if length:
                 ahead = self._pieces(self.bootstrap.extents(ino, start, length))
                 wanted = [piece.segment for piece in ahead if piece.segment is not None]
@@ -490,11 +492,12 @@ class ImageReader:
         """Whether a read of what was here is to be told to `follow`. From any thread."""
         return self._files.due(ino, end) or self._runs.due(segment)
 
-    def follow(self, ino: int, offset: int, size: int, segment: Segment, *, cached: bool) -> list[Segment]:
-        """Note a read of a file, and begin to fetch what comes behind it; the segments that were missing."""
+    def follow(self, ino: int, offset: int, size: int, segment: Segment, here: int, *, cached: bool) -> list[Segment]:
+        """Note a read of a file, and begin to fetch what comes behind it; the segments that were missing. `here`: up to
+        where the file is complete after it."""
         if self._closed:
             return []
-        behind = self._behind(ino, offset, size, {segment.key: segment}, cached)
+        behind = self._behind(ino, offset, size, {segment.key: segment}, cached, here)
         missing = [one for one in behind if not self.is_ready(one)]
         self.start(missing)
         return missing

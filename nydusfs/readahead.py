@@ -35,6 +35,7 @@ class _Stream:
     end: int
     run: int
     ahead: int  # up to where fetching was started
+    here: int  # up to where the bytes come with those that were read
     at: float  # when it was looked at, time.monotonic
 
 
@@ -51,30 +52,35 @@ class FileStreams:
         stream = self._streams.get(ino)
         return (
             stream is not None
-            and stream.end < end <= stream.ahead < end + self._window(WINDOW) // 2
+            and stream.end < end <= max(stream.ahead, stream.here) < end + self._window(WINDOW) // 2
             and time.monotonic() < stream.at + STALE
         )
 
-    def note(self, ino: int, offset: int, size: int) -> tuple[int, int]:
-        """Offset and size of what should be fetched now; size 0: nothing."""
+    def note(self, ino: int, offset: int, size: int, here: int = 0) -> tuple[int, int]:
+        """Offset and size of what should be fetched now; size 0: nothing. `here`: the end of what comes with it anyway,
+        of which a reader may read some without a note."""
         stream, now = self._streams.get(ino), time.monotonic()
         if stream is None:
             if len(self._streams) >= MAX_STREAMS:
                 self._streams.popitem(last=False)
-            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size, now)
+            self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size, here, now)
             return 0, 0
         self._streams.move_to_end(ino)
         # Parallel readahead requests finish in any order, and what was read ahead is read without a note.
-        if not stream.end - SEQUENTIAL <= offset <= max(stream.end, stream.ahead) + SEQUENTIAL:
-            self._streams[ino] = _Stream(offset + size, 0, offset + size, now)
+        known = max(stream.end, stream.ahead)
+        if not stream.end - SEQUENTIAL <= offset <= max(known, stream.here) + SEQUENTIAL:
+            self._streams[ino] = _Stream(offset + size, 0, offset + size, here, now)
             return 0, 0
         stream.at = now
-        stream.run += max(size, offset + size - stream.end)
+        # What is left out between two places of one segment was read by nobody.
+        stream.run += max(size, offset + size - stream.end) if offset <= known + SEQUENTIAL else size
         stream.end = max(stream.end, offset + size)
+        stream.here = max(stream.here, here)
         window = min(self._window(WINDOW), stream.run * 2)
-        if stream.run < SEQUENTIAL or stream.ahead >= stream.end + window // 2:
+        ahead = max(stream.ahead, stream.here)
+        if stream.run < SEQUENTIAL or ahead >= stream.end + window // 2:
             return 0, 0
-        start = max(stream.end, stream.ahead)
+        start = max(stream.end, ahead)
         stream.ahead = max(start, stream.end + window)
         return start, stream.ahead - start
 

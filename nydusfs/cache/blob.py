@@ -282,7 +282,7 @@ class BlobCache:
         self.wrote = time.monotonic()
         try:
             if devices is not None:
-                fd = devices.fill(self.blob_id, segment, plain, Path(part))
+                fd = devices.fill(self.blob_id, segment, plain, part)
             if fd < 0:
                 fd = self._create(part)
                 view = memoryview(plain)

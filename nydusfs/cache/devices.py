@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nydusfs.cache.leaving import Leaving
+from nydusfs.cache.names import unlink
 from nydusfs.segments import Plain, Segment
 
 PLAIN = ".plain"
@@ -32,6 +33,9 @@ PLAIN = ".plain"
 
 class Driver(Protocol):
     """Who makes the mounts. `device` is `<key>/<blob id>/<segment>`. From any thread."""
+
+    def filled(self, device: str, fd: int, size: int) -> None:
+        """It has its bytes, in the page cache; `size` in whole blocks."""
 
     def durable(self, device: str, fd: int) -> None:
         """It is complete and on the disk: before that a failed write-out may put zeros where bytes were."""
@@ -118,11 +122,11 @@ class DeviceFiles:
     def open(self, blob_id: str, name: str, flags: int = os.O_WRONLY) -> int:
         """A descriptor; -1 when no mount needs this device."""
         try:
-            return os.open(self.files / blob_id / name, flags | os.O_CLOEXEC)
+            return os.open(f"{self._folder}/{blob_id}/{name}", flags | os.O_CLOEXEC)
         except OSError:
             return -1
 
-    def fill(self, blob_id: str, segment: Segment, plain: Plain, link: Path) -> int:
+    def fill(self, blob_id: str, segment: Segment, plain: Plain, link: str) -> int:
         """Give a device its bytes and the cache the same file at `link`. A descriptor of it; -1: no such device.
 
         Raises OSError, for a full disk; the device is then not complete.
@@ -133,13 +137,24 @@ class DeviceFiles:
         try:
             with self.writing(blob_id, segment.name):
                 write_whole(fd, plain, segment.padded)
-            link.parent.mkdir(mode=0o700, exist_ok=True)
-            link.unlink(missing_ok=True)
-            os.link(self.files / blob_id / segment.name, link)
+            self._driver.filled(self.device(blob_id, segment.name), fd, segment.padded)
+            self._link(f"{self._folder}/{blob_id}/{segment.name}", link)
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+    @staticmethod
+    def _link(device: str, link: str) -> None:
+        for _ in range(3):
+            try:
+                os.link(device, link)
+                return
+            except FileExistsError:  # an earlier attempt's
+                unlink(link)
+            except FileNotFoundError:  # the folder was cleaned up under us
+                os.makedirs(os.path.dirname(link), mode=0o700, exist_ok=True)
+        os.link(device, link)
 
     def adopt(self, blob_id: str, name: str, file: Path) -> None:
         """Make a device of a cached file that is complete, unless there is one. Raises OSError."""

@@ -261,8 +261,12 @@ class Told:
     """A driver without a kernel: what it was told, and which files it is asked about."""
 
     def __init__(self) -> None:
+        self.filleds: list[tuple[str, int, bool]] = []
         self.durables: list[str] = []
         self.silent: set[int] = set()
+
+    def filled(self, device: str, fd: int, size: int) -> None:
+        self.filleds.append((device, size, os.fstat(fd).st_size == size))
 
     def durable(self, device: str, fd: int) -> None:
         self.durables.append(device)
@@ -358,6 +362,7 @@ def test_a_device_and_the_cache_are_one_file(tmp_path: Path) -> None:
             devices.create(blob.id, segment.name)
             plain = await reader.whole(segment)
             device = devices.files / blob.id / segment.name
+            assert told.filleds == [(devices.device(blob.id, segment.name), segment.padded, True)]
             assert told.durables == [], "not before it is on the disk"
             assert device.stat().st_size == segment.padded
             cache = reader.cache(blob)

@@ -32,3 +32,24 @@ def test_a_sequence_goes_on_by_cached_reads_while_it_is_fresh(monkeypatch: pytes
     start, size = streams.note(7, later, READ)  # a miss
     assert size > 0
     assert any(streams.due(7, end) for end in range(later + READ, start + size, READ)), "it is fresh again"
+
+
+def test_what_comes_with_a_miss_is_no_gap_and_no_reading() -> None:
+    """A reader whose chunks come whole is asked about at their beginnings, and here and there within."""
+    streams = FileStreams(lambda longest: min(longest, 8 << 20))
+    chunk, read = 1 << 20, 512 << 10
+    streams.note(7, 0, read, chunk)
+    assert streams.due(7, chunk), "the rest of the chunk is read: so he goes on"
+    begun = 0
+    for number in range(1, 6):
+        at = number * chunk
+        start, size = streams.note(7, at, read, at + chunk)
+        if size:
+            assert start == max(begun, at + chunk), "behind what is on its way"
+            begun = start + size
+    assert begun >= 10 * chunk
+
+    streams = FileStreams(lambda longest: min(longest, 8 << 20))
+    for number in range(20):  # the first page of each chunk: a sequence that reads little
+        at = number * chunk
+        assert streams.note(8, at, 4096, at + chunk) == (0, 0)

@@ -314,7 +314,7 @@ class ErofsDriver:
         if self._events is None:
             return []
         found = []
-        for number, question in list(self._events.waiting.items()):
+        for number, (question, _, _) in list(self._events.waiting.items()):
             image = next(iter(self._users(question.name)), None)
             node = 0
             if image is not None:
@@ -345,9 +345,13 @@ class ErofsDriver:
         return False
 
     async def _begin_next(self, image: ErofsImage, question: Question) -> None:
-        """Beside the answer to who waited for this worker: what comes behind."""
+        """Beside what a reader waits for: what comes behind."""
         try:
-            await _in_thread(image.know_files)
+            if not image.asked_before:  # of an earlier worker's mount
+                image.asked_before = True
+                await _in_thread(image.know_files)
+            else:
+                await trio.lowlevel.checkpoint()  # what he waits for is begun now
             image.begin_next(question)
         except Exception:  # a bug must cost the head start, not the daemon
             log.exception("image %s: its files are not known", image.where)
@@ -363,14 +367,13 @@ class ErofsDriver:
             late = not self._all_known.is_set()
             tried, users = users, self._users(name)
             for image in users:
-                if not image.asked_before:
-                    image.asked_before = True
-                    self._nursery.start_soon(self._begin_next, image, question)
                 if image.direct is not False:
                     image.direct = False
                     self._nursery.start_soon(_in_thread, partial(self._turn, image, False))
-                if image not in tried and await image.fill(question):
-                    return True
+                if image not in tried:
+                    self._nursery.start_soon(self._begin_next, image, question)
+                    if await image.fill(question):
+                        return True
             if not late:
                 break
             await self._all_known.wait()
@@ -384,6 +387,24 @@ class ErofsDriver:
         return tuple(self._blobs.get(device.rpartition("/")[0], ()))
 
     # -- what devices tell (`cache.devices.Driver`)
+
+    def filled(self, device: str, fd: int, size: int) -> None:
+        """Who waits for it goes on."""
+        events = self._events
+        if events is None:
+            return
+        image = next(iter(self._users(device)), None)
+        if image is not None:
+            keep = image.devices.leaving.keep
+
+            def complete(question: Question) -> bool:
+                own = fd if question.fd < 0 else question.fd
+                try:
+                    return keep(device) and os.fstat(own).st_size >= size and resident(own)
+                except OSError:
+                    return False  # it was answered meanwhile, and its descriptor closed
+
+            events.filled(device, complete)
 
     def durable(self, device: str, fd: int) -> None:
         """Nothing needs to be asked about it, unless reads are of interest."""

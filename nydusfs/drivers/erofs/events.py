@@ -1,9 +1,10 @@
 """The kernel asks before it reads a device: take the question, have it answered, forget nothing when we die.
 
-Plain threads read the group. What is complete they answer at once; the rest goes to the event loop, which fetches and
-answers in any order. A worker that follows another one first settles what that one left (`journal`): a number may be
-answered only while no new event can have the same one, since the kernel matches answers by number alone. So the numbers
-of pending entries are occupied by descriptors of ours until they are answered.
+Plain threads read the group. What is complete they answer at once; the rest goes to the event loop, which fetches in
+any order. Who writes a device answers those who wait for it in the same moment (`filled`): the links, names and
+bookkeeping of a segment are not in their way. A worker that follows another one first settles what that one left
+(`journal`): a number may be answered only while no new event can have the same one, since the kernel matches answers by
+number alone. So the numbers of pending entries are occupied by descriptors of ours until they are answered.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple, Protocol
 
@@ -43,6 +45,14 @@ class Question(NamedTuple):
     began: float
 
 
+class Waiting(NamedTuple):
+    """`number`: what the kernel calls the event; a descriptor of ours until it is closed."""
+
+    question: Question
+    number: int
+    slot: int
+
+
 class Server(Protocol):
     def ready(self, question: Question) -> bool:
         """From the reading threads: whether the device is complete. Must not wait."""
@@ -65,7 +75,8 @@ class Events:
         self._quiet_until = 0.0
         self._pid = os.getpid()
         self._numbers = count(1, 2)  # those of FUSE are even
-        self.waiting: dict[int, Question] = {}  # readers who wait for data, by numbers of ours
+        self.waiting: dict[int, Waiting] = {}  # readers who wait for data, by numbers of ours
+        self._answering = threading.Lock()  # over who takes one of them out
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
 
@@ -119,7 +130,7 @@ class Events:
 
     async def _serve_left(self, entry: Pending) -> None:
         question = Question(entry.name, entry.offset, entry.size, 0, -1, time.time())
-        await self._serve(entry.number, entry.slot, question)
+        await self._serve(Waiting(question, entry.number, entry.slot))
 
     # -- threads
 
@@ -153,42 +164,56 @@ class Events:
             try:
                 question = Question(name, event.offset, event.size, event.pid, event.fd, time.time())
                 if self._server.ready(question):
-                    self._answer(event.fd, slot, fanotify.FAN_ALLOW, event.fd)
+                    self._answer(event.fd, slot, fanotify.FAN_ALLOW)
+                    os.close(event.fd)
                     continue
-                self._token.run_sync_soon(self._begin, slot, question)
+                self._token.run_sync_soon(self._begin, Waiting(question, event.fd, slot))
             except trio.RunFinishedError:
                 return  # the process ends; nobody may answer for it
             except Exception:
                 log.exception("event for %s", name)
-                self._answer(event.fd, slot, fanotify.FAN_DENY, event.fd)
+                self._answer(event.fd, slot, fanotify.FAN_DENY)
+                os.close(event.fd)
+
+    def filled(self, device: str, complete: Callable[[Question], bool]) -> None:
+        """A device has its bytes: let those go on who wait for it and for whom it is `complete`. From any thread."""
+        for mine, asked in list(self.waiting.items()):
+            if asked.question.name == device and complete(asked.question):
+                with self._answering:
+                    if self.waiting.pop(mine, None) is not None:
+                        self._answer(asked.number, asked.slot, fanotify.FAN_ALLOW)
 
     # -- the event loop
 
-    def _begin(self, slot: int, question: Question) -> None:
+    def _begin(self, asked: Waiting) -> None:
         if not self._stop.is_set():
-            self._nursery.start_soon(self._serve, question.fd, slot, question)
+            self._nursery.start_soon(self._serve, asked)
         elif not self._successor:  # a reader who was told EIO and whom the kernel has try once more
-            self._answer(question.fd, slot, fanotify.FAN_DENY, question.fd)
+            self._answer(asked.number, asked.slot, fanotify.FAN_DENY)
+            os.close(asked.number)
 
-    async def _serve(self, number: int, slot: int, question: Question) -> None:
+    async def _serve(self, asked: Waiting) -> None:
         response = fanotify.FAN_DENY
         mine = next(self._numbers)
-        self.waiting[mine] = question
+        self.waiting[mine] = asked
         try:
-            if await self._server.fill(question):
+            if await self._server.fill(asked.question):
                 response = fanotify.FAN_ALLOW
         except Exception:  # a bug must cost one read
-            log.exception("event for %s", question.name)
+            log.exception("event for %s", asked.question.name)
         finally:
-            del self.waiting[mine]
-            if response == fanotify.FAN_ALLOW or not self._successor:
-                self._answer(number, slot, response, number)
+            with self._answering:  # by `filled`: its number is free once that is done
+                waits = self.waiting.pop(mine, None) is not None
+            if waits and (response == fanotify.FAN_ALLOW or not self._successor):
+                self._answer(asked.number, asked.slot, response)
+                waits = False
+            if not waits:
+                os.close(asked.number)
 
-    def _answer(self, number: int, slot: int, response: int, fd: int) -> None:
-        """The descriptor goes last: until then no other event gets its number."""
+    def _answer(self, number: int, slot: int, response: int) -> None:
+        """The descriptor is closed later: until then no other event gets its number."""
         self._tell(number, response)
         self._journal.clear(slot)
-        os.close(fd)
 
     def _tell(self, number: int, response: int) -> None:
         try:

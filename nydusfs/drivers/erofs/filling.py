@@ -66,6 +66,7 @@ class ErofsImage:
         self._read: set[str] = set()  # while a start is recorded
         self._file_map: FileMap | None = None
         self._slots = array("Q")  # blob << 40 | segment of each device
+        self._place: tuple[Question | None, tuple[int, int]] = None, (0, 0)  # what `file_at` was asked last
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
     def names(self) -> set[tuple[str, str]]:
@@ -108,6 +109,13 @@ class ErofsImage:
 
     def file_at(self, question: Question) -> tuple[int, int]:
         """The inode that is read and where; 0, 0: not known. From any thread."""
+        last, place = self._place
+        if last is not question:
+            place = self._find(question)
+            self._place = question, place
+        return place
+
+    def _find(self, question: Question) -> tuple[int, int]:
         segment = self.segment(question.name)
         if self._file_map is None or segment is None or not question.size:
             return 0, 0
@@ -217,7 +225,6 @@ class ErofsImage:
         segment = self.segment(device)
         if segment is None:
             return False
-        ino = self.begin_next(question)
         own = -1 if fd >= 0 else self.devices.open(blob_id, name)
         target = fd if fd >= 0 else own
         if target < 0:
@@ -226,7 +233,7 @@ class ErofsImage:
             for _ in range(FILLS):
                 if self._sure(device, segment, target):
                     break
-                plain = await self.reader.whole(segment, ino)
+                plain = await self.reader.whole(segment, self.file_at(question)[0])
                 # Mostly the cache has put them there. Not if the folder was cleaned up under us, if it had the segment
                 # before this device was made, or if the disk does not take it.
                 if self._sure(device, segment, target) or (
@@ -242,7 +249,6 @@ class ErofsImage:
         finally:
             if own >= 0:
                 os.close(own)
-        self._follow(question, segment, False)
         return True
 
     async def _keep(self, segment: Segment, plain: Plain) -> bool:
@@ -273,24 +279,27 @@ class ErofsImage:
         kept = self.devices.leaving.keep(device)
         return kept and os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
-    def begin_next(self, question: Question) -> int:
-        """The kernel asks for one device after the other: where a file goes on in another one, that is fetched at once
-        and not one round trip later. The file's inode, 0: not known."""
+    def begin_next(self, question: Question) -> None:
+        """A reader waits for a device: fetch what he will ask for next. The kernel asks for one device after the other;
+        where a file goes on in another one, that is fetched at once and not one round trip later."""
         (ino, at), segment = self.file_at(question), self.segment(question.name)
-        if ino and segment is not None:
-            end = max(at + 4 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
+        if segment is None:
+            return
+        end = max(at + 4 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
+        if ino and end > at:
             try:
                 others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
                 self.reader.start(others)
             except (KeyError, IndexError, ValueError, RafsError):
                 pass  # the read itself will say so
-        return ino
+        self._follow(question, segment, False)
 
     def _follow(self, question: Question, segment: Segment, cached: bool) -> None:
         """Fetch in front of a reader who reads on."""
         ino, at = self.file_at(question)
         if ino:
-            missing = self.reader.follow(ino, at, question.size, segment, cached=cached)
+            here = at + segment.padded - question.offset  # all of the segment comes at once
+            missing = self.reader.follow(ino, at, question.size, segment, here, cached=cached)
             self._watched.update(self.devices.device(one.blob.id, one.name) for one in missing)
         else:
             self._follow_segments(segment)
