@@ -66,9 +66,10 @@ class DeviceFiles:
         self._folder = str(self.files)
         self.leaving = Leaving(driver.ask, driver.quiet)
         self._driver = driver
-        for folder in (self.files, self.images):
+        # one by one: `parents` gives those above the mode of anybody's directory
+        for folder in (self.images.parent, self.images, self.root, self.files):
             if not folder.is_dir():
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
         for name in os.listdir(store_path / ".erofs"):
             if name.startswith("files.") and name != self.root.name:
                 shutil.rmtree(store_path / ".erofs" / name, ignore_errors=True)

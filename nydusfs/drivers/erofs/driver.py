@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -47,6 +47,9 @@ log = logging.getLogger("nydusfs.erofs")
 GROUP, JOURNAL = "fanotify", "journal"  # names of held descriptors
 TABLES_SECONDS = 10.0  # for the blobs' own tables, which FUSE can wait for later
 MAX_IMAGES = 256  # metadata images kept per cache
+MAX_METADATA = 1 << 30
+"""Bytes of a bootstrap, all of which are read at the mount: an image of a million files has some 300 MB, a sparse file
+may have a TB."""
 AGAIN = 600.0  # seconds until a self-test that failed is tried again
 SETTLE = 5.0  # seconds between looks at devices that got complete and are still asked for
 _T = TypeVar("_T")
@@ -60,9 +63,11 @@ class ErofsDriver:
         self._choice = choice
         self._mountpoint = mountpoint
         self._link = link
+        self._held = {} if link is None else link.held
         self._events: Events | None = None
         self._group = -1
         self._nursery: trio.Nursery
+        self._token = trio.lowlevel.current_trio_token()
         self._images: dict[str, ErofsImage] = {}
         self._prepared: dict[ImageReader, PreparedMount] = {}
         self._ahead: set[ImageReader] = set()  # those that `prepare` was called for
@@ -74,21 +79,34 @@ class ErofsDriver:
         self._all_known = trio.Event()  # images of an earlier worker
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
+        self._unsettled = trio.Event()
 
     # -- life
 
     def waited_for(self) -> set[str]:
         """The caches (`device_key`) that readers wait for whom an earlier worker did not answer."""
-        if self._link is None or GROUP not in self._link.held or JOURNAL not in self._link.held:
+        if not self.descriptors():
             return set()
-        return {entry.name.partition("/")[0] for entry in Journal(self._link.held[JOURNAL]).left()}
+        return {entry.name.partition("/")[0] for entry in Journal(self._held[JOURNAL]).left()}
+
+    def descriptors(self) -> dict[str, int]:
+        """What another process needs to go on with the mounts, by name; none where none was made."""
+        if GROUP not in self._held or JOURNAL not in self._held:
+            return {}
+        return {name: self._held[name] for name in (GROUP, JOURNAL)}
+
+    def adopt(self, mountpoint: str, descriptors: Mapping[str, int]) -> None:
+        """Before images of another process are `restore`d: the descriptors that it gave, now this one's."""
+        self._mountpoint = mountpoint
+        if GROUP in descriptors and JOURNAL in descriptors:
+            self._hold(descriptors[GROUP], descriptors[JOURNAL])
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Go on with the group of an earlier worker, if there was one. Questions about images that are not `restore`d
         yet wait for `begin`."""
         self._nursery = nursery
-        if self._events is None and self._link is not None and GROUP in self._link.held and JOURNAL in self._link.held:
-            await self._serve(os.dup(self._link.held[GROUP]), os.dup(self._link.held[JOURNAL]))
+        if self._events is None and self.descriptors():
+            await self._serve()
 
     async def begin(self) -> None:
         """FUSE answers: paths below the mountpoint can be asked for from now on."""
@@ -113,19 +131,22 @@ class ErofsDriver:
                 _, prepared = self._prepared.popitem()
                 await trio.to_thread.run_sync(self._clean, prepared)
 
-    async def _serve(self, group: int, journal: int) -> None:
-        self._group = group
-        self._events = Events(group, Journal(journal), self)
+    def _hold(self, group: int, journal: int) -> None:
+        for name, fd in ((GROUP, group), (JOURNAL, journal)):
+            if self._link is not None:
+                self._link.hold(name, fd)
+            self._held[name] = fd
+
+    async def _serve(self) -> None:
+        self._group = self._held[GROUP]
+        self._events = Events(self._group, Journal(self._held[JOURNAL]), self)
         await self._nursery.start(self._events.run)
         self._nursery.start_soon(self._settle)
 
     async def _need_group(self) -> None:
         if self._events is None:
-            group, journal = fanotify.init(), Journal.create()
-            if self._link is not None:
-                self._link.hold(GROUP, group)
-                self._link.hold(JOURNAL, journal)
-            await self._serve(group, journal)
+            self._hold(fanotify.init(), Journal.create())
+            await self._serve()
 
     # -- images
 
@@ -159,8 +180,7 @@ class ErofsDriver:
     async def restore(self, where: str, volume: ImageVolume, reader: ImageReader) -> None:
         """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
         if self._left is None:
-            known = self._link is not None and GROUP in self._link.held
-            self._left = self._mounted() if known else set()
+            self._left = self._mounted() if self.descriptors() else set()
         if reader.store is not None and self._target(where) in self._left:
             devices = self._open_devices(reader.store)
             _open_caches(reader)
@@ -206,6 +226,7 @@ class ErofsDriver:
 
         try:
             await _in_thread(attach)
+            self._unsettled.set()
         except BaseException:
             self._forget(where)
             with trio.CancelScope(shield=True):
@@ -218,6 +239,8 @@ class ErofsDriver:
             raise UnsuitableError("it has no cache directory (device.cache)")
         if reader.config.cache.validate:
             raise UnsuitableError("cached data is to be hashed at every read (cache validate), which EROFS cannot do")
+        if len(reader.bootstrap.data) > MAX_METADATA:
+            raise UnsuitableError(f"its metadata of {len(reader.bootstrap.data) >> 20} MiB is more than 1024")
         devices = await _in_thread(lambda: self._tested(store))
         mark = await _in_thread(lambda: fingerprint(reader.bootstrap, xattrs))
         path = devices.images / mark.hex()
@@ -350,6 +373,7 @@ class ErofsDriver:
             if not image.asked_before:  # of an earlier worker's mount
                 image.asked_before = True
                 await _in_thread(image.know_files)
+                self._unsettled.set()
             else:
                 await trio.lowlevel.checkpoint()  # what he waits for is begun now
             image.begin_next(question)
@@ -359,6 +383,7 @@ class ErofsDriver:
     def _know_files(self, image: ErofsImage) -> None:
         if self._events is not None:
             self._nursery.start_soon(_in_thread, image.know_files)
+            self._unsettled.set()
 
     async def fill(self, question: Question) -> bool:
         name = question.name
@@ -369,6 +394,7 @@ class ErofsDriver:
             for image in users:
                 if image.direct is not False:
                     image.direct = False
+                    self._unsettled.set()
                     self._nursery.start_soon(_in_thread, partial(self._turn, image, False))
                 if image not in tried:
                     self._nursery.start_soon(self._begin_next, image, question)
@@ -413,6 +439,7 @@ class ErofsDriver:
             self._later.append((images[0].devices, device))
         else:
             self._let_be(device, fd)
+        self._soon_settle()
 
     def _let_be(self, device: str, fd: int) -> None:
         for image in self._users(device):
@@ -440,9 +467,19 @@ class ErofsDriver:
             raise
         return fd
 
+    def _soon_settle(self) -> None:
+        """From any thread."""
+        try:
+            self._token.run_sync_soon(lambda: self._unsettled.set())
+        except trio.RunFinishedError:
+            pass
+
     async def _settle(self) -> None:
-        """Drop the marks of devices that were complete before anybody read them, once that is of no interest."""
+        """Drop the marks of devices that were complete before anybody read them, once that is of no interest. Sleeps
+        for as long as nothing changes."""
         while self._events is not None:
+            await self._unsettled.wait()
+            self._unsettled = trio.Event()
             await trio.sleep(SETTLE)
             batch, self._later = self._later, []
             await _in_thread(lambda batch=batch: self._ignore(batch))  # type: ignore[misc]
@@ -450,6 +487,8 @@ class ErofsDriver:
                 # those of an earlier worker only once they are asked about: many never are
                 if image.files and (wanted := image.direct_now()) != image.direct:
                     await _in_thread(partial(self._turn, image, wanted))
+            if self._later or any(image.files and not image.direct for image in self._images.values()):
+                self._unsettled.set()
 
     def _turn(self, image: ErofsImage, direct: bool) -> None:
         """Have its devices read past their page cache or through it."""

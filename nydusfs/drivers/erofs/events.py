@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import select
 import threading
 import time
@@ -30,6 +31,7 @@ log = logging.getLogger("nydusfs.erofs")
 THREADS = 2
 QUIET = 60.0  # seconds between two lines about events that cannot be read
 _DELETED = " (deleted)"
+_IN_CLONE = re.compile(r"/[0-9a-f]{8}/[^/]+/[^/]+")  # cache's key, blob, segment: see `cache.devices`
 
 
 class Question(NamedTuple):
@@ -110,13 +112,12 @@ class Events:
     def _settle(self) -> None:
         left = self._journal.left()
         for entry in left:
-            if _in_use(entry.number):
+            if _occupy(entry.number, self._journal.fd):
+                self._nursery.start_soon(self._serve_left, entry)
+            else:
                 # An event of ours could get the number as soon as it is free. Once denied, the kernel asks again.
                 fanotify.answer(self._group, entry.number, fanotify.FAN_DENY)
                 self._journal.clear(entry.slot)
-            else:
-                os.dup2(self._journal.fd, entry.number, inheritable=False)
-                self._nursery.start_soon(self._serve_left, entry)
         if self._journal.take_gap():
             known = {entry.number for entry in left}
             lost = [
@@ -153,12 +154,13 @@ class Events:
             if event is None:
                 self._journal.reading(number, False)
                 continue
-            if event.pid == self._pid:  # it changes a file with a mark of its own; it would not outlive its own death
+            # What this process does to a file with a mark of its own would not outlive its death. Who opened such a
+            # file by its plain path is a mount that had it complete, or reads the cache (`nydusctl cache`).
+            if event.pid == self._pid or not (name := _device(event.fd)):
                 self._tell(event.fd, fanotify.FAN_ALLOW)
                 os.close(event.fd)
                 self._journal.reading(number, False)
                 continue
-            name = _name(event.fd)
             slot = self._journal.write(event.fd, name, event.offset, event.size)
             self._journal.reading(number, False)
             try:
@@ -222,15 +224,20 @@ class Events:
             log.error("the kernel does not take the answer to event %d: %s", number, error.strerror)
 
 
-def _name(fd: int) -> str:
-    """The last three parts of the path; what is before them depends on who looks at the clone."""
+def _device(fd: int) -> str:
+    """The name of a device that was opened through a private clone, be it of a daemon that is gone: paths begin there.
+    "" for other files."""
     path = os.readlink(f"/proc/self/fd/{fd}").removesuffix(_DELETED)
-    return "/".join(path.rsplit("/", 3)[-3:])
+    return path[1:] if _IN_CLONE.fullmatch(path) else ""
 
 
-def _in_use(number: int) -> bool:
+def _occupy(number: int, fd: int) -> bool:
+    """Have a copy of a descriptor under this number; False when it is another one's, or more than this process may
+    have. In one step: other threads open files meanwhile."""
     try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
+        got = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, number)
     except OSError:
         return False
-    return True
+    if got != number:
+        os.close(got)
+    return got == number
