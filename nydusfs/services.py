@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,6 +22,7 @@ from bootstrap.chunkmap import ChunkMap
 from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
 from nydusfs.cache import CacheStore, Limit
+from nydusfs.cache.devices import device_key
 from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
 from nydusfs.errors import CacheDiskError, NydusError
@@ -44,7 +45,8 @@ class Wanted:
 
 
 class Services:
-    """Use `open_services`."""
+    """Use `open_services`. `claims`: on cache directories, of the process before this one, by `device_key`; `claimed`
+    is called for each of this one's."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.hub = SourceHub(nursery)
@@ -55,12 +57,15 @@ class Services:
         self._registries: WeakKeyDictionary[RegistrySource, str] = WeakKeyDictionary()
         self._readers: WeakSet[ImageReader] = WeakSet()
         self._leaving: dict[str, trio.Event] = {}  # blobs that are being deleted
+        self.claims: dict[str, int] = {}
+        self.claimed: Callable[[str, int], None] = lambda *_: None
 
     def store(self, work_dir: str) -> CacheStore:
         """One store per directory, whatever it is called. Raises `CacheError`."""
         key = os.path.realpath(work_dir)
         if key not in self._stores:
-            store = self._stores[key] = CacheStore(work_dir)
+            store = self._stores[key] = CacheStore(work_dir, claims=self.claims)
+            self.claimed(device_key(store.path), store.claim)
             self._nursery.start_soon(store.sync_forever)
         return self._stores[key]
 

@@ -1,7 +1,8 @@
 """The state and the connection of one nydusd, kept here so that the mount outlives all of its processes.
 
 Upstream's protocol (snapshotter.md 3.6): nydusd connects to the socket and sends its state with one descriptor, that of
-/dev/fuse, or gets both back. The text holds registry passwords: it stays in memory.
+/dev/fuse, or gets both back. Ours sends more of them (EROFS mounts: who asks and what was asked), and all come back in
+their order. The text holds registry passwords: it stays in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from snapshotter.errors import Unavailable
 EXCHANGE_SECONDS = 10.0
 GRACE_SECONDS = 2.0
 MAX_STATE = 256 << 20
+MAX_FDS = 16
 _PIECE = 256 << 10
 
 
@@ -27,35 +29,35 @@ class Supervisor:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._state = b""
-        self._fd = -1
+        self._fds: list[int] = []
 
     @property
     def has_state(self) -> bool:
-        return self._fd >= 0
+        return bool(self._fds)
 
     def save(self, ask: Callable[[], None]) -> None:
         """`ask` has nydusd send its state. If that fails what was kept stays. Raises Unavailable, and as `ask`."""
-        received: list[tuple[bytes, int]] = []
+        received: list[tuple[bytes, list[int]]] = []
         self._exchange(lambda client: received.append(_receive(client)), ask)
         if not received:
             raise Unavailable(f"{self.path}: nydusd sent no state")
         self.forget()
-        self._state, self._fd = received[0]
+        self._state, self._fds = received[0]
 
     def restore(self, ask: Callable[[], None]) -> None:
         """`ask` has another nydusd take the state, which stays here. Raises Unavailable, and as `ask`."""
 
         def give(client: socket.socket) -> None:
-            sent = socket.send_fds(client, [self._state], [self._fd])
+            sent = socket.send_fds(client, [self._state], self._fds)
             if rest := self._state[sent:]:  # else none: who has it all may have closed, a broken pipe
                 client.sendall(rest)
 
         self._exchange(give, ask)
 
     def forget(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._state, self._fd = b"", -1
+        fds, self._state, self._fds = self._fds, b"", []
+        for fd in fds:
+            os.close(fd)
 
     def close(self) -> None:
         self.forget()
@@ -98,11 +100,9 @@ class Supervisor:
             raise Unavailable(f"{self.path}: {failed[0].strerror or failed[0]}")
 
 
-def _receive(client: socket.socket) -> tuple[bytes, int]:
+def _receive(client: socket.socket) -> tuple[bytes, list[int]]:
     """Raises OSError."""
-    data, fds, _, _ = socket.recv_fds(client, _PIECE, 16, socket.MSG_CMSG_CLOEXEC)
-    for extra in fds[1:]:
-        os.close(extra)
+    data, fds, _, _ = socket.recv_fds(client, _PIECE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     try:
         if not fds:
             raise OSError("no descriptor came with the state")
@@ -114,7 +114,7 @@ def _receive(client: socket.socket) -> tuple[bytes, int]:
             if size > MAX_STATE:
                 raise OSError(f"the state is larger than {MAX_STATE} bytes")
     except BaseException:
-        for fd in fds[:1]:
+        for fd in fds:
             os.close(fd)
         raise
-    return b"".join(parts), fds[0]
+    return b"".join(parts), fds

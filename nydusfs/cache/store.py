@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
@@ -63,9 +63,12 @@ class CacheStore:
     `BlobCache.write`, which is made for a worker thread.
     """
 
-    def __init__(self, work_dir: str | os.PathLike[str], *, boot: str | None = None) -> None:
+    def __init__(
+        self, work_dir: str | os.PathLike[str], *, boot: str | None = None, claims: Mapping[str, int] | None = None
+    ) -> None:
+        """`claims`: see `claim`."""
         self.boot = boot or boot_id()
-        self.path, self._lock_fd = claim(Path(work_dir))
+        self.path, self.claim = claim(Path(work_dir), claims or {})
         self.files = OpenFiles()
         self.fresh = Fresh()
         self._blobs: dict[str, BlobCache] = {}
@@ -261,7 +264,7 @@ class CacheStore:
         self.stop_syncing()
         self.sync()
         self.files.close()
-        os.close(self._lock_fd)
+        os.close(self.claim)
 
 
 def _allocated(folder: Path) -> int:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from nydusfs.errors import NydusError
+from nydusfs.keeper.protocol import FUSE
 
 VERSION = 1
 SUPERVISOR_SECONDS = 10.0
+MAX_FDS = 16  # of one message; upstream's snapshotter passes on what came
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class KeptMount:
 @dataclass(frozen=True, slots=True)
 class KeptState:
     """`mountpoint`: canonical; to resolve it again would be to ask ourselves. `tree`: path of each directory above the
-    images and its node number; `next_node`: the first unused one."""
+    images and its node number; `next_node`: the first unused one; `held`: descriptors that came with it."""
 
     mountpoint: str
     mounts: list[KeptMount] = field(default_factory=list)
@@ -47,12 +50,15 @@ class KeptState:
     tree: list[tuple[str, int]] = field(default_factory=list)
     next_node: int = 2
     runtime: dict[str, dict[str, str]] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
 
-def encode(state: KeptState) -> bytes:
+def encode(state: KeptState, held: Sequence[str] = ()) -> bytes:
+    """`held`: names of the descriptors that go with it."""
     rest = json.dumps(
         {
             "version": VERSION,
+            "held": held,
             "mountpoint": state.mountpoint,
             "numbering": state.numbering,
             "tree": state.tree,
@@ -74,37 +80,47 @@ def decode(data: bytes) -> KeptState:
         index, generation = value["numbering"]
         tree = [(str(path), int(number)) for path, number in value["tree"]]
         where, next_node = str(value["mountpoint"]), int(value["next_node"])
-        return KeptState(where, mounts, (index, generation), tree, next_node, value["runtime"])
+        held = tuple(map(str, value.get("held", ())))
+        return KeptState(where, mounts, (index, generation), tree, next_node, value["runtime"], held)
     except (ValueError, KeyError, TypeError) as error:
         raise NydusError(f"state of another daemon cannot be read: it is not of this nydusd ({error})") from None
 
 
-def send_to_supervisor(path: str, state: bytes, fuse: int) -> None:
-    """Raises `NydusError`. For a worker thread."""
+def send_to_supervisor(path: str, state: KeptState, fds: Mapping[str, int]) -> None:
+    """`fds` by name, that of /dev/fuse first: an old one may take that alone. Raises `NydusError`. For a worker
+    thread."""
+    data = encode(state, tuple(fds))
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(SUPERVISOR_SECONDS)
             sock.connect(path)
-            sent = socket.send_fds(sock, [state], [fuse])
-            if rest := state[sent:]:  # else none: who has it all may have closed, a broken pipe
+            sent = socket.send_fds(sock, [data], list(fds.values()))
+            if rest := data[sent:]:  # else none: who has it all may have closed, a broken pipe
                 sock.sendall(rest)
     except OSError as error:
         raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
 
 
-def receive_from_supervisor(path: str) -> tuple[bytes, int]:
-    """State and /dev/fuse descriptor. Raises `NydusError`. For a worker thread."""
+def receive_from_supervisor(path: str) -> tuple[KeptState, dict[str, int]]:
+    """State, and descriptors by name. Raises `NydusError`. For a worker thread."""
+    fds: list[int] = []
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(SUPERVISOR_SECONDS)
             sock.connect(path)
-            data, fds, _, _ = socket.recv_fds(sock, 32 << 10, 16, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(sock, 32 << 10, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
             while piece := sock.recv(256 << 10):
                 data += piece
-    except OSError as error:
-        raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
-    for fd in fds[1:]:
+        if not fds:
+            raise NydusError(f"supervisor {path} sent no descriptor")
+        state = decode(data)
+    except BaseException as error:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise NydusError(f"supervisor {path}: {error.strerror or error}") from None
+        raise
+    names = state.held or (FUSE,)
+    for fd in fds[len(names) :]:
         os.close(fd)
-    if not fds:
-        raise NydusError(f"supervisor {path} sent no descriptor")
-    return data, fds[0]
+    return state, dict(zip(names, fds, strict=False))

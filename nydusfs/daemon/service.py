@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ UPGRADE_SECONDS = 30.0
 RESTORED_AT_ONCE = 8  # images, while readers of others are served already
 HURRIED, HURRIED_SECONDS = 8, 1.0  # reads that waited for this worker are given to two sources at once
 SOURCES = "sources"  # name of a held descriptor: what was learned of them
+CACHE = "cache-"  # what names of held descriptors begin with: claims on cache directories
+MAX_CLAIMS = 8  # that are handed on; a node has one cache directory
 _LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -111,9 +113,9 @@ class Daemon:
             raise UnsupportedError()
         if self._driver.connection.fd < 0:
             raise ApiError("DaemonAbnormal(NotReady)", 503)
-        state, fd = handover.encode(self._state()), self._driver.connection.fd
+        fds = {FUSE: self._driver.connection.fd, **self._erofs.descriptors(), **self._claims()}
         try:
-            await trio.to_thread.run_sync(handover.send_to_supervisor, self.supervisor, state, fd)
+            await trio.to_thread.run_sync(handover.send_to_supervisor, self.supervisor, self._state(), fds)
         except NydusError as error:
             log.error("%s", error)
             raise ApiError("DaemonAbnormal(SendFd)") from None
@@ -124,8 +126,10 @@ class Daemon:
             raise UnsupportedError()
         self._machine.expect(Event.TAKEOVER)
         try:
-            data, fd = await trio.to_thread.run_sync(handover.receive_from_supervisor, self.supervisor)
-            await self._restore(handover.decode(data), fd)
+            kept, fds = await trio.to_thread.run_sync(handover.receive_from_supervisor, self.supervisor)
+            self._erofs.adopt(kept.mountpoint, fds)
+            self._services.claims = _claims_of(fds)
+            await self._restore(kept, fds[FUSE])
         except NydusError as error:
             log.error("takeover failed: %s", error)
             raise ApiError("DaemonAbnormal(RecvFd)") from None
@@ -184,9 +188,19 @@ class Daemon:
     def _share(self, services: Services) -> None:
         link, hub = self._link, services.hub
         if link is not None:
+            services.claims = _claims_of(link.held)
+            services.claimed = self._hold_claim
             if SOURCES in link.held:
                 hub.take_over(read_memory_file(link.held[SOURCES]))
             hub.learned = lambda: link.keep(SOURCES, hub.leave())
+
+    def _hold_claim(self, key: str, fd: int) -> None:
+        assert self._link is not None
+        if sum(name.startswith(CACHE) for name in self._link.held) < MAX_CLAIMS:
+            self._link.hold(CACHE + key, fd)
+
+    def _claims(self) -> dict[str, int]:
+        return {CACHE + device_key(store.path): store.claim for store in self._services.stores()[:MAX_CLAIMS]}
 
     def _state(self) -> KeptState:
         tree, next_node = self._driver.operations.tree.numbers()
@@ -452,6 +466,10 @@ class Daemon:
         timer = threading.Timer(STOP_DEADLINE, give_up)
         timer.daemon = True
         timer.start()
+
+
+def _claims_of(held: Mapping[str, int]) -> dict[str, int]:
+    return {name.removeprefix(CACHE): fd for name, fd in held.items() if name.startswith(CACHE)}
 
 
 def _device_key(request: MountRequest) -> str:
