@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
-from tests.lab.daemon import DRIVERS, driven_by
-from tests.lab.erofs import cannot_mount_erofs
+from tests.lab.drivers import DEFAULT, DRIVERS, driven_by
 
 # In CI the same examples every time and few; `--hypothesis-profile=long` looks for new ones for hours. Failures are not
 # explained: that may take as long as a hundred times the examples.
@@ -35,11 +34,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", params=DRIVERS)
 def fs_driver(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test for FUSE and for EROFS: what serves the images of each daemon that the test does not choose for."""
-    if request.param != "fuse" and (reason := cannot_mount_erofs()):
-        pytest.skip(reason)
+    """What serves the images of each daemon that the test does not choose for: see `tests.lab.drivers`."""
     with driven_by(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_driver_but_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Beside tests that are driven, whose fixtures stay for all of their module, others run as if alone."""
+    if {"fs_driver", "node"} & set(request.fixturenames):
+        yield
+    else:
+        with driven_by(DEFAULT):
+            yield
 
 
 @pytest.fixture(autouse=True)

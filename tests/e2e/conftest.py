@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.drivers import driven_by
 from tests.lab.images import Image
 from tests.lab.operated import Lab, operated
 from tests.lab.paths import ref_bin
@@ -35,6 +36,28 @@ def require_programs() -> None:
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         absent = pytest.fail if os.environ.get("CI") else pytest.skip
         absent("root: needs root and /dev/fuse")
+
+
+# Each test runs for both drivers and both generations of containerd, not for all pairs of them.
+NODES = [("1.6", "fuse"), ("2.x", "fuse"), ("2.x", "erofs")]
+
+
+def nodes(*kinds: tuple[str, str]) -> pytest.MarkDecorator:
+    """Where a test with a fixture that is made on a `node` runs, if not on all `NODES`."""
+    return pytest.mark.parametrize("node", kinds, ids="-".join, indirect=True)
+
+
+either = nodes(NODES[0], NODES[-1])  # both drivers; containerd has no part in it
+fuse_nodes = nodes(*NODES[:2])  # both generations; what it is about is not reading
+
+
+@pytest.fixture(scope="module", params=NODES, ids="-".join)
+def node(request: pytest.FixtureRequest) -> Iterator[Path | None]:
+    """The containerd to use; daemons made meanwhile have the driver. See `tests.lab.drivers`."""
+    generation, driver = request.param
+    require_programs()
+    with driven_by(driver):
+        yield containerd_of(generation)
 
 
 def containerd_of(generation: str) -> Path | None:
@@ -66,11 +89,10 @@ def load_image(
     return image
 
 
-@pytest.fixture(scope="module", params=["1.6", "2.x"])
-def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+@pytest.fixture(scope="module")
+def stack(node: Path | None) -> Iterator[Stack]:
     """Mirror before the registry; no prefetch, so that requests can be counted."""
-    require_programs()
-    with Stack(StackOptions(mirror=True, prefetch=False, containerd=containerd_of(request.param))) as made:
+    with Stack(StackOptions(mirror=True, prefetch=False, containerd=node)) as made:
         load_image(made)
         yield made
     assert made.leftovers == []

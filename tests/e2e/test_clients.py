@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from bootstrap.reader import open_bootstrap
-from tests.e2e.conftest import containerd_of, load_image, require_programs
+from tests.e2e.conftest import NODES, containerd_of, either, load_image, nodes, require_programs
 from tests.lab.containerd import CRI_2, IMAGES_3, RUNTIME_3
 from tests.lab.cri import Cri
 from tests.lab.interpose import Interposer
@@ -87,16 +87,14 @@ class Clients:
         return {"PATH": path, "HOME": str(containerd.work), "DOCKER_CONFIG": str(containerd.work), **kept}
 
 
-@pytest.fixture(scope="module", params=["1.6", "2.x"])
-def clients(request: pytest.FixtureRequest) -> Iterator[Clients]:
-    require_programs()
-    newer = containerd_of(request.param)
-    changes = bare_3() if newer else BARE_2
+@pytest.fixture(scope="module")
+def clients(node: Path | None) -> Iterator[Clients]:
+    changes = bare_3() if node else BARE_2
     options = StackOptions(
         prefetch=False,
-        containerd=newer,
+        containerd=node,
         changes=changes,
-        interpose=bool(newer),
+        interpose=bool(node),
         snapshotter_arguments=("--enable-referrer-detect",),
     )
     with Stack(options) as stack:
@@ -105,7 +103,7 @@ def clients(request: pytest.FixtureRequest) -> Iterator[Clients]:
         cri = Cri(stack.containerd.socket, stack.work)
         try:
             name = f"{stack.host}/lab/small"
-            yield Clients(stack, cri, RUNTIME if newer else "", f"{name}:nydus", f"{name}:oci")
+            yield Clients(stack, cri, RUNTIME if node else "", f"{name}:nydus", f"{name}:oci")
         finally:
             cri.close()
     assert stack.leftovers == []
@@ -198,7 +196,7 @@ def test_terminal(clients: Clients, nerdctl: Path) -> None:
     assert containerd.nerdctl(nerdctl, "ps", "-aq").stdout.split() == []
 
 
-@pytest.mark.parametrize("clients", ["2.x"], indirect=True)
+@nodes(*NODES[1:])
 def test_compose(clients: Clients, nerdctl: Path) -> None:
     """Five services of one image, pulled and started by nerdctl compose."""
     containerd = clients.stack.containerd
@@ -372,7 +370,7 @@ def test_save_and_push_what_was_pulled_lazily(clients: Clients, nerdctl: Path, t
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("clients", ["1.6"], indirect=True)  # containerd has no part in it
+@either
 def test_blobs_are_shared_and_go_with_their_images(clients: Clients) -> None:
     """An image by this nydusify, the same by upstream's, and another with their lowest layer, in three repositories.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import fuse_nodes
 from tests.lab.images import fetch_manifest
 from tests.lab.nydusify import upstream_nydusify
 from tests.lab.process import run, wait_until
@@ -105,6 +106,7 @@ def test_commit_and_commit_again(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.interop
+@fuse_nodes
 def test_upstreams_stack_takes_it(stack: Stack, tmp_path: Path) -> None:
     """Its check mounts the committed image with its nydusd and reads everything, twice."""
     base, target = f"{stack.host}/lab/small:nydus", f"{stack.host}/lab/committed:upstream"
@@ -120,6 +122,7 @@ def test_upstreams_stack_takes_it(stack: Stack, tmp_path: Path) -> None:
     assert "verified image" in done.stderr
 
 
+@fuse_nodes
 def test_a_stopped_container_and_what_cannot_be_committed(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)
@@ -152,6 +155,7 @@ def test_a_stopped_container_and_what_cannot_be_committed(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@fuse_nodes
 def test_the_container_runs_on_whatever_ends_the_commit(stack: Stack, tmp_path: Path, end: signal.Signals) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)

@@ -77,7 +77,7 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="module")
-def docker() -> Iterator[Docker]:
+def docker(fs_driver: str) -> Iterator[Docker]:
     require_programs()
     dockerd = programs()
     with Stack(StackOptions(prefetch=False, containerd=containerd_of("2.x"))) as stack:

@@ -13,7 +13,7 @@ import pytest
 
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.referrers import add_to_tag, subject_of
-from tests.e2e.conftest import containerd_of, require_programs
+from tests.e2e.conftest import NODES, either, nodes, require_programs
 from tests.lab.cri import Cri
 from tests.lab.images import MANIFEST, Image, ImageLayout, Layer, Member, entry, fetch_manifest, push_image
 from tests.lab.paths import ref_bin
@@ -28,8 +28,9 @@ pytestmark = pytest.mark.timeout(300)
 PAYLOAD = 9 << 20
 READ = "cat /marker; echo; cat /payload.sha256; echo; sha256sum < /payload; ls -d /payload* /doomed 2>&1; ls /shadowed"
 PRODUCERS = ["ours", "upstream"]
-# What containerd has no part in is tested with one of them.
-one_generation = pytest.mark.parametrize("pods", ["1.6"], indirect=True)
+
+
+no_nydusd = nodes(NODES[0])  # serves what these are about
 
 
 def converter(producer: str) -> list[str | Path]:
@@ -115,12 +116,12 @@ def pause() -> Iterator[str]:
         remove_tree(work)
 
 
-@pytest.fixture(scope="module", params=["1.6", "2.x"])
-def pods(request: pytest.FixtureRequest, pause: str) -> Iterator[Pods]:
+@pytest.fixture(scope="module")
+def pods(node: Path | None, pause: str) -> Iterator[Pods]:
     arguments = ("--enable-index-detect", "--enable-referrer-detect", "--enable-stargz")
     options = StackOptions(
         prefetch=False,
-        containerd=containerd_of(request.param),
+        containerd=node,
         pause_ref=pause,
         snapshotter_arguments=(*arguments, "--log-level=debug"),
     )
@@ -143,7 +144,7 @@ def test_both_in_one_index(pods: Pods) -> None:
     both_in_one_index(pods, "ours")
 
 
-@one_generation
+@either
 def test_both_in_one_index_by_upstream(pods: Pods) -> None:
     both_in_one_index(pods, "upstream")
 
@@ -160,7 +161,7 @@ def test_a_referrer_of_the_plain_image(pods: Pods) -> None:
     referrer_of_the_plain_image(pods, "ours")
 
 
-@one_generation
+@either
 def test_a_referrer_of_the_plain_image_by_upstream(pods: Pods) -> None:
     referrer_of_the_plain_image(pods, "upstream")
 
@@ -178,7 +179,7 @@ def referrer_of_the_plain_image(pods: Pods, producer: str) -> None:
     assert f"lab/{name}:oci: there is a Nydus image of it among its referrers" in log_of(pods)
 
 
-@one_generation
+@either
 def test_a_layer_that_was_skipped_and_overlayfs_needs(pods: Pods) -> None:
     """containerd has the image but not its layers: it says so, and pulling for the other snapshotter brings them."""
     pods.push("both")
@@ -221,14 +222,14 @@ def test_what_nerdctl_converts_runs_as_it_is(pods: Pods, nerdctl: Path, form: st
     assert big(stack, mark) == []
 
 
-@one_generation
+@no_nydusd
 def test_estargz_layers_that_do_not_fit_together_are_unpacked(pods: Pods) -> None:
     pods.push("mixed", estargz=1 << 20)
     good(pods.read(pods.pull("mixed", "oci")), "mixed")
     assert "its layers are unpacked instead" in log_of(pods)
 
 
-@one_generation
+@no_nydusd
 def test_estargz_layers_that_name_no_directories_are_unpacked(pods: Pods) -> None:
     pods.push("unnamed", estargz=4 << 20, complete=False)
     pulled = pods.pull("unnamed", "oci")
@@ -241,7 +242,7 @@ def log_of(pods: Pods) -> str:
     return (pods.stack.snapshotter.root / "logs" / "nydus-snapshotter.log").read_text()
 
 
-@one_generation
+@either
 @pytest.mark.parametrize("way", ["referrer", "estargz"])
 def test_layers_of_a_lazy_image_under_another_image(pods: Pods, way: str) -> None:
     """containerd has their chain ids and downloads nothing; the other image must have their files, no more and no less,
@@ -284,7 +285,7 @@ def rows(lines: list[str], ignored: tuple[str, ...]) -> list[list[str]]:
     return [[*row[:4], row[-1]] if row and row[0].startswith("d") else row for row in words]
 
 
-@one_generation
+@no_nydusd
 def test_plain_images_stay_plain(pods: Pods) -> None:
     pods.push("plain")
     mark = pods.stack.registry.mark()
@@ -292,7 +293,7 @@ def test_plain_images_stay_plain(pods: Pods) -> None:
     assert len(big(pods.stack, mark)) == 1
 
 
-@one_generation
+@either
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("form", ["v5", "zran"])
 def test_nydus_images_of_every_kind(pods: Pods, form: str, producer: str) -> None:
@@ -303,7 +304,7 @@ def test_nydus_images_of_every_kind(pods: Pods, form: str, producer: str) -> Non
     pods.lazy(name, "nydus")
 
 
-@one_generation
+@no_nydusd
 def test_tarfs(pods: Pods) -> None:
     """Layers as they are, mounted by the kernel; what shares them with a plain image; away with the image."""
     stack = pods.stack
@@ -344,7 +345,7 @@ def test_tarfs(pods: Pods) -> None:
     wait_until(lambda: mounts() == [], 20, "the unmount")
 
 
-@one_generation
+@no_nydusd
 @pytest.mark.parametrize("mode", ["image_block_with_verity", "layer_block"])
 def test_tarfs_as_block_devices_for_virtual_machines(pods: Pods, mode: str) -> None:
     """What Kata is handed is a disk that the kernel mounts by itself, with a hash tree that veritysetup accepts."""
@@ -417,7 +418,7 @@ def connected(pods: Pods) -> None:
     ctr(*probe, "rm", "probe")
 
 
-@one_generation
+@nodes(NODES[0])  # about what is mounted, not how
 def test_signed_bootstraps(pods: Pods) -> None:
     """This module's last test: the snapshotter is told to want signatures."""
     stack, folder = pods.stack, pods.work / "signing"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import containerd_of, load_image, require_programs
+from tests.e2e.conftest import either, load_image
 from tests.lab.process import work_dir
 from tests.lab.stack import REPO, Stack, StackOptions
 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(params=["1.6", "2.x"])
-def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
-    require_programs()
+@pytest.fixture
+def stack(node: Path | None) -> Iterator[Stack]:
     if shutil.which("mount.fuse") is None:
         pytest.skip("end to end: not installed: fuse3")
     work = work_dir()
@@ -29,7 +29,7 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     helper.chmod(0o755)
     toml.write_text(f'version = 1\n[snapshot]\nenable_nydus_overlayfs = true\nnydus_overlayfs_path = "{helper}"\n')
     options = StackOptions(
-        prefetch=False, containerd=containerd_of(request.param), snapshotter_arguments=("--config", str(toml))
+        prefetch=False, containerd=node, snapshotter_arguments=("--config", str(toml))
     )
     with Stack(options, work) as made:
         load_image(made)
@@ -38,6 +38,7 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     assert made.leftovers == []
 
 
+@either
 def test_a_container_over_the_helper(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import nothing_stays, require_programs
 from tests.lab.cri import Cri
+from tests.lab.drivers import both
 from tests.lab.process import run, wait_until
 from tests.lab.registry import Registry
 from tests.lab.sample import pause_image, small_image
@@ -36,6 +37,7 @@ def plugin_sends(controller: Path, annotation: str) -> bytes:
         return client.recv(200).split(b"\r\n")[0]
 
 
+@both
 def test_what_a_pods_annotation_names_is_fetched_before_anything_reads_it(tmp_path: Path) -> None:
     require_programs()
     with Registry(tmp_path / "registry") as registry:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.conftest import load_image, nothing_stays, require_programs
+from tests.e2e.conftest import NODES, either, load_image, nodes, nothing_stays
 from tests.lab.process import LabError, can_connect, run, wait_until
-from tests.lab.stack import Stack, StackOptions, program
+from tests.lab.stack import Stack, program
 
 pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
-def stack() -> Iterator[Stack]:
-    require_programs()
-    with Stack(StackOptions(mirror=True, prefetch=False)) as made:
-        load_image(made)
-        yield made
-    assert made.leftovers == []
+def stack(stack: Stack) -> Stack:
+    """With a node that nothing happened to yet."""
+    stack.new_node()
+    return stack
 
 
 def start_sleeper(stack: Stack, ref: str) -> str:
@@ -51,6 +48,7 @@ def remove_everything(stack: Stack) -> None:
     nothing_stays(stack)
 
 
+@either
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_snapshotter_dies_under_a_container(stack: Stack, how: str) -> None:
     ref = f"{stack.host}/lab/small:nydus"
@@ -79,6 +77,7 @@ def test_snapshotter_dies_under_a_container(stack: Stack, how: str) -> None:
     remove_everything(stack)
 
 
+@nodes(NODES[0])  # nothing is read
 def test_snapshotter_dies_during_a_pull(stack: Stack) -> None:
     """SIGKILL between Prepare and Commit of layers: the next pull of the same image works."""
     ref = f"{stack.host}/lab/small:nydus"
@@ -106,6 +105,7 @@ def test_snapshotter_dies_during_a_pull(stack: Stack) -> None:
     remove_everything(stack)
 
 
+@either
 def test_daemon_dies_without_containers(stack: Stack) -> None:
     """nydusd killed while no container runs: the next container of the image starts all the same."""
     ref = f"{stack.host}/lab/small:nydus"
@@ -125,6 +125,7 @@ def test_daemon_dies_without_containers(stack: Stack) -> None:
     remove_everything(stack)
 
 
+@nodes(NODES[0])  # nothing is read
 @pytest.mark.parametrize("own_root", [False, True])
 def test_second_snapshotter_is_refused(stack: Stack, own_root: bool) -> None:
     """The same root, or another root but a socket that somebody answers on: one line, and the first serves on."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PAYLOAD, nothing_stays
+from tests.e2e.conftest import PAYLOAD, fuse_nodes, nothing_stays
 from tests.lab.cri import Cri
 from tests.lab.process import run
 from tests.lab.sample import pause_image, small_image
@@ -71,6 +71,7 @@ def test_data_came_through_the_mirror(stack: Stack) -> None:
     assert any("/blobs/" in line and " 206 " in line for line in stack.mirror.requests())
 
 
+@fuse_nodes
 def test_log_line_people_grep(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:nydus"
     stack.rpull(ref)
@@ -89,12 +90,14 @@ def test_log_line_people_grep(stack: Stack) -> None:
     assert any(re.match(wanted, line) for line in lines), lines
 
 
+@fuse_nodes
 def test_plain_image_through_nydus_snapshotter(stack: Stack) -> None:
     ref = f"{stack.host}/lab/small:oci"
     assert "3 downloaded" in stack.rpull(ref)
     check_content(stack, ref)
 
 
+@fuse_nodes
 def test_plain_image_pulled_by_ctr(stack: Stack, tmp_path: Path) -> None:
     ref = f"{stack.host}/lab/ctr:oci"
     small_image(tmp_path, "hello", payload=1 << 20).push(stack.registry.host, "lab/ctr", "oci")
@@ -110,12 +113,14 @@ def test_writes_stay_in_the_container(stack: Stack) -> None:
     assert stack.ctr_run(ref, "cat", "/marker").strip() == "hello"
 
 
+@fuse_nodes
 def test_nydus_image_needs_a_lazy_snapshotter(stack: Stack) -> None:
     said = stack.rpull(f"{stack.host}/lab/small:nydus", snapshotter="overlayfs", check=False)
     assert "use --snapshotter nydus" in said
     assert "Traceback" not in said
 
 
+@fuse_nodes
 def test_pull_errors_are_one_line(stack: Stack) -> None:
     for ref, wanted in [(f"{stack.host}/lab/none:x", "does not exist"), ("127.0.0.1:1/x/y:z", "cannot be reached")]:
         said = stack.rpull(ref, check=False)

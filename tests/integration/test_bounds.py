@@ -10,12 +10,14 @@ import pytest
 
 from tests.lab.crowd import many_mounts, many_starts, memory, ticks, until_idle, wakeups
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
+from tests.lab.drivers import both
 from tests.lab.soak import soak
 from tests.lab.tiny import noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
 
+@both
 def test_an_idle_daemon_sleeps_and_is_small(tmp_path: Path) -> None:
     """No thread of the three processes wakes up once in six seconds, with images mounted and read before."""
     image = tiny_image(tmp_path, {"f": noise(1 << 20)})
@@ -48,6 +50,7 @@ def _check_starts(starts: int, images: int, latency: float, *, idle: bool = Fals
 
 
 @pytest.mark.timeout(180)
+@both
 def test_sixty_starts_at_once_ask_for_each_range_once() -> None:
     _check_starts(60, 6, 0.3)
 

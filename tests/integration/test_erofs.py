@@ -20,11 +20,10 @@ from nydusfs.segments import SEGMENT_SIZE
 from tests.integration.test_fuse_lifecycle import silent_config, silent_registry, start_reader
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, localfs_config, reader, wait_until
-from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs, settle
+from tests.lab.erofs import READ_ALL, cannot_mount_erofs, cpu_seconds, is_erofs, marked_devices, settle
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.killing import kill_everything, kill_workers
 from tests.lab.mounted import check_mount
-from tests.lab.paths import reference_cases, shared_dir
 from tests.lab.process import kill_together, processes_mentioning, run
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -58,8 +57,10 @@ def read_all(path: Path, timeout: float = 30.0) -> dict[str, str]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def marked_devices(work: Path) -> list[Path]:
-    return [path for path in work.glob(".erofs/files.*/*/*/*") if path.is_file()]
+def is_stopped(pid: int) -> bool:
+    """All its threads: they do not stop at one moment."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
 
 
 @contextmanager
@@ -71,30 +72,6 @@ def bound(source: Path, target: Path) -> Iterator[Path]:
         yield target
     finally:
         run(["umount", "-l", target])
-
-
-@pytest.mark.interop
-@pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
-@pytest.mark.parametrize("name", reference_cases())
-def test_fixture_is_served_as_its_manifest_says(daemon: Nydusd, name: str) -> None:
-    """Each form of image; read twice, from the network's side and from the cache. Umount leaves nothing."""
-    shared = shared_dir()
-    assert shared is not None
-    case = shared / "fixtures" / "reference" / name
-    work = daemon.dir / "cache" / name
-    config = json.loads(localfs_config(case, work_dir=work))
-    source = case / "image.boot"
-    if (case / "layer").exists():
-        source = case / "layer"
-        config["device"]["backend"]["config"] = {"blob_file": str(source)}
-    assert daemon.mount(f"/{name}", source, json.dumps(config)).status == 204
-    # a plain tar has no blocks of 4096 bytes: that form stays with FUSE
-    assert is_erofs(daemon.mnt / name) == (name != "v6-tar-tarfs")
-    for _ in range(2):
-        assert check_mount(case, daemon.mnt / name) == []
-    assert daemon.umount(f"/{name}").status == 204
-    assert not (daemon.mnt / name).exists()
-    assert marked_devices(work) == []
 
 
 def test_an_expected_mount_is_made_before_it_is_asked_for(daemon: Nydusd, tmp_path: Path) -> None:
@@ -240,10 +217,11 @@ def test_complete_images_need_no_process(tmp_path: Path, again: bool) -> None:
             assert "directio" in mount_options(running.mnt / "a")
         with bound(running.mnt / "a", tmp_path / "held") as held:
             pids = processes_mentioning(str(running.sock))
-            before = sum(map(cpu_seconds, pids))
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             try:
+                wait_until(lambda: all(is_stopped(pid) for pid in pids), 20, "the stop of all")
+                before = sum(map(cpu_seconds, pids))
                 expected = read_all(held)
                 assert expected
                 assert not any(len(value) != 64 for value in expected.values())
@@ -378,6 +356,23 @@ def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
 def test_killed_daemons_leave_no_wrong_byte_and_the_next_one_heals_the_mount() -> None:
     report = kill_everything(3)
     assert (report.wrong, report.errors, report.said) == (0, 0, [])
+
+
+def test_what_was_asked_about_once_is_read_by_its_plain_path(tmp_path: Path) -> None:
+    """A device that two mounts had before it was complete has a mark of its own, which outlives both in memory: the
+    next mount opens the same file as the cache's."""
+    image = tiny_image(tmp_path, {f"f{n}": noise(SEGMENT_SIZE, n) for n in range(4)})
+    with faulty_server({image.blob_id: image.blob}) as server, Nydusd(*ON) as running:
+        config = registry_config(server, tmp_path / "cache")
+        for where in ("/a", "/b"):
+            assert running.mount(where, image.bootstrap, config).status == 204
+        assert read_all(running.mnt / "a") == digests(image)
+        for where in ("/a", "/b"):  # before the data is on the disk, after which nothing would be asked
+            assert running.umount(where).status == 204
+        settle(tmp_path / "cache")
+        assert running.mount("/c", image.bootstrap, config).status == 204
+        assert list((tmp_path / "cache").glob(".erofs/files.*/.plain"))
+        assert read_all(running.mnt / "c") == digests(image)
 
 
 def test_death_of_every_process_gives_errors_and_never_zeros(tmp_path: Path) -> None:

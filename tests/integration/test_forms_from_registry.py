@@ -17,6 +17,7 @@ from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import open_services
 from tests.lab.daemon import Nydusd, can_mount_fuse
+from tests.lab.drivers import both
 from tests.lab.faulty import faulty_server
 from tests.lab.handmade import Made, contents, make
 from tests.lab.images import Blob, push_blob
@@ -157,6 +158,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 @pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())
 @pytest.mark.skipif(shared_dir() is None, reason="interop: no reference fixtures here")
 @pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
+@both
 def test_reference_images_from_a_real_registry(registry: Registry, tmp_path: Path) -> None:
     """OCI references read the original layers there, their tables the meta blobs."""
     shared = shared_dir()

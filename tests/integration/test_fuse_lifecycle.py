@@ -20,6 +20,7 @@ import pytest
 
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
+from tests.lab.drivers import both
 from tests.lab.mounted import check_mount
 from tests.lab.process import mounts_below, unmount_below, work_dir
 
@@ -29,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
-both = pytest.mark.usefixtures("fs_driver")
 BIG_READ = "import sys; d = open(sys.argv[1], 'rb').read(); print(len(d))"
 
 

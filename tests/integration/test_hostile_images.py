@@ -33,22 +33,19 @@ from bootstrap.reader_v6 import BootstrapV6
 from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
 from nydusfs.errors import ConvertError
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader
-from tests.lab.erofs import cannot_mount_erofs, is_erofs
+from tests.lab.erofs import is_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
-DRIVERS = ["fuse", "erofs"]
 DEPTH = 2000  # paths of 8,000 bytes: twice what one call takes
 LONG = "n" * 255
 
 
-@pytest.fixture(scope="module", params=DRIVERS)
-def node(request: pytest.FixtureRequest) -> Iterator[Nydusd]:
+@pytest.fixture(scope="module")
+def node(fs_driver: str) -> Iterator[Nydusd]:
     """A daemon with a good image at /good, whose pid and answers are those of before after each test."""
-    if request.param == "erofs" and (reason := cannot_mount_erofs()):
-        pytest.skip(reason)
-    with Nydusd("--fs-driver", "erofs" if request.param == "erofs" else "fuse") as running:
+    with Nydusd() as running:
         image = running.dir / "good"
         image.mkdir()
         good = tiny_image(image, {"f": noise(100_000)})

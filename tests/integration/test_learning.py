@@ -18,6 +18,7 @@ import pytest
 
 from nydusfs.learning import REQUESTS
 from tests.lab.daemon import Answer, Nydusd, can_mount_fuse, wait_until
+from tests.lab.drivers import both
 from tests.lab.faulty import FaultyServer, Request, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -96,6 +97,7 @@ def all_but(server: FaultyServer, free: list[Request]) -> Iterator[None]:
         go.set()
 
 
+@both
 def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
     image = tiny_image(tmp_path, FILES)
     work = tmp_path / "cache"
@@ -128,6 +130,7 @@ def test_the_next_cold_start_is_fetched_ahead(tmp_path: Path) -> None:
             assert daemon.call("PUT", "profile?id=/a", '{"version": 7}').status == 400
 
 
+@both
 def test_an_image_that_is_expected_is_fetched_ahead_of_its_mount(tmp_path: Path) -> None:
     image = tiny_image(tmp_path, FILES)
     work = tmp_path / "cache"

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader
+from tests.lab.drivers import both
 from tests.lab.process import remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import Client, option, pull
 from tests.lab.stack import Snapshotter
 from tests.lab.tiny import noise, tiny_image
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
+pytestmark = [both, pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
 # What is not closed to everybody but root: a layer's own root and what overlayfs demands, mount points, and logs.
 _OPEN = (

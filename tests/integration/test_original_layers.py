@@ -35,8 +35,18 @@ UPPER = {"d/f1": b"other", "d/.wh.f3": b"", "new": random.Random(5).randbytes(50
 MERGED = {name: data for name, data in FILES.items() if name != "d/f3"} | {"d/f1": b"other", "new": UPPER["new"]}
 
 
-@pytest.fixture(scope="module", params=["ours", pytest.param("upstream", marks=needs_upstream)])
-def nydusd(request: pytest.FixtureRequest) -> Iterator[Nydusd]:
+OURS = [("fuse", "ours"), ("erofs", "ours")]
+
+
+def nydusds(*kinds: object) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("fs_driver", "nydusd"), kinds, indirect=True)
+
+
+every = nydusds(*OURS, pytest.param("fuse", "upstream", marks=needs_upstream))
+
+
+@pytest.fixture(scope="module")
+def nydusd(request: pytest.FixtureRequest, fs_driver: str) -> Iterator[Nydusd]:
     with Nydusd(binary=None if request.param == "ours" else NYDUSD) as daemon:
         yield daemon
 
@@ -70,6 +80,7 @@ def serve(daemon: Nydusd, boot: Path, blobs: Path, expected: dict[str, bytes]) -
     assert found == {name: hashlib.sha256(data).hexdigest() for name, data in expected.items()}
 
 
+@every
 @pytest.mark.parametrize("kind", ["one member", "members of 50 kB", "a member per piece", "flushed", "plain tar"])
 def test_a_layer_as_it_is(nydusd: Nydusd, tmp_path: Path, kind: str) -> None:
     layer = pack(kind, tar_pieces(FILES))
@@ -81,6 +92,7 @@ def test_a_layer_as_it_is(nydusd: Nydusd, tmp_path: Path, kind: str) -> None:
     serve(nydusd, boot, tmp_path, FILES)
 
 
+@every
 def test_layers_of_an_image(nydusd: Nydusd, tmp_path: Path) -> None:
     """The way of nydusify --oci-ref: layer blobs with everything but the data, merged under the original names."""
     lists: dict[str, list[str]] = {"--blob-digests": [], "--original-blob-ids": [], "--blob-sizes": []}
@@ -104,6 +116,7 @@ def test_layers_of_an_image(nydusd: Nydusd, tmp_path: Path) -> None:
     serve(nydusd, boot, tmp_path, MERGED)
 
 
+@every
 def test_estargz_by_its_table(nydusd: Nydusd, tmp_path: Path) -> None:
     layer, text = write_estargz([file(name, data) for name, data in FILES.items()], 0x10000)
     name = hashlib.sha256(layer).hexdigest()
@@ -117,7 +130,7 @@ def test_estargz_by_its_table(nydusd: Nydusd, tmp_path: Path) -> None:
     serve(nydusd, boot, tmp_path, FILES)
 
 
-@pytest.mark.parametrize("nydusd", ["ours"], indirect=True)
+@nydusds(*OURS)
 def test_estargz_that_nobody_converted(nydusd: Nydusd, tmp_path: Path) -> None:
     """Two layers as a registry has them: bootstraps from their tables, one image; chunks come with their digests."""
     sources = []

@@ -17,6 +17,7 @@ import pytest
 
 from tests.lab.cases import case
 from tests.lab.daemon import can_mount_fuse
+from tests.lab.drivers import both
 from tests.lab.mounted import load_manifest
 from tests.lab.served import CASE, IMAGE, snapshotter
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, pull
@@ -117,6 +118,7 @@ def churn(workers: int, lives: int) -> str:
         return ours.nydusd_log(100_000)
 
 
+@both
 def test_images_come_and_go() -> None:
     log = churn(4, 8)
     assert "ERROR" not in log

@@ -19,7 +19,6 @@ import pytest
 
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import all_durable, can_mount_fuse
-from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
 from tests.lab.process import kill_together, mounts_below, wait_until
@@ -39,16 +38,21 @@ def case() -> Path:
     return image_case(CASE)
 
 
-@pytest.fixture(params=["ours", "upstream", "ours-dedicated", "ours-erofs"])
-def ours(request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
-    real = ref_bin("nydusd") if request.param == "upstream" else None
-    if request.param == "upstream" and real is None:
+OURS, UPSTREAM = [("fuse", "ours"), ("erofs", "ours")], ("fuse", "upstream")
+EVERY = [*OURS, ("fuse", "ours-dedicated"), UPSTREAM]
+
+
+def nydusds(*kinds: tuple[str, str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("fs_driver", "kind"), kinds, indirect=["fs_driver"])
+
+
+@pytest.fixture
+def ours(fs_driver: str, kind: str) -> Iterator[Snapshotter]:
+    real = ref_bin("nydusd") if kind == "upstream" else None
+    if kind == "upstream" and real is None:
         pytest.skip("interop: upstream's nydusd is not here")
-    if request.param == "ours-erofs" and (reason := cannot_mount_erofs()):
-        pytest.skip(reason)
-    words = ("--daemon-mode=dedicated",) if request.param == "ours-dedicated" else ()
-    more = {"fs_driver": "erofs"} if request.param == "ours-erofs" else {}
-    with snapshotter("--log-level", "debug", *words, upstream=real, **more) as running:
+    words = ("--daemon-mode=dedicated",) if kind == "ours-dedicated" else ()
+    with snapshotter("--log-level", "debug", *words, upstream=real) as running:
         yield running
 
 
@@ -72,6 +76,7 @@ def log_of(ours: Snapshotter) -> str:
     return (ours.root / "logs" / "nydus-snapshotter.log").read_text()
 
 
+@nydusds(*EVERY)
 def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
     with Client(ours.socket) as client:
         meta = pull(client, case(), ours.work, IMAGE)
@@ -132,6 +137,7 @@ def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
         assert not os.path.exists(lower) or not os.listdir(lower)
 
 
+@nydusds(*EVERY)
 def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
     with Client(ours.socket) as client:
         meta = pull(client, case(), ours.work, IMAGE)
@@ -160,6 +166,7 @@ def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
                 check(lower)
 
 
+@nydusds(*EVERY)
 def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
     with Client(ours.socket) as client:
         first = pull(client, case(), ours.work, IMAGE)
@@ -198,7 +205,7 @@ def served(roots: list[Path]) -> bool:
         return False
 
 
-@pytest.mark.parametrize("ours", ["ours"], indirect=True)
+@nydusds(*OURS)
 def test_errors_are_clear_and_roll_back(ours: Snapshotter) -> None:
     with Client(ours.socket) as client:
         # a client that sends no annotations
@@ -239,6 +246,7 @@ def test_errors_are_clear_and_roll_back(ours: Snapshotter) -> None:
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@nydusds(*EVERY)
 def test_many_containers_at_once_share_one_mount(ours: Snapshotter) -> None:
     with Client(ours.socket) as client:
         meta = pull(client, case(), ours.work, IMAGE)
@@ -259,7 +267,7 @@ def test_many_containers_at_once_share_one_mount(ours: Snapshotter) -> None:
         check(Path(lower.pop()))
 
 
-@pytest.mark.parametrize("ours", ["ours", "upstream"], indirect=True)
+@nydusds(*OURS, UPSTREAM)
 def test_no_nydusd_is_lost_when_the_start_is_interrupted(ours: Snapshotter) -> None:
     for _ in range(5):
         ours.kill()

@@ -17,11 +17,13 @@ from bootstrap.reader import open_bootstrap
 from nydusfs.containerd.chain import chain_ids
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
+from tests.lab.drivers import both
 from tests.lab.process import remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
 pytestmark = [
+    both,
     pytest.mark.root,
     pytest.mark.timeout(180),
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),

@@ -12,12 +12,14 @@ from click.testing import CliRunner
 
 from snapshotter.cachectl.ctl import command
 from tests.lab.daemon import Nydusd, can_mount_fuse
+from tests.lab.drivers import both
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin, shared_dir
 
 NYDUSD, OLD_NYDUSD = ref_bin("nydusd"), ref_bin("nydusd-2.2.5")
 pytestmark = [
+    both,
     pytest.mark.root,
     pytest.mark.interop,
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),

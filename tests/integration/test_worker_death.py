@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from nydusfs.cache.devices import device_key
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.drivers import both
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
@@ -85,6 +87,7 @@ def test_the_next_worker_needs_no_new_token(tmp_path: Path) -> None:
         assert len(registry.tokens) > given
 
 
+@both
 def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
     case = image_case(CASE)
     with Nydusd() as daemon:
@@ -143,6 +146,7 @@ def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_p
             assert check_mount(case, daemon.mnt / "a") == []
 
 
+@both
 def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
     case = image_case(CASE)
     with Nydusd() as daemon:
@@ -184,10 +188,15 @@ def test_code_that_does_not_start_leaves_the_old_worker_in_place(tmp_path: Path)
         assert os.listdir(daemon.mnt / "a") == ["f"]
 
 
+def close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 @contextmanager
-def supervisor(path: Path) -> Iterator[list[tuple[bytes, int]]]:
+def supervisor(path: Path) -> Iterator[list[tuple[bytes, list[int]]]]:
     """What upstream's snapshotter has: keeps what a daemon sends, gives it to the next that connects in silence."""
-    kept: list[tuple[bytes, int]] = []
+    kept: list[tuple[bytes, list[int]]] = []
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
@@ -207,19 +216,22 @@ def supervisor(path: Path) -> Iterator[list[tuple[bytes, int]]]:
                     if fds:
                         while piece := client.recv(1 << 20):
                             data += piece
-                        kept[:] = [(data, fds[0])]
+                        for _, old in kept:
+                            close(old)
+                        kept[:] = [(data, fds)]
                     elif kept:
-                        socket.send_fds(client, [kept[0][0]], [kept[0][1]])
+                        socket.send_fds(client, [kept[0][0]], kept[0][1])
 
         threading.Thread(target=serve, daemon=True).start()
         try:
             yield kept
         finally:
             server.shutdown(socket.SHUT_RDWR)
-            for _, fd in kept:
-                os.close(fd)
+            for _, fds in kept:
+                close(fds)
 
 
+@both
 def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
     """The sequence of upstream's smoke test (reference 8.4), and its failover: save, exit or crash, take over."""
     case = image_case(CASE)
@@ -270,24 +282,29 @@ def state(daemon: Nydusd) -> str:
         return ""
 
 
-def test_systemds_store_outlives_every_process(tmp_path: Path) -> None:
+@both
+def test_systemds_store_outlives_every_process(tmp_path: Path, fs_driver: str) -> None:
     """All processes of the unit killed at once: the next start has the mount's descriptors back, files open go on."""
-    image = tiny_image(tmp_path, {"f": noise(2 << 20)})
+    image = tiny_image(tmp_path, {"f": noise(2 << 20), "g": noise(2 << 20, 2)})
     (tmp_path / image.blob_id).write_bytes(image.blob)
-    (tmp_path / "config").write_text(localfs_config(tmp_path))
+    config = localfs_config(tmp_path, work_dir=tmp_path / "cache", fs_driver=fs_driver, fs_prefetch={"learn": False})
+    (tmp_path / "config").write_text(config)
     directory = work_dir()
     try:
         (directory / "m").mkdir()
         command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
         done = subprocess.run(
-            [*command, "tests.lab.fakesystemd", directory, image.bootstrap, tmp_path / "config", "f"],
+            [*command, "tests.lab.fakesystemd", directory, image.bootstrap, tmp_path / "config", "f", "g"],
             capture_output=True, text=True, timeout=90,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + (directory / "log").read_text()
-        seen, right = json.loads(done.stdout), sha256(image.files["f"]).hexdigest()
+        seen = json.loads(done.stdout)
+        first, other = (sha256(image.files[name]).hexdigest() for name in "fg")
+        asked = ["fanotify", "journal"] if fs_driver == "erofs" else []
+        names = ["api", f"cache-{device_key(tmp_path / 'cache')}", "fuse", "state", *asked]
         assert seen == {
-            "mount": 204, "umount": 204, "before": right, "open file": right, "after": right,
-            "stored": ["nydusd-api", "nydusd-fuse", "nydusd-state"],
+            "mount": 204, "umount": 204, "before": first, "open file": other, "after": first,
+            "stored": sorted(f"nydusd-{name}" for name in names),
         }, (directory / "log").read_text()  # fmt: skip
     finally:
         unmount_below(directory)

@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +29,7 @@ from tests.lab.process import (
 )
 
 DRIVER = os.environ.get("NYDUS_TEST_FS_DRIVER", "")
-"""fuse, erofs or auto: for every daemon of ours for which a test does not choose. So the tests of one driver run for
-the other: `NYDUS_TEST_FS_DRIVER=auto tests/run integration`."""
-DRIVERS = [DRIVER] if DRIVER else ["fuse", "erofs"]
-"""Those that tests with the fixture `fs_driver` run for."""
-
-
-@contextmanager
-def driven_by(name: str) -> Iterator[None]:
-    """Daemons made meanwhile have this `DRIVER`."""
-    global DRIVER
-    before, DRIVER = DRIVER, name
-    try:
-        yield
-    finally:
-        DRIVER = before
-
+"""fuse, erofs or auto: for every daemon of ours for which a test does not choose; see `drivers`."""
 
 class Answer(NamedTuple):
     status: int

@@ -29,6 +29,10 @@ def is_erofs(path: Path) -> bool:
     return any(entry.mountpoint == str(path) and entry.fstype == "erofs" for entry in kernel.mounts())
 
 
+def marked_devices(cache: Path) -> list[Path]:
+    return [path for path in cache.glob(".erofs/files.*/*/*/*") if path.is_file()]
+
+
 def settle(cache: Path) -> None:
     """Wait until all that a cache holds is durable: from then on mounts ask nobody about it."""
     wait_until(lambda: not any(path.suffix for path in cache.glob("[!.]*/*-*")), 20, "durable segments")

@@ -1,9 +1,10 @@
 """What systemd does for a unit with FileDescriptorStoreMax=, as process 1 of a PID namespace of its own:
 
-    unshare --pid --fork --mount-proc python -m tests.lab.fakesystemd DIRECTORY BOOTSTRAP CONFIG FILE
+    unshare --pid --fork --mount-proc python -m tests.lab.fakesystemd DIRECTORY BOOTSTRAP CONFIG FILE OTHER
 
 Starts nydusd, mounts an image, kills every process of it at once, starts it again with the descriptors it had stored,
-and prints as JSON what a reader of FILE, which was open all the while, and a new one saw.
+and prints as JSON what readers of FILE saw before and after, and one of OTHER, which was open all the while but not
+read.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def wait_running(directory: Path, not_pid: int = 0) -> int:
 
 def main() -> None:
     directory, bootstrap, config, name = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]).read_text(), sys.argv[4]
+    other = directory / "m" / "a" / sys.argv[5]
     store = Store(directory / "notify")
     start(directory, store)
     first = wait_running(directory)
@@ -101,7 +103,7 @@ def main() -> None:
         "stored": sorted({name.partition(".")[0] for name in store.held}),
         "before": sha256(path.read_bytes()).hexdigest(),
     }
-    with path.open("rb") as held:
+    with other.open("rb") as held:
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.kill(-1, signal.SIGKILL)  # everything in this namespace but us
         while True:

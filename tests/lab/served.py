@@ -33,6 +33,7 @@ def snapshotter(*arguments: str, upstream: Path | None = None, **more: object) -
         program.write_text(f'#!/bin/sh\nshift\nexec {upstream} fuse --rlimit-nofile 0 "$@"\n')
         program.chmod(0o755)
         arguments += ("--nydusd", str(program))
+        more = {"fs_driver": "fuse", **more}  # it has no other
     try:
         with Snapshotter(work / "s", template(**more), arguments=arguments) as running:
             yield running

@@ -6,9 +6,11 @@ import logging
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from bootstrap.base import Blob
 from bootstrap.layout.common import BlobFeatures, Compressor, Digester
 from nydusfs.cache import CacheStore
 from nydusfs.cache.blob import NotSureError
+from nydusfs.cache.devices import device_key
 from nydusfs.cache.durability import resident
 from nydusfs.cache.fresh import Fresh
 from nydusfs.errors import CacheError
@@ -63,11 +66,40 @@ def test_ready_at_once_and_after_a_restart(tmp_path: Path) -> None:
     assert found(store, 1) == content(1)
     store.sync()
     keep(store, 2)  # complete, not yet synced
-    os.close(store._lock_fd)  # the process dies here
+    os.close(store.claim)  # the process dies here
     again = CacheStore(tmp_path)
     assert found(again, 1) == content(1)
     assert found(again, 2) == content(2)  # same boot: the page cache is still there
     again.close()
+
+
+_HOLDS = """
+import socket, sys
+from nydusfs.cache import CacheStore
+ours = socket.socket(fileno=int(sys.argv[1]))
+store = CacheStore(sys.argv[2])
+socket.send_fds(ours, [b"x"], [store.claim])
+ours.recv(1)
+"""
+
+
+def test_a_claim_goes_to_the_successor_alone_and_only_once_its_process_is_dead(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    words = [sys.executable, "-c", _HOLDS, str(theirs.fileno()), str(tmp_path)]
+    with subprocess.Popen(words, pass_fds=[theirs.fileno()]) as first:
+        theirs.close()
+        ours.settimeout(30)
+        _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+        given = {device_key(tmp_path): fd}
+        with closing(CacheStore(tmp_path, claims=given)) as early:
+            assert early.path == tmp_path / ".worker-2"
+        ours.close()
+        assert first.wait(30) == 0
+    with closing(CacheStore(tmp_path)) as stranger:
+        assert stranger.path == tmp_path / ".worker-2"
+    with closing(CacheStore(tmp_path, claims=given)) as heir:
+        assert heir.path == tmp_path
+    os.close(fd)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -251,7 +283,7 @@ def test_what_left_the_page_cache_before_it_was_durable_is_not_believed(tmp_path
     """Its write-out may have failed, also for an earlier process: then the disk has zeros."""
     store = CacheStore(tmp_path)
     part = keep(store, 1)
-    os.close(store._lock_fd)  # the process dies
+    os.close(store.claim)  # the process dies
     path = tmp_path / BLOB.id / f"{part.name}.{store.boot}"
     fd = os.open(path, os.O_RDONLY)
     os.fdatasync(fd)
