@@ -123,9 +123,11 @@ _SYS_cachestat = 451  # Linux 6.5; the same on all architectures but alpha
 _CachestatRange, _Cachestat = ctypes.c_uint64 * 2, ctypes.c_uint64 * 5
 
 
-def resident(fd: int) -> bool:
-    """Whether all of a file is in the page cache, as far as the kernel tells: some microseconds."""
-    size = os.fstat(fd).st_size
+def resident(fd: int, size: int = -1) -> bool:
+    """Whether all of a file (of this size, if that is known) is in the page cache, as far as the kernel tells: some
+    microseconds."""
+    if size < 0:
+        size = os.fstat(fd).st_size
     span, found = _CachestatRange(0, 0), _Cachestat()
     if _libc.syscall(_SYS_cachestat, ctypes.c_uint(fd), span, found, ctypes.c_uint(0)) == 0:
         return bool(found[0] * mmap.PAGESIZE >= size)

@@ -361,7 +361,7 @@ class ErofsDriver:
                     curious = any(one.curious(name) for one in self._users(name))
                     complete = curious or image.devices.leaving.quiet(name, fd, size)
                 else:
-                    complete = complete and resident(fd)
+                    complete = complete and resident(fd, size)
                 if complete:
                     image.answered(question, began)
                 return complete
@@ -426,7 +426,8 @@ class ErofsDriver:
             def complete(question: Question) -> bool:
                 own = fd if question.fd < 0 else question.fd
                 try:
-                    return keep(device) and os.fstat(own).st_size >= size and resident(own)
+                    found = os.fstat(own).st_size if keep(device) else 0
+                    return found >= size and resident(own, found)
                 except OSError:
                     return False  # it was answered meanwhile, and its descriptor closed
 

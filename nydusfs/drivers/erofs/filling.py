@@ -192,8 +192,11 @@ class ErofsImage:
         if size < segment.padded:
             return False
         ino, at = self.file_at(question)
-        if device in self._watched or (ino and self.reader.goes_on(ino, at + question.size, segment)):
+        watched = device in self._watched
+        if watched:
             self._watched.discard(device)
+        # To wake the loop takes 0.25 ms of a reader's time while it is busy: not for each device fetched ahead of him.
+        if self.reader.goes_on(ino, at + question.size, segment) if ino else watched:
             self.soon(self._follow, question, segment, True)
         return True
 
