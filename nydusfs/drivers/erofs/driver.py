@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +22,7 @@ from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel, mountapi
-from nydusfs.drivers.erofs import fanotify, mount, selftest
+from nydusfs.drivers.erofs import fanotify, selftest
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import (
@@ -35,6 +34,7 @@ from nydusfs.drivers.erofs.image import (
 )
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.prepared import PreparedMount
+from nydusfs.drivers.erofs.settling import Settling
 from nydusfs.drivers.fuse import InFlightInfo
 from nydusfs.drivers.operations import OPCODE_READ
 from nydusfs.drivers.volume import ImageVolume
@@ -51,7 +51,6 @@ MAX_METADATA = 1 << 30
 """Bytes of a bootstrap, all of which are read at the mount: an image of a million files has some 300 MB, a sparse file
 may have a TB."""
 AGAIN = 600.0  # seconds until a self-test that failed is tried again
-SETTLE = 5.0  # seconds between looks at devices that got complete and are still asked for
 _T = TypeVar("_T")
 
 
@@ -65,21 +64,18 @@ class ErofsDriver:
         self._link = link
         self._held = {} if link is None else link.held
         self._events: Events | None = None
-        self._group = -1
         self._nursery: trio.Nursery
-        self._token = trio.lowlevel.current_trio_token()
         self._images: dict[str, ErofsImage] = {}
         self._prepared: dict[ImageReader, PreparedMount] = {}
         self._ahead: set[ImageReader] = set()  # those that `prepare` was called for
         self._blobs: dict[str, list[ErofsImage]] = {}
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
-        self._later: list[tuple[DeviceFiles, str]] = []
         self._tested_disks: dict[int, tuple[str, float]] = {}  # why not, and until when that is believed
         self._all_known = trio.Event()  # images of an earlier worker
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
-        self._unsettled = trio.Event()
+        self._settling = Settling(self._images, self._users, self._target)
 
     # -- life
 
@@ -131,6 +127,10 @@ class ErofsDriver:
                 _, prepared = self._prepared.popitem()
                 await trio.to_thread.run_sync(self._clean, prepared)
 
+    @property
+    def _group(self) -> int:
+        return self._held.get(GROUP, -1)
+
     def _hold(self, group: int, journal: int) -> None:
         for name, fd in ((GROUP, group), (JOURNAL, journal)):
             if self._link is not None:
@@ -138,10 +138,9 @@ class ErofsDriver:
             self._held[name] = fd
 
     async def _serve(self) -> None:
-        self._group = self._held[GROUP]
         self._events = Events(self._group, Journal(self._held[JOURNAL]), self)
         await self._nursery.start(self._events.run)
-        self._nursery.start_soon(self._settle)
+        self._nursery.start_soon(self._settling.run)
 
     async def _need_group(self) -> None:
         if self._events is None:
@@ -226,7 +225,7 @@ class ErofsDriver:
 
         try:
             await _in_thread(attach)
-            self._unsettled.set()
+            self._settling.changed()
         except BaseException:
             self._forget(where)
             with trio.CancelScope(shield=True):
@@ -373,7 +372,7 @@ class ErofsDriver:
             if not image.asked_before:  # of an earlier worker's mount
                 image.asked_before = True
                 await _in_thread(image.know_files)
-                self._unsettled.set()
+                self._settling.changed()
             else:
                 await trio.lowlevel.checkpoint()  # what he waits for is begun now
             image.begin_next(question)
@@ -383,7 +382,7 @@ class ErofsDriver:
     def _know_files(self, image: ErofsImage) -> None:
         if self._events is not None:
             self._nursery.start_soon(_in_thread, image.know_files)
-            self._unsettled.set()
+            self._settling.changed()
 
     async def fill(self, question: Question) -> bool:
         name = question.name
@@ -392,10 +391,7 @@ class ErofsDriver:
             late = not self._all_known.is_set()
             tried, users = users, self._users(name)
             for image in users:
-                if image.direct is not False:
-                    image.direct = False
-                    self._unsettled.set()
-                    self._nursery.start_soon(_in_thread, partial(self._turn, image, False))
+                self._settling.disturb(image, self._nursery)
                 if image not in tried:
                     self._nursery.start_soon(self._begin_next, image, question)
                     if await image.fill(question):
@@ -434,20 +430,7 @@ class ErofsDriver:
             events.filled(device, complete)
 
     def durable(self, device: str, fd: int) -> None:
-        """Nothing needs to be asked about it, unless reads are of interest."""
-        images = self._users(device)
-        if any(image.curious(device) for image in images):
-            self._later.append((images[0].devices, device))
-        else:
-            self._let_be(device, fd)
-        self._soon_settle()
-
-    def _let_be(self, device: str, fd: int) -> None:
-        for image in self._users(device):
-            segment = image.segment(device)
-            if segment is not None and self._group >= 0:
-                image.devices.leaving.quiet(device, fd, segment.padded)
-                return
+        self._settling.durable(device, fd)
 
     def mounted(self, blob: str) -> bool:
         made = list(self._prepared.values())
@@ -467,50 +450,6 @@ class ErofsDriver:
             os.close(fd)
             raise
         return fd
-
-    def _soon_settle(self) -> None:
-        """From any thread."""
-        try:
-            self._token.run_sync_soon(lambda: self._unsettled.set())
-        except trio.RunFinishedError:
-            pass
-
-    async def _settle(self) -> None:
-        """Drop the marks of devices that were complete before anybody read them, once that is of no interest. Sleeps
-        for as long as nothing changes."""
-        while self._events is not None:
-            await self._unsettled.wait()
-            self._unsettled = trio.Event()
-            await trio.sleep(SETTLE)
-            batch, self._later = self._later, []
-            await _in_thread(lambda batch=batch: self._ignore(batch))  # type: ignore[misc]
-            for image in list(self._images.values()):
-                # those of an earlier worker only once they are asked about: many never are
-                if image.files and (wanted := image.direct_now()) != image.direct:
-                    await _in_thread(partial(self._turn, image, wanted))
-            if self._later or any(image.files and not image.direct for image in self._images.values()):
-                self._unsettled.set()
-
-    def _turn(self, image: ErofsImage, direct: bool) -> None:
-        """Have its devices read past their page cache or through it."""
-        try:
-            if not (direct and image.scattered()):
-                mount.set_direct(self._target(image.where), direct)
-            image.direct = direct
-        except OSError as error:
-            log.debug("image %s: %s", image.where, error)
-
-    def _ignore(self, batch: list[tuple[DeviceFiles, str]]) -> None:
-        for devices, device in batch:
-            users = self._users(device)
-            if any(image.reader.recorder is not None or image.volume.stats.watched for image in users):
-                self._later.append((devices, device))
-                continue
-            _, blob_id, name = device.split("/")
-            fd = devices.open(blob_id, name, os.O_RDONLY)
-            if fd >= 0:
-                self._let_be(device, fd)
-                os.close(fd)
 
 
 def _open_caches(reader: ImageReader) -> None:
