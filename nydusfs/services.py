@@ -53,6 +53,7 @@ class Services:
         self.scheduler = FetchScheduler(nursery)
         self._nursery = nursery
         self._stores: dict[str, CacheStore] = {}
+        self._named: dict[str, CacheStore] = {}  # by what configurations call it
         self._auth: dict[str, str] = {}
         self._registries: WeakKeyDictionary[RegistrySource, str] = WeakKeyDictionary()
         self._readers: WeakSet[ImageReader] = WeakSet()
@@ -62,12 +63,15 @@ class Services:
 
     def store(self, work_dir: str) -> CacheStore:
         """One store per directory, whatever it is called. Raises `CacheError`."""
+        if (known := self._named.get(work_dir)) is not None:
+            return known
         key = os.path.realpath(work_dir)
         if key not in self._stores:
             store = self._stores[key] = CacheStore(work_dir, claims=self.claims)
             self.claimed(device_key(store.path), store.claim)
             self._nursery.start_soon(store.sync_forever)
-        return self._stores[key]
+        store = self._named[work_dir] = self._stores[key]
+        return store
 
     def _usable_store(self, config: Config, name: str) -> CacheStore | None:
         if not config.cache.persistent:

@@ -79,6 +79,7 @@ class Images:
         self._recovered = threading.Event()  # what is on record is known here
         self._started = threading.Event()  # the daemons on record, and the one of all, run or cannot
         self._gates: dict[str, threading.Event] = {}  # of each daemon on record: it was found or started again
+        self._progress = threading.Condition()  # a gate was opened, or an image is served again
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
 
     # ---- what the flow needs
@@ -294,8 +295,8 @@ class Images:
             log.exception("recovery did not finish; images are mounted again when they are asked for")
         finally:
             self._recovered.set()
-            for gate in self._gates.values():
-                gate.set()
+            for daemon in self._gates:
+                self._open_gate(daemon)
         if self._settings.shared and self._settings.serve:
             try:
                 # at start, not at the first image: the first container then does not wait for it
@@ -353,7 +354,7 @@ class Images:
         except Exception:
             log.exception("nydusd %s: its images are mounted when they are asked for", daemon.id)
         finally:
-            self._gates[daemon.id].set()
+            self._open_gate(daemon.id)
         return lived
 
     def _wait_recovered(self, snapshot: int, mapping: IdMapping | None) -> None:
@@ -367,9 +368,28 @@ class Images:
             its_own = not daemon.shared and daemon.mountpoint == self._own_mountpoint(snapshot, mapping)
             if daemon.id == record.daemon if record else its_own or (daemon.shared and self._settings.shared):
                 gate = self._gates.get(daemon.id)
-                known = gate is None or gate.wait(max(0.0, deadline - time.monotonic()))
+                known = gate is None or self._await(gate, record, deadline)
         if not known:
             raise Unavailable("still recovering after the start: try again")
+
+    def _open_gate(self, daemon: str) -> None:
+        with self._progress:
+            self._gates[daemon].set()
+            self._progress.notify_all()
+
+    def _await(self, gate: threading.Event, record: InstanceRecord | None, deadline: float) -> bool:
+        """Until the gate is open, or this image is served: those of its daemon are mounted one after the other."""
+
+        def done() -> bool:
+            return gate.is_set() or (record is not None and self.serves(record))
+
+        with self._progress:
+            return self._progress.wait_for(done, max(0.0, deadline - time.monotonic()))
+
+    def _served_again(self, record: InstanceRecord) -> None:
+        with self._progress:
+            self._serving.add(record.name)
+            self._progress.notify_all()
 
     def _settle(self, daemon: Daemon) -> None:
         """A living daemon serves exactly the images on record."""
@@ -441,7 +461,7 @@ class Images:
                 continue
             wanted.append(Wanted(record, config, self._prefetch.pop(record.image, ())))
         try:
-            mount_all(daemon.api, wanted, lambda record: self._serving.add(record.name))
+            mount_all(daemon.api, wanted, self._served_again)
         except SnapshotterError as error:
             log.warning("nydusd %s: its other images are mounted when asked for: %s", daemon.id, error)
 

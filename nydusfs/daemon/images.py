@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,6 +170,19 @@ class ImageOpener:
         reader = await self._services.open_image(request.source, request.config, name=request.mountpoint)
         return ReaderImage(reader, request.prefetch_files, self._kernel_mounts)
 
+    async def open_all(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
+        def refuse() -> list[Exception | None]:
+            return [_raised(self._refuse_own_files, request) for request in requests]
+
+        refused = await trio.to_thread.run_sync(refuse)
+        found: dict[int, OpenImage | Exception] = {at: error for at, error in enumerate(refused) if error is not None}
+        for at, request in enumerate(requests):
+            if at not in found and (image := await self._as_expected(request)) is not None:
+                found[at] = image
+        rest = [at for at in range(len(requests)) if at not in found]
+        found.update(zip(rest, await self.reopen([requests[at] for at in rest]), strict=True))
+        return [found[at] for at in range(len(requests))]
+
     async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
         """Images that a daemon served until now, all at once: their readers wait."""
         wanted = [Wanted(request.source, request.config, request.mountpoint) for request in requests]
@@ -196,3 +209,11 @@ class ImageOpener:
             resolved = os.path.realpath(path)
             if resolved == self._mountpoint or resolved.startswith(self._mountpoint.rstrip("/") + "/"):
                 raise NydusError(f"{what} {path} lies below the daemon's own mountpoint {self._mountpoint}: move it")
+
+
+def _raised(call: Callable[[MountRequest], None], request: MountRequest) -> Exception | None:
+    try:
+        call(request)
+    except (NydusError, OSError) as error:
+        return error
+    return None

@@ -114,7 +114,7 @@ def test_a_guess_does_not_become_the_label_of_what_is_unpacked(tmp_path: Path) -
     for number, after in enumerate((2, 1)):
         containerd: Any = Containerd(after)
         vault = Vault(tmp_path / "auth")
-        flow = Snapshotter(store, Layout(store.directory), none, vault, lazy, none, none, containerd)
+        flow = Snapshotter(store, Layout(store.directory), none, none, vault, lazy, none, none, containerd)
         key = f"default/{number}/extract-1-x {CHAIN}"
         flow.prepare(key, "", {})
         labels = store.stat(key).labels
