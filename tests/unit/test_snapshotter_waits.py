@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,15 +185,39 @@ def test_one_image_that_fails_does_not_take_the_others_down(monkeypatch: pytest.
         assert sizes == ([] if upstream else [25, 25, 10])
 
 
-def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "IMAGE_SECONDS", 0.2)
+def all_images_of(tmp_path: Path) -> Images:
     template = tmp_path / "template.json"
     template.write_text('{"device":{"backend":{"type":"registry","config":{}},"cache":{"type":"blobcache"}}}')
     database = Database(tmp_path / NAME)
     settings = ImageSettings(
         DaemonSettings("/bin/false", tmp_path, tmp_path / "log"), True, load_template(template), tmp_path / "cache"
     )
-    all_images = Images(settings, Store(tmp_path, database), Records(database), Chain([]))
+    return Images(settings, Store(tmp_path, database), Records(database), Chain([]))
+
+
+def test_after_a_start_a_container_waits_for_its_own_image_alone(tmp_path: Path) -> None:
+    all_images = all_images_of(tmp_path)
+    one, other = (InstanceRecord(number, "d", "i", tmp_path, None) for number in (1, 2))
+    daemon = SimpleNamespace(id="d", alive=True, shared=True, lives=lambda: True)
+    all_images._daemons["d"] = daemon  # type: ignore[assignment]
+    all_images._instances |= {one.name: one, other.name: other}
+    all_images._gates["d"] = threading.Event()
+    all_images._recovered.set()
+    waiting = {record.name: threading.Thread(target=all_images._wait_recovered, args=(record.snapshot, None))
+               for record in (one, other)}  # fmt: skip
+    for thread in waiting.values():
+        thread.start()
+    all_images._served_again(one)
+    waiting[one.name].join(10)
+    assert [thread.is_alive() for thread in waiting.values()] == [False, True]
+    all_images._open_gate("d")
+    waiting[other.name].join(10)
+    assert not waiting[other.name].is_alive()
+
+
+def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "IMAGE_SECONDS", 0.2)
+    all_images = all_images_of(tmp_path)
     release, inside = threading.Event(), threading.Event()
 
     def hold() -> None:
