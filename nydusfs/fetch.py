@@ -98,6 +98,14 @@ class _Part:
     kept: bool = False
 
 
+class SegmentError(SourceError):
+    """A segment cannot be had."""
+
+    def __init__(self, segment: Segment, error: SourceError) -> None:
+        self.segment = segment
+        super().__init__(error.what, error.tried, damaged=error.damaged)
+
+
 class FetchScheduler:
     """Give it a nursery that outlives all readers; it starts its fetches there."""
 
@@ -157,7 +165,7 @@ class FetchScheduler:
 
         Jobs of one call that are neighbours in their blob share requests of up to `merge` compressed bytes. While
         a reader waits for something `strange`, that no profile told, what is `doubtful` has little of the link.
-        Raises `SourceError`.
+        Raises `SegmentError`.
         """
         flights = self._join(jobs, priority, merge, doubtful=doubtful)
         if priority is Priority.DEMAND:
@@ -179,7 +187,7 @@ class FetchScheduler:
         for flight in flights:
             if flight.plain is None:
                 assert flight.error is not None
-                raise SourceError(flight.error.what, flight.error.tried, damaged=flight.error.damaged)
+                raise SegmentError(flight.job.segment, flight.error)
             found.append(flight.plain)
         return found
 

@@ -21,7 +21,7 @@ from nydusfs.cache.blob import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.errors import CacheError, ReadError, SourceError
-from nydusfs.fetch import FetchScheduler, Job, fetch_chunk
+from nydusfs.fetch import FetchScheduler, Job, SegmentError, fetch_chunk
 from nydusfs.foresight import Foresight
 from nydusfs.hands import Hands
 from nydusfs.learning import Learner
@@ -37,6 +37,7 @@ log = logging.getLogger("nydusfs.image")
 MAX_SEGMENTS = 4096  # descriptions kept per image; making one again costs 1 us per chunk in it
 MAX_PATHS = 64
 MAX_WALK = 500_000  # entries, about 2 s
+JOINED_SECONDS = 20.0  # of waiting for somebody else's fetch: if it fails sooner, it is tried again
 
 
 class _Piece(NamedTuple):
@@ -323,12 +324,13 @@ class ImageReader:
         if jobs:
             foreign = any(self._scheduler.in_flight(job) for job in jobs)
             strange = priority is Priority.DEMAND and self.recorder is not None and self.recorder.strange(segments)
+            began = trio.current_time()
             try:
                 buffers = await self._scheduler.fetch(jobs, priority, strange=strange, stored=stored)
             except SourceError:
-                if not foreign:
+                if not foreign or trio.current_time() - began > JOINED_SECONDS:
                     raise
-                # It may have been another image's source that failed: once more with our own.
+                # It may have been another image's source that failed, or who did not wait for it: once more, our own.
                 buffers = await self._scheduler.fetch(jobs, priority, strange=strange, stored=stored)
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
@@ -405,10 +407,13 @@ class ImageReader:
 
     def _unreadable(self, ino: int, pieces: Sequence[_Piece], error: SourceError, chunk: str = "") -> ReadError:
         segment = next(piece.segment for piece in pieces if piece.segment is not None)
+        if isinstance(error, SegmentError):
+            segment = error.segment
         first, last = segment.rows[0], segment.rows[-1]
         chunk = chunk or f" chunks {self.chunks.chunk(first).index}..{self.chunks.chunk(last).index}"
+        place = f"(stored at {segment.compressed_start}-{segment.compressed_end})"
         tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
-        return self._failed(ino, f"blob {segment.blob.id}{chunk} from {self.source.name}: {tried}")
+        return self._failed(ino, f"blob {segment.blob.id}{chunk} {place} from {self.source.name}: {tried}")
 
     def _failed(self, ino: int, reason: str) -> ReadError:
         message = f"image {self.name}: file {self.path_of(ino)}: {reason}"

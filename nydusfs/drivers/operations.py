@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import stat
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,18 +75,26 @@ class InFlight(NamedTuple):
     scope: trio.CancelScope
 
 
-def errno_of(error: Exception) -> int:
-    """The errno for anything a volume may raise; unexpected errors are logged, they must not end the session."""
+def errno_of(error: Exception, what: str) -> int:
+    """The errno for anything a volume may raise in `what`. One line says why, but for a `ReadError`, whose maker did.
+    Unexpected errors must not end the session."""
     if isinstance(error, (FuseError, ReadError)):
         return error.errno
-    if isinstance(error, KeyError):  # a directory of the tree that is gone
-        return errno.ESTALE
     if isinstance(error, (RafsError, NydusError)):
-        log.error("%s", error)
+        log.error("%s: %s", what, error)
         return errno.EIO
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     debugging = log.isEnabledFor(logging.DEBUG)
-    log.error("unexpected %s in a FUSE request: %s", type(error).__name__, error, exc_info=debugging)
+    if isinstance(error, KeyError):  # a directory of the tree that is gone, more often than not
+        log.info("%s: no %s%s", what, error, where)
+        return errno.ESTALE
+    log.error("%s: unexpected %s%s: %s", what, type(error).__name__, where, error, exc_info=debugging)
     return errno.EIO
+
+
+def _read_of(volume: Volume, ino: int, offset: int, size: int) -> str:
+    return f"image {volume.stats.id}: read of {size} bytes at {offset} of inode {ino}"
 
 
 def pack_attr(node: int, attr: AttrLike) -> tuple[int, ...]:
@@ -144,7 +154,8 @@ class ImageOperations:
         except FuseError:
             raise
         except Exception as error:
-            raise FuseError(errno_of(error)) from None
+            what = f"image {volume.stats.id}: {Opcode(opcode).name} of inode {ino}"
+            raise FuseError(errno_of(error, what)) from None
         finally:
             volume.stats.count(fop, ino, time.perf_counter_ns() - began, failed)
 
@@ -336,8 +347,7 @@ class RequestLoop:
         except FuseError as error:
             connection.send_error(unique, error.errno)
         except Exception as error:  # one bad request must not end a thread that all images share
-            log.exception("FUSE request %d failed", opcode)
-            connection.send_error(unique, errno_of(error))
+            connection.send_error(unique, errno_of(error, f"FUSE request {opcode} of node {node:#x}"))
 
     def _soon(self, call: Callable[..., object], *args: object) -> None:
         try:
@@ -347,15 +357,16 @@ class RequestLoop:
 
     def _read(self, unique: int, node: int, pid: int, request: bytes, server: _Server) -> None:
         volume, ino = self.operations.route(node)
-        if self.closing:
-            raise FuseError(errno.EIO)
         offset, size = READ_RANGE.unpack_from(request, BODY)
+        if self.closing:
+            log.warning("%s: EIO, this daemon stops", _read_of(volume, ino, offset, size))
+            raise FuseError(errno.EIO)
         began = time.perf_counter_ns()
         try:
             parts = volume.read_now(ino, offset, size, pid, server)
         except Exception as error:
             volume.stats.count(_READ, ino, time.perf_counter_ns() - began, True)
-            raise FuseError(errno_of(error)) from None
+            raise FuseError(errno_of(error, _read_of(volume, ino, offset, size))) from None
         if parts is None:
             self._soon(self._begin, unique, node, volume, ino, offset, size, began)
             return
@@ -374,7 +385,7 @@ class RequestLoop:
     async def _wait(
         self, scope: trio.CancelScope, unique: int, volume: Volume, ino: int, offset: int, size: int, began: int
     ) -> None:
-        failed = True
+        failed, told = True, False
         code = errno.EIO  # cancelled: the image is being unmounted or the daemon stops
         try:
             with scope:
@@ -385,11 +396,14 @@ class RequestLoop:
                 self.connection.send(unique, *parts)
                 volume.stats.count_read(ino, size, sum(map(len, parts)), time.perf_counter_ns() - began)
         except Exception as error:
-            code = errno_of(error)
+            told, code = True, errno_of(error, _read_of(volume, ino, offset, size))
         finally:
             if failed and not self.draining:  # else a successor has it delivered again
                 if unique not in self.inflight:
                     code = errno.EINTR
+                elif not told:
+                    why = "this daemon stops" if self.closing else "the image is unmounted"
+                    log.warning("%s: EIO, %s", _read_of(volume, ino, offset, size), why)
                 self.connection.send_error(unique, code)
             self.inflight.pop(unique, None)
             self._ended.unpark_all()

@@ -101,6 +101,8 @@ class HttpClient:
         async def receive(connection: Connection, head: wire.Head) -> tuple[Response, bool]:
             if on_status is not None:
                 on_status(head.status)
+            if progress is not None:
+                progress.gives = head.status in (200, 206)
             if head.status == 206:
                 if around is not None:
                     return await _cut_out(connection, head, offset, size, around)
@@ -162,7 +164,7 @@ class HttpClient:
             with trio.CancelScope(deadline=trio.current_time() + hard) as waiting:
                 await pool.slots.acquire()
             if waiting.cancelled_caught:
-                raise HttpTimeout(f"no free connection within {hard:g} s") from None
+                raise HttpTimeout(f"no free connection within {hard:.3g} s") from None
         try:
             limits = (connect_timeout, timeout, hard, progress)
             try:
@@ -202,7 +204,7 @@ class HttpClient:
                 response.body_seconds = trio.current_time() - begun
                 keep = clean and head.keep_alive
                 return response
-            raise HttpTimeout(f"no progress for {timeout:g} s or not done within {hard:.3g} s")
+            raise HttpTimeout(f"no progress for {timeout:.3g} s or not done within {hard:.3g} s")
         finally:
             if keep and len(pool.idle) < MAX_IDLE:
                 connection.park()
@@ -226,7 +228,7 @@ class HttpClient:
             self._context = await trio.to_thread.run_sync(tls_context, self._tls)
         with trio.move_on_after(timeout):
             return await Connection.open(origin, self._context, via.origin if via else None, via.auth if via else "")
-        raise HttpTimeout(f"no connection within {timeout:g} s")
+        raise HttpTimeout(f"no connection within {timeout:.3g} s")
 
     def close(self) -> None:
         for pool in self._pools.values():

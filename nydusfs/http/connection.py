@@ -49,14 +49,15 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
 
 
 class Progress:
-    """When an exchange last moved, by trio's clock, and whether an answer has begun. For who waits for it; coarse.
+    """When an exchange last moved, by trio's clock, whether an answer has begun, and whether it is one with data
+    (`gives`). For who waits for it; coarse.
     `excused`: set by who asks for much more than is wanted; being late then says nothing about the peer."""
 
-    __slots__ = ("begun", "excused", "moved")
+    __slots__ = ("begun", "excused", "gives", "moved")
 
     def __init__(self, now: float) -> None:
         self.moved = now
-        self.begun = False
+        self.begun = self.gives = False
         self.excused = False
 
 

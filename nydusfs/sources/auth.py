@@ -13,7 +13,7 @@ import trio
 from nydusfs.errors import AuthError
 from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.registry.challenge import choose, parse_challenges
-from nydusfs.sources.tokens import TokenKey, TokenStore
+from nydusfs.sources.tokens import TokenKey, TokenLate, TokenStore
 
 # The first request to a registry nothing is known of goes alone: else each of a hundred readers would get a 401. One
 # that takes long does not hold the others up.
@@ -110,16 +110,23 @@ class Authenticator:
         for leader in self._leaders.values():
             leader.set()
 
-    async def answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url) -> str:
+    async def answer(
+        self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, patience: float = 0.0
+    ) -> str:
         """Deal with a 401 to a request that carried `sent`; the value to try next. Raises AuthError or HttpError.
 
         `refusal` gives the answer with the challenge; it is called only when nobody else has dealt with it meanwhile.
+        `patience`: seconds without progress of a token request, if they are to be more than usual.
         """
-        with trio.move_on_after(self._limit):
-            return await self._answer(sent, refusal, where)
-        raise AuthError(f"{where}: no token within {self._limit:g} s", url=str(where))
+        timeout = max(self._timeout, patience)
+        limit = self._limit + 2 * (timeout - self._timeout)
+        with trio.move_on_after(limit):
+            return await self._answer(sent, refusal, where, timeout)
+        raise TokenLate(f"{where}: no token within {limit:g} s", url=str(where))
 
-    async def _answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url) -> str:
+    async def _answer(
+        self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float
+    ) -> str:
         async with self._lock:
             self._old = None
             value = await self.header()
@@ -145,7 +152,7 @@ class Authenticator:
                 realm = Url(self.through, realm.target)
             self._key = TokenKey(realm, challenge.get("service"), challenge.get("scope"), self._basic)
         # outside: readers of one repository meet again at the token's own lock
-        value = await self._tokens.replace(self._key, sent, self._client, self._connect_timeout, self._timeout)
+        value = await self._tokens.replace(self._key, sent, self._client, self._connect_timeout, timeout)
         if value == sent:
             raise AuthError(f"{where} does not accept the token it asked for", url=str(where))
         return value

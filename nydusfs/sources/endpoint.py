@@ -17,8 +17,9 @@ class Refused(Exception):
     """One attempt failed; the message is the reason, without the source's name.
 
     `retry`: the same source may do better later; `blame`: it counts against the source, not only against this blob;
-    `damaged`: it answered with something that is not this range of the blob; `hung`: it cost a time limit;
-    `final`: no other source may be asked either; `after`: seconds that it asks to be left alone.
+    `damaged`: it answered with something that is not this range of the blob; `hung`: it cost a time limit; `busy`:
+    that, or it says itself that it has no time now; `final`: no other source may be asked either; `after`: seconds that
+    it asks to be left alone.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Refused(Exception):
         retry: bool = True,
         blame: bool = True,
         hung: bool = False,
+        busy: bool = False,
         damaged: bool = False,
         final: bool = False,
         after: float = 0.0,
@@ -35,6 +37,7 @@ class Refused(Exception):
         self.retry = retry
         self.blame = blame
         self.hung = hung
+        self.busy = busy or hung
         self.damaged = damaged
         self.final = final
         self.after = after
@@ -73,8 +76,8 @@ class Answer:
 class Endpoint(Protocol):
     """`rank` is its place in the configured order; `last` marks the origin, which is asked whatever is known of it.
 
-    `attempts`: requests to it for one read, pauses between them. `patience`: seconds without progress. `by_range`: see
-    `Source`.
+    `attempts`: requests to it for one read, pauses between them. `patience`: seconds without progress, of the first of
+    them. `by_range`: see `Source`.
     """
 
     name: str  # "mirror http://127.0.0.1:65001"
@@ -89,13 +92,22 @@ class Endpoint(Protocol):
     def by_range(self) -> bool: ...
 
     async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
-        """One attempt; `progress` is kept up to date. Raises `Refused`."""
+        """One attempt, given `patience` seconds without progress and the rest of its limits in proportion; `progress`
+        is kept up to date. Raises `Refused`."""
 
     async def ping(self) -> None:
         """A cheap look whether somebody answers. Raises `Refused`."""
 
     def forget(self, blob_id: str) -> None:
         """What it sent for this blob was wrong: do not go the same way again."""
+
+
+BUSY = (408, 425, 429, 503, 504)
+
+
+def is_temporary(status: int) -> bool:
+    """Whether a server may answer otherwise soon."""
+    return status >= 500 or status in BUSY
 
 
 def refusal(error: HttpError) -> Refused:
@@ -110,7 +122,7 @@ def judge(response: Response, said: str = "") -> None:
     status = response.status
     if status in (200, 206):
         return
-    temporary = status >= 500 or status in (408, 425, 429)
+    temporary = is_temporary(status)
     after = 0.0
     if status in (429, 503):
         try:
@@ -118,4 +130,4 @@ def judge(response: Response, said: str = "") -> None:
         except ValueError:
             pass
     text = f"status {status} ({said})" if said else f"status {status}"
-    raise Refused(text, retry=temporary, blame=temporary, damaged=status == 416, after=after)
+    raise Refused(text, retry=temporary, blame=temporary, busy=status in BUSY, damaged=status == 416, after=after)

@@ -19,7 +19,7 @@ from nydusfs.sources.dragonfly import proxy_headers
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.hub import SourceHub, seconds
 from nydusfs.sources.race import Racer
-from nydusfs.sources.registry import MIRROR_SLOWEST, SLOWEST, USER_AGENT, Times, ping, proxy_via
+from nydusfs.sources.registry import USER_AGENT, Times, ping, proxy_via
 from nydusfs.sources.remote import RemoteSource
 from nydusfs.sources.standing import Standing
 
@@ -63,7 +63,7 @@ class PlainEndpoint:
         self.patience = times.patience
         self._prepare = prepare
         self._client = client
-        self._connect_timeout = times.connect
+        self._times = times
         self._mirror = mirror
         self._headers = headers
         self._via = via
@@ -97,9 +97,9 @@ class PlainEndpoint:
             wanted.offset,
             wanted.size,
             [*headers, *self._headers, *extra, ("User-Agent", USER_AGENT), ("Accept", "*/*")],
-            connect_timeout=min(self._connect_timeout, patience),
+            connect_timeout=min(self._times.connect, patience),
             timeout=patience,
-            slowest=SLOWEST if self.last else MIRROR_SLOWEST,
+            slowest=self._times.slowest(patience, last=self.last),
             patient=self.last,
             via=self._via,
             sloppy=self._sloppy,
@@ -109,7 +109,7 @@ class PlainEndpoint:
     async def ping(self) -> None:
         url = self._ping_url or Url(self._mirror or self._prepare("")[0].origin, "/")
         await ping(
-            self._client, url, (), None if self._ping_url else self._via, self._connect_timeout, self._ping_below
+            self._client, url, (), None if self._ping_url else self._via, self._times.connect, self._ping_below
         )
 
     def forget(self, blob_id: str) -> None:

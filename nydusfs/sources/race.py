@@ -22,6 +22,7 @@ from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 from nydusfs.sources.choice import choose
 from nydusfs.sources.endpoint import Endpoint, Range, Refused
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
+from nydusfs.sources.patience import Waiting, ask_on, ask_once
 from nydusfs.sources.standing import State
 
 log = logging.getLogger("nydusfs.sources")
@@ -122,8 +123,7 @@ class Racer:
         while (endpoint := turns.next()) is not None:
             try:
                 await self._wait(turns, endpoint)
-                self._begin(endpoint, turns)
-                return await self._attempt(endpoint, turns, check, lock)
+                return await self._attempt(endpoint, turns, check, lock, self._begin(endpoint, turns))
             except Refused as reason:
                 turns.note(endpoint, reason)
         raise turns.failure()
@@ -145,7 +145,7 @@ class Racer:
                 news.set()
 
             def launch(endpoint: Endpoint) -> None:
-                running[endpoint] = Progress(self._begin(endpoint, turns))
+                running[endpoint] = self._begin(endpoint, turns)
                 nursery.start_soon(run, endpoint)
 
             async def wake(urgent: trio.Event) -> None:
@@ -250,12 +250,14 @@ class Racer:
         """Before an attempt that was not the first: pauses between retries, and the origin's bucket."""
         attempt = turns.attempts.get(endpoint, 0)
         if attempt:
-            await trio.sleep(turns.pause(endpoint))
+            pause = turns.pause(endpoint)
+            await trio.sleep(pause)
+            turns.waiting.note(pause, trio.current_time(), endpoint)
         if turns.asked and not attempt and endpoint.last:
             log.warning(
                 "Request to all mirror server failed, fallback to original server. blob %s, %s",
                 turns.wanted.blob_id,
-                "; ".join(f"{name}: {reason}" for name, reason in turns.tried),
+                "; ".join(f"{name}: {reason}" for name, reason in turns.told()),
             )
         if not endpoint.last or self._bucket is None or not (attempt or len(self.endpoints) > 1):
             return
@@ -265,8 +267,7 @@ class Racer:
             await trio.sleep(min(0.1, self._bucket.delay(trio.current_time())))
         await trio.sleep(self._bucket.reserve(trio.current_time(), endpoint.patience))
 
-    def _begin(self, endpoint: Endpoint, turns: _Turns) -> float:
-        """The time of it."""
+    def _begin(self, endpoint: Endpoint, turns: _Turns) -> Progress:
         self.tally.requests += 1
         if turns.asked and endpoint not in turns.helpers:
             self.tally.retries += 1
@@ -274,8 +275,9 @@ class Racer:
         turns.asked += 1
         turns.attempts[endpoint] = turns.attempts.get(endpoint, 0) + 1
         now = turns.started[endpoint] = trio.current_time()
-        endpoint.standing.begin(now)
-        return now
+        progress = Progress(now)
+        endpoint.standing.begin(now, progress)
+        return progress
 
     async def _attempt(
         self,
@@ -283,7 +285,7 @@ class Racer:
         turns: _Turns,
         check: Check | None,
         lock: trio.Lock,
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> Buffer:
         """Records how it went. Raises `Refused`."""
         standing, wanted = endpoint.standing, turns.wanted
@@ -292,7 +294,8 @@ class Racer:
         for tally in tallies:
             tally.requests += 1
         try:
-            answer = await endpoint.fetch(wanted, endpoint.patience, progress)
+            ask = ask_on if wanted.demanded and turns.attempts[endpoint] > 1 else ask_once
+            answer = await ask(endpoint, wanted, turns.waiting, progress)
             total = trio.current_time() - started
             if check is not None:
                 try:
@@ -319,7 +322,7 @@ class Racer:
                 self._log_down(endpoint)
             raise
         finally:
-            standing.end()
+            standing.end(progress)
         for tally in tallies:
             tally.bytes += len(answer.body)
         now = trio.current_time()
@@ -358,8 +361,12 @@ class _Turns:
     asked: int = 0
     no_hedge_before: float = 0.0
     hurried: bool = False  # late from its begin, see `ExtraBudget.hurry`
+    waiting: Waiting = field(init=False)
     _over: bool = False
     _refused: dict[Endpoint, Refused] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = Waiting.for_any(self.racer.endpoints)
 
     @property
     def blob(self) -> str:
@@ -367,7 +374,7 @@ class _Turns:
 
     def next(self) -> Endpoint | None:
         """The best of those not asked yet; then the origin, as often as configured; then, for a reader, those that were
-        left out: better a long shot than an error."""
+        left out, and again those that had no time: better a long shot than an error."""
         if self._over:
             return None
         endpoints = self.racer.endpoints
@@ -379,11 +386,18 @@ class _Turns:
         for endpoint in endpoints:
             if endpoint.last:
                 refused = self._refused.get(endpoint)
-                if refused is None or (refused.retry and self.attempts[endpoint] < endpoint.attempts):
+                if refused is None or (self._again(refused) and self.attempts[endpoint] < endpoint.attempts):
                     return endpoint
-        if self.wanted.demanded:
-            return next((endpoint for endpoint in endpoints if endpoint not in self.attempts), None)
-        return None
+        if not self.wanted.demanded:
+            return None
+        for endpoint in endpoints:
+            if endpoint not in self.attempts:
+                return endpoint
+        busy = [endpoint for endpoint, refused in self._refused.items() if refused.busy and self._again(refused)]
+        return min(busy, key=lambda endpoint: self.attempts[endpoint], default=None)
+
+    def _again(self, refused: Refused) -> bool:
+        return refused.retry and not (refused.busy and self.waiting.left() <= 0)
 
     def helper(self, running: _Running) -> Endpoint | None:
         """Whether somebody could take over a late request, mirrors first. Takes nothing."""
@@ -399,9 +413,7 @@ class _Turns:
         return min(free, key=lambda endpoint: endpoint.last, default=None)
 
     def note(self, endpoint: Endpoint, reason: Refused) -> None:
-        attempt, of = self.attempts[endpoint], endpoint.attempts
-        label = f" (attempt {attempt} of {of})" if of > 1 else ""
-        self.tried.append((endpoint.name, f"{reason}{label}"))
+        self.tried.append((endpoint.name, str(reason)))
         self.damaged |= reason.damaged
         self._over |= reason.final
         self._refused[endpoint] = reason
@@ -412,8 +424,18 @@ class _Turns:
         asked = min(self._refused[endpoint].after, endpoint.patience)
         return max(asked, pause * (0.75 + random.random() / 2))
 
+    def told(self) -> list[tuple[str, str]]:
+        """What was tried; the same failure time after time once, with its count."""
+        counts: list[tuple[tuple[str, str], int]] = []
+        for one in self.tried:
+            if counts and counts[-1][0] == one:
+                counts[-1] = one, counts[-1][1] + 1
+            else:
+                counts.append((one, 1))
+        return [(name, f"{reason} ({count} times)" if count > 1 else reason) for (name, reason), count in counts]
+
     def failure(self) -> ReadFailed:
         names = {name for name, _ in self.tried}
         others = [endpoint.name for endpoint in self.racer.endpoints if endpoint.name not in names]
         left_out = [(name, "left out after failures") for name in others]
-        return ReadFailed([*left_out, *self.tried], self.damaged)
+        return ReadFailed([*left_out, *self.told()], self.damaged)

@@ -28,6 +28,7 @@ from nydusfs.sources.dragonfly import Generation
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
 from nydusfs.sources.redirects import Redirects
 from nydusfs.sources.standing import Standing
+from nydusfs.sources.tokens import TokenLate
 
 log = logging.getLogger("nydusfs.sources")
 
@@ -37,6 +38,7 @@ MIRROR_SLOWEST = 256 * 1024  # below that a mirror is not worth waiting for
 # A mirror that hangs (a frozen Dragonfly scheduler does for 30 s to 5 min, its ping fine) is passed over after this.
 MIRROR_PATIENCE = 3.0
 PING_PATIENCE = 1.0
+TOKEN_PATIENCES = 2  # of the registry's, for a token request of a reader who waits for long
 MAX_REDIRECTS = 5
 # Config headers win over ours, except those the range protocol rests on.
 _OURS = {"host", "range", "accept-encoding", "connection", "content-length", "transfer-encoding", "accept"}
@@ -74,6 +76,10 @@ class Times:
         """For a source that is not the last resort."""
         return Times(self.connect, min(self.patience, MIRROR_PATIENCE))
 
+    def slowest(self, patience: float, *, last: bool) -> int:
+        """Bytes per second that an attempt of this patience must keep: who is given more time may be slower."""
+        return int((SLOWEST if last else MIRROR_SLOWEST) * min(1.0, self.patience / patience))
+
 
 class RegistryEndpoint:
     """Implements `Endpoint`. `origin` is the registry's own, None for itself."""
@@ -109,7 +115,7 @@ class RegistryEndpoint:
         self._backend = backend
         self._client = client
         self._origin = origin
-        self._connect_timeout = times.connect
+        self._times = times
         self._blobs = parse_url(f"http://x{way.api}/{backend.repo}/blobs/").target
         self._redirects = Redirects()
         self._told = False
@@ -129,8 +135,8 @@ class RegistryEndpoint:
         """One attempt, redirects and a token dance included."""
         started = trio.current_time()
         # Each exchange has its limits; this one is for redirects and tokens one after the other.
-        body = (wanted.offset + wanted.size) / SLOWEST if self.last else wanted.size / MIRROR_SLOWEST
-        limit = 4 * patience + body
+        slowest = self._times.slowest(patience, last=self.last)
+        limit = 4 * patience + (wanted.offset * self.last + wanted.size) / slowest
         if self._peer is not None:
             limit += dragonfly.PIECE / MIRROR_SLOWEST
         try:
@@ -142,6 +148,8 @@ class RegistryEndpoint:
             if self._peer is not None:
                 self._peer.forget()
             raise refusal(error) from None
+        except TokenLate as error:
+            raise Refused(str(error), busy=True, blame=False) from None
         except AuthError as error:
             raise Refused(str(error), retry=False, blame=False) from None
         self._judge_proxy(response, wanted)
@@ -161,7 +169,7 @@ class RegistryEndpoint:
     async def ping(self) -> None:
         way = self.way
         url, headers, via = (way.ping, (), None) if way.ping else (self._v2(), way.headers, way.via)
-        await ping(self._client, url, headers, via, self._connect_timeout, way.ping_below)
+        await ping(self._client, url, headers, via, self._times.connect, way.ping_below)
 
     def forget(self, blob_id: str) -> None:
         self._redirects.drop(blob_id)
@@ -249,7 +257,9 @@ class RegistryEndpoint:
             async def challenge(refused: Response = refused) -> Response:
                 return await self._origin_challenge(wanted, patience) if self.way.asks_origin else refused
 
-            value = await self.authenticator.answer(sent, challenge, url)
+            # All readers of a repository wait for one token request: a lost one must not hold them for long.
+            token_patience = min(patience, TOKEN_PATIENCES * self._times.patience)
+            value = await self.authenticator.answer(sent, challenge, url, token_patience if self.last else 0.0)
             response = await self._get_shared(url, self._headers(value), wanted, patience, progress)
             sent = value
         return response
@@ -327,9 +337,9 @@ class RegistryEndpoint:
                 wanted.offset,
                 wanted.size,
                 merged,
-                connect_timeout=min(self._connect_timeout, patience),
+                connect_timeout=min(self._times.connect, patience),
                 timeout=patience,
-                slowest=SLOWEST if self.last else MIRROR_SLOWEST,
+                slowest=self._times.slowest(patience, last=self.last),
                 patient=self.last,
                 via=self.way.via,
                 on_status=self._note_status,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nydusfs.counters import SourceTally
+from nydusfs.http.connection import Progress
 from nydusfs.sources.latency import Latency
 
 # Five errors spread over days must not disable a mirror (upstream's do): old failures weigh half after this time.
@@ -58,6 +59,8 @@ class Standing:
     _overtaken: int = 0  # in a row
     _credit: float = 1.0
     _blobs: dict[str, float] = field(default_factory=dict)
+    _answered: float = float("-inf")
+    _under_way: set[Progress] = field(default_factory=set)
 
     # -- choosing
 
@@ -87,15 +90,24 @@ class Standing:
 
     # -- what happened
 
-    def begin(self, now: float) -> None:
+    def begin(self, now: float, progress: Progress | None = None) -> None:
         self.in_flight += 1
         self.last_used = now
+        if progress is not None:
+            self._under_way.add(progress)
 
-    def end(self) -> None:
+    def end(self, progress: Progress | None = None) -> None:
         self.in_flight -= 1
+        if progress is not None:
+            self._under_way.discard(progress)
+
+    def heard(self) -> float:
+        """When anybody last had a good answer from it, or some of one that is still coming."""
+        return max([self._answered, *(progress.moved for progress in self._under_way if progress.gives)])
 
     def success(self, now: float) -> bool:
         """True when the source was not UP and is now."""
+        self._answered = now
         self._weight = 0.0
         self._overtaken = 0
         self._proven += 1

@@ -19,6 +19,7 @@ import trio
 from nydusfs.errors import AuthError
 from nydusfs.http import HttpClient, HttpError, Response, Url
 from nydusfs.registry.challenge import parse_token_reply
+from nydusfs.sources.endpoint import is_temporary
 
 log = logging.getLogger("nydusfs.sources")
 
@@ -29,6 +30,10 @@ _FIRST_PAUSE, _MAX_PAUSE = 5.0, 600.0  # after a failed renewal, doubling
 _AT_ONCE = 4  # first tokens fetched at the same time from one realm
 
 now = trio.current_time
+
+
+class TokenLate(AuthError):
+    """No token now, and perhaps soon: the server for them takes too long, or says that it has no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +109,15 @@ class TokenStore:
     async def replace(
         self, key: TokenKey, refused: str, client: HttpClient, connect_timeout: float, timeout: float
     ) -> str:
-        """A token other than `refused`, which the registry did not accept. Raises AuthError or HttpError."""
+        """A token other than `refused`, which the registry did not accept. Raises AuthError or HttpError. `timeout`: of
+        this request, and of renewals if there is no token yet."""
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = _Slot(client, connect_timeout, timeout)
         slot.used_at = now()
         async with slot.lock:
             if not slot.value or slot.value == refused or now() >= slot.expires_at:
-                await self._fetch(key, slot)
+                await self._fetch(key, slot, timeout)
         return slot.value
 
     def retire(self, key: TokenKey) -> None:
@@ -140,21 +146,21 @@ class TokenStore:
             if now() < slot.renew_at:
                 return
             try:
-                await self._fetch(key, slot)
+                await self._fetch(key, slot, slot.timeout)
             except (AuthError, HttpError) as error:
                 log.warning("cannot renew the registry token: %s", error)
                 slot.pause = min(_MAX_PAUSE, slot.pause * 2 or _FIRST_PAUSE)
                 slot.renew_at = now() + slot.pause
 
-    async def _fetch(self, key: TokenKey, slot: _Slot) -> None:
+    async def _fetch(self, key: TokenKey, slot: _Slot, timeout: float) -> None:
         limiter = self._realms.setdefault(key.realm, trio.CapacityLimiter(_AT_ONCE))
         async with limiter:
-            response = await _ask(key, slot)
+            response = await _ask(key, slot, timeout)
         if response.status in (401, 403):
             raise AuthError(f"{key.realm}: {response.status}, the credentials are not accepted", url=str(key.realm))
         if response.status != 200:
             what = f"{key.realm}: token request answered with status {response.status}"
-            raise AuthError(what, url=str(key.realm))
+            raise (TokenLate if is_temporary(response.status) else AuthError)(what, url=str(key.realm))
         reply = parse_token_reply(bytes(response.body), str(key.realm))
         life = reply.expires_in
         slot.value = f"Bearer {reply.token}"
@@ -168,23 +174,23 @@ class TokenStore:
         log.info("cached bearer auth, next time: %d", time.time() + life)
 
 
-async def _ask(key: TokenKey, slot: _Slot) -> Response:
+async def _ask(key: TokenKey, slot: _Slot, timeout: float) -> Response:
     """POST first with credentials and GET when that is refused, as upstream; without credentials only GET."""
     headers = [("Authorization", key.basic)] if key.basic else []
     fields = [(name, value) for name, value in (("service", key.service), ("scope", key.scope)) if value]
     if key.basic and slot.post_first:
         form = urlencode([*fields, ("client_id", _CLIENT_ID)]).encode()
         typed = [*headers, ("Content-Type", "application/x-www-form-urlencoded")]
-        response = await _send(slot, "POST", key.realm, typed, form)
+        response = await _send(slot, timeout, "POST", key.realm, typed, form)
         if response.status == 200:
             return response
         slot.post_first = False
     joint = "&" if "?" in key.realm.target else "?"
     target = f"{key.realm.target}{joint}{urlencode(fields)}" if fields else key.realm.target
-    return await _send(slot, "GET", Url(key.realm.origin, target), headers, b"")
+    return await _send(slot, timeout, "GET", Url(key.realm.origin, target), headers, b"")
 
 
-async def _send(slot: _Slot, method: str, url: Url, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
-    return await slot.client.request(
-        method, url, headers, body, connect_timeout=slot.connect_timeout, timeout=slot.timeout
-    )
+async def _send(
+    slot: _Slot, timeout: float, method: str, url: Url, headers: Sequence[tuple[str, str]], body: bytes
+) -> Response:
+    return await slot.client.request(method, url, headers, body, connect_timeout=slot.connect_timeout, timeout=timeout)

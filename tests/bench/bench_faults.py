@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -55,7 +54,7 @@ class Bench:
     def result(self, reader: subprocess.Popen[str], name: str) -> str:
         import hashlib
 
-        out, _ = reader.communicate(timeout=120)
+        out, _ = reader.communicate(timeout=600)
         seconds, _, said = out.strip().partition(" ")
         right = hashlib.sha256(FILES[name]).hexdigest()
         verdict = "right bytes" if said == right else "WRONG BYTES" if len(said) == 64 else said
@@ -110,6 +109,7 @@ def reads_under(change: Callable[[Bench], None], *, reads: int = 8) -> None:
         report(one)
         if change is not dead_both:
             one.origin.mode = one.mirror.mode = "ok"
+            one.origin.latency, one.origin.choose = 0.0, None
             print("    mended     ", one.read("f20"))
 
 
@@ -136,19 +136,22 @@ def set_modes(mirror: str = "ok", origin: str = "ok") -> Callable[[Bench], None]
     return change
 
 
-def end(server: FaultyServer) -> None:
-    """Connections are refused from now on; a thread that waits for one would else take it."""
-    server._listener.shutdown(socket.SHUT_RDWR)
-    server.close()
+def late(one: Bench) -> None:
+    one.mirror.mode, one.origin.latency = "hang-headers", 15.0
+
+
+def busy(one: Bench) -> None:
+    until = time.monotonic() + 10
+    one.mirror.mode, one.origin.choose = "503", lambda request: "503" if time.monotonic() < until else "ok"
 
 
 def dead_mirror(one: Bench) -> None:
-    end(one.mirror)
+    one.mirror.close()
 
 
 def dead_both(one: Bench) -> None:
-    end(one.mirror)
-    end(one.origin)
+    one.mirror.close()
+    one.origin.close()
 
 
 def killed(which: str) -> None:
@@ -199,6 +202,8 @@ def main() -> None:
         "wrong bytes from all": lambda: reads_under(set_modes("wrong-bytes", "wrong-bytes"), reads=3),
         "registry and mirror down": lambda: reads_under(dead_both, reads=3),
         "registry and mirror hang": lambda: reads_under(set_modes("hang-headers", "hang-headers"), reads=2),
+        "registry takes 15 s": lambda: reads_under(late, reads=2),
+        "registry busy for 10 s": lambda: reads_under(busy, reads=2),
         "blob gone (404)": lambda: reads_under(set_modes("404", "404"), reads=3),
         "disk full": disk_full,
         "worker killed": lambda: killed("worker"),

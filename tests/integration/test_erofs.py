@@ -433,7 +433,7 @@ def test_cut_readers_errors_that_pass_and_umount(tmp_path: Path) -> None:
         with start("f2") as process:
             assert running.umount("/a").status == 204
             assert b"Input/output error" in process.communicate(timeout=10)[1]
-        server.mode = "503"
+        server.mode = "500"
         assert running.mount("/a", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
         assert set(read_all(running.mnt / "a").values()) == {"EIO"}
         server.mode = "wrong-bytes"

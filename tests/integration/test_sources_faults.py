@@ -272,21 +272,47 @@ def test_a_cut_blob_still_serves_its_head(tmp_path: Path, stack: ExitStack) -> N
 def test_origin_down_is_an_error_in_bounded_time_and_retries_are_counted(
     image: TinyImage, stack: ExitStack, tmp_path: Path
 ) -> None:
-    origin = server(stack, image, mode="503")
+    origin = server(stack, image, mode="500")
 
     async def scenario(reader: ImageReader, _: Services) -> None:
         started = time.monotonic()
-        with pytest.raises(ReadError, match="attempt 3 of 3"):
+        with pytest.raises(ReadError, match=r"status 500 \(3 times\)"):
             await read_file(reader, "small")
         assert time.monotonic() - started < 3 + SLACK
         assert len(origin.data_requests) == 3
-        origin.choose = lambda request: "503" if len(origin.data_requests) == 4 else "ok"
+        origin.choose = lambda request: "500" if len(origin.data_requests) == 4 else "ok"
         assert await read_file(reader, "small") == FILES["small"]
 
     run(image, config_text(tmp_path, origin.netloc, retry_limit=2), scenario)
 
 
 AUTH = base64.b64encode(b"user:secret").decode()
+
+
+@pytest.mark.parametrize("late", ["answers", "says it is busy", "tokens", "says it has no tokens"])
+def test_a_registry_that_has_no_time_costs_its_reader_time(
+    late: str, image: TinyImage, stack: ExitStack, tmp_path: Path
+) -> None:
+    """For twice as long as one request may take, and no second one is configured."""
+    settings: dict[str, Any] = {"auth": "bearer", "hang_tokens": late == "tokens"}
+    origin = server(stack, image, **settings)
+    if late == "says it has no tokens":
+        origin.token_status = 503
+    elif late != "tokens":
+        origin.mode = "hang-headers" if late == "answers" else "503"
+
+    async def scenario(reader: ImageReader, _: Services) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                assert await read_file(reader, "small") == FILES["small"]
+
+            nursery.start_soon(read)
+            await trio.sleep(4)
+            assert origin.requests
+            origin.mode, origin.hang_tokens, origin.token_status = "ok", False, 200
+
+    run(image, config_text(tmp_path, origin.netloc, auth=AUTH, timeout=2, connect_timeout=2, retry_limit=0), scenario)
 
 
 @pytest.mark.parametrize("kind", ["bearer", "basic"])

@@ -342,9 +342,9 @@ def test_a_proxy_that_is_not_healthy_is_left_alone_until_it_is(server: Any, capl
             await trio.sleep(0.05)
         assert time.monotonic() - back < 20  # 5 s and what a stalled machine adds
         alone = open_source(backend(origin, proxy={**settings, "fallback": False}), hub)
-        proxy.mode = "503"
+        proxy.mode = "404"
         asked = len(origin.requests)
-        with pytest.raises(SourceError, match=r"proxy http://.*status 503"):
+        with pytest.raises(SourceError, match=r"proxy http://.*status 404"):
             await read(alone, 4096)
         assert len(origin.requests) == asked
 
@@ -471,6 +471,6 @@ def test_a_token_server_that_hangs_holds_nobody_for_ever(server: Any) -> None:
         async with trio.open_nursery() as nursery:
             for number in range(20):
                 nursery.start_soon(one, hub, number)
-        assert time.monotonic() - started < 4 + 15  # a stalled machine
+        assert time.monotonic() - started < 15 + 15  # a stalled machine
 
     run(scenario)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 MODES = (
-    "ok", "503", "429", "404", "hang-headers", "hang-body", "trickle", "short-body", "early-close", "empty",
+    "ok", "500", "503", "429", "404", "hang-headers", "hang-body", "trickle", "short-body", "early-close", "empty",
     "wrong-bytes", "whole-200", "whole-206", "chunked", "chunked-200", "wrong-total", "no-range-header", "wrong-range",
     "garbage", "endless-headers", "dragonfly-429", "dragonfly-403",
 )  # fmt: skip
@@ -50,6 +50,7 @@ class FaultyServer:
     token_life: int = 300
     token_word: str = "token"  # what the tokens it gives begin with
     hang_tokens: bool = False
+    token_status: int = 200
     realm: str = ""  # where its challenges send for a token, instead of to itself
     login: str = "user:secret"  # may be changed while serving
     tls: ssl.SSLContext | None = None
@@ -82,6 +83,8 @@ class FaultyServer:
         return [request for request in self.requests if "/blobs/" in request.target]
 
     def close(self) -> None:
+        if self._stop.is_set():
+            return
         self._stop.set()
         # Closed under a thread that waits in accept, its number could be the next server's listener when that goes on.
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -184,6 +187,8 @@ class FaultyServer:
         assert re.fullmatch("repository:[a-z0-9/]+:pull", query["scope"][0])
         if self.hang_tokens:
             self._pause(60)
+        if self.token_status != 200:
+            return _send(out, self.token_status, b"no")
         if self.latency:
             self._pause(self.latency)
         self.valid_tokens.add(token)
@@ -196,7 +201,7 @@ class FaultyServer:
         last = min(last, len(blob) - 1)
         part = blob[first : last + 1]
         content_range = ("Content-Range", f"bytes {first}-{last}/{len(blob)}")
-        if mode in ("503", "429", "404"):
+        if mode in ("500", "503", "429", "404"):
             return _send(out, int(mode), b"no")
         if mode.startswith("dragonfly-"):
             return _send(out, int(mode[10:]), b"", [("X-Dragonfly-Error-Type", "proxy")])

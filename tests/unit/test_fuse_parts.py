@@ -234,7 +234,8 @@ class Socket:
 
 
 @pytest.mark.trio
-async def test_reads_wait_apart_and_end_with_eio_or_eintr() -> None:
+async def test_reads_wait_apart_and_end_with_eio_or_eintr(caplog: pytest.LogCaptureFixture) -> None:
+    """An EIO that no source gave cause for is told too, with the file and why."""
     device = Socket()
     operations = ImageOperations()
     stuck, fine = volume(1, b"!"), volume(2)
@@ -261,8 +262,40 @@ async def test_reads_wait_apart_and_end_with_eio_or_eintr() -> None:
             device.send(Opcode.READ, 6, fine.base | 8, read)
             assert await trio.to_thread.run_sync(device.answer) == (6, errno.EIO, b"")
             nursery.cancel_scope.cancel()
+    read_of = "image /x: read of 4 bytes at 0 of inode 8: EIO, "
+    said = [message for message in caplog.messages if message.startswith("image")]
+    assert said == [*[f"{read_of}the image is unmounted"] * 2, f"{read_of}this daemon stops"]
     assert stuck.stats.errors[Fop.READ] == 3
     assert fine.stats.public()["data_read"] == 4
+    device.kernel.close()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_bug_costs_one_read_and_one_line(cached: bool, caplog: pytest.LogCaptureFixture) -> None:
+    device = Socket()
+
+    class Broken(TinyImage):
+        def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> None:
+            if cached:
+                raise RuntimeError("dictionary changed")
+
+        async def read_parts(self, ino: int, offset: int, size: int) -> list[bytes]:
+            raise RuntimeError("dictionary changed")
+
+    image = Broken(b"a")
+    operations = ImageOperations()
+    operations.images[1] = ImageVolume(1, 0, image, image, FsStats("/x"), True)
+    loop = RequestLoop(device.connection, operations, 1)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(loop.run)
+            device.send(Opcode.READ, 2, 1 << INDEX_SHIFT | 8, READ_IN.pack(0, 16, 4, 0, 0, 0, 0))
+            assert await trio.to_thread.run_sync(device.answer) == (2, errno.EIO, b"")
+            nursery.cancel_scope.cancel()
+    (said,) = [message for message in caplog.messages if message.startswith("image")]
+    wanted = r"image /x: read of 4 bytes at 16 of inode 8: unexpected RuntimeError at test_fuse_parts.py:\d+: dict"
+    assert re.match(wanted, said)
     device.kernel.close()
 
 

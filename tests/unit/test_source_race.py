@@ -210,9 +210,111 @@ def test_all_that_was_tried_is_told() -> None:
     assert caught.value.tried == [
         ("m1", "its digest is wrong"),
         ("m2", "connection refused"),
-        ("o", "connection refused (attempt 1 of 2)"),
-        ("o", "connection refused (attempt 2 of 2)"),
+        ("o", "connection refused (2 times)"),
     ]
+
+
+def slow_to(seconds: float) -> Callable[[Range], Awaitable[Buffer]]:
+    return answers(seconds, spread=0)
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize(("patience", "needs", "most"), [(10.0, 25.0, 60.0), (5.0, 12.0, 30.0), (1.0, 2.2, 6.0)])
+def test_a_registry_that_takes_its_time_costs_time_and_one_that_hangs_an_error(
+    patience: float, needs: float, most: float, attempts: int
+) -> None:
+    """However few attempts are configured: the second one waits, and a third is made beside it."""
+    origin = FakeSource("origin", slow_to(needs), last=True, patience=patience, attempts=attempts)
+    seconds, body = timed(racer(origin))
+    assert body == GOOD * 8 and origin.requests == 3
+    assert seconds == pytest.approx(patience + needs, abs=0.5)
+    assert origin.standing.in_flight == origin.running == 0
+    assert timed(racer(origin))[0] == pytest.approx(needs)  # it was given the time that it took before
+    origin = FakeSource("origin", hangs, last=True, patience=patience, attempts=attempts)
+    ended: list[float] = []
+
+    async def main() -> None:
+        with pytest.raises(ReadFailed) as caught:
+            await racer(origin).read(WANTED, check)
+        assert [reason.partition(" within")[0] for _, reason in caught.value.tried] == ["no progress", "nothing"]
+        ended.append(trio.current_time())
+
+    virtual(main)
+    assert ended[0] == pytest.approx(most, abs=1.5)
+
+
+def test_a_registry_that_answers_others_is_not_given_up() -> None:
+    """It serves one request after the other; only who waits for what it never gives gets an error, at last."""
+    turn = trio.Lock()
+
+    async def one_by_one(wanted: Range) -> Buffer:
+        if wanted.blob_id == "never":
+            await trio.sleep_forever()
+        async with turn:
+            await trio.sleep(9.0)
+        return GOOD * wanted.size
+
+    origin = FakeSource("origin", one_by_one, last=True, patience=10.0)
+    ended: list[float] = []
+
+    async def one(number: int) -> None:
+        await racer(origin).read(Range(f"b{number}", 0, 8), check)
+
+    async def never() -> None:
+        with pytest.raises(ReadFailed):
+            await racer(origin).read(Range("never", 0, 8), check)
+        ended.append(trio.current_time())
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(never)
+            for number in range(16):
+                nursery.start_soon(one, number)
+            await trio.sleep(600)
+            assert origin.running == 0
+        assert 100 < ended[0] < 400
+
+    virtual(main)
+
+
+def test_a_registry_that_says_it_is_busy_is_asked_until_it_is_not() -> None:
+    async def busy(wanted: Range) -> Buffer:
+        if trio.current_time() < 20:
+            raise Refused("status 503", busy=True)
+        return GOOD * wanted.size
+
+    origin = FakeSource("origin", busy, last=True, patience=10.0)
+    seconds, body = timed(racer(origin))
+    assert body == GOOD * 8 and seconds < 26 and origin.requests < 12
+    for priority in (Priority.PREFETCH, Priority.LEARNED):  # nobody waits for it
+        with pytest.raises(ReadFailed):
+            timed(racer(origin), Range("b", 0, 8, priority))
+
+
+def test_a_mirror_that_takes_its_time_is_better_than_no_registry() -> None:
+    mirror = FakeSource("mirror", slow_to(7.0), patience=3.0)
+    origin = FakeSource("origin", refused, rank=1, last=True, patience=10.0, attempts=3)
+    seconds, body = timed(racer(mirror, origin))
+    assert body == GOOD * 8 and mirror.requests == 3 and origin.requests == 3
+    assert seconds < 20
+
+
+def test_a_reader_whose_nydusd_stood_still_has_lost_no_time() -> None:
+    """A minute passes in which this process is not run, once in each of two attempts: that is no minute's hang."""
+    clock = trio.testing.MockClock(autojump_threshold=0)
+
+    async def behave(wanted: Range) -> Buffer:
+        if origin.requests < 3:
+            clock.jump(60)
+            await trio.sleep_forever()
+        return GOOD * wanted.size
+
+    origin = FakeSource("origin", behave, last=True, patience=10.0)
+
+    async def main() -> None:
+        assert await racer(origin).read(WANTED, check) == GOOD * 8
+
+    trio.run(main, clock=clock)
 
 
 def test_better_a_source_that_is_down_than_an_error() -> None:
