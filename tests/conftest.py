@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,9 +61,12 @@ def _log_level_as_before() -> Iterator[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """In CI `tests/run` has installed what there is a package of: a test that is skipped for want of it has failed."""
+    """A failure shows the logs of the nodes under test. In CI `tests/run` has installed what there is a package of: a
+    test that is skipped for want of it has failed."""
     outcome: Any = yield
     report = outcome.get_result()
+    if report.failed and (lab := sys.modules.get("tests.lab.stack")) is not None:
+        report.sections += [("what the node said", said) for said in lab.last_words()]
     if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if "not installed" in reason:

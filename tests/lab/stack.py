@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,14 @@ from tests.lab.registry import Registry
 from tests.lab.shaper import ShapedLink
 
 REPO = Path(__file__).resolve().parents[2]
+LINES = 80  # of each log that a failure shows
+_live: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
+
+
+def last_words() -> list[str]:
+    """What the snapshotters and nydusd said that run now: whichever client ran a container that failed, by this it can
+    be explained. An error that ends them has it as a note."""
+    return [said for one in list(_live) if (said := one.said())]
 
 
 def program(name: str) -> Path:
@@ -143,6 +152,7 @@ class Snapshotter:
         if "PYTHONPATH" in os.environ:  # the code under test, where it is not what is installed
             env.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
         self._child = Child("containerd-nydus-grpc", self.argv(), self.log, env=env)
+        _live.add(self)
         self._child.wait_ready(lambda: can_connect(self.socket), timeout, longest_pause)
         return self
 
@@ -159,7 +169,15 @@ class Snapshotter:
     def log_lines(self) -> list[str]:
         return (self.root / "logs" / "nydus-snapshotter.log").read_text().splitlines()
 
-    def nydusd_log(self, lines: int = 80) -> str:
+    def said(self) -> str:
+        """The end of what it and each nydusd of it said; empty once its directory is gone."""
+        try:
+            own = "" if self.upstream else "\n".join(self.log_lines()[-LINES:])
+        except FileNotFoundError:
+            own = ""
+        return f"{own}\n{self.nydusd_log()}".strip()
+
+    def nydusd_log(self, lines: int = LINES) -> str:
         """The end of what each nydusd said."""
         found = []
         for path in sorted((self.root / "logs").glob("*/nydusd.*")):
@@ -192,6 +210,8 @@ class Snapshotter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            error.add_note(self.said())
         self.stop()
         self.end_daemons()
         unmount_below(self.work)
@@ -331,6 +351,8 @@ class Stack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            error.add_note(self.snapshotter.said())
         self._exits.close()
 
     # Programs against this stack
@@ -340,22 +362,9 @@ class Stack:
     ) -> str:
         """Output of a short command in a container of an image that has been pulled."""
         name = f"c{time.monotonic_ns()}"
-        try:
-            done = self.containerd.ctr(
-                "run",
-                "--rm",
-                *(["--net-host"] if net_host else []),
-                "--snapshotter",
-                snapshotter,
-                ref,
-                name,
-                *command,
-                timeout=timeout,
-            )
-        except LabError as error:
-            said = "\n".join(self.snapshotter.log_lines()[-40:]) if not self.snapshotter.upstream else ""
-            raise LabError(f"{error}\n{said}\n{self.snapshotter.nydusd_log()}") from None
-        return done.stdout
+        network = ["--net-host"] if net_host else []
+        words = ["run", "--rm", *network, "--snapshotter", snapshotter, ref, name, *command]
+        return self.containerd.ctr(*words, timeout=timeout).stdout
 
     def rpull(
         self,
