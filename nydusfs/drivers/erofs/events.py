@@ -204,10 +204,10 @@ class Events:
         except Exception:  # a bug must cost one read
             log.exception("event for %s", asked.question.name)
         finally:
-            if self._stop.is_set() and not self._successor:
-                log.warning("device %s: EIO, this daemon stops", asked.question.name)
             with self._answering:  # by `filled`: its number is free once that is done
                 waits = self.waiting.pop(mine, None) is not None
+            if waits and response == fanotify.FAN_DENY and self._stop.is_set() and not self._successor:
+                log.warning("device %s: EIO, this daemon stops", asked.question.name)
             if waits and (response == fanotify.FAN_ALLOW or not self._successor):
                 self._answer(asked.number, asked.slot, response)
                 waits = False
