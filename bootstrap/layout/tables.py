@@ -49,7 +49,7 @@ V6_COMPACT = np.dtype(
         ("mode", "<u2"),
         ("nlink", "<u2"),
         ("size", "<u4"),
-        ("reserved", "<u4"),
+        ("mtime", "<u4"),
         ("union", "<u4"),
         ("ino", "<u4"),
         ("uid", "<u2"),
@@ -57,6 +57,7 @@ V6_COMPACT = np.dtype(
         ("reserved2", "V4"),
     ]
 )
+"""A compact inode (1.6). Its time, since the superblock's, is new in Linux 6.15; RAFS leaves the field empty."""
 
 V6_DIRENT = np.dtype([("nid", "<u8"), ("nameoff", "<u2"), ("type", "u1"), ("reserved", "u1")])
 

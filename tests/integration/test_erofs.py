@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from bootstrap.reader import open_bootstrap
 from nydusfs.segments import SEGMENT_SIZE
 from tests.integration.test_fuse_lifecycle import silent_config, silent_registry, start_reader
 from tests.lab.cases import case as image_case
@@ -244,8 +245,9 @@ def test_complete_images_need_no_process(tmp_path: Path, again: bool) -> None:
 
 
 def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
-    """Of an image whose figures are wanted, and of those who wait. Inode numbers of a mount are its bootstrap's."""
+    """Of an image whose figures are wanted, and of those who wait. Inode numbers are the bootstrap's."""
     case, mask = image_case(CASE), (1 << 48) - 1
+    image = open_bootstrap(str(case / "image.boot"))
     config = localfs_config(case, work_dir=tmp_path / "cache")
     assert daemon.mount("/k", case / "image.boot", config).status == 204
     assert check_mount(case, daemon.mnt / "k") == []
@@ -260,7 +262,7 @@ def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
     for entry in wanted:
         path = daemon.mnt / "k" / entry["path"][1:]
         assert reader("import sys; open(sys.argv[1], 'rb').read()", path).returncode == 0
-        ino = path.stat().st_ino
+        ino = image.resolve(entry["path"].encode())
         assert daemon.get("metrics/files?id=/k").body[str(ino)]["data_read"] == entry["size"]
     assert daemon.umount("/k").status == 204
     with silent_registry() as port:
@@ -268,9 +270,11 @@ def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
         path = daemon.mnt / "s" / wanted[0]["path"][1:]
         waiting = start_reader(path)
         wait_until(lambda: daemon.get("metrics/inflight").body, 30, "the blocked reader")
-        assert {one["inode"] & mask for one in daemon.get("metrics/inflight").body} == {path.stat().st_ino}
+        ino = image.resolve(wanted[0]["path"].encode())
+        assert {one["inode"] & mask for one in daemon.get("metrics/inflight").body} == {ino}
         assert daemon.umount("/s").status == 204
         assert waiting.communicate(timeout=10)[0].strip() == "5"
+    image.close()
 
 
 _WAYS = """

@@ -1,12 +1,11 @@
 """From a bootstrap to the body of its EROFS metadata image: which segment each chunk lies in, and where.
 
-A v6 bootstrap is copied (`bootstrap.copy_v6`); what cannot be copied, v5 among it, is written anew
-(`bootstrap.write_erofs`). Both in a stream. Chunks are written down by their places on devices, for `filemap`.
+The tree is written by `bootstrap.write_erofs`, in a stream. Chunks are written down by their places on devices, for
+`filemap`.
 """
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import tempfile
@@ -16,12 +15,10 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bootstrap.copy_v6 import ImageCopy, IrregularError
 from bootstrap.erofs_devices import Device
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.layout.common import SuperFlags
-from bootstrap.reader_v6 import BootstrapV6
-from bootstrap.write_erofs import MAX_DEVICES, ImageAnew, References
+from bootstrap.write_erofs import MAX_DEVICES, ErofsImage, References
 from nydusfs.drivers.erofs.filemap import ROW_SIZE
 from nydusfs.drivers.erofs.image import SMALL_FILE, UnsuitableError
 from nydusfs.segments import BLOCK, SEGMENT_SIZE, many_names
@@ -29,7 +26,6 @@ from nydusfs.segments import BLOCK, SEGMENT_SIZE, many_names
 if TYPE_CHECKING:
     from nydusfs.image_reader import ImageReader
 
-log = logging.getLogger("nydusfs.erofs")
 Ints = NDArray[np.int64]
 AT_ONCE = 64  # segments, of a few or hundreds of chunks each
 
@@ -46,29 +42,13 @@ def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, 
             return stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(file.name)))
 
         try:
-            return _write(reader, file, _copied(reader, scratch(), xattrs))
-        except (IrregularError, FormatError, KeyError) as error:
-            log.info("image %s: its metadata is written anew, not copied: %s", reader.name, error)
-            file.truncate(0)
-        try:
-            anew = ImageAnew(reader.bootstrap, scratch(), scratch(), xattrs=xattrs)
-            anew.scan()
-            return _write(reader, file, anew)
+            image = ErofsImage(reader.bootstrap, scratch(), scratch(), xattrs=xattrs)
+            image.scan()
+            return _write(reader, file, image)
         except (FormatError, BuildError) as error:
             raise UnsuitableError(str(error)) from None
         except KeyError as error:
             raise UnsuitableError(f"its blobs have no chunk {error}") from None
-
-
-def _copied(reader: ImageReader, scratch: IO[bytes], xattrs: bool) -> ImageCopy:
-    image = reader.bootstrap
-    if not isinstance(image, BootstrapV6):
-        raise IrregularError("v5")
-    copy = ImageCopy(image, scratch)
-    copy.scan()
-    if copy.has_attributes and not xattrs:
-        raise IrregularError("attributes that are not to be shown")
-    return copy
 
 
 class _Devices:
@@ -112,7 +92,7 @@ class _Devices:
         return device, places
 
 
-def _write(reader: ImageReader, file: IO[bytes], image: ImageCopy | ImageAnew) -> tuple[int, int]:
+def _write(reader: ImageReader, file: IO[bytes], image: ErofsImage) -> tuple[int, int]:
     """Body and file map of an image that was scanned."""
     used: dict[int, int] = {}
     every = small = 0

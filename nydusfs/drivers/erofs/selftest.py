@@ -1,7 +1,8 @@
 """Whether EROFS mounts can be trusted on this kernel and this cache directory: by doing it, in some milliseconds.
 
-A small image is mounted, attached nowhere, and read. Three things must be seen: the read is announced before it
-happens, a device without data gives EIO (and not zeros, as later kernels seem to), and filled data comes out right.
+A small image is mounted, attached nowhere, and read. Four things must be seen: a compact inode has a time of its own
+(since Linux 6.15), the read is announced before it happens, a device without data gives EIO (and not zeros, as later
+kernels seem to), and filled data comes out right.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from nydusfs.errors import NydusError
 SECONDS = 5.0
 NEEDED = "Linux 6.15 or newer with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS is needed"
 DATA = bytes(range(256)) * 32  # two blocks
+MTIME = 1_700_000_000
 _IMAGE = (
-    "eNrt1z0OgyAUwPEHCYPRQzi00Yk7eBfjPbyLB7PdHd19rbChIbFT/f8SyOPxGSYQAXBX79c6x7gSIzYx5pMzmetV39pIydVm6S/Ot1wh"
-    "AAAAfshpWTqRNuMvkHqLxrEP7Y3xU2MX4kaz3vvhaP9CyzRqVe/tOpxJTvZKZ032HwYAAAAAgH+zATYrCGw="
+    "eNrt1zEOgyAUxvEHcWiih3BooxN38AxewfYevUsPVt07OLj7VBi0bUKim/9fAvkg8EiYQATAWXXt8A45EyP2x5ppzkTWy+beSMrVRml27rdcIQAAAA"
+    "6UaPtUVspp0Nf37V8g5Ku+REO+aU58LnTWOff4V/+i7fXUnflSP/dnfp9gov8gAAAAAABgbQRA8Qu6"
 )
 
 
@@ -84,6 +86,8 @@ class _Test:
         mounted = self._keep(mount.open_erofs(str(self._image), [f"/proc/self/fd/{tree}/d"]))
         file = self._keep(os.open("f", os.O_RDONLY | os.O_CLOEXEC, dir_fd=mounted))
 
+        if os.fstat(file).st_mtime != MTIME:
+            raise UnsupportedError(f"this kernel gives files the time of their image: {NEEDED}")
         asked, found = _read(group, file)
         if not asked:
             raise UnsupportedError(f"a read of a marked file was not announced: {NEEDED}")
