@@ -101,6 +101,11 @@ def make_tree(root: Path, big_mib: int, files: int, entries: int) -> None:
         folder = root / "many" / f"d{number // 500:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}").touch()
+    # What a layer has: containerd and Docker cut its times to seconds.
+    for folder, _, names in os.walk(root):
+        for name in (".", *names):
+            path = os.path.join(folder, name)
+            os.utime(path, (seconds := int(os.lstat(path).st_mtime), seconds), follow_symlinks=False)
 
 
 def _figure(code: str, *arguments: str | Path) -> float:

@@ -441,7 +441,7 @@ def die_while_starting(node: Node, every: int) -> int:
 
 @pytest.mark.parametrize(("mode", "kinds"), MODES)
 def test_death_at_some_steps(mode: str, kinds: tuple[type[Call], ...]) -> None:
-    assert kill_at(mode, kinds, every=13)
+    assert kill_at(mode, kinds, every=29)
 
 
 @pytest.mark.long
