@@ -21,9 +21,11 @@ from snapshotter.auth.renewal import Renewal
 from snapshotter.bootstrapfile import find_bootstrap
 from snapshotter.daemons import Daemon, DaemonSettings, new_id
 from snapshotter.errors import NotFound, SnapshotterError, Unavailable
+from snapshotter.gates import Gates
 from snapshotter.imageconfig import ImageConfigs
-from snapshotter.labels import IdMapping, chain_of, image_label, image_ref, namespace_of
+from snapshotter.labels import IdMapping
 from snapshotter.mounting import Wanted, mount, mount_all
+from snapshotter.naming import find_name
 from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.nydusd_config import Template, write_private
 from snapshotter.origins import Origins
@@ -76,10 +78,7 @@ class Images:
         self._instances: dict[str, InstanceRecord] = {}  # by name, as are locks and `_serving`
         self._serving: set[str] = set()
         self._daemons: dict[str, Daemon] = {}
-        self._recovered = threading.Event()  # what is on record is known here
-        self._started = threading.Event()  # the daemons on record, and the one of all, run or cannot
-        self._gates: dict[str, threading.Event] = {}  # of each daemon on record: it was found or started again
-        self._progress = threading.Condition()  # a gate was opened, or an image is served again
+        self._gates = Gates()
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
 
     # ---- what the flow needs
@@ -97,9 +96,9 @@ class Images:
             if record is not None and name in self._serving and self._daemons[record.daemon].lives():
                 return self.mountpoint(record)
             began = time.monotonic()
-            labels, why, sure = self._with_image(meta)
-            image = image_ref(labels, str(meta.id), why)
-            if not sure:
+            named = find_name(meta, self._store, self._origins)
+            labels, image = named.labels, named.image(meta.id)
+            if not named.sure:
                 log.warning("snapshot %d is taken to be of %s: containerd has no name for it", meta.id, image)
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             if record is None and not self._settings.serve:
@@ -138,38 +137,19 @@ class Images:
             for pause in (*NAMED_SOON, None):
                 if name in self._instances or not daemon.alive:
                     return
-                labels, why, sure = self._with_image(meta)
-                if sure or why:
+                named = find_name(meta, self._store, self._origins)
+                if named.sure or named.why:
                     break
                 if pause is None:
                     return
                 time.sleep(pause)
-            image = image_ref(labels, str(meta.id), why)
+            labels, image = named.labels, named.image(meta.id)
             bootstrap = find_bootstrap(self._store.upper(meta.id), image)
             self._settings.signatures.check(bootstrap, labels, image)
             record = InstanceRecord(meta.id, daemon.id, image, bootstrap, None)
             daemon.api.expect(f"/{name}", bootstrap, self.configs.found(record, labels)[0])
         except (SnapshotterError, NydusError, OSError) as error:
             log.debug("snapshot %d is not opened ahead: %s", meta.id, error)
-
-    def _with_image(self, meta: Snapshot) -> tuple[Mapping[str, str], str, bool]:
-        """Its labels with the image that the client did not name, and whether that is sure; else why it is not known.
-
-        What is sure is written down. The rest is asked for again: while a pull is under way, and after one that was
-        ended, containerd knows the registry's host and not its port.
-        """
-        labels = meta.labels
-        chain = chain_of(meta.key, labels)
-        if image_label(labels) or self._origins is None or not chain:
-            return labels, "", True
-        origin, why = self._origins.find(chain, namespace_of(meta.key))
-        if origin is None:
-            return labels, why, False
-        more = {key: value for key, value in origin.labels.items() if key not in labels}
-        if origin.sure:
-            log.info("snapshot %d is of image %s, as containerd says: the pull did not name it", meta.id, origin.image)
-            self._store.update(meta.key, more, [f"labels.{key}" for key in more])
-        return {**labels, **more}, "", origin.sure
 
     def describe(self, meta: Snapshot) -> tuple[Path, str]:
         """Bootstrap and nydusd configuration of an image for which `ensure` returned; the text may hold a password.
@@ -179,10 +159,10 @@ class Images:
         record = self._instances.get(instance_name(meta.id, None))
         if record is not None:
             return record.bootstrap, self.configs.path(record).read_text()
-        labels, why, _ = self._with_image(meta)
-        image = image_ref(labels, str(meta.id), why)
+        named = find_name(meta, self._store, self._origins)
+        image = named.image(meta.id)
         record = InstanceRecord(meta.id, "", image, find_bootstrap(self._store.upper(meta.id), image))
-        return record.bootstrap, self.configs.found(record, labels)[0]
+        return record.bootstrap, self.configs.found(record, named.labels)[0]
 
     def mounted(self) -> list[str]:
         """Names of the images that are served."""
@@ -248,7 +228,7 @@ class Images:
     def upgrade(self) -> None:
         """Every daemon goes over to the code that is installed now, one after the other, under its mounts. One that
         does not run will begin with it. Raises SnapshotterError."""
-        if not self._started.wait(RECOVERY_SECONDS):
+        if not self._gates.started.wait(RECOVERY_SECONDS):
             raise Unavailable("still recovering after the start: try again")
         for daemon in self.daemons():
             if daemon.upgrade():
@@ -294,16 +274,14 @@ class Images:
         except Exception:
             log.exception("recovery did not finish; images are mounted again when they are asked for")
         finally:
-            self._recovered.set()
-            for daemon in self._gates:
-                self._open_gate(daemon)
+            self._gates.open_all()
         if self._settings.shared and self._settings.serve:
             try:
                 # at start, not at the first image: the first container then does not wait for it
                 self._shared_daemon().ensure()
             except (SnapshotterError, OSError) as error:
                 log.warning("%s; plain OCI images work, Nydus images will try again", error)
-        self._started.set()
+        self._gates.started.set()
 
     def _recover(self) -> None:
         alive = self._store.ids()
@@ -314,8 +292,8 @@ class Images:
             else:
                 lost.append(instance)
         daemons = [self._add(record) for record in self._records.daemons()]
-        self._gates = {daemon.id: threading.Event() for daemon in daemons}
-        self._recovered.set()
+        self._gates.shut(daemon.id for daemon in daemons)
+        self._gates.recovered.set()
         # side by side: one that hangs, or whose image is broken, keeps nobody else waiting
         with ThreadPoolExecutor(RECOVER_TOGETHER, "recovery") as pool:
             lived = [
@@ -354,42 +332,26 @@ class Images:
         except Exception:
             log.exception("nydusd %s: its images are mounted when they are asked for", daemon.id)
         finally:
-            self._open_gate(daemon.id)
+            self._gates.open(daemon.id)
         return lived
 
     def _wait_recovered(self, snapshot: int, mapping: IdMapping | None) -> None:
         """Until what serves, or will serve, this image was found or started again. Raises Unavailable."""
         deadline = time.monotonic() + RECOVERY_SECONDS
-        known = self._recovered.wait(RECOVERY_SECONDS)
+        known = self._gates.recovered.wait(RECOVERY_SECONDS)
         record = self._instances.get(instance_name(snapshot, mapping))
         if record is not None and self.serves(record):
             return  # others of the same daemon may not be mounted again yet
         for daemon in list(self._daemons.values()) if known else ():
             its_own = not daemon.shared and daemon.mountpoint == self._own_mountpoint(snapshot, mapping)
             if daemon.id == record.daemon if record else its_own or (daemon.shared and self._settings.shared):
-                gate = self._gates.get(daemon.id)
-                known = gate is None or self._await(gate, record, deadline)
+                known = self._gates.wait(daemon.id, lambda: record is not None and self.serves(record), deadline)
         if not known:
             raise Unavailable("still recovering after the start: try again")
 
-    def _open_gate(self, daemon: str) -> None:
-        with self._progress:
-            self._gates[daemon].set()
-            self._progress.notify_all()
-
-    def _await(self, gate: threading.Event, record: InstanceRecord | None, deadline: float) -> bool:
-        """Until the gate is open, or this image is served: those of its daemon are mounted one after the other."""
-
-        def done() -> bool:
-            return gate.is_set() or (record is not None and self.serves(record))
-
-        with self._progress:
-            return self._progress.wait_for(done, max(0.0, deadline - time.monotonic()))
-
     def _served_again(self, record: InstanceRecord) -> None:
-        with self._progress:
-            self._serving.add(record.name)
-            self._progress.notify_all()
+        self._serving.add(record.name)
+        self._gates.look_again()
 
     def _settle(self, daemon: Daemon) -> None:
         """A living daemon serves exactly the images on record."""

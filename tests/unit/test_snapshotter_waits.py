@@ -201,8 +201,8 @@ def test_after_a_start_a_container_waits_for_its_own_image_alone(tmp_path: Path)
     daemon = SimpleNamespace(id="d", alive=True, shared=True, lives=lambda: True)
     all_images._daemons["d"] = daemon  # type: ignore[assignment]
     all_images._instances |= {one.name: one, other.name: other}
-    all_images._gates["d"] = threading.Event()
-    all_images._recovered.set()
+    all_images._gates.shut(["d"])
+    all_images._gates.recovered.set()
     waiting = {record.name: threading.Thread(target=all_images._wait_recovered, args=(record.snapshot, None))
                for record in (one, other)}  # fmt: skip
     for thread in waiting.values():
@@ -210,7 +210,7 @@ def test_after_a_start_a_container_waits_for_its_own_image_alone(tmp_path: Path)
     all_images._served_again(one)
     waiting[one.name].join(10)
     assert [thread.is_alive() for thread in waiting.values()] == [False, True]
-    all_images._open_gate("d")
+    all_images._gates.open("d")
     waiting[other.name].join(10)
     assert not waiting[other.name].is_alive()
 

@@ -60,7 +60,7 @@ def all_images(tmp_path: Path, store: Store, database: Database, containerd: Any
     daemon = DaemonSettings("/bin/false", tmp_path, tmp_path / "log")
     settings = ImageSettings(daemon, True, load_template(template), tmp_path / "cache")
     made = Images(settings, store, Records(database), Chain([]), containerd)
-    made._recovered.set()
+    made._gates.recovered.set()
     return made
 
 
