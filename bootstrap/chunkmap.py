@@ -9,14 +9,14 @@ Tarfs images have no records: their rows are made here, see `TarMap`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bootstrap.base import Blob, Bootstrap, Chunk
 from bootstrap.blobmeta import BlobMeta, Unit, alone, needs_meta
 from bootstrap.chunkindex import ChunkIndex
-from bootstrap.decode import decode_chunk, verify, where
+from bootstrap.decode import decode_chunk, decode_together, verify, where
 from bootstrap.errors import CodecError, FormatError, RafsError
 from bootstrap.layout.common import CHUNK_RECORD, MAX_CHUNK_SIZE, MAX_CHUNKS_PER_BLOB, SuperFlags
 
@@ -247,6 +247,16 @@ class ChunkMap:
             verify(member, blob, data)
             found.append(data)
         return found
+
+    def decode_together(
+        self, units: Sequence[list[Member]], offset: int, stored: memoryview, most: int
+    ) -> list[memoryview] | None:
+        """`decode` of many units of one blob out of `stored`, which begins at `offset` of the blob, by one call, into
+        `most` bytes or fewer; None: `decode` them one by one."""
+        chunks = [members[0].chunk for members in units if len(members) == 1 and members[0].unit.kind == "chunk"]
+        if len(chunks) < len(units) or sum(chunk.uncompressed_size for chunk in chunks) > most:
+            return None
+        return decode_together(chunks, self.blobs[chunks[0].blob_index], offset, stored)
 
     def close(self) -> None:
         """Give the maps back; nothing may use this any more."""

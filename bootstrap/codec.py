@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import zlib
+from array import array
+from collections.abc import Sequence
 from typing import cast
 
 import lz4.block
@@ -106,6 +108,19 @@ def decompress(kind: Compressor, data: bytes | bytearray | memoryview, size: int
     if len(out) != size:
         raise CodecError(f"{kind.label} data decodes to {len(out)} bytes instead of {size}")
     return out
+
+
+def zstd_many(stored: memoryview, places: Sequence[int], sizes: Sequence[int]) -> list[memoryview] | None:
+    """Many frames decoded by one call, which has not the GIL all the while; `places`: begin and length of each in
+    `stored`, `sizes`: what each decodes to. None when it cannot be done: `decompress` one by one, which says why."""
+    many = getattr(_zstd_decompressor(), "multi_decompress_to_buffer", None)
+    if many is None:  # linked to the system's libzstd
+        return None
+    try:
+        frames = zstandard.BufferWithSegments(stored, array("Q", places).tobytes())
+        return [memoryview(plain) for plain in many(frames, decompressed_sizes=array("Q", sizes).tobytes())]
+    except (zstandard.ZstdError, ValueError, OverflowError):
+        return None
 
 
 def _zstd_begin(data: bytes | bytearray | memoryview, size: int) -> bytes:

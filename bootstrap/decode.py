@@ -5,14 +5,16 @@ Pure functions for worker threads: codecs and digests release the GIL.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bootstrap import crypt
 from bootstrap.base import Blob, Chunk
-from bootstrap.codec import decompress
-from bootstrap.digest import digest
+from bootstrap.codec import decompress, zstd_many
+from bootstrap.digest import digest, function
 from bootstrap.errors import CodecError, DigestMismatch
 from bootstrap.layout.common import BlobFeatures, ChunkFlags, Compressor
 
-__all__ = ["decode_chunk", "decrypt_blob", "is_legacy_stargz", "verify", "verify_crc", "where"]
+__all__ = ["decode_chunk", "decode_together", "decrypt_blob", "is_legacy_stargz", "verify", "verify_crc", "where"]
 
 NO_DIGEST = bytes(32)
 # As plain numbers: `&` with an enumeration takes longer than the digest of a small chunk.
@@ -57,6 +59,37 @@ def decode_chunk(chunk: Chunk, blob: Blob, stored: bytes | memoryview) -> bytes:
         raise CodecError(f"{where(chunk, blob)}: {error}") from error
     verify(chunk, blob, plain)
     return plain
+
+
+def decode_together(chunks: Sequence[Chunk], blob: Blob, offset: int, stored: memoryview) -> list[memoryview] | None:
+    """`decode_chunk` of many small chunks, stored by themselves in `stored` (which begins at `offset` of the blob), by
+    one call: 10 us for each of 8 KiB, where one by one they take 23. None where that cannot be done, or one of them is
+    wrong: `decode_chunk` says which and why. The caller has seen to it that their sizes together are sensible."""
+    if blob.compressor != Compressor.ZSTD or is_legacy_stargz(blob):
+        return None
+    places: list[int] = []
+    sizes: list[int] = []
+    for chunk in chunks:
+        if chunk.flags & _ENCRYPTED or not chunk.compressed_size:
+            return None
+        if chunk.flags & _COMPRESSED:
+            places += chunk.compressed_offset - offset, chunk.compressed_size
+            sizes.append(chunk.uncompressed_size)
+    packed = zstd_many(stored, places, sizes) if sizes else []
+    if packed is None:
+        return None
+    unpacked, found = iter(packed), list[memoryview]()
+    right = function(blob.digester)
+    for chunk in chunks:
+        if chunk.flags & _COMPRESSED:
+            plain = next(unpacked)
+        else:
+            begin = chunk.compressed_offset - offset
+            plain = stored[begin : begin + chunk.compressed_size]
+        if len(plain) != chunk.uncompressed_size or chunk.digest == NO_DIGEST or right(plain) != chunk.digest:
+            return None
+        found.append(plain)
+    return found
 
 
 def decrypt_blob(blob: Blob, stored: bytes | memoryview, size: int | None = None) -> bytes:

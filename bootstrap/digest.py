@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from blake3 import blake3
@@ -16,6 +17,19 @@ EMPTY = {Digester.BLAKE3: blake3(b"").digest(), Digester.SHA256: hashlib.sha256(
 def hasher(kind: Digester) -> Any:
     """An incremental hasher with `update(data)` and `digest() -> bytes` (32 bytes)."""
     return hashlib.sha256() if kind == Digester.SHA256 else blake3()
+
+
+def function(kind: Digester) -> Callable[[bytes | bytearray | memoryview], bytes]:
+    """`digest` of this kind, for who calls it many times."""
+    return _sha256 if kind == Digester.SHA256 else _blake3
+
+
+def _sha256(data: bytes | bytearray | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _blake3(data: bytes | bytearray | memoryview) -> bytes:
+    return blake3(data).digest()
 
 
 def digest(kind: Digester, data: bytes | bytearray | memoryview) -> bytes:

@@ -210,6 +210,12 @@ def decode(
     """
     if plain is None and len(segment.rows) > 1:
         plain = bytearray(segment.size)
+    if len(units) > 1 and (found := chunks.decode_together(units, offset, stored, segment.size)) is not None:
+        assert isinstance(plain, bytearray)
+        for (member,), part in zip(units, found, strict=True):
+            place = segment.place(member.chunk.uncompressed_offset)
+            plain[place : place + len(part)] = part
+        return plain
     for members in units:
         unit = members[0].unit
         try:

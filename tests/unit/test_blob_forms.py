@@ -23,12 +23,12 @@ from bootstrap.check import check_bootstrap
 from bootstrap.checkblob import check_blobs
 from bootstrap.errors import FormatError, RafsError
 from bootstrap.layout import batch, toc, zran
-from bootstrap.layout.common import BlobFeatures
+from bootstrap.layout.common import BlobFeatures, ChunkFlags
 from bootstrap.reader import open_bootstrap
 from nydusfs.config import load_config
 from nydusfs.errors import ReadError
 from nydusfs.image_reader import ImageReader
-from nydusfs.segments import SEGMENT_SIZE, make_segment
+from nydusfs.segments import SEGMENT_SIZE, BadChunk, decode, make_segment, runs
 from nydusfs.services import open_services
 from tests.lab.handmade import CHUNK, FORMS, Made, blobmeta_file, contents, make
 
@@ -239,6 +239,32 @@ def test_damage_gives_errors_and_never_wrong_bytes(form: str, tmp_path: Path) ->
         (made.folder / name).write_bytes(made.stored[name])
     assert failed
     assert read_all(made) == made.files
+
+
+def test_small_chunks_that_lie_together_are_decoded_by_one_call(tmp_path: Path) -> None:
+    """Compressed ones and plain ones; a wrong one of them is named all the same."""
+    made = make("plain", tmp_path / "image", contents(60))
+    stored = made.stored[made.info.id]
+    with open_bootstrap(made.boot) as image, open_blobs(image, made.folder) as blobs:
+        chunks = blobs.chunks
+        segment = make_segment(chunks, image.blobs[0], 0)
+        ((start, end, units),) = runs(chunks, segment)
+        view = memoryview(stored)[start:end]
+        found = chunks.decode_together(units, start, view, segment.size)
+        assert found is not None
+        one_by_one = [chunks.decode(unit, stored[unit[0].unit.start : unit[0].unit.end])[0] for unit in units]
+        assert [bytes(part) for part in found] == [bytes(part) for part in one_by_one]
+        kinds = {unit[0].chunk.flags & ChunkFlags.COMPRESSED for unit in units}
+        assert kinds == {0, ChunkFlags.COMPRESSED}
+        assert chunks.decode_together(units, start, view, segment.size // 2) is None, "into so many bytes"
+        assert chunks.decode_together(units, start, view[:-1], segment.size) is None
+        for member in (units[3][0], units[-2][0]):
+            bad = bytearray(view)
+            bad[member.unit.end - 1 - start] ^= 1
+            assert chunks.decode_together(units, start, memoryview(bad), segment.size) is None
+            with pytest.raises(BadChunk, match=f"chunk {member.chunk.index} of blob {made.info.id}"):
+                decode(segment, chunks, units, start, memoryview(bad))
+        assert bytes(decode(segment, chunks, units, start, view)) != bytes(segment.size)
 
 
 @pytest.mark.parametrize("form", TABLED)
