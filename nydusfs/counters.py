@@ -6,12 +6,12 @@ Plain integer attributes, changed from the trio thread only: counting costs noth
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SIZE_EDGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
-_LATENCY_EDGES_MS = (1, 20, 50, 100, 500, 1000, 2000)
+_LATENCY_EDGES_US = tuple(1000 * edge for edge in (1, 20, 50, 100, 500, 1000, 2000))
 
 
 MAX_UNUSED = 16384  # keys; what is beyond counts as unused
@@ -59,7 +59,7 @@ class BackendCounters:
         self.latency_us_total += elapsed_us
         self.latency_us_by_size[bucket] += elapsed_us
         self.read_count_block_size_dist[bucket] += 1
-        latency = sum(elapsed_us > edge * 1000 for edge in _LATENCY_EDGES_MS)
+        latency = bisect_left(_LATENCY_EDGES_US, elapsed_us)
         self.read_latency_sizes_dist[bucket][latency] += 1
 
     def as_json(self) -> dict[str, Any]:

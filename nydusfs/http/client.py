@@ -33,6 +33,11 @@ class Response:
     body: bytearray | bytes
     length: int | None = None  # Content-Length as the peer stated it
     body_seconds: float = 0.0  # from the head to the end of the body
+    sent: str = ""  # for who asked: what it had to say of itself
+
+    @property
+    def has_data(self) -> bool:
+        return self.status in (200, 206)
 
     def get(self, name: str) -> str:
         return self.headers.get(name, "")
@@ -186,15 +191,15 @@ class HttpClient:
         reuse: bool,
     ) -> Response:
         connect_timeout, timeout, hard, progress = limits
+        pace = PACE.get()
         connection = self._take_idle(pool) if reuse else None
         if connection is None:
             connection = await self._connect(origin, connect_timeout, via)
         keep = False
-        pace = PACE.get()
         try:
-            with trio.CancelScope() as scope:
-                started = trio.current_time()
-                connection.limit(scope, timeout, started + hard, progress, pace)
+            started = trio.current_time()
+            with trio.CancelScope(deadline=started + min(timeout, hard)) as scope:
+                connection.limit(scope, started, timeout, started + hard, progress, pace)
                 await connection.send(message)
                 head = await connection.read_head()
                 begun = trio.current_time()

@@ -116,13 +116,14 @@ class Connection:
     def limit(
         self,
         scope: trio.CancelScope,
+        now: float,
         stall: float,
         hard: float,
         progress: Progress | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """Let `scope` end after `stall` seconds without progress and at the clock time `hard` in any case. The time
-        that `pace` has bodies wait does not count."""
+        """Let `scope`, whose deadline is set for now, end after `stall` seconds without progress and at the clock time
+        `hard` in any case. The time that `pace` has bodies wait does not count."""
         self._scope = scope
         self._progress = progress
         self._pace = pace
@@ -130,8 +131,7 @@ class Connection:
             self._use_window(pace.window)
         self._stall = stall
         self._hard = hard
-        self._moved = trio.current_time()
-        scope.deadline = min(self._moved + stall, hard)
+        self._moved = now
 
     def _advance(self) -> None:
         now = trio.current_time()

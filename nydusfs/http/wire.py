@@ -88,15 +88,28 @@ def parse_head(raw: bytes) -> Head:
     for line in lines[1:]:
         if not line:
             break
-        name, colon, value = line.partition(b":")
-        if not colon or not _NAME.fullmatch(name):
-            raise ProtocolViolation(f"illegal header line {line[:40]!r}")
-        if b"\r" in value or b"\0" in value:
-            raise ProtocolViolation(f"illegal value of header {name[:40]!r}")
-        key = name.decode("ascii").lower()
-        text = value.strip(b" \t").decode("latin-1")
+        key, text = _known.get(line) or _parse_line(line)
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     return Head(int(status[2]), headers, status[1] == b"0")
+
+
+# A server's answers differ in few of their lines: the others are known from the last ones.
+_known: dict[bytes, tuple[str, str]] = {}
+_MOST_KNOWN, _LONGEST_KNOWN = 256, 256
+
+
+def _parse_line(line: bytes) -> tuple[str, str]:
+    name, colon, value = line.partition(b":")
+    if not colon or not _NAME.fullmatch(name):
+        raise ProtocolViolation(f"illegal header line {line[:40]!r}")
+    if b"\r" in value or b"\0" in value:
+        raise ProtocolViolation(f"illegal value of header {name[:40]!r}")
+    found = name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+    if len(line) <= _LONGEST_KNOWN:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[line] = found
+    return found
 
 
 def parse_content_range(text: str) -> tuple[int, int] | None:

@@ -92,14 +92,22 @@ class Authenticator:
                 leader.set()
                 self._leaders.pop(address, None)
 
-    async def header(self) -> str:
-        """The value to send now, "" for none. A failed renewal leaves it to the 401 path."""
+    def ready(self) -> str | None:
+        """What `header` gives where it need not wait, else None."""
         if self._key is None:
             return self._fixed
         if self._old is not None:
             if value := self._tokens.current(self._old):
                 return value
             self._old = None
+        return self._tokens.ready(self._key)
+
+    async def header(self) -> str:
+        """The value to send now, "" for none. A failed renewal leaves it to the 401 path."""
+        value = self.ready()
+        if value is not None:
+            return value
+        assert self._key is not None
         with trio.move_on_after(self._limit):
             return await self._tokens.fresh(self._key)
         return self._tokens.current(self._key)

@@ -32,12 +32,6 @@ class Waiting:
     silence: float = 0.0
     total: float = 0.0
 
-    @classmethod
-    def for_any(cls, endpoints: Sequence[Endpoint]) -> Waiting:
-        longest = max(endpoint.patience for endpoint in endpoints)
-        configured = max(endpoint.patience * endpoint.attempts for endpoint in endpoints)
-        return cls(max(configured, min(GENEROUS * longest, MOST_GENEROUS)))
-
     @property
     def longest(self) -> float:
         return LONGEST * self.most
@@ -50,12 +44,19 @@ class Waiting:
         self.silence = max(0.0, min(self.silence + seconds, now - endpoint.standing.heard()))
 
 
+def longest_silence(endpoints: Sequence[Endpoint]) -> float:
+    """`Waiting.most` of a reader of any of these."""
+    longest = max(endpoint.patience for endpoint in endpoints)
+    configured = max(endpoint.patience * endpoint.attempts for endpoint in endpoints)
+    return max(configured, min(GENEROUS * longest, MOST_GENEROUS))
+
+
 async def ask_once(endpoint: Endpoint, wanted: Range, waiting: Waiting, progress: Progress) -> Answer:
     """Within the source's patience, or twice the time that an origin needs of late. Raises `Refused`."""
     given = endpoint.patience
     if endpoint.last:
         given = max(given, min(2 * endpoint.standing.latency.first, waiting.left()))
-    started = trio.current_time()
+    started = progress.moved
     try:
         return await endpoint.fetch(wanted, given, progress)
     except Refused:

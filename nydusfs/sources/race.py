@@ -22,7 +22,7 @@ from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
 from nydusfs.sources.choice import choose
 from nydusfs.sources.endpoint import Endpoint, Range, Refused
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
-from nydusfs.sources.patience import Waiting, ask_on, ask_once
+from nydusfs.sources.patience import Waiting, ask_on, ask_once, longest_silence
 from nydusfs.sources.standing import State
 
 log = logging.getLogger("nydusfs.sources")
@@ -102,6 +102,7 @@ class Racer:
         self._extras = extras
         self._bucket = bucket
         self._watcher = watcher
+        self._silence = longest_silence(endpoints)
 
     async def read(self, wanted: Range, check: Check | None) -> Buffer:
         """The bytes of the range, verified by `check`. Raises `ReadFailed`."""
@@ -112,18 +113,17 @@ class Racer:
             for endpoint in self.endpoints:
                 if endpoint.standing.state is State.DOWN:
                     self._watcher.watch(endpoint, self)
-        turns = _Turns(self, wanted)
+        turns = _Turns(self, wanted, Waiting(self._silence))
         turns.hurried = len(self.endpoints) > 1 and wanted.demanded and self._extras.hurried(self.last_read)
         if len(self.endpoints) == 1 or (wanted.priority is Priority.PREFETCH and wanted.urgent is None):
             return await self._in_turn(turns, check)
         return await self._raced(turns, check)
 
     async def _in_turn(self, turns: _Turns, check: Check | None) -> Buffer:
-        lock = trio.Lock()
         while (endpoint := turns.next()) is not None:
             try:
                 await self._wait(turns, endpoint)
-                return await self._attempt(endpoint, turns, check, lock, self._begin(endpoint, turns))
+                return await self._attempt(endpoint, turns, check, None, self._begin(endpoint, turns))
             except Refused as reason:
                 turns.note(endpoint, reason)
         raise turns.failure()
@@ -284,12 +284,12 @@ class Racer:
         endpoint: Endpoint,
         turns: _Turns,
         check: Check | None,
-        lock: trio.Lock,
+        lock: trio.Lock | None,
         progress: Progress,
     ) -> Buffer:
-        """Records how it went. Raises `Refused`."""
+        """Records how it went; `lock`: over `check`, where others may be at it. Raises `Refused`."""
         standing, wanted = endpoint.standing, turns.wanted
-        started = trio.current_time()
+        started = progress.moved
         tallies = standing.tally, self.sources.setdefault(endpoint.address, SourceTally())
         for tally in tallies:
             tally.requests += 1
@@ -297,7 +297,9 @@ class Racer:
             ask = ask_on if wanted.demanded and turns.attempts[endpoint] > 1 else ask_once
             answer = await ask(endpoint, wanted, turns.waiting, progress)
             total = trio.current_time() - started
-            if check is not None:
+            if check is not None and lock is None:
+                await check(answer.body)
+            elif check is not None and lock is not None:
                 try:
                     lock.acquire_nowait()  # `acquire` goes through the loop in any case
                 except trio.WouldBlock:
@@ -353,6 +355,7 @@ class _Turns:
 
     racer: Racer
     wanted: Range
+    waiting: Waiting
     tried: list[tuple[str, str]] = field(default_factory=list)
     attempts: dict[Endpoint, int] = field(default_factory=dict)
     started: dict[Endpoint, float] = field(default_factory=dict)
@@ -361,12 +364,8 @@ class _Turns:
     asked: int = 0
     no_hedge_before: float = 0.0
     hurried: bool = False  # late from its begin, see `ExtraBudget.hurry`
-    waiting: Waiting = field(init=False)
     _over: bool = False
     _refused: dict[Endpoint, Refused] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.waiting = Waiting.for_any(self.racer.endpoints)
 
     @property
     def blob(self) -> str:

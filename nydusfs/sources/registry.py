@@ -118,6 +118,8 @@ class RegistryEndpoint:
         self._times = times
         self._blobs = parse_url(f"http://x{way.api}/{backend.repo}/blobs/").target
         self._redirects = Redirects()
+        self._last: tuple[str, Url | None, Url] = "", None, way.base  # address of a blob, as it was made last
+        self._last_headers: tuple[Headers | None, Headers] = None, ()
         self._told = False
         self._peer = peer
         # Who configures the length of pieces has it as it says, and requests as they are wanted.
@@ -140,8 +142,10 @@ class RegistryEndpoint:
         if self._peer is not None:
             limit += dragonfly.PIECE / MIRROR_SLOWEST
         try:
-            with trio.fail_after(limit):
-                response = await self._fetch(wanted, patience, progress)
+            response = await self._at_once(wanted, patience, progress)
+            if response is None or not response.has_data:
+                with trio.fail_after(limit):
+                    response = await self._fetch(wanted, patience, progress, response)
         except trio.TooSlowError:
             raise Refused(f"not done within {limit:.3g} s", hung=True) from None
         except HttpError as error:
@@ -193,8 +197,31 @@ class RegistryEndpoint:
     def _prefixed(self, path: str) -> str:
         return self._base.target.rstrip("/") + path
 
-    async def _fetch(self, wanted: Range, patience: float, progress: Progress | None) -> Response:
-        known = self._redirects.get(wanted.blob_id)
+    async def _at_once(self, wanted: Range, patience: float, progress: Progress | None) -> Response | None:
+        """The answer to one request, where the registry itself is to be asked and what to send is known: most of all
+        reads end here, without a limit of their own for redirects and tokens."""
+        if self._peer is not None or not self.authenticator.settled or self._redirects.get(wanted.blob_id) is not None:
+            return None
+        sent = self.authenticator.ready()
+        if sent is None:
+            return None
+        response = await self._get_shared(self._url(wanted), self._headers(sent), wanted, patience, progress)
+        response.sent = sent
+        return response
+
+    def _url(self, wanted: Range) -> Url:
+        blob_id, base, url = self._last
+        if blob_id != wanted.blob_id or base is not self._base:
+            blob_id, base = wanted.blob_id, self._base
+            url = Url(base.origin, f"{self._prefixed(self._blobs)}sha256:{_part(blob_id)}{self.way.query}")
+            self._last = blob_id, base, url
+        return url
+
+    async def _fetch(
+        self, wanted: Range, patience: float, progress: Progress | None, first: Response | None
+    ) -> Response:
+        """Redirects, tokens and all, behind the `first` answer if there was one."""
+        known = self._redirects.get(wanted.blob_id) if first is None else None
         if known is not None:
             try:
                 response = await self._get(known, (), wanted, patience, progress)
@@ -208,12 +235,12 @@ class RegistryEndpoint:
             # yet this source's: the full way is gone once.
             self._redirects.drop(wanted.blob_id)
             log.info("The redirected link has expired: %s, will retry read", known)
-        url = Url(self._base.origin, f"{self._prefixed(self._blobs)}sha256:{_part(wanted.blob_id)}{self.way.query}")
+        url = self._url(wanted)
         if self.authenticator.settled:
-            response = await self._authorized(url, wanted, patience, progress)
+            response = await self._authorized(url, wanted, patience, progress, first)
         else:
             async with self.authenticator.first(self.address):
-                response = await self._authorized(url, wanted, patience, progress)
+                response = await self._authorized(url, wanted, patience, progress, first)
         for _ in range(MAX_REDIRECTS):
             location = response.get("location")
             if not 300 <= response.status < 400 or not location:
@@ -246,9 +273,14 @@ class RegistryEndpoint:
             return Url(parse_authority(scheme, netloc), target.target)
         return target
 
-    async def _authorized(self, url: Url, wanted: Range, patience: float, progress: Progress | None) -> Response:
-        sent = await self.authenticator.header()
-        response = await self._get_shared(url, self._headers(sent), wanted, patience, progress)
+    async def _authorized(
+        self, url: Url, wanted: Range, patience: float, progress: Progress | None, first: Response | None
+    ) -> Response:
+        if first is None:
+            sent = await self.authenticator.header()
+            response = await self._get_shared(url, self._headers(sent), wanted, patience, progress)
+        else:
+            response, sent = first, first.sent
         for _ in range(2):
             if response.status != 401:
                 return response
@@ -315,6 +347,17 @@ class RegistryEndpoint:
             peer.hear(url.full, response.headers)
         return response
 
+    def _merged(self, headers: Headers) -> Headers:
+        """All that is sent with these."""
+        last, merged = self._last_headers
+        if last != headers:
+            every = (*headers, *self._extra)
+            given = {name.lower() for name, _ in every}
+            ours = (("Accept", "*/*"),) if "user-agent" in given else (("User-Agent", USER_AGENT), ("Accept", "*/*"))
+            merged = (*((name, value) for name, value in every if name.lower() not in _OURS), *ours)
+            self._last_headers = headers, merged
+        return merged
+
     async def _get(
         self,
         url: Url,
@@ -324,13 +367,9 @@ class RegistryEndpoint:
         progress: Progress | None,
         around: tuple[int, int] | None = None,
     ) -> Response:
-        given = {name.lower() for name, _ in (*headers, *self._extra)}
-        merged = [(name, value) for name, value in (*headers, *self._extra) if name.lower() not in _OURS]
-        if "user-agent" not in given:
-            merged.append(("User-Agent", USER_AGENT))
+        merged = self._merged(headers)
         if self.way.dragonfly:
-            merged += dragonfly.proxy_headers(wanted.priority)
-        merged.append(("Accept", "*/*"))
+            merged = (*merged, *dragonfly.proxy_headers(wanted.priority))
         try:
             return await self._client.get_range(
                 url,

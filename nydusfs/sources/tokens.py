@@ -95,6 +95,17 @@ class TokenStore:
             slot.renew_at, slot.expires_at = now() + renew, now() + expires
             self._changed.set()
 
+    def ready(self, key: TokenKey) -> str | None:
+        """What `fresh` gives where it need not wait, else None."""
+        slot = self._slots.get(key)
+        if slot is None:
+            return ""
+        moment = now()
+        if moment >= slot.renew_at:
+            return None
+        slot.used_at = moment
+        return slot.value if moment < slot.expires_at else ""
+
     async def fresh(self, key: TokenKey) -> str:
         """The token, renewed first where that is due and nobody is at it. "" when it could not be had."""
         slot = self._slots.get(key)
