@@ -26,6 +26,7 @@ from typing import Protocol
 
 from nydusfs.cache.leaving import Leaving
 from nydusfs.cache.names import unlink
+from nydusfs.cache.spread import spread
 from nydusfs.segments import Plain, Segment
 
 PLAIN = ".plain"
@@ -70,6 +71,7 @@ class DeviceFiles:
         for folder in (self.images.parent, self.images, self.root, self.files):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
+        spread(self.files)
         for name in os.listdir(store_path / ".erofs"):
             if name.startswith("files.") and name != self.root.name:
                 shutil.rmtree(store_path / ".erofs" / name, ignore_errors=True)

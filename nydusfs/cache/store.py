@@ -38,6 +38,7 @@ from nydusfs.cache.maps import map_path
 from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX, unlink
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota, Slot
+from nydusfs.cache.spread import spread
 from nydusfs.errors import CacheError
 from nydusfs.hands import Hands
 from nydusfs.segments import Segment
@@ -69,6 +70,7 @@ class CacheStore:
         """`claims`: see `claim`."""
         self.boot = boot or boot_id()
         self.path, self.claim = claim(Path(work_dir), claims or {})
+        spread(self.path)
         self.files = OpenFiles()
         self.fresh = Fresh()
         self._blobs: dict[str, BlobCache] = {}
