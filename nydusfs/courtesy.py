@@ -20,11 +20,13 @@ SHARE = 0.06  # of the link, for prefetch beside readers
 QUEUE = 0.008  # seconds of the link that one request may have under way
 MIN_WINDOW, MAX_WINDOW = 32 * 1024, 256 * 1024
 BUSY_WINDOW = 16 * 1024  # beside readers
+UNKNOWN_WINDOW = 256 * 1024  # of a replay's first requests, which find out about the link
 REQUESTS = 8  # in flight at most
 UNKNOWN_RATE = 1e6  # bytes per second, until something was measured
 _SLOWEST = 128 * 1024.0  # an open request gets this much in any case: its source has limits of time
 _SLICE, _SLICE_BYTES = 0.25, 1 << 20  # a rate is measured over so many seconds or bytes
 _READ_SLICE, _READ_DECAY = 0.1, 0.98  # the same from what readers get, who may not use all of the link
+_CAME_SLICE, _CAME_BYTES, _CAME_DECAY = 0.02, 512 << 10, 0.8  # the same of a replay, which uses all of it
 _LEAST_AHEAD, _AHEAD_SECONDS = 2 << 20, 0.4
 _WAITS = 32  # of the last answers: the shortest is what an answer takes when nothing queues before it
 _QUEUED, _QUEUED_SECONDS = 1.5, 0.002  # an answer that takes that much longer stood in a queue
@@ -36,6 +38,7 @@ class Courtesy:
 
     def __init__(self) -> None:
         self.rate = UNKNOWN_RATE
+        self.known = False  # whether it was measured
         self.running = 0
         self._readers = 0
         self._free_at = -math.inf
@@ -43,6 +46,7 @@ class Courtesy:
         self._slice_from = -math.inf
         self._slice_bytes = 0
         self._read_from, self._read_bytes = -math.inf, 0
+        self._came_from, self._came_bytes = -math.inf, 0
         self._width = 1.0  # requests that fill the link
         self._waits: deque[float] = deque(maxlen=_WAITS)
 
@@ -64,7 +68,7 @@ class Courtesy:
         self._read_bytes += size
         elapsed = now - self._read_from
         if size >= MIN_WINDOW and seconds > 0:
-            self.rate = max(self.rate, size / seconds)
+            self.rate, self.known = max(self.rate, size / seconds), True
         if elapsed >= _READ_SLICE:
             self.rate = max(_READ_DECAY * self.rate, self._read_bytes / elapsed)
             self._read_from, self._read_bytes = now, 0
@@ -76,6 +80,20 @@ class Courtesy:
     @property
     def busy(self) -> bool:
         return self._readers > 0 or trio.current_time() < self._free_at
+
+    def arrived(self, size: int) -> None:
+        """Of a replay, which has as much under way as it may: what comes is what the link carries, once it was as much
+        as its windows hold a few times."""
+        now = trio.current_time()
+        elapsed = now - self._came_from
+        if elapsed > 4 * _SLICE:
+            self._came_from, self._came_bytes = now, 0
+            return
+        self._came_bytes += size
+        if elapsed >= _CAME_SLICE and self._came_bytes >= _CAME_BYTES:
+            self.rate = max(self._came_bytes / elapsed, self.rate * (_CAME_DECAY if elapsed >= _READ_SLICE else 1))
+            self.known = True
+            self._came_from, self._came_bytes = now, 0
 
     # -- prefetch
 
@@ -150,6 +168,9 @@ class RequestPace:
     async def permit(self, size: int) -> float:
         return await self._courtesy.permit(size, self._urgent)
 
+    def received(self, size: int) -> None:
+        pass
+
 
 class ReplayPace(RequestPace):
     """Of what readers will want if they do what they did before: a few requests fill the link, until a reader waits for
@@ -161,7 +182,12 @@ class ReplayPace(RequestPace):
 
     @property
     def window(self) -> int:
+        if not self._link.known:
+            return UNKNOWN_WINDOW
         return int(min(max(2 * self._link.rate * QUEUE, 2 * MIN_WINDOW), 2 * MAX_WINDOW))
 
     def begun(self, seconds: float) -> None:
         self._link.waited(seconds)
+
+    def received(self, size: int) -> None:
+        self._link.arrived(size)

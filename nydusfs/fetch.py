@@ -177,7 +177,8 @@ class FetchScheduler:
             flight.awaited |= early
         try:
             for flight in flights:
-                await (flight.done if early else flight.stored).wait()
+                if not early or flight.plain is None:
+                    await (flight.done if early else flight.stored).wait()
         finally:
             if priority is Priority.DEMAND:
                 self.courtesy.reader_goes()
@@ -468,8 +469,8 @@ def _decode(
     ready: Callable[[_Flight, Plain], None],
     served: list[_Part],
 ) -> None:
-    """Verify all parts. What a reader waits for is `ready` at once and to be stored after all (`served`), the rest
-    before the next one is decoded. Raises `WrongBytes`."""
+    """Verify all parts. What a reader waits for is `ready` at once. It is to be stored after all (`served`), as is what
+    readers may have from memory; the rest before the next one is decoded. Raises `WrongBytes`."""
     for part in parts:
         if part.decoded is not None:
             continue
@@ -478,8 +479,17 @@ def _decode(
             part.decoded = decode(job.segment, job.chunks, part.units, start, stored, part.plain)
         except BadChunk as error:
             raise WrongBytes(str(error)) from None
-        if part.completes is not None and part.completes.awaited:
-            ready(part.completes, part.decoded)
+        flight = part.completes
+        if flight is None:
+            if store:
+                _store([part])
+            continue
+        # First this, then the look at `awaited`: a reader does it the other way round, and one of us sees the other.
+        flight.plain = part.decoded
+        offered = store and job.cache is not None and job.cache.offer(job.segment, part.decoded)
+        if flight.awaited:
+            ready(flight, part.decoded)
+        if flight.awaited or offered:
             served.append(part)
         elif store:
             _store([part])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,18 +14,22 @@ from nydusfs.profile import Key, Profile, ProfileStore, Recorder, identity
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
+    from nydusfs.courtesy import Courtesy
     from nydusfs.fetch import FetchScheduler, Job
     from nydusfs.image_reader import ImageReader
     from nydusfs.segments import Segment
 
 log = logging.getLogger("nydusfs.profile")
 
-REQUESTS = 4  # in flight: enough to keep a link of 200 ms full, few enough to let a stranger through
+FIRST_REQUESTS = 2  # in flight until they have told how fast the link is
+REQUESTS = 4  # then: enough to keep a link of 200 ms full, few enough to let a stranger through
 # More of them while they are small and the link is fast, so that it does not idle between them: so many seconds of it.
 MORE_REQUESTS, UNDER_WAY = 12, 0.06
-FIRST_WINDOW, WINDOW = 8, 32  # segments whose neighbours are looked for at once: few first, the first reader waits less
+FIRST_WINDOW, WINDOW = 8, 32  # segments whose neighbours are looked for: few first, the first reader waits less
 # Compressed bytes of one request: a reader waits for all of it that wants some of it.
 MERGE = 512 * 1024
+# Where the link is fast, each request costs more than its bytes do: so many seconds of it, for both.
+WINDOW_SECONDS, MERGE_SECONDS, MOST_MERGE = 0.1, 0.02, 4 << 20
 MAX_FAILURES = 8
 
 
@@ -78,12 +81,13 @@ class Learner:
             self._reader.foresight = None
 
     async def _replay(self, recorder: Recorder, keys: list[Key]) -> None:
-        room = _Room(self._scheduler)
+        room = _Room(self._scheduler.courtesy)
+        plan = _Plan(self._reader, self._scheduler.courtesy, recorder, keys)
         fetched = 0
 
         async def fetch(group: list[Job], size: int) -> None:
             try:
-                await self._scheduler.fetch(group, Priority.LEARNED, MERGE, doubtful=True)
+                await self._scheduler.fetch(group, Priority.LEARNED, MOST_MERGE, doubtful=True)
             except SourceError as error:
                 self._failures += 1
                 log.info("image %s: replay: %s", self._reader.name, error)
@@ -91,68 +95,98 @@ class Learner:
                 room.give_back(size)
 
         async with trio.open_nursery() as nursery:
-            for planned in self._groups(recorder, keys):
+            while True:
                 await room.wait()
+                planned = plan.take()
+                if not planned:
+                    break
                 if recorder.astray or self._failures >= MAX_FAILURES:
                     log.info("image %s: this start does not follow its profile, replay given up", self._reader.name)
                     break
                 # Readers were here while it waited for its turn: what they have had fetched is not fetched again.
-                group = [job for job in planned if not self._reader.is_ready(job.segment)]
+                group = [self._reader.job(segment) for segment in planned if not self._reader.is_ready(segment)]
                 if not group:
                     continue
                 fetched += len(group)
                 size = group[-1].segment.compressed_end - group[0].segment.compressed_start
                 room.take(size)
                 nursery.start_soon(fetch, group, size)
+                await trio.lowlevel.checkpoint()  # tasks of one turn run in any order
         if fetched:
             log.info("image %s: %d segments of its profile fetched ahead", self._reader.name, fetched)
 
-    def _groups(self, recorder: Recorder, keys: list[Key]) -> Iterator[list[Job]]:
-        """Requests: neighbours of one window together, each when the first of its segments is needed. A reader that
-        does what was recorded never comes to one that was not asked for: all before it have been, and it waits for
-        them. In the order of places it overtook a fifth of them over 40 Mbit/s."""
-        begin, size = 0, FIRST_WINDOW
-        while begin < len(keys):
-            recorder.planned.update(keys[begin : begin + size])
-            segments = list(self._segments(keys[begin : begin + size]))
-            begin, size = begin + size, WINDOW
-            needed = {segment.key: turn for turn, segment in enumerate(segments)}
-            groups: list[list[Segment]] = []
-            for segment in sorted(segments, key=lambda s: (s.blob.index, s.compressed_start)):
-                group = groups[-1] if groups else []
-                if group and segment.adjoins(group[-1]) and segment.compressed_end - group[0].compressed_start <= MERGE:
-                    group.append(segment)
-                else:
-                    groups.append([segment])
-            for group in sorted(groups, key=lambda group: min(needed[segment.key] for segment in group)):
-                yield [self._reader.job(segment) for segment in group]
 
-    def _segments(self, keys: list[Key]) -> Iterator[Segment]:
-        indexes = {blob.id: blob.index for blob in self._reader.bootstrap.blobs}
-        for blob_id, number in keys:
-            index = indexes.get(blob_id)
-            if index is None:
-                continue
-            try:
-                segment = self._reader.segment(index, number)
-                if not self._reader.is_ready(segment):
-                    yield segment
-            except (RafsError, CacheError, KeyError, ValueError):
-                continue  # of another image, or of a table that is not here
+class _Plan:
+    """What of a profile is left to ask for. Each request is for the segment that is needed first, and its neighbours
+    among those that are needed soon: a reader that does what was recorded never comes to one that was not asked for,
+    as all before it have been. In the order of places it overtook a fifth of them over 40 Mbit/s."""
+
+    def __init__(self, reader: ImageReader, link: Courtesy, recorder: Recorder, keys: list[Key]) -> None:
+        self._reader = reader
+        self._link = link
+        self._recorder = recorder
+        self._left = iter(keys)
+        self._soon: dict[bytes, Segment] = {}  # by key, in the order of need
+        self._size = 0
+        self._indexes = {blob.id: blob.index for blob in reader.bootstrap.blobs}
+
+    def take(self) -> list[Segment]:
+        """Those of the next request; none: nothing is left."""
+        self._look_ahead()
+        if not self._soon:
+            return []
+        merge = min(max(MERGE, self._link.rate * MERGE_SECONDS), MOST_MERGE)
+        first = next(iter(self._soon.values()))
+        places = sorted(self._soon.values(), key=lambda s: (s.blob.index, s.compressed_start))
+        begin = at = places.index(first)
+        while at + 1 < len(places) and _joins(places[begin], places[at], places[at + 1], merge):
+            at += 1
+        while begin and _joins(places[begin - 1], places[begin - 1], places[begin], merge, places[at]):
+            begin -= 1
+        for segment in places[begin : at + 1]:
+            del self._soon[segment.key]
+            self._size -= segment.compressed_end - segment.compressed_start
+        return places[begin : at + 1]
+
+    def _look_ahead(self) -> None:
+        link = self._link
+        count, size = (WINDOW, link.rate * WINDOW_SECONDS) if link.known else (FIRST_WINDOW, 0.0)
+        while len(self._soon) < count or self._size < size:
+            key = next(self._left, None)
+            if key is None:
+                return
+            self._recorder.planned.add(key)
+            if (segment := self._segment(*key)) is not None and segment.key not in self._soon:
+                self._soon[segment.key] = segment
+                self._size += segment.compressed_end - segment.compressed_start
+
+    def _segment(self, blob_id: str, number: int) -> Segment | None:
+        index = self._indexes.get(blob_id)
+        if index is None:
+            return None
+        try:
+            segment = self._reader.segment(index, number)
+            return None if self._reader.is_ready(segment) else segment
+        except (RafsError, CacheError, KeyError, ValueError):
+            return None  # of another image, or of a table that is not here
+
+
+def _joins(first: Segment, last: Segment, following: Segment, merge: float, end: Segment | None = None) -> bool:
+    return following.adjoins(last) and (end or following).compressed_end - first.compressed_start <= merge
 
 
 class _Room:
     """For requests in flight."""
 
-    def __init__(self, scheduler: FetchScheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, link: Courtesy) -> None:
+        self._link = link
         self._requests = self._bytes = 0
         self._less = trio.Event()
 
     def _full(self) -> bool:
-        if self._requests < REQUESTS:
+        if self._requests < (REQUESTS if self._link.known else FIRST_REQUESTS):
             return False
-        return self._requests >= MORE_REQUESTS or self._bytes >= self._scheduler.courtesy.rate * UNDER_WAY
+        return self._requests >= MORE_REQUESTS or self._bytes >= self._link.rate * UNDER_WAY
 
     async def wait(self) -> None:
         while self._full():

@@ -105,11 +105,13 @@ class BlobCache:
 
     def forget(self, key: bytes) -> None:
         self._ready.pop(key, None)
+        self.store.fresh.drop((self.blob_id, key))
         if self.store.quota is not None:
             self.store.quota.gone((self.blob_id, key))
 
     def evicted(self, key: bytes, name: str) -> None:
         self._ready.pop(key, None)
+        self.store.fresh.drop((self.blob_id, key))
         if self.store.devices is None:  # else a kernel mount may have it
             # Its room is wanted now, and `sync` may have it open for a second more. Not once it is durable: after a
             # power cut a file system may have the old size and none of the bytes.
@@ -146,14 +148,13 @@ class BlobCache:
 
     def read_now(self, segment: Segment, offset: int, size: int, hands: Hands) -> Plain | None:
         """Like `read`, from any thread but the event loop's: waits for the disk. None for what is not ready, too."""
-        key = segment.key
+        key, store = segment.key, self.store
+        plain = store.fresh.get((self.blob_id, key))  # maybe before it is written
+        if plain is not None:
+            return memoryview(plain)[offset : offset + size]
         durable = self._ready.get(key)
         if durable is None:
             return None
-        store = self.store
-        plain = store.fresh.get((self.blob_id, key))
-        if plain is not None:
-            return memoryview(plain)[offset : offset + size]
         if not durable and (key in self._unsure or not store.nowait):
             return None
         file = store.acquire(self, segment, durable, hands)
@@ -238,6 +239,12 @@ class BlobCache:
         self.store.files.drop((self.blob_id, segment.key))
         for name in (segment.name, f"{segment.name}.{self.store.boot}"):
             unlink(self.path / name)
+
+    def offer(self, segment: Segment, plain: Plain) -> bool:
+        """Have `read_now` answer from verified bytes that are about to be written. From any thread; they will not be
+        changed any more. False: a kernel mount may be waiting, which reads the file."""
+        self.store.fresh.put((self.blob_id, segment.key), plain)
+        return self.store.devices is None
 
     def write_waits(self) -> bool:
         """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""

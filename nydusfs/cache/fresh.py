@@ -29,7 +29,7 @@ class Fresh:
 
     def put(self, slot: _Slot, plain: Plain) -> None:
         """Views are not kept: they may hold on to much more than themselves."""
-        if isinstance(plain, memoryview):
+        if isinstance(plain, memoryview) or self._kept.get(slot) is plain:
             return
         with self._lock:
             self._remove(slot)

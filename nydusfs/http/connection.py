@@ -155,7 +155,9 @@ class Connection:
             if self._scope is not None:
                 self._moved = trio.current_time()
                 self._scope.deadline = min(self._moved + self._stall, self._hard)
-        return await self._transport.receive_into(piece)
+        got = await self._transport.receive_into(piece)
+        pace.received(got)
+        return got
 
     def allow(self, seconds: float) -> None:
         """Move the hard limit: the peer turned out to have more to send than was asked for."""

@@ -25,5 +25,8 @@ class Pace(Protocol):
     async def permit(self, size: int) -> float:
         """Return when `size` bytes may be received; the seconds that took."""
 
+    def received(self, size: int) -> None:
+        """So many came."""
+
 
 PACE: ContextVar[Pace | None] = ContextVar("nydus_pace", default=None)

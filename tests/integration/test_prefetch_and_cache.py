@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nydusfs.fetch import MERGE
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 from nydusfs.services import Services, open_services
+from nydusfs.sources import Priority
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -336,6 +338,42 @@ def test_a_reader_does_not_wait_for_the_cache_to_be_written(
             with trio.fail_after(10):
                 assert bytes(await reader.whole(segment)) == FILES["b/data"][: segment.size]
             assert reader.is_ready(segment)
+            reader.close()
+
+    trio.run(main)
+
+
+def test_what_is_fetched_ahead_is_read_before_it_is_written(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    write = BlobCache.write
+
+    def hang(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
+        begun.set()
+        assert go_on.wait(20)
+        return write(cache, segment, plain)
+
+    monkeypatch.setattr(BlobCache, "write", hang)
+
+    async def main() -> None:
+        async with open_services() as services, trio.open_nursery() as nursery:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            ino = reader.bootstrap.resolve(b"b/data")
+            jobs = [reader.job(segment) for segment in dict.fromkeys(reader.segments_of(ino, 0, 2 * MIB))]
+            assert len(jobs) == 2
+            nursery.start_soon(partial(services.scheduler.fetch, jobs, Priority.LEARNED, 4 * MIB))
+            with trio.fail_after(10):
+                await trio.to_thread.run_sync(begun.wait, 10)
+                parts = await trio.to_thread.run_sync(reader.read_now, ino, 4096, 4096)
+                assert [bytes(part) for part in parts or ()] == [FILES["b/data"][4096:8192]], "by a thread of FUSE's"
+                assert await reader.read(ino, 0, 4096) == FILES["b/data"][:4096], "by the event loop"
+            assert not reader.is_ready(jobs[0].segment)
+            assert len({request.span for request in origin.data_requests}) == len(origin.data_requests)
+            go_on.set()
+            with trio.fail_after(10):
+                await services.scheduler.idle()
+            assert all(reader.is_ready(job.segment) for job in jobs)
             reader.close()
 
     trio.run(main)

@@ -10,7 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from nydusfs.learning import MERGE, REQUESTS, Learner
+from nydusfs.courtesy import UNKNOWN_WINDOW, Courtesy, ReplayPace
+from nydusfs.learning import FIRST_REQUESTS, MERGE, REQUESTS, Learner
 from nydusfs.profile import Course, Profile, Recorder
 from nydusfs.segments import Segment
 
@@ -22,10 +23,10 @@ COMPUTES = 0.001  # seconds of the program per segment
 class Node:
     """An image of segments without gaps, its scheduler and the link to its registry."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], rate: float = RATE, *, known: bool = True) -> None:
         self.name, self.source, self.recorder = "image", None, None
         self.bootstrap: Any = SimpleNamespace(blobs=[BLOB], version=6, size=0, inode_count=0)
-        self.courtesy = SimpleNamespace(rate=RATE)
+        self.courtesy = SimpleNamespace(rate=rate, known=known)
         self.segments: list[Segment] = []
         place = 0
         for number, size in enumerate(sizes):
@@ -34,7 +35,8 @@ class Node:
         self.here: dict[int, trio.Event] = {}
         self.demanded: list[int] = []
         self.in_flight = self.most_in_flight = 0
-        self.largest = 0
+        self.largest = self.requests = 0
+        self.first: list[int] = []  # segments of the first request
         self._free_at = 0.0
 
     def segment(self, index: int, number: int) -> Segment:
@@ -50,10 +52,12 @@ class Node:
         for job in jobs:
             self.here.setdefault(job.segment.number, trio.Event())
         size = sum(job.segment.size for job in jobs)
+        self.first = self.first or [job.segment.number for job in jobs]
+        self.requests += 1
         self.in_flight += 1
         self.most_in_flight, self.largest = max(self.most_in_flight, self.in_flight), max(self.largest, size)
         await trio.sleep(RTT / 2)
-        self._free_at = max(self._free_at, trio.current_time()) + size / RATE
+        self._free_at = max(self._free_at, trio.current_time()) + size / self.courtesy.rate
         await trio.sleep_until(self._free_at + RTT / 2)
         self.in_flight -= 1
         for job in jobs:
@@ -80,27 +84,70 @@ def packages(rng: random.Random, count: int) -> list[int]:
     return found
 
 
+def replay(node: Node, numbers: list[int], *, reads: bool = True) -> float:
+    """Seconds of the program, which begins when the replay has begun."""
+    seconds = 0.0
+
+    async def start() -> None:
+        nonlocal seconds
+        learner = Learner(node, node, None)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            profile = Profile(Course(1, {("b", number): 1.0 for number in numbers}))
+            nursery.start_soon(learner._follow, Recorder(), profile, nursery)
+            await trio.testing.wait_all_tasks_blocked()  # it is begun at the mount, before a container is
+            if reads:
+                seconds = await node.program(numbers)
+
+    trio.run(start, clock=trio.testing.MockClock(autojump_threshold=0))
+    return seconds
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_reader_never_comes_to_what_was_not_asked_for(seed: int) -> None:
     rng = random.Random(seed)
     node = Node([rng.randrange(2_000, 180_000) for _ in range(60 * 12)])
     numbers = packages(rng, 60)
-    seconds = 0.0
-
-    async def start() -> None:
-        nonlocal seconds
-        recorder = Recorder()
-        learner = Learner(node, node, None)  # type: ignore[arg-type]
-        async with trio.open_nursery() as nursery:
-            profile = Profile(Course(1, {("b", number): 1.0 for number in numbers}))
-            nursery.start_soon(learner._follow, recorder, profile, nursery)
-            await trio.testing.wait_all_tasks_blocked()  # it is begun at the mount, before a container is
-            seconds = await node.program(numbers)
-
-    trio.run(start, clock=trio.testing.MockClock(autojump_threshold=0))
+    seconds = replay(node, numbers)
     assert node.demanded == []
     assert node.here.keys() == set(numbers), "and nothing else was fetched"
     assert node.largest <= MERGE
     assert node.most_in_flight >= REQUESTS
     size = sum(node.segments[number].size for number in numbers)
     assert seconds <= 1.1 * (size / RATE + RTT), "the link was never idle"
+
+
+def test_requests_are_few_and_large_where_the_link_is_fast() -> None:
+    numbers = list(range(0, 400, 2)) + list(range(1, 400, 2))
+    slow, fast = Node([60_000] * 400), Node([60_000] * 400, 125e6)
+    for node in (slow, fast):
+        replay(node, numbers)
+        assert node.demanded == []
+        assert node.here.keys() == set(numbers)
+    assert slow.largest <= MERGE < fast.largest
+    assert fast.requests < slow.requests / 3
+
+
+def test_few_are_under_way_until_the_link_is_known() -> None:
+    node = Node([300_000] * 60, known=False)
+    numbers = random.Random(1).sample(range(60), 30)
+    replay(node, numbers, reads=False)
+    assert node.most_in_flight == FIRST_REQUESTS
+    assert numbers[0] in node.first, "what is needed first is asked for first"
+    assert node.here.keys() == set(numbers)
+
+
+def test_a_replay_tells_how_fast_the_link_is() -> None:
+    """Also where it was thought to be faster."""
+
+    async def main() -> None:
+        link = Courtesy()
+        pace = ReplayPace(Courtesy(), trio.Event(), link)
+        assert pace.window == UNKNOWN_WINDOW
+        for rate in (40e6, 125e6, 5e6):
+            for _ in range(400):
+                await trio.sleep(50_000 / rate)
+                pace.received(50_000)
+            assert link.known
+            assert 0.8 * rate <= link.rate <= 1.2 * rate
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
