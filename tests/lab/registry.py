@@ -74,6 +74,11 @@ class Registry:
     def url(self) -> str:
         return f"http{'s' if self.tls else ''}://{self.host}"
 
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
     def start(self) -> Registry:
         program = find_program()
         if program is None:

@@ -186,6 +186,11 @@ class ShapedLink:
     def url(self) -> str:
         return f"http://{self.host}"
 
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
     def start(self) -> ShapedLink:
         self.work.mkdir(parents=True, exist_ok=True)
         argv = [
