@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+import numpy.ma  # np.unique imports it at its first call, for 23 ms: not when a container waits
 from numpy.typing import NDArray
 
 from bootstrap.erofs_devices import Device
