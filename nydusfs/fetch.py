@@ -195,8 +195,7 @@ class FetchScheduler:
     def start(self, jobs: Sequence[Job]) -> None:
         """Begin to fetch without waiting, what a sequential reader will ask for next, behind what is asked for in this
         turn of the loop. Errors show when the reader comes."""
-        merge = int(min(max(self.courtesy.rate * MERGE_SECONDS, MERGE), MOST_MERGE))
-        self._join(jobs, Priority.DEMAND, merge, behind=True)
+        self._join(jobs, Priority.DEMAND, evenly(jobs, self.courtesy.rate * MERGE_SECONDS), behind=True)
 
     def ahead(self, longest: int) -> int:
         """Uncompressed bytes that may be fetched ahead of a sequential reader."""
@@ -444,6 +443,19 @@ class FetchScheduler:
         while self._recent_bytes > RECENT_BYTES:
             _, (_, _, old) = self._recent.popitem(last=False)
             self._recent_bytes -= len(old)
+
+
+def evenly(jobs: Sequence[Job], merge: float) -> int:
+    """How long the requests for all of these should be: of about `merge` bytes, and none for a small rest, which costs
+    its source as much as all that goes before it. Over a slow link small requests are what keeps it busy: a reader who
+    has one asks for another while the next is on its way."""
+    merge = min(merge, MOST_MERGE)
+    sizes = [job.segment.compressed_end - job.segment.compressed_start for job in jobs]
+    total = sum(sizes)
+    if merge <= MERGE or total <= merge or total % merge > merge / 2:
+        return int(max(merge, MERGE))
+    # A request that ends since the next segment would make it too long is not shorter than its share.
+    return max(int(merge), int(total / (total // merge)) + max(sizes) - 1)
 
 
 def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:

@@ -80,7 +80,7 @@ class ImageReader:
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._tables = Tables(name, bootstrap, chunks, source, store)
         self._describing = threading.Lock()  # over `_segments`
-        self._files = FileStreams(scheduler.ahead)
+        self._files = FileStreams(scheduler.ahead, bootstrap.chunk_size)
         self._runs = BlobStreams(self.segment_of, chunks, scheduler.ahead)
         try:
             self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()

@@ -18,6 +18,7 @@ from nydusfs.segments import Segment
 
 # A reader that has read this much of a file in sequence gets the next segments fetched ahead of it.
 SEQUENTIAL = 256 * 1024
+LATE = 2 << 20  # the kernel's requests are 1 MiB at most, and two of a file are under way
 WINDOW = 16 << 20  # uncompressed bytes at most
 MAX_STREAMS = 64
 # A sequence that was not gone on with for so long is another run of the program, say: what that reads from the cache
@@ -42,9 +43,11 @@ class _Stream:
 class FileStreams:
     """Places are file offsets. `due` from any thread, the rest from one."""
 
-    def __init__(self, window: Callable[[int], int]) -> None:
-        """`window`: how much of so many bytes may be fetched ahead now."""
+    def __init__(self, window: Callable[[int], int], chunk_size: int = 1) -> None:
+        """`window`: how much of so many bytes may be fetched ahead now. Files are cut at multiples of `chunk_size`, and
+        what is fetched of a chunk is all of it."""
         self._window = window
+        self._chunk_size = chunk_size
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
     def due(self, ino: int, end: int) -> bool:
@@ -52,7 +55,7 @@ class FileStreams:
         stream = self._streams.get(ino)
         return (
             stream is not None
-            and stream.end < end <= max(stream.ahead, stream.here) < end + self._window(WINDOW) // 2
+            and stream.end < end <= max(stream.ahead, stream.here) < end + self._least(self._window(WINDOW))
             and time.monotonic() < stream.at + STALE
         )
 
@@ -60,29 +63,42 @@ class FileStreams:
         """Offset and size of what should be fetched now; size 0: nothing. `here`: the end of what comes with it anyway,
         of which a reader may read some without a note."""
         stream, now = self._streams.get(ino), time.monotonic()
+        here = max(here, self._whole(offset + size))
         if stream is None:
             if len(self._streams) >= MAX_STREAMS:
                 self._streams.popitem(last=False)
             self._streams[ino] = _Stream(offset + size, size if offset == 0 else 0, offset + size, here, now)
             return 0, 0
         self._streams.move_to_end(ino)
-        # Parallel readahead requests finish in any order, and what was read ahead is read without a note.
-        known = max(stream.end, stream.ahead)
-        if not stream.end - SEQUENTIAL <= offset <= max(known, stream.here) + SEQUENTIAL:
+        # Requests that came at the same moment are begun in any order, and reads of what was here are told late where
+        # the loop has much to do: that says nothing, and no sequence ends by it.
+        if stream.end - LATE <= offset and offset + size <= stream.end:
+            return 0, 0
+        known = max(stream.end, stream.ahead)  # what was read ahead is read without a note
+        gap = max(SEQUENTIAL, size)
+        if not stream.end - SEQUENTIAL <= offset <= max(known, stream.here) + gap:
             self._streams[ino] = _Stream(offset + size, 0, offset + size, here, now)
             return 0, 0
         stream.at = now
         # What is left out between two places of one segment was read by nobody.
-        stream.run += max(size, offset + size - stream.end) if offset <= known + SEQUENTIAL else size
+        stream.run += max(size, offset + size - stream.end) if offset <= known + gap else size
         stream.end = max(stream.end, offset + size)
         stream.here = max(stream.here, here)
         window = min(self._window(WINDOW), stream.run * 2)
         ahead = max(stream.ahead, stream.here)
-        if stream.run < SEQUENTIAL or ahead >= stream.end + window // 2:
+        if stream.run < SEQUENTIAL or ahead >= stream.end + self._least(window):
             return 0, 0
         start = max(stream.end, ahead)
-        stream.ahead = max(start, stream.end + window)
+        stream.ahead = max(start, self._whole(stream.end + window))
         return start, stream.ahead - start
+
+    def _least(self, window: int) -> int:
+        """How much of a window is to be on its way: half, and half a chunk, of which a reader waits for all."""
+        return (window + self._chunk_size) // 2
+
+    def _whole(self, end: int) -> int:
+        """Up to where there are bytes when there are some up to `end`."""
+        return -(-end // self._chunk_size) * self._chunk_size
 
 
 @dataclass(slots=True)

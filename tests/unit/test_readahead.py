@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
 from nydusfs import readahead
+from nydusfs.fetch import Job, evenly
 from nydusfs.readahead import SEQUENTIAL, STALE, FileStreams
 
 READ = 128 * 1024
@@ -53,3 +57,46 @@ def test_what_comes_with_a_miss_is_no_gap_and_no_reading() -> None:
     for number in range(20):  # the first page of each chunk: a sequence that reads little
         at = number * chunk
         assert streams.note(8, at, 4096, at + chunk) == (0, 0)
+
+
+def test_requests_that_are_told_late_or_in_another_order_end_no_sequence() -> None:
+    chunk, read = 1 << 20, 512 << 10
+    streams = FileStreams(lambda longest: min(longest, 16 << 20), chunk)
+    places = [number * read for number in range(64)]
+    for number in range(0, 64, 4):  # by twos, and the last but one after those
+        places[number : number + 4] = [places[number + at] for at in (1, 0, 3, 2)]
+    asked = [streams.note(7, at, read) for at in places]
+    begun = [one for one in asked if one[1]]
+    assert len(begun) <= 8
+    assert all(start % chunk == 0 and size % chunk == 0 for start, size in begun)
+    assert [start for start, _ in begun[1:]] == [start + size for start, size in begun[:-1]], "each part once"
+    assert streams.note(7, 61 * read, read) == (0, 0), "told late"
+    start, size = begun[-1]
+    assert streams.note(7, start + size - read, read)[1] >= 4 << 20, "and it goes on as if nothing had happened"
+    streams.note(7, 2 * chunk, read)
+    assert streams.note(7, 2 * chunk + read, read) == (3 * chunk, chunk), "who goes far back begins anew"
+
+
+def test_a_file_of_some_chunks_is_fetched_by_few_requests() -> None:
+    """As the kernel asks for what `cat` reads: a small request, then larger ones, of which those that a whole chunk
+    answers are not told."""
+    chunk = 1 << 20
+    streams = FileStreams(lambda longest: min(longest, 16 << 20), chunk)
+    assert streams.note(7, 0, 256 << 10) == (0, 0)
+    assert streams.note(7, 768 << 10, chunk) == (2 * chunk, 4 * chunk)
+    assert streams.note(7, 1792 << 10, chunk) == (0, 0)
+    assert streams.note(7, 2816 << 10, chunk) == (6 * chunk, 6 * chunk)
+
+
+def test_what_is_read_ahead_leaves_no_small_rest() -> None:
+    def jobs(*sizes: int) -> list[Job]:
+        return [
+            cast(Job, SimpleNamespace(segment=SimpleNamespace(compressed_start=0, compressed_end=size)))
+            for size in sizes
+        ]
+
+    half = 540_000
+    assert evenly(jobs(half, half), 2 * half - 1000) >= 2 * half, "what is a hair too long is one request"
+    assert evenly(jobs(half, half), half) < 2 * half, "but over a slow link"
+    assert 5 * half <= evenly(jobs(*[half] * 9), 4.5 * half) < 7 * half, "two of about the same length"
+    assert evenly(jobs(*[half] * 40), 1e9) < 20 * half, "and none of any length"
