@@ -10,7 +10,9 @@ it of all that.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -34,9 +36,11 @@ _REQUEST_SECONDS = 0.5  # of the link that one request may be worth
 
 
 class Courtesy:
-    """One for the node. Times are trio's."""
+    """One for the node. Times are trio's. `aside`: when a reader last got something that this was not told of, of
+    time.monotonic()."""
 
-    def __init__(self) -> None:
+    def __init__(self, aside: Callable[[], float] = lambda: -math.inf) -> None:
+        self._aside = aside
         self.rate = UNKNOWN_RATE
         self.known = False  # whether it was measured
         self.running = 0
@@ -79,7 +83,9 @@ class Courtesy:
 
     @property
     def busy(self) -> bool:
-        return self._readers > 0 or trio.current_time() < self._free_at
+        if self._readers > 0 or trio.current_time() < self._free_at:
+            return True
+        return time.monotonic() < self._aside() + BREATH
 
     def arrived(self, size: int) -> None:
         """Of a replay, which has as much under way as it may: what comes is what the link carries, once it was as much

@@ -27,11 +27,13 @@ import trio
 from bootstrap.chunkmap import ChunkMap, Member
 from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
+from nydusfs.cache.blob import NotSureError
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.counters import CacheCounters
 from nydusfs.courtesy import Courtesy, ReplayPace, RequestPace
 from nydusfs.errors import SourceError
 from nydusfs.http.pacing import PACE
+from nydusfs.lane import Lane
 from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode, runs
 from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
 
@@ -116,7 +118,8 @@ class FetchScheduler:
         self._token = trio.lowlevel.current_trio_token()
         self._begun = trio.Event()  # a fetch, since `settled` looked
         self._demand_slots: dict[str, trio.Semaphore] = {}
-        self.courtesy = Courtesy()
+        self.lane = Lane(self._flights, self._active, self._remember)
+        self.courtesy = Courtesy(lambda: self.lane.used)
         self._doubts = Courtesy()  # readers that do something else than their image's profile says
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
@@ -203,8 +206,14 @@ class FetchScheduler:
 
     async def idle(self) -> None:
         """Return when nothing is being fetched or written to the cache."""
-        while self._flights:
-            await next(iter(self._flights.values())).stored.wait()
+        while self._flights or self.lane.busy():
+            if self._flights:
+                await next(iter(self._flights.values())).stored.wait()
+            else:
+                await trio.sleep(0.005)
+
+    def _active(self) -> None:
+        self._begun.set()
 
     async def settled(self, pause: float) -> None:
         """Return when there were fetches and, at two looks `pause` seconds apart, no more."""
@@ -318,8 +327,20 @@ class FetchScheduler:
             await self._fetch_group_from_source(group, priority)
 
     async def _adopt(self, flight: _Flight) -> bool:
-        """Take a segment over from the cache files of another nydusd, where there are any."""
+        """Take a segment over from a thread that was at it, or from the cache files of another nydusd, where there are
+        any."""
         cache = flight.job.cache
+        claim = await self.lane.wait(flight.job.identity)
+        if claim is not None and claim.kept:
+            flight.plain = claim.plain
+            return True
+        if cache is not None and flight.job.segment.key in cache:  # it was done a moment before this began
+            try:
+                flight.plain = await cache.read(flight.job.segment, 0, flight.job.segment.size)
+            except NotSureError:
+                pass
+            if flight.plain is not None:
+                return True
         if cache is None or cache.foreign is None:
             return False
         found = await trio.to_thread.run_sync(_take, cache, cache.foreign, flight.job, limiter=self._threads)
@@ -436,7 +457,11 @@ class FetchScheduler:
         job.counters.entries_count += len(job.segment.rows)
         if kept and job.cache is not None:
             job.cache.add(job.segment, plain)
-            return
+        else:
+            self._remember(job, plain)
+
+    def _remember(self, job: Job, plain: Plain) -> None:
+        """What the disk did not take."""
         if job.identity not in self._recent:
             self._recent[job.identity] = job.segment, job.cache, plain
             self._recent_bytes += len(plain)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 LEAST = 128 << 10  # bytes
 
 
 class Hands:
     """Room for the bytes of one answer, used again for the next: with a fresh 1 MiB each time the kernel gives and
     clears 256 pages, which takes as long as copying the data. `waits` is called before a call that may wait for the
-    disk, so that somebody else can answer other requests meanwhile. Belongs to one thread."""
+    disk, so that somebody else can answer other requests meanwhile; `later` takes what need not be in the reader's way.
+    Belongs to one thread."""
 
-    __slots__ = ("_room", "_used")
+    __slots__ = ("_later", "_room", "_used")
 
     def __init__(self) -> None:
         self._room = memoryview(b"")
         self._used = 0
+        self._later: list[Callable[[], object]] = []
 
     def begin(self) -> None:
         """The next answer: what `room` gave before may be written over."""
         self._used = 0
+
+    def later(self, call: Callable[[], object]) -> None:
+        """To be done once the answer is given, or there is none."""
+        self._later.append(call)
+
+    def finish(self) -> None:
+        """Do what was left for later."""
+        while self._later:
+            self._later.pop(0)()
 
     def room(self, size: int) -> memoryview:
         """So many writable bytes, with whatever was in them."""

@@ -29,7 +29,7 @@ from nydusfs.prefetch import Prefetcher
 from nydusfs.profile import ProfileStore, Recorder
 from nydusfs.readahead import SMALL_FILE, BlobStreams, FileStreams
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment, make_segment
-from nydusfs.sources import Priority, Source
+from nydusfs.sources import FileSource, Priority, Source
 from nydusfs.tables import Tables
 
 log = logging.getLogger("nydusfs.image")
@@ -80,8 +80,11 @@ class ImageReader:
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
         self._tables = Tables(name, bootstrap, chunks, source, store)
         self._describing = threading.Lock()  # over `_segments`
+        # Who misses is served by the thread that has his question.
+        self._lane = scheduler.lane if isinstance(source, FileSource) and store is not None else None
         self._files = FileStreams(scheduler.ahead, bootstrap.chunk_size)
         self._runs = BlobStreams(self.segment_of, chunks, scheduler.ahead)
+        self._following = threading.Lock()  # over both
         try:
             self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
         except RuntimeError:
@@ -144,11 +147,15 @@ class ImageReader:
     def read_now(
         self, ino: int, offset: int, size: int, pid: int = 0, hands: Hands | None = None
     ) -> list[Plain] | None:
-        """The bytes of a regular file if all of them are cached, else None. For any thread but the trio thread; waits
-        for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the reader, where it is known.
-        The bytes may lie in `hands`, whose thread this is."""
+        """The bytes of a regular file if all of them are cached or in files of this machine, else None. For any thread
+        but the trio thread; waits for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the
+        reader, where it is known. The bytes may lie in `hands`, whose thread this is; it calls `hands.finish`."""
         if hands is None:
             hands = Hands()
+            try:
+                return self.read_now(ino, offset, size, pid, hands)
+            finally:
+                hands.finish()
         hands.begin()
         if (recorder := self.recorder) is not None and recorder.command.open:
             hands.waits()  # /proc may make us wait for the reader, and that for somebody's read
@@ -157,6 +164,7 @@ class ImageReader:
             return None
         counters = self.cache_counters
         parts: list[Plain] = []
+        missed = 0
         try:
             pieces = self._pieces(self.bootstrap.extents(ino, offset, size))  # `MissingMeta` is a RafsError
             if recorder is not None:
@@ -170,21 +178,51 @@ class ImageReader:
                 cache = self._caches.get(segment.blob.index)
                 data = cache.read_now(segment, place, length, hands) if cache is not None else None
                 if data is None:
-                    return None
+                    if self._lane is None:
+                        return None
+                    missed += 1
+                    data = self._miss(ino, offset, size, segment, pieces, hands, missed == 1)
+                    if data is None:
+                        return None
+                    data = memoryview(data)[place : place + length]
                 parts.append(data)
         except (RafsError, KeyError, ValueError, IndexError):
             return None
         counters.total += 1
-        counters.partial_hits += len(parts)
+        counters.partial_hits += len(parts) - missed
         last = pieces[-1][0] if pieces else None
-        if self._files.due(ino, offset + size) or (last is not None and self._runs.due(last)):
-            self._soon(ino, offset, size, pieces)
+        if missed:
+            if self.foresight is not None and offset == 0:
+                self._soon(self.foresight.opened, ino, bytes(parts[0][:4]))
+        elif self._files.due(ino, offset + size) or (last is not None and self._runs.due(last)):
+            if self._lane is None:
+                self._soon(self._read_ahead, ino, offset, size, pieces, True)
+            else:
+                self._read_ahead(ino, offset, size, pieces, True)
         return parts
 
-    def _soon(self, ino: int, offset: int, size: int, pieces: list[_Piece]) -> None:
+    def _miss(
+        self, ino: int, offset: int, size: int, segment: Segment, pieces: list[_Piece], hands: Hands, first: bool
+    ) -> Plain | None:
+        """The bytes of a segment that is not cached, from a file of this machine; what else the read wants, and what
+        comes behind it, is begun meanwhile."""
+        assert self._lane is not None
+        job = self.job(segment)
+        if self._validate or not self._lane.takes(job):
+            return None
+
+        def follow() -> None:
+            if first:
+                rest = [one.segment for one in pieces if one.segment is not None and one.segment is not segment]
+                self.start(rest)
+                self._read_ahead(ino, offset, size, pieces)
+
+        return self._lane.read(job, hands, follow)
+
+    def _soon(self, call: Callable[..., object], *args: object) -> None:
         try:
             if self._token is not None:
-                self._token.run_sync_soon(self._read_ahead, ino, offset, size, pieces, True)
+                self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:
             pass
 
@@ -460,7 +498,10 @@ class ImageReader:
         """Fetch what comes behind this read, where it goes on in sequence. Behind the read itself: it is started, and
         nothing of it waits for this."""
         own = {piece.segment.key: piece.segment for piece in pieces if piece.segment is not None}
-        wanted = self._behind(ino, offset, size, own, cached)
+        here = 0
+        if self._lane is not None and pieces and (last := pieces[-1]).segment is not None:
+            here = offset + size + last.segment.size - last.offset - last.size  # the rest is read without a note
+        wanted = self._behind(ino, offset, size, own, cached, here)
         if wanted and not self._closed:
             self.start(wanted)
 
@@ -469,13 +510,15 @@ class ImageReader:
     ) -> list[Segment]:
         wanted: list[Segment] = []
         try:
-            start, length = self._files.note(ino, offset, size, here)
+            with self._following:
+                start, length = self._files.note(ino, offset, size, here)
             if length:
                 ahead = self._pieces(self.bootstrap.extents(ino, start, length))
                 wanted = [piece.segment for piece in ahead if piece.segment is not None]
             if ino and self.bootstrap.attr(ino).size <= SMALL_FILE:
-                for segment in own.values():
-                    wanted += self._runs.note(segment, cached=cached)
+                with self._following:
+                    for segment in own.values():
+                        wanted += self._runs.note(segment, cached=cached)
         except (RafsError, KeyError, ValueError, IndexError):
             pass  # the read itself will say so
         return [segment for segment in wanted if segment.key not in own]
@@ -487,8 +530,11 @@ class ImageReader:
         return self._store
 
     def start(self, segments: Sequence[Segment]) -> None:
-        """Begin to fetch those that are missing, without waiting."""
+        """Begin to fetch those that are missing, without waiting. From any thread where data lies in files."""
         jobs = [self.job(segment) for segment in segments if not self.is_ready(segment)]
+        if jobs and self._lane is not None and not trio.lowlevel.in_trio_run():
+            self._soon(self.start, segments)
+            return
         jobs = [job for job in jobs if self._scheduler.recent(job) is None]
         if jobs:
             self._scheduler.start(jobs)
@@ -506,6 +552,22 @@ class ImageReader:
         missing = [one for one in behind if not self.is_ready(one)]
         self.start(missing)
         return missing
+
+    def fill(self, segment: Segment, meanwhile: Callable[[], None]) -> bool:
+        """Have a segment in the cache, from a file of this machine; False: ask `whole`. Waits for the disk, in any
+        thread but the trio thread. `meanwhile` is called while it waits."""
+        if self._lane is None or self._closed:
+            return False
+        job = self.job(segment)
+        if not self._lane.takes(job):
+            return False
+        self.cache_counters.total += 1
+        return self._lane.fill(job, meanwhile)
+
+    @property
+    def from_files(self) -> bool:
+        """Whether `fill` may do something."""
+        return self._lane is not None
 
     async def need_table(self, blob_index: int) -> None:
         """Have the blob's own table, where it needs one. Raises `ReadError`."""

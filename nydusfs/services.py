@@ -197,6 +197,7 @@ async def open_services() -> AsyncIterator[Services]:
                 store.stop_syncing()  # a thread at it holds up the end
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(services.scheduler.lane.close)
                 await services.aclose()
 
 

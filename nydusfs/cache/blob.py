@@ -45,6 +45,7 @@ class BlobCache:
         self._ready: dict[bytes, bool] = {}  # key -> durable
         self._unsure: set[bytes] = set()  # not durable, and seen outside of the page cache
         self._written: dict[bytes, int] = {}  # by key, until `add`: its descriptor, -1 for what is synced
+        self._mapped: set[bytes] = set()  # until `add`: written to devices
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._load()
@@ -250,6 +251,12 @@ class BlobCache:
         """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""
         return self.store.quota is not None and self.store.devices is not None
 
+    def write_hastens(self, size: int) -> bool:
+        """Whether `write` will wait for nothing but the copying: a disk that is well, where nothing has to go and that
+        is not behind. From any thread."""
+        quota = self.store.quota
+        return self.store.health.well() and not self.store.syncer.full() and (quota is None or quota.roomy(size))
+
     def write(self, segment: Segment, plain: Plain, *, must: bool = False) -> bool:
         """Keep verified bytes. False when the disk does not take them. For a worker thread; `add` follows.
 
@@ -258,9 +265,10 @@ class BlobCache:
         if not must and not self.store.health.usable():
             return False
         quota, slot, devices = self.store.quota, (self.blob_id, segment.key), self.store.devices
-        wanted = must or (devices is not None and devices.can_leave(self.blob_id, segment.name))
-        if quota is not None and not quota.reserve(slot, segment.name, len(plain), must=wanted):
-            return False
+        if quota is not None:
+            wanted = must or (devices is not None and devices.can_leave(self.blob_id, segment.name))
+            if not quota.reserve(slot, segment.name, len(plain), must=wanted):
+                return False
         try:
             try:
                 self._write(segment, plain)
@@ -283,14 +291,15 @@ class BlobCache:
 
     def _write(self, segment: Segment, plain: Plain) -> None:
         path = f"{self._folder}/{segment.name}"
-        part = f"{path}.part"
+        part, final = f"{path}.part", f"{path}.{self.store.boot}"
         devices = self.store.devices
         fd, behind = -1, self.store.syncer.full()
         self.wrote = time.monotonic()
         try:
             if devices is not None:
-                fd = devices.fill(self.blob_id, segment, plain, part)
-            if fd < 0:
+                fd = devices.fill(self.blob_id, segment, plain)
+            mapped = fd >= 0
+            if not mapped:
                 fd = self._create(part)
                 view = memoryview(plain)
                 while view:
@@ -298,9 +307,11 @@ class BlobCache:
             if behind:
                 os.fdatasync(fd)
             with self.naming:
-                os.rename(part, f"{path}.{self.store.boot}")
-            if devices is not None:
-                unlink(part)  # rename(2) does nothing when both are one file already
+                if devices is not None and mapped:
+                    devices.link(self.blob_id, segment.name, final, part)
+                    self._mapped.add(segment.key)
+                else:
+                    os.rename(part, final)
         except BaseException:
             if fd >= 0:
                 os.close(fd)
@@ -326,16 +337,17 @@ class BlobCache:
         self.store.syncer.held += fd >= 0
 
     def add(self, segment: Segment, plain: Plain | None = None) -> None:
-        """From the trio thread, after `write` said True: readable from now on, durable soon. `plain`, its bytes, will
-        not be changed any more."""
+        """After `write` said True: readable from now on, durable soon. `plain`, its bytes, will not be changed any
+        more; they are kept a while unless a kernel mount has them. From the thread that wrote, or the trio thread."""
         fd = self._written.pop(segment.key, None)
         if fd is not None:
             self.store.syncer.held -= fd >= 0
             self.store.syncer.add(self, segment.name, segment.key, fd, synced=fd < 0)
             self.store.kick()
         self._unsure.discard(segment.key)
-        if plain is not None:
+        if plain is not None and segment.key not in self._mapped:
             self.store.fresh.put((self.blob_id, segment.key), plain)
+        self._mapped.discard(segment.key)
         self._ready.setdefault(segment.key, False)
         self.used = time.time()
 

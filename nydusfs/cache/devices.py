@@ -129,8 +129,8 @@ class DeviceFiles:
         except OSError:
             return -1
 
-    def fill(self, blob_id: str, segment: Segment, plain: Plain, link: str) -> int:
-        """Give a device its bytes and the cache the same file at `link`. A descriptor of it; -1: no such device.
+    def fill(self, blob_id: str, segment: Segment, plain: Plain) -> int:
+        """Give a device its bytes; `link` follows. A descriptor of it; -1: no such device.
 
         Raises OSError, for a full disk; the device is then not complete.
         """
@@ -141,23 +141,24 @@ class DeviceFiles:
             with self.writing(blob_id, segment.name):
                 write_whole(fd, plain, segment.padded)
             self._driver.filled(self.device(blob_id, segment.name), fd, segment.padded)
-            self._link(f"{self._folder}/{blob_id}/{segment.name}", link)
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    @staticmethod
-    def _link(device: str, link: str) -> None:
-        for _ in range(3):
-            try:
-                os.link(device, link)
-                return
-            except FileExistsError:  # an earlier attempt's
-                unlink(link)
-            except FileNotFoundError:  # the folder was cleaned up under us
-                os.makedirs(os.path.dirname(link), mode=0o700, exist_ok=True)
-        os.link(device, link)
+    def link(self, blob_id: str, name: str, target: str, beside: str) -> None:
+        """Let the cache have the same file as `target`; `beside`: a name for the way there. Raises OSError."""
+        device = f"{self._folder}/{blob_id}/{name}"
+        try:
+            os.link(device, target)
+            return
+        except FileExistsError:  # of an earlier time
+            unlink(beside)
+        except FileNotFoundError:  # the folder was cleaned up under us
+            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        os.link(device, beside)
+        os.rename(beside, target)
+        unlink(beside)  # rename(2) does nothing when both are one file already
 
     def adopt(self, blob_id: str, name: str, file: Path) -> None:
         """Make a device of a cached file that is complete, unless there is one. Raises OSError."""
@@ -186,10 +187,11 @@ class DeviceFiles:
 
 def write_whole(fd: int, plain: Plain, padded: int) -> None:
     """From front to back and up to whole blocks: EROFS reads blocks. Raises OSError."""
-    view = memoryview(bytes(plain) + bytes(padded - len(plain)) if padded > len(plain) else plain)
-    at = 0
+    parts, at = [memoryview(plain), memoryview(bytes(padded - len(plain)))], 0
     while at < padded:
-        at += os.pwrite(fd, view[at:], at)
+        done = os.pwritev(fd, parts, at)
+        at += done
+        parts = [part[max(0, done - begin) :] for part, begin in zip(parts, (0, len(parts[0])), strict=True)]
 
 
 def usable(path: Path, size: int) -> bool:

@@ -69,6 +69,10 @@ class Health:
                 return False
             return True
 
+    def well(self) -> bool:
+        """Whether the last write worked."""
+        return not self._code
+
     def full(self) -> bool:
         """Whether the last write failed for want of room."""
         return self._code in FULL

@@ -158,6 +158,14 @@ class Quota:
             self._begin(slot, name, size)
             return True
 
+    def roomy(self, size: int) -> bool:
+        """Whether `reserve` would let nothing go, as of now."""
+        with self._lock:
+            need = -(-size // BLOCK) * BLOCK
+            if self.limit.size and self._total + need > self._most():
+                return False
+            return not self.limit.floor or self._free() - need >= self.limit.floor
+
     def written(self, slot: Slot) -> None:
         """After `reserve`: the file is there, or will not be. From now on it may be evicted."""
         with self._lock:

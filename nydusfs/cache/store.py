@@ -74,8 +74,10 @@ class CacheStore:
         self.files = OpenFiles()
         self.fresh = Fresh()
         self._blobs: dict[str, BlobCache] = {}
+        self._opening = threading.Lock()  # over new ones
         self.syncer = Syncer(self.boot)
         self._wake = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None  # while `sync_forever` runs
         self.devices: DeviceFiles | None = None  # segment files that kernel mounts have as devices
         self.nowait = bool(RWF_NOWAIT)
         self.quota: Quota | None = None
@@ -188,12 +190,16 @@ class CacheStore:
         return path if not path.is_file() else path.with_name(f"{blob_id}{SEGMENTS_SUFFIX}")
 
     def blob(self, blob_id: str) -> BlobCache:
-        """The cache of a blob, one object for all mounts. Raises `CacheError` for an id that is no file name."""
-        if blob_id not in self._blobs:
-            if blob_id.startswith(".") or "/" in blob_id:
-                raise CacheError(f"cache {self.path}: blob id {blob_id!r} is not usable as a directory name")
-            self._blobs[blob_id] = BlobCache(self, blob_id)
-        return self._blobs[blob_id]
+        """The cache of a blob, one object for all mounts; from any thread. Raises `CacheError` for an id that is no
+        file name."""
+        if (known := self._blobs.get(blob_id)) is not None:
+            return known
+        if blob_id.startswith(".") or "/" in blob_id:
+            raise CacheError(f"cache {self.path}: blob id {blob_id!r} is not usable as a directory name")
+        with self._opening:
+            if blob_id not in self._blobs:
+                self._blobs[blob_id] = BlobCache(self, blob_id)
+            return self._blobs[blob_id]
 
     def remove_blob(self, blob_id: str) -> None:
         """Delete everything of a blob, upstream's files too. For a worker thread; nobody may be using the blob."""
@@ -232,11 +238,23 @@ class CacheStore:
     # Durability
 
     def kick(self) -> None:
-        """Tell `sync_forever` that there is something to do."""
+        """Tell `sync_forever` that there is something to do. From any thread, which wakes the loop once a second."""
+        if self._wake.is_set():
+            return
+        if self._token is None:
+            self._wake.set()
+            return
+        try:
+            self._token.run_sync_soon(self._woken)
+        except trio.RunFinishedError:
+            pass  # what is left is the next process's
+
+    def _woken(self) -> None:
         self._wake.set()
 
     async def sync_forever(self) -> None:
         """Make finished segments durable in batches, until cancelled; what is left then is the next process's."""
+        self._token = trio.lowlevel.current_trio_token()
         while True:
             await self._wake.wait()
             await trio.sleep(SYNC_DELAY)

@@ -336,7 +336,10 @@ class RequestLoop:
         connection = self.connection
         try:
             if opcode == OPCODE_READ:
-                self._read(unique, node, pid, request, server)
+                try:
+                    self._read(unique, node, pid, request, server)
+                finally:
+                    server.finish()
             elif opcode not in _OURS:
                 connection.send(unique, *self.operations.answer(opcode, node, request))
             elif opcode == Opcode.INTERRUPT:

@@ -51,3 +51,19 @@ class Source(Protocol):
         """
 
     async def aclose(self) -> None: ...
+
+
+class FileSource:
+    """What a source is besides whose blobs are files of this machine: threads may read them by themselves."""
+
+    counters: BackendCounters
+    by_range = False
+
+    def cheap(self, size: int) -> bool:
+        return False  # nothing is waited for
+
+    def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:
+        """A descriptor of the file that the blob lies in, and where it begins there; None: there is no such file, or it
+        is known to end before `end` of the blob. From any thread. Whatever is wrong is left to `read`, which says what.
+        """
+        raise NotImplementedError

@@ -11,16 +11,14 @@ import trio
 from nydusfs.config import DiskBlob, LocalDiskBackend
 from nydusfs.counters import BackendCounters
 from nydusfs.errors import ConfigError, SourceError, os_reason
-from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
+from nydusfs.sources.base import Buffer, Check, FileSource, Priority, WrongBytes
 from nydusfs.sources.gpt import BASIC_DATA, GptError, read_partitions
 from nydusfs.sources.localfs import TooShort, pread
 
 _SHORT_NAME = 32  # characters of a blob id that fit a basic data partition's name
 
 
-class LocalDiskSource:
-    by_range = False
-
+class LocalDiskSource(FileSource):
     def __init__(self, backend: LocalDiskBackend) -> None:
         """Reads the partition table. Raises `ConfigError` for a disk that cannot be used."""
         self.counters = BackendCounters("localdisk")
@@ -50,8 +48,14 @@ class LocalDiskSource:
     def _find(self, blob_id: str) -> DiskBlob | None:
         return self._blobs.get(blob_id) or self._blobs.get(blob_id[:_SHORT_NAME]) or self._alone
 
-    def cheap(self, size: int) -> bool:
-        return False  # nothing is waited for
+    def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:
+        place = self._find(blob_id)
+        if place is None or end > place.size:
+            return None
+        try:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), place.offset
+        except OSError:
+            return None
 
     async def read(
         self,

@@ -13,23 +13,22 @@ from bootstrap.errors import FormatError
 from nydusfs.config import LocalFsBackend
 from nydusfs.counters import BackendCounters
 from nydusfs.errors import SourceError
-from nydusfs.sources.base import Buffer, Check, Priority, WrongBytes
+from nydusfs.sources.base import Buffer, Check, FileSource, Priority, WrongBytes
 
 
 class TooShort(Exception):
     """The file ends before the range does."""
 
 
-class LocalFsSource:
+class LocalFsSource(FileSource):
     """`dir` is looked at before `alt_dirs` (upstream joins the id twice there and so prefers the alternatives)."""
-
-    by_range = False
 
     def __init__(self, backend: LocalFsBackend) -> None:
         self.counters = BackendCounters("localfs")
         self.name = f"localfs {backend.blob_file or backend.dir}"
         self._blob_file = backend.blob_file
         self._dirs = [folder for folder in (backend.dir, *backend.alt_dirs) if folder]
+        self._paths: dict[str, list[str]] = {}
         self._cache_forms: dict[Path, CacheForm] = {}
 
     def _candidates(self, blob_id: str) -> list[Path]:
@@ -39,8 +38,16 @@ class LocalFsSource:
             return []
         return [Path(folder) / blob_id for folder in self._dirs]
 
-    def cheap(self, size: int) -> bool:
-        return False  # nothing is waited for
+    def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:
+        paths = self._paths.get(blob_id)
+        if paths is None:
+            paths = self._paths[blob_id] = [str(path) for path in self._candidates(blob_id)]
+        for path in paths:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+            except OSError:
+                continue
+        return None
 
     async def read(
         self,

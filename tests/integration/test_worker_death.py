@@ -21,6 +21,7 @@ from nydusfs.cache.devices import device_key
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
 from tests.lab.drivers import both
+from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
@@ -37,6 +38,16 @@ def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
     report = kill_workers(40)
     assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
     assert report.reads > 1000
+
+
+@pytest.mark.parametrize("driver", ["fuse", "erofs"])
+def test_workers_killed_while_their_threads_fetch_from_a_directory(driver: str) -> None:
+    """Cold mounts all the while, each of whose segments the thread that answers its reader decodes and writes."""
+    if driver == "erofs" and (reason := cannot_mount_erofs()):
+        pytest.skip(reason)
+    report = kill_workers(20, fs_driver=driver, local=True)
+    assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
+    assert report.reads > 500
 
 
 def info(daemon: Nydusd) -> dict[str, int]:

@@ -158,11 +158,13 @@ def kill_workers(
     every: tuple[float, float] = (0.05, 0.4),
     fs_driver: str = "fuse",
     delay: float = 0.06,
+    local: bool = False,
 ) -> Report:
     """`every`: bounds of the random pause between two kills, seconds. For EROFS the registry and the mirror take
     `delay` seconds to answer and there is no prefetch, so that there is something to ask all the time: a reader then
-    waits for at least one of those once more, two where the mirror fails, whatever the death itself costs."""
-    cold = fs_driver != "fuse"
+    waits for at least one of those once more, two where the mirror fails, whatever the death itself costs. `local`:
+    blobs are files in a directory, which whoever answers a reader fetches from by himself."""
+    cold = fs_driver != "fuse" or local
     rng = random.Random(seed)
     base = work_dir()
     blobs: dict[str, bytes] = {}
@@ -198,6 +200,11 @@ def kill_workers(
                 "mode": "direct",
                 "fs_prefetch": {"enable": not cold, "learn": False, "threads_count": 4, "prefetch_all": True},
             }  # fmt: skip
+            if local:
+                (base / "blobs").mkdir()
+                for blob_id, blob in blobs.items():
+                    (base / "blobs" / blob_id).write_bytes(blob)
+                config["device"]["backend"] = {"type": "localfs", "config": {"dir": str(base / "blobs")}}
             mounts = _Mounts(daemon, images, base, config)
             mounts.add(12 if cold else 3, cold=cold)
             processes = [

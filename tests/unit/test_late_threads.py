@@ -61,6 +61,12 @@ def test_an_event_that_is_answered_after_the_end_reaches_no_other_file(order: st
             let_go.wait(20)
             return True
 
+        def simple(self, _: Question) -> bool:
+            return False
+
+        def fill_now(self, _: Question) -> bool:
+            raise AssertionError
+
         async def fill(self, _: Question) -> bool:
             return False
 
@@ -137,6 +143,12 @@ def test_who_writes_a_device_answers_once_and_the_task_that_waits_does_not(tmp_p
 
     class Server:
         def ready(self, _: Question) -> bool:
+            return False
+
+        def simple(self, question: Question) -> bool:
+            return question.name.endswith("/b")
+
+        def fill_now(self, question: Question) -> bool:
             return False
 
         async def fill(self, question: Question) -> bool:

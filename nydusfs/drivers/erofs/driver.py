@@ -366,6 +366,22 @@ class ErofsDriver:
                 return complete
         return False
 
+    def simple(self, question: Question) -> bool:
+        return any(image.reader.from_files for image in self._users(question.name))
+
+    def fill_now(self, question: Question) -> bool:
+        for image in self._users(question.name):
+            if image.asked_before and image.reader.from_files:
+                if image.direct is not False:
+                    image.soon(self._disturb, image)
+                if image.fill_now(question):
+                    return True
+        return False
+
+    def _disturb(self, image: ErofsImage) -> None:
+        if self._events is not None:
+            self._settling.disturb(image, self._nursery)
+
     async def _begin_next(self, image: ErofsImage, question: Question) -> None:
         """Beside what a reader waits for: what comes behind."""
         try:

@@ -1,8 +1,9 @@
 """The kernel asks before it reads a device: take the question, have it answered, forget nothing when we die.
 
-Plain threads read the group. What is complete they answer at once; the rest goes to the event loop, which fetches in
-any order. Who writes a device answers those who wait for it in the same moment (`filled`): the links, names and
-bookkeeping of a segment are not in their way. A worker that follows another one first settles what that one left
+Plain threads read the group, one at a time. What is complete they answer at once; what a thread can complete by itself
+it does, while another one takes events; the rest goes to the event loop, which fetches in any order. Who writes a
+device answers those who wait for it in the same moment (`filled`): the links, names and bookkeeping of a segment are
+not in their way. A worker that follows another one first settles what that one left
 (`journal`): a number may be answered only while no new event can have the same one, since the kernel matches answers by
 number alone. So the numbers of pending entries are occupied by descriptors of ours until they are answered.
 """
@@ -25,10 +26,11 @@ import trio
 from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.journal import SWEEP, Journal, Pending
+from nydusfs.lane import SLOTS
 
 log = logging.getLogger("nydusfs.erofs")
 
-THREADS = 2
+THREADS = 1 + SLOTS
 QUIET = 60.0  # seconds between two lines about events that cannot be read
 _DELETED = " (deleted)"
 _IN_CLONE = re.compile(r"/[0-9a-f]{8}/[^/]+/[^/]+")  # cache's key, blob, segment: see `cache.devices`
@@ -59,6 +61,12 @@ class Server(Protocol):
     def ready(self, question: Question) -> bool:
         """From the reading threads: whether the device is complete. Must not wait."""
 
+    def simple(self, question: Question) -> bool:
+        """From the reading threads: whether `fill_now` may do something. Must not wait."""
+
+    def fill_now(self, question: Question) -> bool:
+        """From the reading threads: make the device complete; False: ask `fill`."""
+
     async def fill(self, question: Question) -> bool:
         """Make it complete; False when that failed for good."""
 
@@ -79,6 +87,7 @@ class Events:
         self._numbers = count(1, 2)  # those of FUSE are even
         self.waiting: dict[int, Waiting] = {}  # readers who wait for data, by numbers of ours
         self._answering = threading.Lock()  # over who takes one of them out
+        self._turn = threading.Lock()  # of a thread to read events
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
 
@@ -139,9 +148,38 @@ class Events:
         poller = select.poll()
         poller.register(self._group, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
+        try:
+            while True:
+                with self._turn:
+                    asked = self._take(number, poller)
+                if asked is None:
+                    return
+                self._fill_now(asked)
+        except trio.RunFinishedError:
+            return  # the process ends; nobody may answer for it
+
+    def _fill_now(self, asked: Waiting) -> None:
+        """Complete a device in this thread, or have the event loop do so."""
+        done, mine = False, next(self._numbers)
+        self.waiting[mine] = asked
+        try:
+            done = self._server.fill_now(asked.question)
+        except Exception:  # a bug must cost one read its speed
+            log.exception("event for %s", asked.question.name)
+        with self._answering:  # by `filled`, mostly
+            waits = self.waiting.pop(mine, None) is not None
+        if waits and not done:
+            self._token.run_sync_soon(self._begin, asked)
+            return
+        if waits:
+            self._answer(asked.number, asked.slot, fanotify.FAN_ALLOW)
+        os.close(asked.number)
+
+    def _take(self, number: int, poller: select.poll) -> Waiting | None:
+        """The next event that this thread may be able to complete by itself; None: it is over."""
         while True:
             if any(fd == self._wake for fd, _ in poller.poll()):
-                return
+                return None
             self._journal.reading(number, True)
             try:
                 event = fanotify.read_event(self._group)
@@ -169,9 +207,12 @@ class Events:
                     self._answer(event.fd, slot, fanotify.FAN_ALLOW)
                     os.close(event.fd)
                     continue
-                self._token.run_sync_soon(self._begin, Waiting(question, event.fd, slot))
+                asked = Waiting(question, event.fd, slot)
+                if self._server.simple(question):
+                    return asked
+                self._token.run_sync_soon(self._begin, asked)
             except trio.RunFinishedError:
-                return  # the process ends; nobody may answer for it
+                raise
             except Exception:
                 log.exception("event for %s", name)
                 self._answer(event.fd, slot, fanotify.FAN_DENY)

@@ -197,8 +197,23 @@ class ErofsImage:
             self._watched.discard(device)
         # To wake the loop takes 0.25 ms of a reader's time while it is busy: not for each device fetched ahead of him.
         if self.reader.goes_on(ino, at + question.size, segment) if ino else watched:
-            self.soon(self._follow, question, segment, True)
+            if self.reader.from_files:
+                self._follow(question, segment, True)
+            else:
+                self.soon(self._follow, question, segment, True)
         return True
+
+    def fill_now(self, question: Question) -> bool:
+        """`fill` in a thread that is not the event loop's, from a file of this machine; False: ask that."""
+        segment = self.segment(question.name)
+        if segment is None:
+            return False
+        began = time.perf_counter_ns()
+        done = self.reader.fill(segment, lambda: self.begin_next(question))
+        done = done and self._sure(question.name, segment, question.fd)
+        if done:
+            self.answered(question, began)
+        return done
 
     async def fill(self, question: Question) -> bool:
         """Give a device its bytes; False when they cannot be had (the log says why), when it is none of this image or
@@ -289,7 +304,7 @@ class ErofsImage:
         if segment is None:
             return
         end = max(at + 4 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
-        if ino and end > at:
+        if ino and end > at and not self.reader.from_files:  # there is no round trip to be saved
             try:
                 others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
                 self.reader.start(others)

@@ -1,0 +1,260 @@
+"""The short way of a miss whose stored bytes lie in a file of this machine (`FileSource`).
+
+The thread that has a reader's question reads, decodes, verifies, writes and answers; the event loop hears of it only
+where somebody there waits. Through the loop a miss of 1 MiB took 0.35 ms until its fetch began and 0.2 ms after it, as
+long as the fetch itself. What lies in front of sequential readers stays the loop's, which decodes many segments in one
+visit to a thread: with threads of this lane instead they got 490 MiB/s where that way gave 640.
+
+Only what goes well is done here: bytes that are wrong or not there, a disk that is not well, a cache at its limit,
+segments that the loop is fetching already are left to the ordinary way (`FetchScheduler`), which tries everything and
+says what is wrong. A segment is fetched by one of them at a time: who wants it says so first and looks at the other's
+list then, so that one of two who come at once steps back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, TypeAlias
+
+import trio
+
+from bootstrap.errors import RafsError
+from nydusfs.cache import BlobCache
+from nydusfs.hands import Hands
+from nydusfs.segments import BadChunk, Plain, decode, runs
+from nydusfs.sources import FileSource
+
+if TYPE_CHECKING:
+    from nydusfs.fetch import Job
+
+log = logging.getLogger("nydusfs.fetch")
+
+# Threads of both drivers that are here at the same time. Each driver has more, for what is cached: a directory may be
+# on a network file system that hangs.
+SLOTS = 2
+
+_Identity: TypeAlias = tuple[int, str, bytes]
+
+
+class _Gate:
+    """`threading.Event` in a tenth of the time to make and open one."""
+
+    __slots__ = ("_lock", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        if not self.is_set:
+            self.is_set = True
+            self._lock.release()
+
+    def wait(self) -> None:
+        if not self.is_set:
+            with self._lock:
+                pass
+
+
+class Claim:
+    """A segment that a thread of the lane fetches. `plain`: its bytes, once `verified` is set; None: they could not be
+    had so. `kept`: the cache has them, once it is `over`."""
+
+    __slots__ = ("identity", "job", "kept", "listeners", "over", "plain", "verified")
+
+    def __init__(self, job: Job, identity: _Identity) -> None:
+        self.job = job
+        self.identity = identity
+        self.plain: Plain | None = None
+        self.kept = False
+        self.verified = _Gate()
+        self.over = _Gate()
+        self.listeners: list[trio.Event] = []
+
+
+class Lane:
+    """One for the node. `flights`: what the event loop fetches; `active` and `unkept` are called in its thread:
+    something was fetched, the cache did not take it. All methods from any thread, unless they say else."""
+
+    def __init__(
+        self,
+        flights: Collection[_Identity],
+        active: Callable[[], None],
+        unkept: Callable[[Job, Plain], None],
+    ) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._flights = flights
+        self._active = active
+        self._unkept = unkept
+        self._claims: dict[_Identity, Claim] = {}
+        self._slots = threading.Semaphore(SLOTS)
+        self._closed = False
+        self.used = -math.inf  # when somebody fetched here last, of time.monotonic()
+
+    @staticmethod
+    def takes(job: Job) -> bool:
+        """Whether this is the way for a job with a `FileSource`, as of now."""
+        cache = job.cache
+        return cache is not None and cache.foreign is None and cache.write_hastens(job.segment.padded)
+
+    def read(self, job: Job, hands: Hands, meanwhile: Callable[[], None]) -> Plain | None:
+        """The bytes of a segment for a reader: it goes to the cache `later`. None: ask the ordinary way. `meanwhile` is
+        called while the disk is busy, at most once."""
+        if not self._slots.acquire(blocking=False):
+            return None
+        try:
+            if (found := self._claim(job)) is None:
+                return None
+            claim, mine = found
+            hands.waits()
+            if mine:
+                hands.later(lambda: self._keep(claim))
+                self._fetch(claim, meanwhile)
+            else:
+                meanwhile()
+                claim.verified.wait()
+            return claim.plain
+        finally:
+            self._slots.release()
+
+    def fill(self, job: Job, meanwhile: Callable[[], None]) -> bool:
+        """Have the cache take a segment; False: ask the ordinary way. `meanwhile`: as for `read`."""
+        if not self._slots.acquire(blocking=False):
+            return False
+        try:
+            if (found := self._claim(job)) is None:
+                return False
+            claim, mine = found
+            if mine:
+                try:
+                    self._fetch(claim, meanwhile)
+                finally:
+                    self._keep(claim)
+            else:
+                meanwhile()
+                claim.over.wait()
+            return claim.kept
+        finally:
+            self._slots.release()
+
+    # -- between the lane and the event loop
+
+    async def wait(self, identity: _Identity) -> Claim | None:
+        """On the event loop: until no thread fetches this segment any more; what became of it if one did."""
+        claim = self._claims.get(identity)
+        if claim is not None:
+            over = trio.Event()
+            claim.listeners.append(over)
+            if not claim.over.is_set:
+                await over.wait()
+        return claim
+
+    def busy(self) -> bool:
+        return bool(self._claims)
+
+    def close(self) -> None:
+        """Nothing is fetched any more when this returns."""
+        self._closed = True
+        for claim in list(self._claims.values()):
+            claim.over.wait()
+
+    # -- one segment
+
+    def _claim(self, job: Job) -> tuple[Claim, bool] | None:
+        """Whoever fetches it, and whether that is the caller; None: the cache has it or the event loop is at it."""
+        identity, cache = job.identity, job.cache
+        assert cache is not None
+        if (claim := self._claims.get(identity)) is not None:
+            return claim, False
+        if job.segment.key in cache:
+            return None
+        mine = Claim(job, identity)
+        claim = self._claims.setdefault(identity, mine)
+        if claim is not mine:
+            return claim, False
+        if self._closed or identity in self._flights or job.segment.key in cache:
+            self._end(mine)
+            return None
+        return mine, True
+
+    def _fetch(self, claim: Claim, meanwhile: Callable[[], None]) -> None:
+        """Have its verified bytes, or none."""
+        job, segment = claim.job, claim.job.segment
+        try:
+            plain: Plain | None = None
+            for start, end, units in runs(job.chunks, segment):
+                began = time.monotonic()
+                stored = _read(job, start, end, meanwhile)
+                if stored is None:
+                    return
+                plain = decode(segment, job.chunks, units, start, memoryview(stored), plain)
+                job.source.counters.record(end - start, began, False)
+                meanwhile = _nothing
+            claim.plain = plain
+        except (BadChunk, RafsError, OSError) as error:
+            log.debug("segment %s of blob %s is left to the ordinary way: %s", segment.name, segment.blob.id, error)
+        finally:
+            claim.verified.set()
+
+    def _keep(self, claim: Claim) -> None:
+        """Give it to the cache, and end."""
+        job, plain = claim.job, claim.plain
+        cache: BlobCache | None = job.cache
+        try:
+            if plain is None or cache is None:
+                return
+            job.counters.entries_count += len(job.segment.rows)
+            claim.kept = cache.write(job.segment, plain)
+            if claim.kept:
+                cache.add(job.segment, plain)
+            else:
+                self._tell(lambda: self._unkept(job, plain))
+            if time.monotonic() > self.used + 1.0:
+                self._tell(self._active)
+            self.used = time.monotonic()
+        except Exception:  # a bug must not leave others waiting
+            log.exception("segment %s of blob %s", job.segment.name, job.segment.blob.id)
+        finally:
+            self._end(claim)
+
+    def _end(self, claim: Claim) -> None:
+        del self._claims[claim.identity]
+        claim.verified.set()
+        claim.over.set()
+        for listener in claim.listeners:
+            self._tell(listener.set)
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        try:
+            self._token.run_sync_soon(call)
+        except trio.RunFinishedError:
+            pass
+
+
+def _nothing() -> None:
+    pass
+
+
+def _read(job: Job, start: int, end: int, meanwhile: Callable[[], None]) -> bytes | None:
+    """Stored bytes of the job's blob. Raises OSError."""
+    source = job.source
+    assert isinstance(source, FileSource)
+    found = source.open_blob(job.segment.blob.id, end)
+    if found is None:
+        return None
+    fd, begin = found
+    try:
+        size = end - start
+        # As one request: read(2) alone takes pieces of what the disk's read-ahead is, 128 KiB.
+        os.posix_fadvise(fd, begin + start, size, os.POSIX_FADV_WILLNEED)
+        meanwhile()
+        data = os.pread(fd, size, begin + start)
+        return data if len(data) == size else None
+    finally:
+        os.close(fd)
