@@ -433,9 +433,11 @@ class FetchScheduler:
             _decode(parts, start, view, store, _serve, served)
         finally:
             if served and store:
-                await trio.lowlevel.checkpoint()  # readers are woken in this turn
-                await trio.lowlevel.checkpoint()  # and have answered now
-                _store(served)
+                try:
+                    await trio.lowlevel.checkpoint()  # readers are woken in this turn
+                    await trio.lowlevel.checkpoint()  # and have answered now
+                finally:
+                    _store(served)  # also at the daemon's end
 
     def _decode_and_store(self, parts: list[_Part], start: int, stored: memoryview, store: bool) -> None:
         def tell(flight: _Flight, plain: Plain) -> None:

@@ -76,6 +76,22 @@ def test_tables_come_with_the_first_read_and_once(form: str, tmp_path: Path) -> 
         assert not origin.data_requests, "all of it was kept, tables too"
 
 
+def test_what_a_reader_got_is_kept_though_all_ends_right_behind_it(tmp_path: Path) -> None:
+    """He goes on when his bytes are verified, before they are written."""
+    made = make("batch", tmp_path / "image")
+    name = min(name for name, data in made.files.items() if data)
+
+    async def one(reader: ImageReader) -> None:
+        assert await reader.read(reader.bootstrap.resolve(name), 0, 100) == made.files[name][:100]
+
+    with faulty_server(made.stored) as origin:
+        text = config_text(tmp_path / "cache", origin.netloc)
+        run(made, text, one)
+        origin.requests.clear()
+        run(made, text, one)
+        assert not origin.data_requests
+
+
 def test_a_tar_is_read_once_and_kept(tmp_path: Path) -> None:
     """The pass that verifies it is the only fetch: larger than one request, smaller pieces stay as segments."""
     noise = hashlib.shake_256(b"noise").digest(9_500_000)
