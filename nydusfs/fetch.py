@@ -372,16 +372,18 @@ class FetchScheduler:
     async def _fetch_one(self, flight: _Flight, priority: Priority) -> None:
         job = flight.job
         plain: Plain | None = None
-        kept = False
         ranges = list(runs(job.chunks, job.segment))
         for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
             part = _Part(job, units, plain, flight if last else None)
             check = partial(self._verify, [part], start, last, self._decoders(priority))
-            await self._read(flight, start, end - start, priority, check)
-            plain, kept = part.decoded, part.kept
-        assert plain is not None
-        self._finish(flight, plain, kept)
+            try:
+                await self._read(flight, start, end - start, priority, check)
+            finally:
+                if last and part.decoded is not None:
+                    self._finish(flight, part.decoded, part.kept)
+                    flight.complete = True
+            plain = part.decoded
 
     async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]

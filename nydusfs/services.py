@@ -188,14 +188,18 @@ class Services:
 @asynccontextmanager
 async def open_services() -> AsyncIterator[Services]:
     """At the end every fetch is cancelled and what is cached made durable."""
-    async with trio.open_nursery() as nursery:
-        services = Services(nursery)
-        try:
-            yield services
-        finally:
-            for store in services.stores():
-                store.stop_syncing()  # a thread at it holds up the end
-            nursery.cancel_scope.cancel()
+    services: Services | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            services = Services(nursery)
+            try:
+                yield services
+            finally:
+                for store in services.stores():
+                    store.stop_syncing()  # a thread at it holds up the end
+                nursery.cancel_scope.cancel()
+    finally:
+        if services is not None:  # no task writes to its stores any more
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(services.scheduler.lane.close)
                 await services.aclose()

@@ -283,6 +283,8 @@ class CacheStore:
         """Make durable what the last seconds allow and let go of the directory."""
         self.stop_syncing()
         self.sync()
+        for blob in self._blobs.values():
+            blob.abandon()
         self.files.close()
         os.close(self.claim)
 

@@ -202,7 +202,11 @@ class Snapshotter:
             self._child = None
 
     def end_daemons(self) -> None:
-        end_processes(processes_mentioning(str(self.root)))
+        for _ in range(5):  # one of them may be starting another
+            pids = processes_mentioning(str(self.root))
+            if not pids:
+                break
+            end_processes(pids)
 
     def __enter__(self) -> Snapshotter:
         return self.start()
