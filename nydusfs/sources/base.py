@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from typing import Protocol, TypeAlias
@@ -53,7 +54,7 @@ class Source(Protocol):
     async def aclose(self) -> None: ...
 
 
-class FileSource:
+class FileSource(ABC):
     """What a source is besides whose blobs are files of this machine: threads may read them by themselves."""
 
     counters: BackendCounters
@@ -62,8 +63,8 @@ class FileSource:
     def cheap(self, size: int) -> bool:
         return False  # nothing is waited for
 
+    @abstractmethod
     def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:
         """A descriptor of the file that the blob lies in, and where it begins there; None: there is no such file, or it
         is known to end before `end` of the blob. From any thread. Whatever is wrong is left to `read`, which says what.
         """
-        raise NotImplementedError
