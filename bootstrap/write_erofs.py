@@ -8,34 +8,33 @@ instead of 96, and a walk reads a third less. Since Linux 6.15, which knows what
 has its own time: whole seconds since the image's epoch, here 1970.
 
 The tree is walked twice, some thousand names at a time: for the places of inodes, which go to a file of four bytes for
-each number there may be, and then to write. Inodes lie in the order of the walk, each directory before the files in it;
-directories and links have their data behind the inode if a block holds both, like all images here; whole blocks of
-directories lie behind all inodes.
+each number there may be, and then to write. What the first walk found is kept for the second as far as `KEPT` goes,
+which spares images of usual size a third of the time. Inodes lie in the order of the walk, each directory before the
+files in it; directories and links have their data behind the inode if a block holds both, like all images here; whole
+blocks of directories lie behind all inodes.
 """
 
 from __future__ import annotations
 
 import mmap
 import stat
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bootstrap.erofs_devices import Device
+from bootstrap.erofs_source import source_of
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.flat import S_IFMT, Ints, ragged
-from bootstrap.layout import v5, v6
+from bootstrap.layout import v6
 from bootstrap.layout.common import round_up
-from bootstrap.layout.tables import CHUNK, V6_COMPACT, V6_DIRENT, V6_INODE
-from bootstrap.levels import MAX_DEPTH, Loader, known_types, refuse
-from bootstrap.load import blob_info
+from bootstrap.layout.tables import V6_COMPACT, V6_DIRENT, V6_INODE
+from bootstrap.levels import MAX_DEPTH, known_types, refuse
 from bootstrap.load_v5 import LoaderV5
-from bootstrap.load_v6 import LoaderV6
 from bootstrap.place_v6 import DIRENT_SIZE, dots, listing
-from bootstrap.reader import Bootstrap, BootstrapV5, BootstrapV6
+from bootstrap.reader import Bootstrap
 from bootstrap.write_v6 import FILE_TYPES, dirent_blocks, pack_xattrs
 
 MAX_DEVICES = 0xFFFF
@@ -45,6 +44,7 @@ B = v6.BLOCK_SIZE
 SLOT = v6.NID_UNIT
 NAMES = 8192  # at a time, if one directory does not have more
 CHUNKS = 16384
+KEPT = 16 << 20  # bytes, about: 40,000 files
 
 
 class References(NamedTuple):
@@ -62,116 +62,6 @@ class References(NamedTuple):
 
 Places = Callable[[References], tuple[Ints, Ints]]
 """Of references: the device's number and the byte on it."""
-
-
-class _Source(ABC):
-    """What a loader does not tell about what its `level` was last called with, and where numbers of inodes end."""
-
-    loader: Loader
-    numbers: int
-
-    @abstractmethod
-    def inode_of(self, handles: Ints) -> Ints:
-        """The inodes that names stand for: several names may be one."""
-
-    @abstractmethod
-    def modes(self, handles: Ints) -> NDArray[np.uint32]: ...
-    @abstractmethod
-    def names_in(self, handles: Ints) -> Ints:
-        """About how many names these directories have, before anything is made for them."""
-
-    @abstractmethod
-    def nlinks(self) -> NDArray[np.uint32]: ...
-    @abstractmethod
-    def chunks(self, rows: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
-        """Of these files: the blob of each chunk, its offset there, and the bytes it has, -1: not told."""
-
-
-class _V5(_Source):
-    def __init__(self, image: BootstrapV5) -> None:
-        self.loader = self._v5 = LoaderV5(image, [blob_info(blob) for blob in image.blobs])
-        self.numbers = image.node_count() + 1
-        self._size = image.size
-        self._blobs = len(image.blobs)
-        self._words = np.frombuffer(image.data, "<u8", image.size // 8)
-
-    def _at(self, handles: Ints) -> Ints:
-        at = self._v5._offsets[handles - 1]
-        outside = (at <= v5.SUPER_SIZE) | (at + v5.INODE.size > self._size)
-        refuse("inode table", outside, at, lambda row: f"record at {at[row]:#x} lies outside the file")
-        return at
-
-    def inode_of(self, handles: Ints) -> Ints:
-        at = self._at(handles)
-        inos = self._words[at // 8 + 5]
-        bad = (inos == 0) | (inos >= np.uint64(self.numbers))
-        refuse("inode", bad, at, lambda row: f"number {inos[row]} in slot {handles[row]} leads nowhere")
-        found: Ints = inos.astype(np.int64)
-        again = self._words[self._at(found) // 8 + 5]
-        refuse("inode", again != inos, at, lambda row: f"number {inos[row]} in slot {handles[row]} leads nowhere")
-        return found
-
-    def modes(self, handles: Ints) -> NDArray[np.uint32]:
-        return (self._words[self._at(handles) // 8 + 7] >> np.uint64(32)).astype(np.uint32)
-
-    def names_in(self, handles: Ints) -> Ints:
-        found: Ints = (self._words[self._at(handles) // 8 + 12] & np.uint64(0xFFFF_FFFF)).astype(np.int64)
-        return found
-
-    def nlinks(self) -> NDArray[np.uint32]:
-        found: NDArray[np.uint32] = self._v5._raw["nlink"]
-        return found
-
-    def chunks(self, rows: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
-        raw, tables = self._v5._raw[rows], self._v5._tables[-1][rows]
-        stored = raw["child_count"].astype(np.int64)
-        refuse("inode", stored != counts, tables, lambda row: f"{stored[row]} chunks instead of {counts[row]}")
-        ends = tables + counts * CHUNK.itemsize
-        refuse("chunk records", ends > self._size, tables, lambda row: "reach behind the end of the file")
-        at = np.repeat(tables // 8, counts) + ragged(counts) * (CHUNK.itemsize // 8)
-        blobs = (self._words[at + 4] & np.uint64(0xFFFF_FFFF)).astype(np.int64)
-        wrong = blobs >= self._blobs
-        refuse("chunk record", wrong, at * 8, lambda row: f"blob {blobs[row]} of {self._blobs}")
-        sizes = (self._words[at + 5] >> np.uint64(32)).astype(np.int64)
-        return blobs, self._words[at + 7].astype(np.int64), sizes
-
-
-class _V6(_Source):
-    def __init__(self, image: BootstrapV6) -> None:
-        self.loader = self._v6 = LoaderV6(image, [blob_info(blob) for blob in image.blobs])
-        self.numbers = image.size // SLOT + 1
-        self._size = image.size
-        self._blobs = len(image.blobs)
-        self._addresses = np.frombuffer(image.data, "<u8", image.size // 8)
-
-    def inode_of(self, handles: Ints) -> Ints:
-        wrong = (handles <= 0) | (handles >= self.numbers)
-        refuse("inode", wrong, handles, lambda row: f"number {handles[row]} lies outside the file")
-        return handles
-
-    def modes(self, handles: Ints) -> NDArray[np.uint32]:
-        return self._v6._decode(handles)[0]["mode"].astype(np.uint32)
-
-    def names_in(self, handles: Ints) -> Ints:
-        return self._v6._decode(handles)[0]["size"].astype(np.int64) // (2 * DIRENT_SIZE)
-
-    def nlinks(self) -> NDArray[np.uint32]:
-        found: NDArray[np.uint32] = self._v6._raw["nlink"]
-        return found
-
-    def chunks(self, rows: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
-        layouts = self._v6._raw["format"][rows] >> 1
-        tables = self._v6._payloads[rows] + 7 & ~7
-        wrong = layouts != v6.LAYOUT_CHUNK_BASED
-        refuse("inode", wrong, tables, lambda row: f"data layout {layouts[row]} for a regular file")
-        ends = tables + 8 * counts
-        refuse("chunk addresses", ends > self._size, tables, lambda row: "reach behind the end of the file")
-        at = np.repeat(tables // 8, counts) + ragged(counts)
-        found = self._addresses[at]
-        blobs = (found >> np.uint64(16) & np.uint64(0xFF)).astype(np.int64) - 1
-        wrong = (blobs < 0) | (blobs >= self._blobs)
-        refuse("chunk address", wrong, at * 8, lambda row: f"blob {blobs[row]} of {self._blobs}")
-        return blobs, (found >> np.uint64(32)).astype(np.int64) * B, np.full(len(found), -1, np.int64)
 
 
 class _Batch(NamedTuple):
@@ -194,15 +84,28 @@ class _Level(NamedTuple):
     targets: list[bytes]
 
 
+class _Listed(NamedTuple):
+    """What stands in directories, one after the other: names, the inodes they stand for and their modes, and how many
+    each directory has. `level`: of the directories."""
+
+    level: _Level
+    names: list[bytes]
+    inodes: Ints
+    modes: NDArray[np.uint32]
+    counts: Ints
+
+
+class _Files(NamedTuple):
+    level: _Level
+    references: Iterable[References]
+    weight: int  # bytes of both, about
+
+
 class ErofsImage:
     """`scan` first. `scratch`: two empty files. All raise FormatError or BuildError."""
 
     def __init__(self, image: Bootstrap, scratch: IO[bytes], places: IO[bytes], *, xattrs: bool) -> None:
-        if isinstance(image, BootstrapV5):
-            self._source: _Source = _V5(image)
-        else:
-            assert isinstance(image, BootstrapV6)
-            self._source = _V6(image)
+        self._source = source_of(image)
         self._image = image
         self._loader = self._source.loader
         self._chunk_size = image.chunk_size
@@ -215,6 +118,8 @@ class ErofsImage:
         self._budget = self._loader._budget  # for each walk
         self._at = SLOT  # of the next inode, behind nid 0
         self._blocks = 0  # of directories
+        self._kept: list[tuple[_Listed, _Files | None]] = []  # of the first batches
+        self._room = KEPT
 
     # -- the walk
 
@@ -222,31 +127,50 @@ class ErofsImage:
         """Find a place for everything."""
         self._loader._budget = self._budget
         root = np.array([self._loader.root()], np.int64)
-        pending: list[tuple[int, Ints, Ints]] = [(0, root, root)]  # depth, directories, what they lie in
+        pending = [(root, root, np.zeros(1, np.int64))]  # directories, what they lie in, their depth
         while pending:
-            depth, directories, parents = pending.pop()
-            if depth > MAX_DEPTH:
+            directories, parents, depths = self._next(pending)
+            if depths.max() > MAX_DEPTH:
                 raise FormatError("directory tree", 0, f"more than {MAX_DEPTH} levels deep")
-            fit = int(np.searchsorted(np.cumsum(self._source.names_in(directories) + 1), NAMES)) or 1
-            if fit < len(directories):
-                pending.append((depth, directories[fit:], parents[fit:]))
-                directories, parents = directories[:fit], parents[:fit]
-            level = self._level(directories)
-            names, handles, counts = self._children(directories)
-            self._place_directories(directories, level, names, counts)
-            inodes = self._source.inode_of(handles)
-            kinds = self._source.modes(inodes) & np.uint32(S_IFMT)
+            listed = self._list(directories)
+            inodes, counts = listed.inodes, listed.counts
+            self._place_directories(directories, listed)
+            kinds = listed.modes & np.uint32(S_IFMT)
             below = kinds == stat.S_IFDIR
             files = np.unique(inodes[~below & (self._nids[inodes] == 0)])
-            self._place_files(files)
-            self._write_down(_Batch(directories, parents, files))
+            found = self._place_files(files) if len(files) else None
+            self._write_down(_Batch(directories, parents, files), listed, found)
             if below.any():
-                found = inodes[below]
-                if len(np.unique(found)) < len(found) or self._nids[found].any():
+                whose = np.repeat(np.arange(len(directories)), counts)[below]
+                found_below = inodes[below]
+                if len(np.unique(found_below)) < len(found_below) or self._nids[found_below].any():
                     raise FormatError("directory tree", 0, "a directory is reached twice")
-                whose = np.repeat(directories, counts)[below]
-                self._nids[found] = 0xFFFF_FFFF  # it has a name
-                pending.append((depth + 1, found, whose))
+                self._nids[found_below] = 0xFFFF_FFFF  # it has a name
+                pending.append((found_below, directories[whose], depths[whose] + 1))
+
+    def _next(self, pending: list[tuple[Ints, Ints, Ints]]) -> list[Ints]:
+        """Take directories with `NAMES` names, or one with more."""
+        parts: list[tuple[Ints, ...]] = []
+        left = NAMES
+        while pending and left > 0:
+            columns = pending.pop()
+            ends = np.cumsum(self._source.names_in(columns[0]) + 1)
+            fit = int(np.searchsorted(ends, left, side="right")) or (0 if parts else 1)
+            if fit < len(ends):
+                pending.append((columns[0][fit:], columns[1][fit:], columns[2][fit:]))
+            if fit:
+                parts.append(tuple(column[:fit] for column in columns))
+                left -= int(ends[fit - 1])
+            if fit < len(ends):
+                break
+        return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+    def _list(self, directories: Ints) -> _Listed:
+        level = self._level(directories)
+        names, handles, counts = self._loader.children(directories)
+        self._loader._check_names(names, counts, directories)
+        inodes = self._source.inode_of(handles)
+        return _Listed(level, names, inodes, self._source.modes(inodes), counts)
 
     def _level(self, handles: Ints) -> _Level:
         loader = self._loader
@@ -273,36 +197,33 @@ class ErofsImage:
             raise BuildError("extended attributes of a file take more than 256 KiB together")
         return packed
 
-    def _children(self, directories: Ints) -> tuple[list[bytes], Ints, Ints]:
-        names, handles, counts = self._loader.children(directories)
-        self._loader._check_names(names, counts, directories)
-        return names, handles, counts
-
-    def _place_directories(self, directories: Ints, level: _Level, names: list[bytes], counts: Ints) -> None:
+    def _place_directories(self, directories: Ints, listed: _Listed) -> None:
+        level, names, counts = listed.level, listed.names, listed.counts
         sizes = _listing_sizes(names, counts)
-        begins = (np.cumsum(counts) - counts).tolist()
-        for row, size in enumerate(sizes.tolist()):
-            number = int(directories[row])
-            if size > B:
-                stored = listing(names, begins[row], begins[row] + int(counts[row]))
-                size = _size_of(_splits(stored), stored)
-            self._data[number] = self._blocks
-            self._nids[number] = self._put(int(level.heads[row]), size)
+        begins = np.cumsum(counts) - counts
+        for row in np.flatnonzero(sizes > B).tolist():
+            stored = listing(names, int(begins[row]), int(begins[row] + counts[row]))
+            sizes[row] = _size_of(_splits(stored), stored)
+        self._put(directories, level.heads, sizes)
 
-    def _put(self, head: int, size: int) -> int:
-        """A directory or link: its data behind the inode if one block holds both. Its number."""
-        rest = size % B
-        inline = head + rest if rest and head + rest <= B else 0
-        if inline and B - self._at % B < inline:
-            self._at = round_up(self._at, B)
-        at = self._at
-        self._at = round_up(at + (inline or head), SLOT)
-        self._blocks += size // B if inline else -(-size // B)
-        return at // SLOT
+    def _put(self, numbers: Ints, heads: Ints, sizes: Ints) -> None:
+        """Directories or links, one after the other: their data behind the inode if one block holds both."""
+        at, blocks = self._at, self._blocks
+        nids, data = [], []
+        for head, size, rest in zip(heads.tolist(), sizes.tolist(), (sizes % B).tolist(), strict=True):
+            inline = head + rest if rest and head + rest <= B else 0
+            if inline and B - at % B < inline:
+                at = -(-at // B) * B
+            nids.append(at // SLOT)
+            data.append(blocks)
+            at = -(-(at + (inline or head)) // SLOT) * SLOT
+            blocks += size // B if inline else -(-size // B)
+        if at // SLOT >= 0xFFFF_FFFF:
+            raise BuildError("inodes are more than an image can hold")
+        self._nids[numbers], self._data[numbers] = nids, data
+        self._at, self._blocks = at, blocks
 
-    def _place_files(self, files: Ints) -> None:
-        if not len(files):
-            return
+    def _place_files(self, files: Ints) -> _Files:
         level = self._level(files)
         refuse("inode", ~known_types(level.made["mode"]), files, lambda row: "is of no known type")
         regular, link = level.kinds == stat.S_IFREG, level.kinds == stat.S_IFLNK
@@ -313,13 +234,15 @@ class ErofsImage:
         self._nids[files[usual]] = (ends - needs) // SLOT
         if len(ends):
             self._at = int(ends[-1])
-        for row in np.flatnonzero(link).tolist():
-            self._data[files[row]] = self._blocks
-            self._nids[files[row]] = self._put(int(level.heads[row]), int(level.made["size"][row]))
-        if self._at // SLOT >= 0xFFFF_FFFF:
-            raise BuildError("inodes are more than an image can hold")
+        self._put(files[link], level.heads[link], level.made["size"][link])
+        weight = _weight(level, 120 * len(files) + 48 * int(counts.sum()))
+        return _Files(level, list(self._references(files, level)) if weight < self._room else (), weight)
 
-    def _write_down(self, batch: _Batch) -> None:
+    def _write_down(self, batch: _Batch, listed: _Listed, files: _Files | None) -> None:
+        if self._room > 0:
+            self._room -= _weight(listed.level, 200 * len(listed.names)) + (files.weight if files is not None else 0)
+            if self._room > 0:
+                self._kept.append((listed, files))
         head = np.array([len(batch.directories), len(batch.files)], np.int64)
         for column in (head, *batch):
             self._scratch.write(column.astype("<i8").tobytes())
@@ -338,9 +261,18 @@ class ErofsImage:
 
     def references(self) -> Iterator[References]:
         """All chunks of all files, in the same order each time. A file of several names comes once."""
-        for batch in self._batches():
+        for number, batch in enumerate(self._batches()):
             if len(batch.files):
-                yield from self._references(batch.files, self._level(batch.files))
+                yield from self._files(number, batch).references
+
+    def _files(self, number: int, batch: _Batch) -> _Files:
+        """Of a batch that has some."""
+        if number < len(self._kept):
+            kept = self._kept[number][1]
+            assert kept is not None
+            return kept
+        level = self._level(batch.files)
+        return _Files(level, self._references(batch.files, level), 0)
 
     def _references(self, files: Ints, level: _Level) -> Iterator[References]:
         """`level`: of these files, and the loader's last one."""
@@ -374,17 +306,16 @@ class ErofsImage:
         self._loader._budget = self._budget
         slots, words = np.frombuffer(out, "V32"), np.frombuffer(out, "<u8")
         self._data += np.uint32((meta + round_up(self._at, B)) // B)
-        for batch in self._batches():
-            level = self._level(batch.directories)
-            names, handles, counts = self._children(batch.directories)
-            listings = self._listings(batch, names, self._source.inode_of(handles), counts)
+        for number, batch in enumerate(self._batches()):
+            listed = self._kept[number][0] if number < len(self._kept) else self._list(batch.directories)
+            listings = self._listings(batch, listed)
             lengths = np.fromiter(map(len, listings), np.int64, len(listings))
-            self._write_inodes(out, slots, meta, batch.directories, level, lengths, listings)
+            self._write_inodes(out, slots, meta, batch.directories, listed.level, lengths, listings)
             if not len(batch.files):
                 continue
-            level = self._level(batch.files)
+            level, references, _ = self._files(number, batch)
             self._write_inodes(out, slots, meta, batch.files, level, level.made["size"], level.targets)
-            for found in self._references(batch.files, level):
+            for found in references:
                 device, byte = places(found)
                 address = (device.astype(np.uint64) + np.uint64(1)) << np.uint64(16)
                 words[(meta + found.at) // 8] = address | (byte // B).astype(np.uint64) << np.uint64(32)
@@ -444,10 +375,11 @@ class ErofsImage:
             out[far : far + whole] = body[:whole]
             out[near : near + len(body) - whole] = body[whole:]
 
-    def _listings(self, batch: _Batch, names: list[bytes], inodes: Ints, counts: Ints) -> list[bytes]:
+    def _listings(self, batch: _Batch, listed: _Listed) -> list[bytes]:
         """What stands in each of the directories. Those of one block with nothing before "..": all at once."""
-        nids = self._nids[inodes].astype(np.int64)
-        types = FILE_TYPES[self._source.modes(inodes) >> np.uint32(12)]
+        names, counts = listed.names, listed.counts
+        nids = self._nids[listed.inodes].astype(np.int64)
+        types = FILE_TYPES[listed.modes >> np.uint32(12)]
         own, up = self._nids[batch.directories].astype(np.int64), self._nids[batch.parents].astype(np.int64)
         begins = np.cumsum(counts) - counts
         totals = counts + 2
@@ -477,6 +409,10 @@ class ErofsImage:
             stored = listing(names, begin, end)
             found.append(dirent_blocks(stored, here, kinds, _splits(stored), B))
         return found
+
+
+def _weight(level: _Level, rest: int) -> int:
+    return rest + sum(map(len, level.packed)) + sum(map(len, level.targets))
 
 
 def _fits_compact(made: NDArray[np.void], nlinks: NDArray[np.uint32]) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from nydusfs.cache.durability import RWF_NOWAIT, resident
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.cache.health import FULL
 from nydusfs.cache.names import NAME, unlink
+from nydusfs.cache.spread import make_folder
 from nydusfs.hands import Hands
 from nydusfs.segments import Plain, Segment
 
@@ -47,7 +48,7 @@ class BlobCache:
         self._written: dict[bytes, int] = {}  # by key, until `add`: its descriptor, -1 for what is synced
         self._mapped: set[bytes] = set()  # until `add`: written to devices
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self.path)
             self._load()
         except OSError as error:
             store.health.failed(error)  # `write` tries again
@@ -325,7 +326,7 @@ class BlobCache:
         try:
             return os.open(part, flags, 0o600)
         except FileNotFoundError:  # the directory was cleaned up under us
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self.path)
             return os.open(part, flags, 0o600)
 
     def _hold(self, key: bytes, fd: int) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Protocol
 
 from nydusfs.cache.leaving import Leaving
 from nydusfs.cache.names import unlink
-from nydusfs.cache.spread import spread
+from nydusfs.cache.spread import make_folder, spread
 from nydusfs.segments import Plain, Segment
 
 PLAIN = ".plain"
@@ -79,16 +80,15 @@ class DeviceFiles:
     def create(self, blob_id: str, name: str) -> bool:
         """Make an empty device; False when there is one already."""
         path = f"{self._folder}/{blob_id}/{name}"  # thousands are made for a mount: joining objects takes a third
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        mode = stat.S_IFREG | 0o600  # mknod(2): to open and close it as well takes a fifth longer
         try:
             try:
-                fd = os.open(path, flags, 0o600)
+                os.mknod(path, mode)
             except FileNotFoundError:
-                (self.files / blob_id).mkdir(mode=0o700, exist_ok=True)
-                fd = os.open(path, flags, 0o600)
+                make_folder(self.files / blob_id)
+                os.mknod(path, mode)
         except FileExistsError:
             return False
-        os.close(fd)
         return True
 
     def note_plain(self) -> None:
@@ -163,7 +163,7 @@ class DeviceFiles:
     def adopt(self, blob_id: str, name: str, file: Path) -> None:
         """Make a device of a cached file that is complete, unless there is one. Raises OSError."""
         path = self.files / blob_id / name
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        make_folder(path.parent)
         try:
             os.link(file, path)
         except FileExistsError:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nydusfs.cache.blob import BlobCache
 from nydusfs.cache.names import NAME
+from nydusfs.cache.spread import make_folder
 from nydusfs.cache.store import CacheStore
 from nydusfs.errors import CacheError
 
@@ -90,7 +91,7 @@ def adopt(store: CacheStore, blob: BlobCache, names: Iterable[str], staged: str)
             if store.quota is not None and not store.quota.admit(slot, name, size):
                 return taken, "the cache's limit is reached"
             try:
-                blob.path.mkdir(mode=0o700, exist_ok=True)
+                make_folder(blob.path)
                 with blob.naming:
                     os.rename(path, blob.path / name)
                     blob.found(key)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from nydusfs.image_reader import ImageReader
 
 Ints = NDArray[np.int64]
-AT_ONCE = 64  # segments, of a few or hundreds of chunks each
+AT_ONCE = 256  # segments, of a few or hundreds of chunks each
+ROWS = 32768  # of the file map, at a time
 
 
 def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
@@ -125,7 +126,7 @@ def _write(reader: ImageReader, file: IO[bytes], image: ErofsImage) -> tuple[int
 
 class _Rows:
     """The file map in the making: three columns, see `filemap`. Rows of one device come together at once, since it is
-    known how many there are, and are sorted in the end."""
+    known how many there are, and devices are in order; the rest is sorted in the end."""
 
     def __init__(self, counts: Ints) -> None:
         self.total = int(counts.sum())
@@ -151,7 +152,12 @@ class _Rows:
         self._within[at] = found.within[order]
 
     def sort(self) -> None:
-        for begin, end in zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True):
+        devices = len(self._starts) - 1
+        first = 0
+        while first < devices:
+            begin = int(self._starts[first])
+            first = max(first + 1, int(np.searchsorted(self._starts, begin + ROWS, side="right")) - 1)
+            end = int(self._starts[first])
             order = np.argsort(self._keys[begin:end], kind="stable")
             for column in (self._keys, self._inodes, self._within):
                 column[begin:end] = column[begin:end][order]
