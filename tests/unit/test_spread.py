@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nydusfs.cache import CacheStore
-from nydusfs.cache.spread import FS_IOC_GETFLAGS, FS_TOPDIR_FL, spread
+from nydusfs.cache.spread import FS_IOC_GETFLAGS, FS_TOPDIR_FL, make_folder, spread
 
 SHM = Path("/dev/shm")
 
@@ -32,6 +32,36 @@ def test_ext4_is_told(tmp_path: Path) -> None:
     assert is_topdir(tmp_path / "cache")
     spread(tmp_path / "cache")
     assert is_topdir(tmp_path / "cache")
+
+
+def test_a_folder_is_made_once_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    make_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "file").touch()
+    make_folder(folder)
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["file"]
+    with pytest.raises(FileNotFoundError):
+        make_folder(tmp_path / "nowhere" / "folder")
+    with pytest.raises(NotADirectoryError):
+        make_folder(folder / "file")
+    assert os.listdir(folder) == ["file"]
+
+
+def test_one_that_came_first_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").touch()
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)  # as it was a moment before
+    make_folder(folder)
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(folder) == ["file"]
+
+
+def test_what_a_death_left_goes(tmp_path: Path) -> None:
+    (tmp_path / ".new-0123456789abcdef").mkdir()
+    (tmp_path / ".other").mkdir()
+    spread(tmp_path)
+    assert os.listdir(tmp_path) == [".other"]
 
 
 @pytest.mark.skipif(not SHM.is_dir(), reason="tmpfs: no /dev/shm here")
