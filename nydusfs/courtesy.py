@@ -135,10 +135,9 @@ class Courtesy:
         began = now = trio.current_time()
         while not urgent.is_set():
             if not self.busy:
-                self._measure(now, size)
                 break
             if now >= self._next_at:
-                self._next_at = now + size / max(self.rate * SHARE, _SLOWEST)
+                self._next_at = now + self._shared(size)
                 break
             due = self._next_at if self._readers else min(self._next_at, self._free_at)
             with trio.move_on_after(min(max(due - now, 0.001), BREATH)):
@@ -146,7 +145,17 @@ class Courtesy:
             now = trio.current_time()
         return now - began
 
-    def _measure(self, now: float, size: int) -> None:
+    def _shared(self, size: int) -> float:
+        """Seconds that a piece of this size takes beside readers."""
+        return size / max(self.rate * SHARE, _SLOWEST)
+
+    def received(self, size: int, permitted: int) -> None:
+        """Of a permitted piece so much came: over TLS one record, which some servers begin with 1 KiB. What comes while
+        nobody reads is what the link carries."""
+        if self.busy:
+            self._next_at -= self._shared(permitted - size)
+            return
+        now = trio.current_time()
         elapsed = now - self._slice_from
         if elapsed > 4 * _SLICE:  # the first piece after a pause, however long that was
             self._slice_from, self._slice_bytes = now, 0
@@ -163,6 +172,7 @@ class RequestPace:
     def __init__(self, courtesy: Courtesy, urgent: trio.Event) -> None:
         self._courtesy = courtesy
         self._urgent = urgent
+        self._permitted = 0
 
     @property
     def window(self) -> int:
@@ -172,10 +182,11 @@ class RequestPace:
         self._courtesy.waited(seconds)
 
     async def permit(self, size: int) -> float:
+        self._permitted = size
         return await self._courtesy.permit(size, self._urgent)
 
     def received(self, size: int) -> None:
-        pass
+        self._courtesy.received(size, self._permitted)
 
 
 class ReplayPace(RequestPace):
@@ -196,4 +207,5 @@ class ReplayPace(RequestPace):
         self._link.waited(seconds)
 
     def received(self, size: int) -> None:
+        super().received(size)
         self._link.arrived(size)
