@@ -278,8 +278,7 @@ class Daemon:
             self._meanwhile()
             self._wait_state(process, output, "RUNNING")
         except BaseException:
-            process.kill()
-            process.wait()
+            self._give_up(process)
             detach(str(record.mountpoint))
             raise
         self._begun(process)
@@ -311,8 +310,7 @@ class Daemon:
             self.api.start()
             self._wait_state(process, output, "RUNNING")
         except BaseException:
-            process.kill()
-            process.wait()
+            self._give_up(process)
             raise
         self._begun(process)
         log.info("nydusd %s: pid %d goes on with %s, readers waited", self.id, process.pid, self.mountpoint)
@@ -464,6 +462,12 @@ class Daemon:
         if self._record.pid and self._record.started and start_time(self._record.pid) == self._record.started:
             pids.add(self._record.pid)
         return pids
+
+    def _give_up(self, process: subprocess.Popen[bytes]) -> None:
+        """All processes of a nydusd that did not start as it should: a worker alone would start another keeper."""
+        self._end_processes(signal.SIGKILL)
+        process.kill()
+        process.wait()
 
     def _end_processes(self, first: signal.Signals = signal.SIGTERM) -> None:
         """SIGTERM, then SIGKILL, to every process of ours that was started for this socket."""

@@ -36,6 +36,7 @@ log = logging.getLogger("nydusfs.daemon")
 
 TOGETHER = 8  # images that are opened at a time
 
+
 class ImageMetadata(Metadata, Protocol):
     @property
     def flags(self) -> SuperFlags: ...

@@ -284,6 +284,7 @@ class Daemon:
         stacks.watch_tasks()
         try:
             with trio.open_signal_receiver(*_SIGNALS) as signals:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked since `keeper.zygote` forked this worker
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
                     self._share(services)

@@ -121,6 +121,7 @@ class Keeper:
         self.crashes: list[float] = []
         self.last = ""  # how the last worker ended
         self.told_to_stop = 0.0
+        self.last_one = False  # the worker that follows one which died before it stopped: it removes the mount
         self.start_at: float | None = None
         self.exit_status: int | None = None
         self.orphan_status = 0
@@ -173,16 +174,13 @@ class Keeper:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self.start_at is not None and now >= self.start_at:
-            self.start_at = None
-            self._start_worker()
         if self.told_to_stop and now > self.told_to_stop + STOP_SECONDS and self.worker is not None:
             say("the worker does not end, killing it")
             self.told_to_stop = now
             self._kill(signal.SIGKILL)
-        timeout = None if self.start_at is None else max(0.0, self.start_at - now)
-        if self.told_to_stop:
-            timeout = 1.0
+        timeout = 1.0 if self.told_to_stop else None
+        if self.start_at is not None:
+            timeout = max(0.0, self.start_at - now)
         for key, _ in self.selector.select(timeout):
             if key not in self.selector.get_map().values():
                 continue  # an earlier event of this turn ended it
@@ -190,6 +188,10 @@ class Keeper:
                 key.data(key.fileobj)
             except BlockingIOError:
                 pass  # another event of this turn took the message already
+        # Behind the signals: while the zygote imports, a keeper waits for it alone.
+        if self.exit_status is None and self.start_at is not None and time.monotonic() >= self.start_at:
+            self.start_at = None
+            self._start_worker()
 
     def _use(self, zygote: Zygote) -> None:
         if not zygote.wait_hello(UPGRADE_SECONDS):
@@ -202,10 +204,10 @@ class Keeper:
     def _signals(self, fd: int) -> None:
         for number in os.read(fd, 64):
             self.told_to_stop = self.told_to_stop or time.monotonic()
-            if self.worker is None or not self.worker.pid:
+            if self.worker is not None:
+                self._kill(signal.Signals(number))  # one that is just being started: once it is
+            elif not self.served:
                 self.exit_status = 0
-            else:
-                self._kill(signal.Signals(number))
 
     def _kill(self, number: signal.Signals) -> None:
         worker = self.worker
@@ -225,7 +227,8 @@ class Keeper:
             return
         worker = self.worker
         if message["op"] == "started" and worker is not None:
-            self._watch(worker, int(message["pid"]))
+            if self._watch(worker, int(message["pid"])) and self.told_to_stop:
+                self._kill(signal.SIGTERM)
         elif message["op"] == "exited" and worker is not None and worker.pid in (0, message["pid"]):
             worker.status = int(message["status"])
             if worker.pidfd < 0:  # gone before it could be watched
@@ -248,6 +251,7 @@ class Keeper:
         if self.worker is not None and not self.worker.pid:
             self._close_control(self.worker)
             self.worker = None
+            self.exit_status = 0 if self.told_to_stop and not self.served else None
             self.start_at = time.monotonic() + 0.1
 
     def _start_worker(self) -> None:
@@ -256,6 +260,7 @@ class Keeper:
                 self._use(Zygote.exec_new(self.spec))
             except SystemExit as error:
                 say(str(error))
+                self.exit_status = 1 if self.told_to_stop else None
                 self.start_at = time.monotonic() + PAUSES[-1]
                 return
         assert self.zygote is not None
@@ -344,9 +349,10 @@ class Keeper:
         self._close_control(worker)
         self.worker = None
         status = worker.status
-        if worker.stopping or not self.served or self.told_to_stop:
+        if worker.stopping or not self.served or (self.told_to_stop and self.last_one):
             self.exit_status = _exit_code(status)
             return
+        self.last_one = bool(self.told_to_stop)
         how = _describe(status)
         if worker.retiring:
             self.deaths, how = 0, ""

@@ -29,6 +29,7 @@ class KeeperLink:
         self._state = state
         self._keeper = _peer(sock)
         self._started: list[float] = []
+        self._ends = False
 
     @property
     def keeper_pid(self) -> int:
@@ -59,6 +60,7 @@ class KeeperLink:
 
     def stopping(self) -> None:
         """The end that follows is wanted: no next worker."""
+        self._ends = True
         self._send("stopping")
 
     def upgrade(self) -> None:
@@ -80,7 +82,7 @@ class KeeperLink:
             except BlockingIOError:
                 continue
             except EOFError:
-                if not await self._replace_keeper():
+                if self._ends or not await self._replace_keeper():
                     return
                 continue
             for fd in fds:

@@ -19,6 +19,7 @@ from nydusfs.keeper.protocol import receive, send
 
 # What not every node needs, and the first worker imports where it does; the next ones find it here.
 LATER = ("tomllib", "nydusfs.sources.plain", "nydusfs.sources.localdisk")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LATER_SECONDS = 5.0  # until then somebody may be waiting for the first container
 
 
@@ -38,7 +39,7 @@ def load() -> tuple[str, Callable[..., int]]:
 def main(sock: socket.socket) -> int:
     """Serve one keeper until it is gone."""
     # Ctrl-C in a terminal reaches every process of the group: the worker stops by it, this one with the keeper.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     version, work = load()
     receiving, sending = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -82,15 +83,19 @@ def _reap(sock: socket.socket) -> None:
 
 
 def _fork(sock: socket.socket, message: dict[str, Any], fds: list[int], work: Any) -> None:
+    # A worker that is told to stop before it listens (`Daemon.run`) is to do so then: what its default action leaves
+    # behind is a dead mount where it follows another worker.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         send(sock, "started", pid=pid)
         return
     status = 1
     try:
         gc.enable()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         sock.close()
         control, *rest = fds

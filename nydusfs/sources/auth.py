@@ -132,9 +132,7 @@ class Authenticator:
             return await self._answer(sent, refusal, where, timeout)
         raise TokenLate(f"{where}: no token within {limit:g} s", url=str(where))
 
-    async def _answer(
-        self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float
-    ) -> str:
+    async def _answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float) -> str:
         async with self._lock:
             self._old = None
             value = await self.header()

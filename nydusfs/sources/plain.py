@@ -108,9 +108,7 @@ class PlainEndpoint:
 
     async def ping(self) -> None:
         url = self._ping_url or Url(self._mirror or self._prepare("")[0].origin, "/")
-        await ping(
-            self._client, url, (), None if self._ping_url else self._via, self._times.connect, self._ping_below
-        )
+        await ping(self._client, url, (), None if self._ping_url else self._via, self._times.connect, self._ping_below)
 
     def forget(self, blob_id: str) -> None:
         """Nothing is remembered of a blob's way."""

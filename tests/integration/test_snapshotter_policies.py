@@ -165,6 +165,7 @@ def test_a_take_over_that_fails_is_a_restart(ours: Snapshotter, mode: str) -> No
         boots[0].unlink()
         kill_together(ours.daemons())
         wait_until(lambda: stat_of(lower[1]) == "" and right(lower[1]), 30, "the other image")
+        assert len(ours.services()) == 1, "each attempt has ended, its worker and all"
         with pytest.raises(grpc.RpcError, match="holds no image"):
             ours.kill()
             kill_together(ours.daemons())

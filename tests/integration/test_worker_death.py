@@ -25,7 +25,7 @@ from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
-from tests.lab.process import LabError, processes_mentioning, remove_tree, unmount_below, work_dir
+from tests.lab.process import LabError, mounts_below, processes_mentioning, remove_tree, unmount_below, work_dir
 from tests.lab.served import some_file
 from tests.lab.tiny import noise, tiny_image
 
@@ -155,6 +155,29 @@ def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_p
             os.kill(before["worker_pid"], signal.SIGKILL)
             settled(daemon, before, "worker_pid", "keeper_pid")
             assert check_mount(case, daemon.mnt / "a") == []
+
+
+@pytest.mark.parametrize("which", ["first", "next"])
+def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: Path, which: str) -> None:
+    """A second one, too, which has a mount to remove."""
+    image = tiny_image(tmp_path, {"f": b"content"})
+    for number in range(8):
+        daemon = Nydusd()
+        try:
+            if which == "first":
+                daemon.start(ready=False)
+                wait_until(lambda daemon=daemon: len(processes_mentioning(str(daemon.sock))) == 2, 20, "the zygote")
+                time.sleep(number * 0.04)
+            else:
+                daemon.start()
+                assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+                os.kill(daemon.worker_pid, signal.SIGKILL)
+                time.sleep(number * 0.008)
+            assert daemon.stop()[0] == 0
+            wait_until(lambda daemon=daemon: not processes_mentioning(str(daemon.sock)), 5, "the end of all")
+            assert mounts_below(daemon.dir) == []
+        finally:
+            daemon.__exit__()
 
 
 @both
