@@ -39,7 +39,8 @@ def image_of(records: list[Record], blobs: int = 3) -> SimpleNamespace:
 
 
 def build(image: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, vector: bool) -> tuple[bytes, int] | str:
-    monkeypatch.setattr(chunkindex, "VECTOR_ROWS", 0 if vector else 1 << 30)
+    for name in ("VECTOR_ROWS", "LOADED_ROWS"):
+        monkeypatch.setattr(chunkindex, name, 0 if vector else 1 << 30)
     try:
         return chunkindex._build(image)  # type: ignore[arg-type]
     except FormatError as error:
