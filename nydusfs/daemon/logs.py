@@ -109,7 +109,7 @@ class RotatingFile(logging.Handler):
 
 
 class ErrorRing(logging.Handler):
-    """The latest errors, at most 500 entries and 50 KiB; totals count everything ever seen."""
+    """The latest errors, at most 500 entries and 50 KiB. Totals count these, as upstream's do."""
 
     MAX_ERRORS = 500
     MAX_SIZE = 50 << 10

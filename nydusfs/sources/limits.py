@@ -6,6 +6,7 @@ Pure state; times are seconds of whatever clock the caller has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(slots=True)
@@ -89,3 +90,22 @@ class ExtraBudget:
 
     def spend(self) -> None:
         self.credit = max(min(self.credit, self.reserve), self.credit - 1)
+
+
+@dataclass(slots=True)
+class Seldom:
+    """Lines of a log that say the same of one source: the first at once, then one in `EVERY` seconds, with the count of
+    those left out. A mirror that answers one request in ten wrongly has one for each otherwise."""
+
+    EVERY: ClassVar[float] = 10.0
+    _next: float = float("-inf")
+    _left_out: int = 0
+
+    def say(self, now: float) -> str | None:
+        """What to add to the line; None: it is left out."""
+        if now < self._next:
+            self._left_out += 1
+            return None
+        left_out, self._left_out = self._left_out, 0
+        self._next = now + self.EVERY
+        return f"; {left_out} more since this was said last" if left_out else ""

@@ -254,11 +254,14 @@ class Racer:
             await trio.sleep(pause)
             turns.waiting.note(pause, trio.current_time(), endpoint)
         if turns.asked and not attempt and endpoint.last:
-            log.warning(
-                "Request to all mirror server failed, fallback to original server. blob %s, %s",
-                turns.wanted.blob_id,
-                "; ".join(f"{name}: {reason}" for name, reason in turns.told()),
-            )
+            more = next(iter(turns.attempts)).standing.passed_over.say(trio.current_time())
+            if more is not None:
+                log.warning(
+                    "Request to all mirror server failed, fallback to original server. blob %s, %s%s",
+                    turns.wanted.blob_id,
+                    "; ".join(f"{name}: {reason}" for name, reason in turns.told()),
+                    more,
+                )
         if not endpoint.last or self._bucket is None or not (attempt or len(self.endpoints) > 1):
             return
         while not turns.wanted.demanded:

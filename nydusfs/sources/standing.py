@@ -17,6 +17,7 @@ from enum import Enum
 from nydusfs.counters import SourceTally
 from nydusfs.http.connection import Progress
 from nydusfs.sources.latency import Latency
+from nydusfs.sources.limits import Seldom
 
 # Five errors spread over days must not disable a mirror (upstream's do): old failures weigh half after this time.
 HALF_LIFE = 30.0
@@ -52,6 +53,7 @@ class Standing:
     last_used: float = float("-inf")
     probe_at: float = 0.0  # while DOWN
     reason: str = ""  # of the last failure
+    passed_over: Seldom = field(default_factory=Seldom)  # the log's lines of reads that went on to the origin
     _weight: float = 0.0
     _updated: float = 0.0
     _pause: float = 0.0

@@ -72,6 +72,34 @@ def test_the_origin_is_given_more_time_before_it_is_asked_too() -> None:
     assert seconds == pytest.approx(ORIGIN_HEDGE + 0.1)
 
 
+def test_a_mirror_without_any_blob_is_told_about_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    """And each change of a source's state at once."""
+
+    async def lacks(wanted: Range) -> Buffer:
+        raise Refused("status 404", blame=False)
+
+    mirror = FakeSource("mirror", lacks)
+    origin = FakeSource("origin", answers(0.05, spread=0), rank=1, last=True)
+    race = racer(mirror, origin)
+
+    async def main() -> None:
+        for number in range(500):
+            assert await race.read(Range(f"b{number}", 0, 8), check) == GOOD * 8
+
+    virtual(main)
+    assert mirror.requests == 500
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3, "25 seconds of reads"
+    assert all(line.startswith("Request to all mirror server failed, fallback to original server.") for line in lines)
+    left_out = [int(line.split("; ")[1].split()[0]) for line in lines[1:]]
+    assert all(190 < count < 210 for count in left_out), lines
+    caplog.clear()
+    mirror.behave = refused
+    virtual(main)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("disable mirror" in line for line in said) == 1 and len(said) <= 4, said
+
+
 def test_a_source_nobody_knows_gets_half_a_second() -> None:
     seconds, _ = timed(racer(FakeSource("a", hangs), FakeSource("b", answers(0.1, spread=0), rank=1)))
     assert seconds == pytest.approx(UNKNOWN + 0.1)
