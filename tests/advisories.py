@@ -43,9 +43,7 @@ def report(packages: Mapping[str, str], copy: Mapping[str, Any]) -> dict[str, An
 
 def concerns(version: str, ranges: Iterable[tuple[str, str | None]]) -> bool:
     one = Version(version)
-    return any(
-        (begin == "0" or Version(begin) <= one) and (end is None or one < Version(end)) for begin, end in ranges
-    )
+    return any((begin == "0" or Version(begin) <= one) and (end is None or one < Version(end)) for begin, end in ranges)
 
 
 def spans(advisory: Mapping[str, Any], name: str) -> list[tuple[str, str | None]]:

@@ -28,9 +28,7 @@ def stack(node: Path | None) -> Iterator[Stack]:
     )
     helper.chmod(0o755)
     toml.write_text(f'version = 1\n[snapshot]\nenable_nydus_overlayfs = true\nnydus_overlayfs_path = "{helper}"\n')
-    options = StackOptions(
-        prefetch=False, containerd=node, snapshotter_arguments=("--config", str(toml))
-    )
+    options = StackOptions(prefetch=False, containerd=node, snapshotter_arguments=("--config", str(toml)))
     with Stack(options, work) as made:
         load_image(made)
         yield made

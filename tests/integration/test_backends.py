@@ -270,7 +270,7 @@ def test_damaged_tables_are_named(image: TinyImage, tmp_path: Path) -> None:
             read_partitions(lambda offset, count, data=damaged: bytes(data[offset : offset + count]), len(good))
     for length in range(0, 4096, 100):
         with pytest.raises(GptError):
-            read_partitions(lambda offset, count, end=length: good[: end][offset : offset + count], length)
+            read_partitions(lambda offset, count, end=length: good[:end][offset : offset + count], length)
 
 
 @pytest.mark.interop

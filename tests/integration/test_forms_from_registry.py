@@ -194,5 +194,3 @@ def test_reference_images_from_a_real_registry(registry: Registry, tmp_path: Pat
         for name in ("v6-zran-merged3", "v6-tar-tarfs"):
             assert check_mount(shared / "fixtures" / "reference" / name, daemon.mnt / name) == []
         assert not registry.since(mark).blobs().requests
-
-

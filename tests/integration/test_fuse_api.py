@@ -17,10 +17,12 @@ import pytest
 
 from bootstrap.build import build_layer
 from bootstrap.options import BuildOptions
+from snapshotter.system import cpu_seconds
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.mounted import load_manifest
 from tests.lab.paths import ref_bin
+from tests.lab.process import processes_mentioning
 
 pytestmark = [
     pytest.mark.root,
@@ -211,9 +213,15 @@ def test_a_tree_of_100000_files_costs_less_than_100_kb_per_mount(tmp_path: Path)
         assert per_mount < 100, f"{per_mount:.0f} kB of anonymous memory per mount"
 
 
-def test_ready_in_time_and_small_when_idle() -> None:
-    """0.5 s and 60 MiB are the goals on an idle machine; the bound here leaves room for a busy one."""
-    with Nydusd() as daemon:
-        assert daemon.ready_seconds < 15
-        assert daemon.memory("VmRSS") < 60 * 1024
-        assert os.path.exists(daemon.sock)
+def test_ready_in_time_and_small_when_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 0.5 s on a machine that has nothing else to do, which is 0.25 s of processor time for all three processes; on
+    one where others are at work it is up to twice that, so the least of some starts counts. 60 MiB resident."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))  # compiled by the first one, as an installation is
+    used = []
+    for _ in range(4):
+        with Nydusd() as daemon:
+            used.append(sum(cpu_seconds(pid) for pid in processes_mentioning(str(daemon.sock))))
+            assert daemon.memory("VmRSS") < 60 * 1024
+            assert os.path.exists(daemon.sock)
+    assert min(used[1:]) <= 0.6, used

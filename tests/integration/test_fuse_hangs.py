@@ -17,6 +17,7 @@ from tests.lab.tiny import tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
+
 def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
     """The daemon would wait for itself: for its cache's directory, its bootstrap's pages, its blobs."""
     image = tiny_image(tmp_path, {"small": b"hello\n"})

@@ -184,6 +184,7 @@ print(json.dumps(found))
 
 def test_overlay_marks_of_an_image_lead_nowhere(node: Nydusd, tmp_path: Path) -> None:
     """A container's root is an overlay of the image: a redirect must not take it out of it."""
+
     def fill(archive: tarfile.TarFile) -> None:
         for number, target in enumerate(("/../../../etc", "../../etc", "/", "..")):
             add(archive, f"d{number}", type=tarfile.DIRTYPE, mode=0o755,

@@ -169,7 +169,7 @@ def test_whatever_is_sent(node: Snapshotter, data: st.DataObject) -> None:
                 refused(error)
         assert foreign(node) == []
         for info in client.list():
-            for mount in (client.mounts(info.name) if info.kind in (1, 2) else ()):
+            for mount in client.mounts(info.name) if info.kind in (1, 2) else ():
                 texts = [option(mount, name) for name in ("lowerdir", "upperdir", "workdir")]
                 places = [mount.source] if mount.type == "bind" else ":".join(filter(None, texts)).split(":")
                 assert all(place.startswith(f"{node.root}/") and ".." not in place for place in places), mount

@@ -95,7 +95,14 @@ def test_a_given_list_replaces_the_table(image: TinyImage, origin: FaultyServer,
                 await reader.prefetch([b"/d/data", b"/none", b"/b"])
             assert order(origin) == ["d", "b"]
             assert len(origin.data_requests) <= 8  # of 24 segments: merged, and the first ones small
+            sizes = [last - first + 1 for first, last in (request.span or (0, -1) for request in origin.data_requests)]
+            assert sizes[0] == MIB < max(sizes), sizes
             reader.close()
+            off = await open_reader(services, image, config_text(tmp_path / "off", origin, enable=False))
+            asked = len(origin.data_requests)
+            await off.prefetch([b"/d/data"])
+            assert len(origin.data_requests) == asked
+            off.close()
 
     trio.run(main)
 

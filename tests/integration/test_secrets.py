@@ -37,8 +37,8 @@ SECRETS = {
 }  # fmt: skip
 ROUTES = (
     "daemon", "daemon/events", "daemon/backend", "metrics", "metrics/files", "metrics/pattern", "metrics/backend",
-    "metrics/blobcache", "metrics/sources", "metrics/inflight", "config", "profile", "../v2/daemon",
-    "../v2/blobs?domain_id=x",
+    "metrics/blobcache", "metrics/sources", "metrics/slow", "metrics/inflight", "config", "profile", "cache",
+    "daemon/stacks", "/api/v2/daemon", "/api/v2/blobs?domain_id=x",
 )  # fmt: skip
 
 
@@ -86,11 +86,15 @@ def configurations(image: TinyImage, dead: str, work: Path, stores: dict[str, st
     oss = {"scheme": "http", "bucket_name": "blobs"}
     yield "oss refused", v1("oss", work / "11", **oss, endpoint=stores["s3"], **keys), False
     yield "dead oss", v1("oss", work / "12", **oss, endpoint=dead, **keys), False
-    yield "http-proxy", (
-        f'version = 2\nid = "hp"\n[backend]\ntype = "http-proxy"\n[backend.http-proxy]\n'
-        f'addr = "http://me:{SECRETS["http-proxy"]}@{dead}"\npath = "/blobs"\ntimeout = 2\nconnect_timeout = 2\n'
-        f'[cache]\ntype = "filecache"\n[cache.filecache]\nwork_dir = "{work}/13"\n'
-    ), False
+    yield (
+        "http-proxy",
+        (
+            f'version = 2\nid = "hp"\n[backend]\ntype = "http-proxy"\n[backend.http-proxy]\n'
+            f'addr = "http://me:{SECRETS["http-proxy"]}@{dead}"\npath = "/blobs"\ntimeout = 2\nconnect_timeout = 2\n'
+            f'[cache]\ntype = "filecache"\n[cache.filecache]\nwork_dir = "{work}/13"\n'
+        ),
+        False,
+    )
 
 
 def refused_configurations() -> Iterator[tuple[str, str]]:

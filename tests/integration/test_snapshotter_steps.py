@@ -160,6 +160,7 @@ def listing(path: Path) -> list[str]:
 
 # ---- calls: `ready` is made in peace, then `call` dies; `again` after the restart must succeed
 
+
 class Call(ABC):
     images = 0  # mounted besides the container's
 

@@ -100,6 +100,7 @@ def test_usage_counts_nothing_behind_a_link(tmp_path: Path, secrets: Path) -> No
     assert inodes < SECRETS
     seen: set[int] = set()
     with Swapping(one, other) as swaps:
+
         def look() -> None:
             found = disk_usage(top)
             assert found[0] <= size

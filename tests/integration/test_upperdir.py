@@ -34,9 +34,7 @@ class Overlay:
         self.options = f"lowerdir={self.lower},upperdir={self.upper},workdir={work / 'work'},{options}"
 
     def __enter__(self) -> Overlay:
-        subprocess.run(
-            ["mount", "-t", "overlay", "overlay", "-o", self.options, self.merged], check=True, timeout=20
-        )
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", self.options, self.merged], check=True, timeout=20)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -173,7 +173,7 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
                 assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
                 os.kill(daemon.worker_pid, signal.SIGKILL)
                 time.sleep(number * 0.008)
-            assert daemon.stop()[0] == 0
+            assert daemon.stop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3])[0] == 0
             wait_until(lambda daemon=daemon: not processes_mentioning(str(daemon.sock)), 5, "the end of all")
             assert mounts_below(daemon.dir) == []
         finally:

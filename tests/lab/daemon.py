@@ -31,6 +31,7 @@ from tests.lab.process import (
 DRIVER = os.environ.get("NYDUS_TEST_FS_DRIVER", "")
 """fuse, erofs or auto: for every daemon of ours for which a test does not choose; see `drivers`."""
 
+
 class Answer(NamedTuple):
     status: int
     body: Any

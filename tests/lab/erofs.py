@@ -15,7 +15,7 @@ from tests.lab.process import wait_until
 
 @cache
 def cannot_mount_erofs() -> str:
-    """"" when a test may, else the reason why not."""
+    """ "" when a test may, else the reason why not."""
     if reason := can_mount_fuse():
         return reason
     try:

@@ -113,9 +113,7 @@ def test_units_are_fetched_and_decoded_once(form: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("span", [chunkmap.MAX_SPAN, 8192])
 @pytest.mark.parametrize("form", TABLED)
-def test_segments_hold_each_chunk_once(
-    form: str, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_segments_hold_each_chunk_once(form: str, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a unit spreads over more than a segment may, which then decodes it again."""
     monkeypatch.setattr(chunkmap, "MAX_SPAN", span)
     made = make(form, tmp_path / "image", contents(400))

@@ -98,9 +98,7 @@ def test_both_builders_agree_with_a_model(records: list[Record]) -> None:
         ([(0, 0, 10, 1), (0, 9, 10, 1)], "chunks overlap"),
     ],
 )
-def test_contradictions(
-    records: list[Record], message: str, vector: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contradictions(records: list[Record], message: str, vector: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build(image_of(records), monkeypatch, vector) == f"chunk record {message}"
 
 

@@ -207,9 +207,7 @@ def test_the_tar_is_upstreams(case: str, tmp_path: Path) -> None:
         if program is None:
             assert ours(*arguments).exit_code == 0
         else:
-            subprocess.run(
-                [str(word) for word in program + arguments], check=True, capture_output=True, timeout=60
-            )
+            subprocess.run([str(word) for word in program + arguments], check=True, capture_output=True, timeout=60)
     # Theirs has the names of this machine's users and groups, and with them other checksums.
     blank = {"uname": "", "gname": ""}
     found = []

@@ -12,9 +12,7 @@ def test_contexts_have_the_bytes_of_the_reference() -> None:
     # reference 10.1 F and the fixtures' golden vectors
     context = zran.ZranContext(187761, 987149, 0, 543625, 1441256, 32768, 0x67, 5)
     assert zran.unpack_context(zran.pack_context(context)) == context
-    stored = bytes.fromhex(
-        "63290a000000000076e31700000000000000000000000000894b0800e8fd15000080000000000000"
-    )
+    stored = bytes.fromhex("63290a000000000076e31700000000000000000000000000894b0800e8fd15000080000000000000")
     assert zran.unpack_context(stored) == zran.ZranContext(665955, 1565558, 0, 543625, 1441256, 32768, 0, 0)
     assert zran.pack_context(zran.unpack_context(stored)) == stored
     stored = bytes.fromhex("5900000013010000" + "00" * 32)

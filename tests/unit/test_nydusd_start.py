@@ -78,12 +78,26 @@ def test_a_start_imports_no_more_than_it_needs() -> None:
         "print(json.dumps([*sys.modules]))"
     )
     assert not {"click", "trio", "dataclasses", "nydusfs.services"} & set(keeper)
+    assert not [name for name in keeper if name.startswith(("bootstrap", "nydusfs.cache", "nydusfs.http", "zstandard"))]
     zygote = in_a_process(
         "import json, sys\nfrom nydusfs.keeper import zygote\nzygote.load()\nprint(json.dumps([*sys.modules]))"
     )
     assert {"nydusfs.daemon.worker", "nydusfs.sources.registrysource", "bootstrap.reader_v6"} <= set(zygote)
     unwanted = {"click", "numpy", "httpx", "cryptography", "asyncio", "tomllib", "nydusfs.objects", "trio._dtls"}
     assert not unwanted & set(zygote)
+
+
+@pytest.mark.parametrize("name", ["singleton", "virtiofs", "nbd", "uffd"])
+def test_what_is_not_here_names_what_is(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nydusfs.daemon.cli", name, "--fscache", "/x"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"the subcommand '{name}' is not supported by this nydusd" in done.stderr
+    assert "'fuse'" in done.stderr or "nydus-image export --block" in done.stderr
 
 
 TRIO = """
