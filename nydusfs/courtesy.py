@@ -69,6 +69,8 @@ class Courtesy:
     def fetched(self, size: int, seconds: float) -> None:
         """What readers waited for came in this time: the link carries at least that, and what came beside it."""
         now = trio.current_time()
+        if not self._readers:  # it came aside
+            self._read_from, self._read_bytes = now, 0
         self._read_bytes += size
         elapsed = now - self._read_from
         if size >= MIN_WINDOW and seconds > 0:
@@ -136,6 +138,7 @@ class Courtesy:
         while not urgent.is_set():
             if not self.busy:
                 break
+            self._slice_from = -math.inf
             if now >= self._next_at:
                 self._next_at = now + self._shared(size)
                 break

@@ -17,33 +17,40 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TypeAlias
 
 import trio
 
-from bootstrap.chunkmap import ChunkMap, Member
-from bootstrap.errors import RafsError
 from nydusfs.cache import BlobCache
 from nydusfs.cache.blob import NotSureError
-from nydusfs.cache.foreign import ForeignBlob
-from nydusfs.counters import CacheCounters
 from nydusfs.courtesy import Courtesy, ReplayPace, RequestPace
 from nydusfs.errors import SourceError
+from nydusfs.flights import (
+    MERGE,
+    Flight,
+    Identity,
+    Job,
+    Part,
+    SegmentError,
+    decode_parts,
+    evenly,
+    joinable,
+    serve,
+    store_parts,
+    take_foreign,
+)
 from nydusfs.http.pacing import PACE
 from nydusfs.lane import Lane
-from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode, runs
-from nydusfs.sources import Buffer, Check, Priority, Source, WrongBytes
+from nydusfs.segments import Plain, Segment, runs
+from nydusfs.sources import Buffer, Check, Priority, Source
 
 log = logging.getLogger("nydusfs.fetch")
 
 DEMAND_REQUESTS = 16  # at the same time and source; more would only share the same link
-MERGE = 1 << 20  # compressed bytes of one merged request
 # What is read ahead of a sequential reader: so many seconds of the link, at most. A request costs a registry (Debian's
 # docker-registry on loopback) 5 ms of processor time and each MiB 1.2: with 1 MiB a request it is the limit.
-MERGE_SECONDS, MOST_MERGE = 0.06, 8 << 20
+MERGE_SECONDS = 0.06  # and `MOST_MERGE`
 # Uncompressed bytes that are fetched ahead at the same time, for all readers together: memory.
 MOST_AHEAD = 64 << 20
 # Compressed bytes decoded on the loop: about 0.2 ms. Where nothing else is fetched, any number: the reader is not to
@@ -56,74 +63,22 @@ KEEP_PAUSE = 1.0  # seconds between attempts to give the disk what it did not ta
 RECENT_BYTES = 16 << 20  # of segments that the disk did not take, so that 4 KiB reads do not fetch 1 MiB each
 
 
-_Identity: TypeAlias = tuple[int, str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One segment to fetch, and all that is needed to do it. `cache` None: nothing is kept."""
-
-    segment: Segment
-    chunks: ChunkMap
-    source: Source
-    cache: BlobCache | None
-    counters: CacheCounters
-
-    @property
-    def identity(self) -> _Identity:
-        # By cache object too: two stores each need the bytes.
-        return (id(self.cache), self.segment.blob.id, self.segment.key)
-
-
-@dataclass(slots=True)
-class _Flight:
-    job: Job
-    done: trio.Event = field(default_factory=trio.Event)  # verified, or failed
-    stored: trio.Event = field(default_factory=trio.Event)  # and in the cache, if the disk takes it
-    awaited: bool = False  # by a reader
-    ahead: int = 0  # bytes that nobody had asked for
-    urgent: trio.Event = field(default_factory=trio.Event)  # a reader waits; one for all flights of a request
-    plain: Plain | None = None
-    complete: bool = False  # nothing is left to do for it
-    error: SourceError | None = None
-
-
-@dataclass(slots=True)
-class _Part:
-    """Units of a segment to decode, and what has been so far."""
-
-    job: Job
-    units: list[UnitMembers]
-    plain: Plain | None = None
-    completes: _Flight | None = None
-    decoded: Plain | None = None  # and verified; stays if what came in the same answer was wrong
-    kept: bool = False
-
-
-class SegmentError(SourceError):
-    """A segment cannot be had."""
-
-    def __init__(self, segment: Segment, error: SourceError) -> None:
-        self.segment = segment
-        super().__init__(error.what, error.tried, damaged=error.damaged)
-
-
 class FetchScheduler:
     """Give it a nursery that outlives all readers; it starts its fetches there."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._flights: dict[_Identity, _Flight] = {}
+        self._flights: dict[Identity, Flight] = {}
         self._ahead = 0  # bytes that `start` began to fetch
         self._token = trio.lowlevel.current_trio_token()
         self._begun = trio.Event()  # a fetch, since `settled` looked
         self._demand_slots: dict[str, trio.Semaphore] = {}
-        self.lane = Lane(self._flights, self._active, self._remember)
-        self.courtesy = Courtesy(lambda: self.lane.used)
+        self.lane = Lane(self._flights, self._aside, self._remember)
+        self.courtesy = Courtesy(self.lane.used)
         self._doubts = Courtesy()  # readers that do something else than their image's profile says
         self._threads = trio.CapacityLimiter(DECODE_THREADS)
         self._prefetch_threads = trio.CapacityLimiter(PREFETCH_THREADS)
-        self._recent: OrderedDict[_Identity, tuple[Segment, BlobCache | None, Plain]] = OrderedDict()
+        self._recent: OrderedDict[Identity, tuple[Segment, BlobCache | None, Plain]] = OrderedDict()
         self._recent_bytes = 0
         self._keep_again = 0.0
 
@@ -140,7 +95,7 @@ class FetchScheduler:
             self._nursery.start_soon(self._keep, [job.identity, *self._recent])
         return found[2]
 
-    async def _keep(self, identities: list[_Identity]) -> None:
+    async def _keep(self, identities: list[Identity]) -> None:
         """Give the disk what it did not take before, in this order, until it refuses again."""
         for identity in dict.fromkeys(identities):
             if (found := self._recent.get(identity)) is None:
@@ -212,8 +167,11 @@ class FetchScheduler:
             else:
                 await trio.sleep(0.005)
 
-    def _active(self) -> None:
+    def _aside(self, had: Iterable[tuple[int, float]]) -> None:
+        """The lane fetched something."""
         self._begun.set()
+        for size, seconds in had:
+            self.courtesy.fetched(size, seconds)
 
     async def settled(self, pause: float) -> None:
         """Return when there were fetches and, at two looks `pause` seconds apart, no more."""
@@ -228,14 +186,14 @@ class FetchScheduler:
 
     def _join(
         self, jobs: Sequence[Job], priority: Priority, merge: int, *, behind: bool = False, doubtful: bool = False
-    ) -> list[_Flight]:
+    ) -> list[Flight]:
         """A flight for each job: one that is under way, or new ones started in merged groups."""
-        flights: list[_Flight] = []
-        group: list[_Flight] = []
+        flights: list[Flight] = []
+        group: list[Flight] = []
         for job in jobs:
             flight = self._flights.get(job.identity)
             if flight is None:
-                flight = self._flights[job.identity] = _Flight(job)
+                flight = self._flights[job.identity] = Flight(job)
                 if behind:
                     flight.ahead = job.segment.size
                     self._ahead += flight.ahead
@@ -260,7 +218,7 @@ class FetchScheduler:
             slots = self._demand_slots[source.name] = trio.Semaphore(DEMAND_REQUESTS)
         return slots
 
-    async def _run(self, group: list[_Flight], priority: Priority, behind: bool, doubtful: bool) -> None:
+    async def _run(self, group: list[Flight], priority: Priority, behind: bool, doubtful: bool) -> None:
         try:
             if behind:
                 await trio.lowlevel.checkpoint()
@@ -288,7 +246,7 @@ class FetchScheduler:
                 flight.done.set()
                 flight.stored.set()
 
-    async def _run_now(self, group: list[_Flight], priority: Priority) -> None:
+    async def _run_now(self, group: list[Flight], priority: Priority) -> None:
         self.courtesy.reader_comes()
         try:
             slots = self._slots_of(group[0].job.source)
@@ -303,7 +261,7 @@ class FetchScheduler:
         finally:
             self.courtesy.reader_goes()
 
-    async def _run_prefetch(self, group: list[_Flight]) -> None:
+    async def _run_prefetch(self, group: list[Flight]) -> None:
         urgent = group[0].urgent
         while not self.courtesy.admit():
             # Few tasks wait here (prefetch threads of the config), so a poll is simple and costs nothing that shows.
@@ -318,7 +276,7 @@ class FetchScheduler:
         finally:
             self.courtesy.ended()
 
-    async def _fetch_group(self, group: list[_Flight], priority: Priority) -> None:
+    async def _fetch_group(self, group: list[Flight], priority: Priority) -> None:
         missing = [flight for flight in group if not await self._adopt(flight)]
         if len(missing) < len(group):  # what is left is no run of neighbours any more
             for flight in missing:
@@ -326,7 +284,7 @@ class FetchScheduler:
         else:
             await self._fetch_group_from_source(group, priority)
 
-    async def _adopt(self, flight: _Flight) -> bool:
+    async def _adopt(self, flight: Flight) -> bool:
         """Take a segment over from a thread that was at it, or from the cache files of another nydusd, where there are
         any."""
         cache = flight.job.cache
@@ -343,13 +301,13 @@ class FetchScheduler:
                 return True
         if cache is None or cache.foreign is None:
             return False
-        found = await trio.to_thread.run_sync(_take, cache, cache.foreign, flight.job, limiter=self._threads)
+        found = await trio.to_thread.run_sync(take_foreign, cache, cache.foreign, flight.job, limiter=self._threads)
         if found is None:
             return False
         self._finish(flight, *found)
         return True
 
-    async def _fetch_group_from_source(self, group: list[_Flight], priority: Priority) -> None:
+    async def _fetch_group_from_source(self, group: list[Flight], priority: Priority) -> None:
         try:
             if len(group) == 1:
                 await self._fetch_one(group[0], priority)
@@ -369,13 +327,13 @@ class FetchScheduler:
                 except SourceError as own:
                     flight.error = own
 
-    async def _fetch_one(self, flight: _Flight, priority: Priority) -> None:
+    async def _fetch_one(self, flight: Flight, priority: Priority) -> None:
         job = flight.job
         plain: Plain | None = None
         ranges = list(runs(job.chunks, job.segment))
         for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
-            part = _Part(job, units, plain, flight if last else None)
+            part = Part(job, units, plain, flight if last else None)
             check = partial(self._verify, [part], start, last, self._decoders(priority))
             try:
                 await self._read(flight, start, end - start, priority, check)
@@ -385,11 +343,11 @@ class FetchScheduler:
                     flight.complete = True
             plain = part.decoded
 
-    async def _fetch_merged(self, group: list[_Flight], priority: Priority) -> None:
+    async def _fetch_merged(self, group: list[Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
         start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
         parts = [
-            _Part(job, next(runs(job.chunks, job.segment))[2], None, flight)
+            Part(job, next(runs(job.chunks, job.segment))[2], None, flight)
             for job, flight in zip(jobs, group, strict=True)
         ]
         check = partial(self._verify, parts, start, True, self._decoders(priority))
@@ -404,7 +362,7 @@ class FetchScheduler:
     def _decoders(self, priority: Priority) -> trio.CapacityLimiter:
         return self._prefetch_threads if priority is Priority.PREFETCH else self._threads
 
-    async def _read(self, flight: _Flight, start: int, size: int, priority: Priority, check: Check) -> None:
+    async def _read(self, flight: Flight, start: int, size: int, priority: Priority, check: Check) -> None:
         job = flight.job
         job.counters.buffered_backend_size += size
         began = trio.current_time()
@@ -417,7 +375,7 @@ class FetchScheduler:
 
     async def _verify(
         self,
-        parts: list[_Part],
+        parts: list[Part],
         start: int,
         store: bool,
         limiter: trio.CapacityLimiter,
@@ -430,32 +388,32 @@ class FetchScheduler:
         if not small or sum(part.job.segment.size for part in parts) > INLINE_PLAIN:
             await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)
             return
-        served: list[_Part] = []
+        served: list[Part] = []
         try:
-            _decode(parts, start, view, store, _serve, served)
+            decode_parts(parts, start, view, store, serve, served)
         finally:
             if served and store:
                 try:
                     await trio.lowlevel.checkpoint()  # readers are woken in this turn
                     await trio.lowlevel.checkpoint()  # and have answered now
                 finally:
-                    _store(served)  # also at the daemon's end
+                    store_parts(served)  # also at the daemon's end
 
-    def _decode_and_store(self, parts: list[_Part], start: int, stored: memoryview, store: bool) -> None:
-        def tell(flight: _Flight, plain: Plain) -> None:
+    def _decode_and_store(self, parts: list[Part], start: int, stored: memoryview, store: bool) -> None:
+        def tell(flight: Flight, plain: Plain) -> None:
             try:
-                self._token.run_sync_soon(_serve, flight, plain)
+                self._token.run_sync_soon(serve, flight, plain)
             except trio.RunFinishedError:
                 pass
 
-        served: list[_Part] = []
+        served: list[Part] = []
         try:
-            _decode(parts, start, stored, store, tell, served)
+            decode_parts(parts, start, stored, store, tell, served)
         finally:
             if store:
-                _store(served)
+                store_parts(served)
 
-    def _finish(self, flight: _Flight, plain: Plain, kept: bool) -> None:
+    def _finish(self, flight: Flight, plain: Plain, kept: bool) -> None:
         job = flight.job
         flight.plain = plain
         job.counters.entries_count += len(job.segment.rows)
@@ -472,93 +430,3 @@ class FetchScheduler:
         while self._recent_bytes > RECENT_BYTES:
             _, (_, _, old) = self._recent.popitem(last=False)
             self._recent_bytes -= len(old)
-
-
-def evenly(jobs: Sequence[Job], merge: float) -> int:
-    """How long the requests for all of these should be: of about `merge` bytes, and none for a small rest, which costs
-    its source as much as all that goes before it. Over a slow link small requests are what keeps it busy: a reader who
-    has one asks for another while the next is on its way."""
-    merge = min(merge, MOST_MERGE)
-    sizes = [job.segment.compressed_end - job.segment.compressed_start for job in jobs]
-    total = sum(sizes)
-    if merge <= MERGE or total <= merge or total % merge > merge / 2:
-        return int(max(merge, MERGE))
-    # A request that ends since the next segment would make it too long is not shorter than its share.
-    return max(int(merge), int(total / (total // merge)) + max(sizes) - 1)
-
-
-def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:
-    """Whether `job` goes on where the group ends, in one request of at most `merge` bytes."""
-    first, last = group[0].segment, group[-1].segment
-    segment = job.segment
-    if job.source.by_range or not segment.adjoins(last):
-        return False
-    return segment.compressed_end - first.compressed_start <= merge
-
-
-def _serve(flight: _Flight, plain: Plain) -> None:
-    """Let readers have what was verified."""
-    flight.plain = plain
-    flight.done.set()
-
-
-def _decode(
-    parts: list[_Part],
-    start: int,
-    stored: memoryview,
-    store: bool,
-    ready: Callable[[_Flight, Plain], None],
-    served: list[_Part],
-) -> None:
-    """Verify all parts. What a reader waits for is `ready` at once. It is to be stored after all (`served`), as is what
-    readers may have from memory; the rest before the next one is decoded. Raises `WrongBytes`."""
-    for part in parts:
-        if part.decoded is not None:
-            continue
-        job = part.job
-        try:
-            part.decoded = decode(job.segment, job.chunks, part.units, start, stored, part.plain)
-        except BadChunk as error:
-            raise WrongBytes(str(error)) from None
-        flight = part.completes
-        if flight is None:
-            if store:
-                _store([part])
-            continue
-        # First this, then the look at `awaited`: a reader does it the other way round, and one of us sees the other.
-        flight.plain = part.decoded
-        offered = store and job.cache is not None and job.cache.offer(job.segment, part.decoded)
-        if flight.awaited:
-            ready(flight, part.decoded)
-        if flight.awaited or offered:
-            served.append(part)
-        elif store:
-            _store([part])
-
-
-def _store(parts: list[_Part]) -> None:
-    for part in parts:
-        assert part.decoded is not None
-        cache = part.job.cache
-        part.kept = cache is not None and cache.write(part.job.segment, part.decoded)
-
-
-def _take(cache: BlobCache, foreign: ForeignBlob, job: Job) -> tuple[Plain, bool] | None:
-    """The segment's bytes and whether the cache keeps them."""
-    plain = foreign.take(job.chunks, job.segment)
-    return None if plain is None else (plain, cache.write(job.segment, plain))
-
-
-async def fetch_chunk(job: Job, member: Member) -> bytes | memoryview:
-    """One chunk alone, uncached: the way to good chunks whose segment holds a bad one. Raises `SourceError`."""
-    found: list[bytes | memoryview] = []
-    unit = member.unit
-
-    async def check(stored: Buffer) -> None:
-        try:
-            found[:] = job.chunks.decode([member], memoryview(stored))
-        except RafsError as error:
-            raise WrongBytes(str(error)) from None
-
-    await job.source.read(job.segment.blob.id, unit.start, unit.end - unit.start, Priority.DEMAND, check)
-    return found[0]

@@ -35,12 +35,13 @@ from bootstrap.base import HOLE, Bootstrap
 from bootstrap.errors import RafsError
 from nydusfs import elf, pyc
 from nydusfs.errors import CacheError, ReadError, SourceError
-from nydusfs.fetch import joinable
+from nydusfs.flights import joinable
 from nydusfs.imports import Importer, Kind, Listing
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
-    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.fetch import FetchScheduler
+    from nydusfs.flights import Job
     from nydusfs.image_reader import ImageReader
     from nydusfs.segments import Plain, Segment
 

@@ -13,12 +13,14 @@ class Hands:
     disk, so that somebody else can answer other requests meanwhile; `later` takes what need not be in the reader's way.
     Belongs to one thread."""
 
-    __slots__ = ("_later", "_room", "_used")
+    __slots__ = ("_later", "_room", "_used", "stop", "stopped")
 
     def __init__(self) -> None:
         self._room = memoryview(b"")
         self._used = 0
         self._later: list[Callable[[], object]] = []
+        self.stop: Callable[[], None] | None = None  # ends what it waits for
+        self.stopped = 0  # the error that its reader is to get, if it cannot be answered at once
 
     def begin(self) -> None:
         """The next answer: what `room` gave before may be written over."""
@@ -43,3 +45,9 @@ class Hands:
 
     def waits(self) -> None:
         pass
+
+    def give_up(self, code: int) -> None:
+        """Wait for no server any more: the reader was killed, or the daemon is to end. From any thread."""
+        self.stopped = code
+        if (stop := self.stop) is not None:
+            stop()

@@ -6,9 +6,7 @@ import errno
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import trio
 
@@ -21,35 +19,31 @@ from nydusfs.cache.blob import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.errors import CacheError, ReadError, SourceError
-from nydusfs.fetch import FetchScheduler, Job, SegmentError, fetch_chunk
+from nydusfs.fetch import FetchScheduler
+from nydusfs.flights import Job, SegmentError, fetch_chunk
 from nydusfs.foresight import Foresight
 from nydusfs.hands import Hands
 from nydusfs.learning import Learner
+from nydusfs.pieces import Piece, Pieces
 from nydusfs.prefetch import Prefetcher
 from nydusfs.profile import ProfileStore, Recorder
 from nydusfs.readahead import SMALL_FILE, BlobStreams, FileStreams
-from nydusfs.segments import SEGMENT_SIZE, Plain, Segment, make_segment
-from nydusfs.sources import FileSource, Priority, Source
+from nydusfs.segments import Plain, Segment
+from nydusfs.sources import FileSource, Priority, Source, ThreadSource
 from nydusfs.tables import Tables
+from nydusfs.threadreads import ThreadReads
 
 log = logging.getLogger("nydusfs.image")
 
-MAX_SEGMENTS = 4096  # descriptions kept per image; making one again costs 1 us per chunk in it
 MAX_PATHS = 64
-MAX_WALK = 500_000  # entries, about 2 s
+SHORT_WALK, MAX_WALK = 20_000, 500_000  # entries, up to about 2 s
 JOINED_SECONDS = 20.0  # of waiting for somebody else's fetch: if it fails sooner, it is tried again
-
-
-class _Piece(NamedTuple):
-    segment: Segment | None  # None: a hole
-    offset: int  # in the segment file
-    size: int
 
 
 class ImageReader:
     """`store` None: nothing is kept on disk. The caller owns source, store and scheduler; `close` gives the maps back.
 
-    All methods but `read_now` belong to the trio thread.
+    All methods but `read_now` belong to the trio thread, unless they say else.
     """
 
     def __init__(
@@ -74,14 +68,14 @@ class ImageReader:
         self.cache_counters.underlying_files.update(blob.id for blob in bootstrap.blobs)
         self._scheduler = scheduler
         self._store = store
-        self._validate = config.cache.validate
-        self._blobs = bootstrap.blobs
+        self.validates = config.cache.validate
         self._caches: dict[int, BlobCache | None] = {}
-        self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
+        self.pieces = Pieces(chunks, bootstrap.blobs)
+        self.segment, self.segment_of = self.pieces.segment, self.pieces.segment_of
         self._tables = Tables(name, bootstrap, chunks, source, store)
-        self._describing = threading.Lock()  # over `_segments`
         # Who misses is served by the thread that has his question.
-        self._lane = scheduler.lane if isinstance(source, FileSource) and store is not None else None
+        self._lane = scheduler.lane if isinstance(source, ThreadSource) and store is not None else None
+        self._threads = ThreadReads(self, self._caches, self._lane)
         self._files = FileStreams(scheduler.ahead, bootstrap.chunk_size)
         self._runs = BlobStreams(self.segment_of, chunks, scheduler.ahead)
         self._following = threading.Lock()  # over both
@@ -117,7 +111,7 @@ class ImageReader:
         try:
             extents = self.bootstrap.extents(ino, offset, size)
             await self._need_tables(extents)
-            pieces = self._pieces(extents)
+            pieces = self.pieces.of(extents)
             if (recorder := self.recorder) is not None:
                 recorder.note(ino, [piece[0] for piece in pieces])
         except SourceError as error:
@@ -125,7 +119,7 @@ class ImageReader:
         except (RafsError, KeyError, ValueError, IndexError) as error:
             raise self._failed(ino, f"bad metadata: {error}") from None
         self.cache_counters.total += 1
-        self._read_ahead(ino, offset, size, pieces)
+        self.read_ahead(ino, offset, size, pieces)
         try:
             parts = await self._collect(pieces)
         except SourceError as error:
@@ -142,113 +136,30 @@ class ImageReader:
         `SourceError`, `RafsError` or KeyError."""
         extents = self.bootstrap.extents(ino, offset, size)
         await self._need_tables(extents)
-        return b"".join(await self._collect(self._pieces(extents), Priority.LEARNED))
+        return b"".join(await self._collect(self.pieces.of(extents), Priority.LEARNED))
 
     def read_now(
         self, ino: int, offset: int, size: int, pid: int = 0, hands: Hands | None = None
     ) -> list[Plain] | None:
-        """The bytes of a regular file if all of them are cached or in files of this machine, else None. For any thread
-        but the trio thread; waits for the disk. Whatever is wrong is left to `read`, which says what. `pid`: of the
-        reader, where it is known. The bytes may lie in `hands`, whose thread this is; it calls `hands.finish`."""
-        if hands is None:
-            hands = Hands()
-            try:
-                return self.read_now(ino, offset, size, pid, hands)
-            finally:
-                hands.finish()
-        hands.begin()
-        if (recorder := self.recorder) is not None and recorder.command.open:
-            hands.waits()  # /proc may make us wait for the reader, and that for somebody's read
-            recorder.command.seen(pid)
-        if self._validate:
-            return None
-        counters = self.cache_counters
-        parts: list[Plain] = []
-        missed = 0
+        """The bytes of a regular file if all of them are cached or can be had by this thread, else None. For any thread
+        but the trio thread; waits for the disk, and for a registry that answers soon. Whatever is wrong is left to
+        `read`, which says what. `pid`: of the reader, where it is known. The bytes may lie in `hands`, whose thread
+        this is; it calls `hands.finish`."""
+        if hands is not None:
+            return self._threads.read(ino, offset, size, pid, hands)
+        hands = Hands()
         try:
-            pieces = self._pieces(self.bootstrap.extents(ino, offset, size))  # `MissingMeta` is a RafsError
-            if recorder is not None:
-                recorder.note(ino, [piece[0] for piece in pieces])
-            for segment, place, length in pieces:
-                if segment is None:
-                    parts.append(bytes(length))
-                    continue
-                if counters.unused:
-                    counters.used(segment.key)
-                cache = self._caches.get(segment.blob.index)
-                data = cache.read_now(segment, place, length, hands) if cache is not None else None
-                if data is None:
-                    if self._lane is None:
-                        return None
-                    missed += 1
-                    data = self._miss(ino, offset, size, segment, pieces, hands, missed == 1)
-                    if data is None:
-                        return None
-                    data = memoryview(data)[place : place + length]
-                parts.append(data)
-        except (RafsError, KeyError, ValueError, IndexError):
-            return None
-        counters.total += 1
-        counters.partial_hits += len(parts) - missed
-        last = pieces[-1][0] if pieces else None
-        if missed:
-            if self.foresight is not None and offset == 0:
-                self._soon(self.foresight.opened, ino, bytes(parts[0][:4]))
-        elif self._files.due(ino, offset + size) or (last is not None and self._runs.due(last)):
-            if self._lane is None:
-                self._soon(self._read_ahead, ino, offset, size, pieces, True)
-            else:
-                self._read_ahead(ino, offset, size, pieces, True)
-        return parts
+            return self._threads.read(ino, offset, size, pid, hands)
+        finally:
+            hands.finish()
 
-    def _miss(
-        self, ino: int, offset: int, size: int, segment: Segment, pieces: list[_Piece], hands: Hands, first: bool
-    ) -> Plain | None:
-        """The bytes of a segment that is not cached, from a file of this machine; what else the read wants, and what
-        comes behind it, is begun meanwhile."""
-        assert self._lane is not None
-        job = self.job(segment)
-        if self._validate or not self._lane.takes(job):
-            return None
-
-        def follow() -> None:
-            if first:
-                rest = [one.segment for one in pieces if one.segment is not None and one.segment is not segment]
-                self.start(rest)
-                self._read_ahead(ino, offset, size, pieces)
-
-        return self._lane.read(job, hands, follow)
-
-    def _soon(self, call: Callable[..., object], *args: object) -> None:
+    def soon(self, call: Callable[..., object], *args: object) -> None:
+        """On the event loop, from any thread."""
         try:
             if self._token is not None:
                 self._token.run_sync_soon(call, *args)
         except trio.RunFinishedError:
             pass
-
-    def _pieces(self, extents: Sequence[Extent]) -> list[_Piece]:
-        """What to copy out of which segment; neighbours in one segment are one piece."""
-        pieces: list[_Piece] = []
-        anchor, known = self.chunks.anchor, self._segments
-        for blob_index, blob_offset, length, _ in extents:
-            if blob_index == HOLE:
-                pieces.append(_Piece(None, 0, length))
-                continue
-            for row, offset, size in self.chunks.pieces(blob_index, blob_offset, length):
-                number = anchor(blob_index, row) // SEGMENT_SIZE  # as `segment_of`
-                segment = known.get((blob_index, number)) or self.segment(blob_index, number)
-                if row not in segment.rows:
-                    raise KeyError((segment.blob.id, row))
-                if segment.places is None:
-                    place = offset - segment.number * SEGMENT_SIZE
-                else:
-                    chunk = self.chunks.chunk(row).uncompressed_offset
-                    place = segment.place(chunk) + offset - chunk
-                if pieces and (last := pieces[-1]).segment is segment and last.offset + last.size == place:
-                    pieces[-1] = _Piece(segment, last.offset, last.size + size)
-                else:
-                    pieces.append(_Piece(segment, place, size))
-        return pieces
 
     async def _need_tables(self, extents: Sequence[Extent]) -> None:
         for extent in extents:
@@ -259,9 +170,7 @@ class ImageReader:
         """Wrong bytes: perhaps it is the blob's own table that is wrong."""
         for blob_index in {extent.blob_index for extent in extents} - {HOLE}:
             if await self._tables.renew(blob_index):
-                with self._describing:
-                    for slot in [slot for slot in self._segments if slot[0] == blob_index]:
-                        del self._segments[slot]
+                self.pieces.forget(blob_index)
 
     async def load_tables(self) -> None:
         """All blobs' own tables, for who wants to look at every chunk; what cannot be had is logged and stays away."""
@@ -270,27 +179,6 @@ class ImageReader:
                 await self._tables.load(blob_index)
             except SourceError as error:
                 log.warning("image %s: %s", self.name, error)
-
-    def segment_of(self, blob_index: int, row: int) -> Segment:
-        """The segment that holds a chunk. Raises KeyError or RafsError, `MissingMeta` among them."""
-        number = self.chunks.anchor(blob_index, row) // SEGMENT_SIZE
-        segment = self._segments.get((blob_index, number)) or self.segment(blob_index, number)
-        if row not in segment.rows:
-            raise KeyError((segment.blob.id, row))  # its table puts units in no order
-        return segment
-
-    def segment(self, blob_index: int, number: int) -> Segment:
-        """Raises KeyError when the blob has no chunk there."""
-        slot = (blob_index, number)
-        with self._describing:
-            segment = self._segments.get(slot)
-            if segment is None:
-                segment = self._segments[slot] = make_segment(self.chunks, self._blobs[blob_index], number)
-                if len(self._segments) > MAX_SEGMENTS:
-                    self._segments.popitem(last=False)
-            else:
-                self._segments.move_to_end(slot)
-            return segment
 
     def cache(self, blob: Blob) -> BlobCache | None:
         if self._store is None:
@@ -319,7 +207,7 @@ class ImageReader:
         return cache is not None and segment.key in cache
 
     async def _collect(
-        self, pieces: Sequence[_Piece], priority: Priority = Priority.DEMAND, *, stored: bool = False
+        self, pieces: Sequence[Piece], priority: Priority = Priority.DEMAND, *, stored: bool = False
     ) -> list[Plain]:
         """The pieces' bytes; `stored`: after they were written to the cache. A cached segment that turns out damaged is
         fetched like a missing one."""
@@ -373,17 +261,17 @@ class ImageReader:
             found.update((job.segment.key, buffer) for job, buffer in zip(jobs, buffers, strict=True))
         return found
 
-    async def _cached(self, segment: Segment, piece: _Piece) -> Plain | None:
+    async def _cached(self, segment: Segment, piece: Piece) -> Plain | None:
         cache = self.cache(segment.blob)
         if cache is None or segment.key not in cache:
             return None
-        if self._validate:
+        if self.validates:
             data = await self._validated(cache, segment, piece)
         else:
             try:
                 data = await cache.read(segment, piece.offset, piece.size)
             except NotSureError:
-                data = await self._validated(cache, segment, _Piece(segment, 0, segment.size))
+                data = await self._validated(cache, segment, Piece(segment, 0, segment.size))
                 if data is not None:
                     cache.verified(segment)
                     data = data[piece.offset : piece.offset + piece.size]
@@ -391,7 +279,7 @@ class ImageReader:
             self.cache_counters.partial_hits += 1
         return data
 
-    async def _validated(self, cache: BlobCache, segment: Segment, piece: _Piece) -> Plain | None:
+    async def _validated(self, cache: BlobCache, segment: Segment, piece: Piece) -> Plain | None:
         """`cache.validate`: hash the touched chunks again. None drops the segment, so that it is fetched anew."""
         whole = await cache.read(segment, 0, segment.size, sure=True)
         if whole is None:
@@ -420,7 +308,7 @@ class ImageReader:
     async def _chunk_by_chunk(self, ino: int, extents: Sequence[Extent]) -> list[Plain]:
         """After a segment failed: the chunks this read needs may be good all the same."""
         parts: list[Plain] = []
-        for piece in self._pieces(extents):
+        for piece in self.pieces.of(extents):
             segment = piece.segment
             if segment is None:
                 parts.append(bytes(piece.size))
@@ -443,7 +331,7 @@ class ImageReader:
                 parts.append(memoryview(plain)[low - begin : high - begin])
         return parts
 
-    def _unreadable(self, ino: int, pieces: Sequence[_Piece], error: SourceError, chunk: str = "") -> ReadError:
+    def _unreadable(self, ino: int, pieces: Sequence[Piece], error: SourceError, chunk: str = "") -> ReadError:
         segment = next(piece.segment for piece in pieces if piece.segment is not None)
         if isinstance(error, SegmentError):
             segment = error.segment
@@ -465,36 +353,29 @@ class ImageReader:
         if ino not in self._paths:
             if len(self._paths) >= MAX_PATHS:
                 self._paths.clear()
-            self._paths[ino] = self._walk_to(ino)
+            self._paths[ino] = self._walk_to({ino}, SHORT_WALK).get(ino, f"inode {ino}")
         return self._paths[ino]
 
     def paths_of(self, inodes: Collection[int]) -> dict[int, str]:
         """Those that a walk of bounded length finds, for people; for a worker thread."""
-        wanted, found = set(inodes), dict[int, str]()
+        found = self._walk_to(set(inodes), MAX_WALK)
+        return {ino: found.get(ino, f"inode {ino}").encode("utf-8", "replace").decode() for ino in inodes}
+
+    def _walk_to(self, wanted: set[int], longest: int) -> dict[int, str]:
+        found: dict[int, str] = {}
         try:
             for steps, (path, entry) in enumerate(self.bootstrap.walk()):
                 if entry.ino in wanted:
-                    found.setdefault(entry.ino, "/" + os.fsdecode(path).encode("utf-8", "replace").decode())
-                if steps >= MAX_WALK or len(found) == len(wanted):
+                    found.setdefault(entry.ino, "/" + os.fsdecode(path))
+                if steps >= longest or len(found) == len(wanted):
                     break
         except (RafsError, ValueError):
             pass
-        return {ino: found.get(ino, f"inode {ino}") for ino in inodes}
-
-    def _walk_to(self, ino: int) -> str:
-        try:
-            for steps, (path, entry) in enumerate(self.bootstrap.walk()):
-                if entry.ino == ino:
-                    return "/" + os.fsdecode(path).encode("utf-8", "replace").decode()
-                if steps >= 20_000:
-                    break
-        except (RafsError, ValueError):
-            pass
-        return f"inode {ino}"
+        return found
 
     # Sequential readers
 
-    def _read_ahead(self, ino: int, offset: int, size: int, pieces: Sequence[_Piece], cached: bool = False) -> None:
+    def read_ahead(self, ino: int, offset: int, size: int, pieces: Sequence[Piece], cached: bool = False) -> None:
         """Fetch what comes behind this read, where it goes on in sequence. Behind the read itself: it is started, and
         nothing of it waits for this."""
         own = {piece.segment.key: piece.segment for piece in pieces if piece.segment is not None}
@@ -513,7 +394,7 @@ class ImageReader:
             with self._following:
                 start, length = self._files.note(ino, offset, size, here)
             if length:
-                ahead = self._pieces(self.bootstrap.extents(ino, start, length))
+                ahead = self.pieces.of(self.bootstrap.extents(ino, start, length))
                 wanted = [piece.segment for piece in ahead if piece.segment is not None]
             if ino and self.bootstrap.attr(ino).size <= SMALL_FILE:
                 with self._following:
@@ -533,15 +414,15 @@ class ImageReader:
         """Begin to fetch those that are missing, without waiting. From any thread where data lies in files."""
         jobs = [self.job(segment) for segment in segments if not self.is_ready(segment)]
         if jobs and self._lane is not None and not trio.lowlevel.in_trio_run():
-            self._soon(self.start, segments)
+            self.soon(self.start, segments)
             return
         jobs = [job for job in jobs if self._scheduler.recent(job) is None]
         if jobs:
             self._scheduler.start(jobs)
 
-    def goes_on(self, ino: int, end: int, segment: Segment) -> bool:
-        """Whether a read of what was here is to be told to `follow`. From any thread."""
-        return self._files.due(ino, end) or self._runs.due(segment)
+    def goes_on(self, ino: int, end: int, segment: Segment | None) -> bool:
+        """Whether a read of what was here is to be told to `read_ahead` or `follow`. From any thread."""
+        return self._files.due(ino, end) or (segment is not None and self._runs.due(segment))
 
     def follow(self, ino: int, offset: int, size: int, segment: Segment, here: int, *, cached: bool) -> list[Segment]:
         """Note a read of a file, and begin to fetch what comes behind it; the segments that were missing. `here`: up to
@@ -556,7 +437,7 @@ class ImageReader:
     def fill(self, segment: Segment, meanwhile: Callable[[], None]) -> bool:
         """Have a segment in the cache, from a file of this machine; False: ask `whole`. Waits for the disk, in any
         thread but the trio thread. `meanwhile` is called while it waits."""
-        if self._lane is None or self._closed:
+        if self._lane is None or self._closed or not self.from_files:
             return False
         job = self.job(segment)
         if not self._lane.takes(job):
@@ -567,7 +448,7 @@ class ImageReader:
     @property
     def from_files(self) -> bool:
         """Whether `fill` may do something."""
-        return self._lane is not None
+        return self._lane is not None and isinstance(self.source, FileSource)
 
     async def need_table(self, blob_index: int) -> None:
         """Have the blob's own table, where it needs one. Raises `ReadError`."""
@@ -579,13 +460,13 @@ class ImageReader:
 
     def segments_of(self, ino: int, offset: int, size: int) -> list[Segment]:
         """Where this part of a file lies. Raises KeyError, ValueError or RafsError."""
-        pieces = self._pieces(self.bootstrap.extents(ino, offset, size)) if size > 0 else []
+        pieces = self.pieces.of(self.bootstrap.extents(ino, offset, size)) if size > 0 else []
         return [piece.segment for piece in pieces if piece.segment is not None]
 
     async def whole(self, segment: Segment, ino: int = 0) -> Plain:
         """All bytes of a segment, which is in the cache afterwards if the disk takes it. `ino`: the file that is read,
         if known. Raises `ReadError`."""
-        piece = _Piece(segment, 0, segment.size)
+        piece = Piece(segment, 0, segment.size)
         self.cache_counters.total += 1
         try:
             return (await self._collect([piece], stored=True))[0]

@@ -15,7 +15,8 @@ from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
     from nydusfs.courtesy import Courtesy
-    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.fetch import FetchScheduler
+    from nydusfs.flights import Job
     from nydusfs.image_reader import ImageReader
     from nydusfs.segments import Segment
 

@@ -25,7 +25,8 @@ from nydusfs.segments import SEGMENT_SIZE, Segment
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
-    from nydusfs.fetch import FetchScheduler, Job
+    from nydusfs.fetch import FetchScheduler
+    from nydusfs.flights import Job
     from nydusfs.image_reader import ImageReader
 
 log = logging.getLogger("nydusfs.prefetch")

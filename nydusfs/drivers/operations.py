@@ -44,6 +44,7 @@ from nydusfs.drivers.stats import Fop
 from nydusfs.drivers.volume import INDEX_SHIFT, INO_MASK, ROOT_ID, AttrLike, ImageVolume, PseudoTree, Volume
 from nydusfs.errors import NydusError, ReadError
 from nydusfs.hands import Hands
+from nydusfs.lane import SLOTS
 
 log = logging.getLogger("nydusfs.fuse")
 
@@ -253,10 +254,12 @@ class ImageOperations:
 class _Server(Hands):
     """One of the threads: whether it is its turn to take requests."""
 
-    __slots__ = ("_mine", "_turn")
+    __slots__ = ("_mine", "_turn", "unique", "volume")
 
     def __init__(self, turn: threading.Lock) -> None:
         super().__init__()
+        self.unique = 0  # of the read that it is at; set while it has its turn, so that no interrupt comes before
+        self.volume: Volume | None = None
         self._turn = turn
         self._mine = False
 
@@ -284,8 +287,9 @@ class RequestLoop:
         self.closing = False  # reads get EIO
         self.draining = False  # each thread serves the request it may be waiting for and ends
         self.inflight: dict[int, InFlight] = {}
-        self._threads = threads
+        self._threads = max(threads, 1 + SLOTS)  # one is free for what is cached
         self._turn = threading.Lock()
+        self._servers: list[_Server] = []
         self._ended = trio.lowlevel.ParkingLot()
         self._over = trio.Event()
         self._failure: BaseException | None = None
@@ -307,6 +311,7 @@ class RequestLoop:
     def _thread(self) -> None:
         failure: BaseException | None = None
         server = _Server(self._turn)
+        self._servers.append(server)
         try:
             while True:
                 server.take_turn()
@@ -339,11 +344,15 @@ class RequestLoop:
                 try:
                     self._read(unique, node, pid, request, server)
                 finally:
+                    server.unique = 0
                     server.finish()
             elif opcode not in _OURS:
                 connection.send(unique, *self.operations.answer(opcode, node, request))
             elif opcode == Opcode.INTERRUPT:
                 (which,) = INTERRUPT_IN.unpack_from(request, BODY)
+                for other in self._servers:
+                    if other.unique == which:
+                        other.give_up(errno.EINTR)
                 self._soon(self._interrupt, which)
             elif opcode == Opcode.DESTROY:
                 connection.send(unique)
@@ -365,6 +374,7 @@ class RequestLoop:
             log.warning("%s: EIO, this daemon stops", _read_of(volume, ino, offset, size))
             raise FuseError(errno.EIO)
         began = time.perf_counter_ns()
+        server.unique, server.volume, server.stopped = unique, volume, 0
         try:
             parts = volume.read_now(ino, offset, size, pid, server)
         except Exception as error:
@@ -372,6 +382,8 @@ class RequestLoop:
             raise FuseError(errno_of(error, _read_of(volume, ino, offset, size))) from None
         if parts is None:
             self._soon(self._begin, unique, node, volume, ino, offset, size, began)
+            if server.stopped:  # a task that is cancelled at once says why
+                self._soon(self._interrupt if server.stopped == errno.EINTR else self._stop, unique)
             return
         self.connection.send(unique, *parts)
         volume.stats.count_read(ino, size, sum(map(len, parts)), time.perf_counter_ns() - began)
@@ -419,6 +431,11 @@ class RequestLoop:
         if read is not None:
             read.scope.cancel()
 
+    def _stop(self, unique: int) -> None:
+        """Of a read that its thread was told to give up before it came here."""
+        if (read := self.inflight.get(unique)) is not None:
+            read.scope.cancel()
+
     def finish(self) -> None:
         """Let `run` return, although users of a detached mount may go on asking until the process ends."""
         self._over.set()
@@ -433,7 +450,10 @@ class RequestLoop:
         waiting = [read for read in self.inflight.values() if volume is None or read.volume is volume]
         for read in waiting:
             read.scope.cancel()
-        return len(waiting)
+        asking = [server for server in self._servers if server.unique and volume in (None, server.volume)]
+        for server in asking:
+            server.give_up(errno.EIO)
+        return len(waiting) + len(asking)
 
     async def wait_idle(self, volume: Volume | None = None) -> None:
         """Return when no read of this volume (or at all) is waiting any more."""

@@ -12,6 +12,7 @@ import trio
 
 from nydusfs.http import wire
 from nydusfs.http.connection import Connection, Progress, Tls, tls_context
+from nydusfs.http.direct import Direct
 from nydusfs.http.errors import HttpError, HttpTimeout, ProtocolViolation, StaleConnection
 from nydusfs.http.pacing import PACE
 from nydusfs.http.url import Origin, Url
@@ -22,6 +23,7 @@ IDLE_SECONDS = 30.0  # below the keep-alive limit of common servers (nginx 75 s,
 SMALL_BODY = 1 << 20  # token replies and error texts
 # A peer may be slow as long as it moves: the hard limit of a request is its stall limit plus its size at this rate.
 SLOWEST = 64 * 1024
+_AS_IT_IS = ("Accept-Encoding", "identity")
 
 
 @dataclass(slots=True)
@@ -120,7 +122,7 @@ class HttpClient:
                 return await _whole(connection, head, offset, size)
             return await _small(connection, head)
 
-        request = [*headers, ("Range", f"bytes={first}-{behind - 1}"), ("Accept-Encoding", "identity")]
+        request = [*headers, ("Range", f"bytes={first}-{behind - 1}"), _AS_IT_IS]
         hard = timeout + (behind - first) / slowest
         return await self._exchange("GET", url, request, b"", receive, connect_timeout, timeout, hard, via, progress)
 
@@ -136,7 +138,7 @@ class HttpClient:
         via: Via | None = None,
     ) -> Response:
         """A small request whose answer is at most `SMALL_BODY` bytes (tokens, pings). Raises `HttpError`."""
-        request = [*headers, ("Accept-Encoding", "identity")]
+        request = [*headers, _AS_IT_IS]
         return await self._exchange(method, url, request, body, _small, connect_timeout, timeout, timeout, via)
 
     async def _exchange(
@@ -220,12 +222,31 @@ class HttpClient:
     def _take_idle(self, pool: _Pool) -> Connection | None:
         """The connection used last: it is the least likely to be closed."""
         now = time.monotonic()
-        while pool.idle:
-            connection = pool.idle.pop()
+        while True:
+            try:
+                connection = pool.idle.pop()  # a thread may take some too
+            except IndexError:
+                return None
             if now - connection.idle_since < IDLE_SECONDS and connection.alive():
                 return connection
             connection.close()
-        return None
+
+    def direct(self, url: Url, headers: Iterable[tuple[str, str]]) -> Direct:
+        """For threads that get ranges by themselves, over connections that are kept here."""
+        message = wire.format_request("GET", url.target, url.origin.netloc, [*headers, _AS_IT_IS])
+        pool = self._pools.setdefault((url.origin, None, False), _Pool())
+
+        def take() -> Connection | None:
+            try:
+                connection = pool.idle.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - connection.idle_since < IDLE_SECONDS and connection.alive():
+                return connection
+            pool.idle.append(connection)  # for the loop to close
+            return None
+
+        return Direct(message.removesuffix(b"\r\n"), take, pool.idle.append)
 
     async def _connect(self, origin: Origin, timeout: float, via: Via | None) -> Connection:
         if self._context is None and (origin.scheme == "https" or (via and via.origin.scheme == "https")):

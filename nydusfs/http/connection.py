@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import time
 from base64 import b64encode
@@ -281,6 +282,25 @@ class Connection:
         self._scope = self._progress = self._pace = None
         self.reused = True
         self.idle_since = time.monotonic()
+
+    # -- for a thread that waits by itself, while nobody else has it
+
+    def lend(self, patience: float) -> socket.socket | None:
+        """Its socket, None where more than a socket is between us and the peer."""
+        return self._transport.lend(patience) if isinstance(self._transport, PlainTransport) else None
+
+    def take_back(self) -> None:
+        if isinstance(self._transport, PlainTransport):
+            self._transport.take_back()
+        self.park()
+
+    def abort(self) -> None:
+        if isinstance(self._transport, PlainTransport):
+            self._transport.abort()
+
+    def abandon(self) -> None:
+        if isinstance(self._transport, PlainTransport):
+            self._transport.abandon()
 
     def close(self) -> None:
         self._scope = None

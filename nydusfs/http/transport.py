@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 from typing import Protocol
 
 import trio
@@ -51,6 +52,7 @@ class PlainTransport:
         stream.socket.close()
         self._low_water = 1
         self._next_water = LOW_WATER
+        self._patience = 0.0
 
     async def send_all(self, data: bytes) -> None:
         view = memoryview(data)
@@ -97,6 +99,31 @@ class PlainTransport:
 
     def set_window(self, size: int) -> None:
         _set_window(self._sock, size)
+
+    def lend(self, patience: float) -> socket.socket:
+        """The socket for a thread that waits for it by itself, for at most so many seconds each time."""
+        self._expect(1)
+        if patience != self._patience:
+            timeval = struct.pack("@ll", int(patience), int(patience % 1 * 1e6))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+            self._patience = patience
+        self._sock.setblocking(True)
+        return self._sock
+
+    def take_back(self) -> None:
+        self._sock.setblocking(False)
+
+    def abort(self) -> None:
+        """Let a thread that waits for the lent socket go on, with nothing."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is closed already
+
+    def abandon(self) -> None:
+        """`close` for a thread."""
+        self._sock.close()
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self._sock)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import IntEnum
 from typing import Protocol, TypeAlias
 
 import trio
 
 from nydusfs.counters import BackendCounters
+from nydusfs.hands import Hands
 
 Buffer: TypeAlias = bytes | bytearray
 Check: TypeAlias = Callable[[Buffer], Awaitable[None]]
@@ -54,10 +56,34 @@ class Source(Protocol):
     async def aclose(self) -> None: ...
 
 
-class FileSource(ABC):
-    """What a source is besides whose blobs are files of this machine: threads may read them by themselves."""
+class ThreadSource(ABC):
+    """What a source is besides whose blobs a reader's thread may read by itself. All methods from any thread."""
 
     counters: BackendCounters
+
+    @abstractmethod
+    def at_hand(self, blob_id: str) -> bool:
+        """Whether `read_here` may do something."""
+
+    @abstractmethod
+    def read_here(
+        self, blob_id: str, offset: int, size: int, hands: Hands, meanwhile: Callable[[], None]
+    ) -> Buffer | None:
+        """As `Source.read`, in this thread. None, OSError or `HttpError`: it is to be read as always, which says what
+        is wrong. `meanwhile` is called while it is waited for, which `hands` may end."""
+
+    def doubt(self, size: int) -> None:  # noqa: B027 - of no consequence for most
+        """The last bytes that this thread read so, so many, were wrong."""
+
+    def learn(self) -> Iterable[tuple[int, float]]:
+        """Take in how such reads went since this was called last, on the event loop; bytes and seconds of each that
+        says how fast a link is."""
+        return ()
+
+
+class FileSource(ThreadSource):
+    """One whose blobs are files of this machine."""
+
     by_range = False
 
     def cheap(self, size: int) -> bool:
@@ -68,3 +94,22 @@ class FileSource(ABC):
         """A descriptor of the file that the blob lies in, and where it begins there; None: there is no such file, or it
         is known to end before `end` of the blob. From any thread. Whatever is wrong is left to `read`, which says what.
         """
+
+    def at_hand(self, blob_id: str) -> bool:
+        return True
+
+    def read_here(
+        self, blob_id: str, offset: int, size: int, hands: Hands, meanwhile: Callable[[], None]
+    ) -> bytes | None:
+        found = self.open_blob(blob_id, offset + size)
+        if found is None:
+            return None
+        fd, begin = found
+        try:
+            # As one request: read(2) alone takes pieces of what the disk's read-ahead is, 128 KiB.
+            os.posix_fadvise(fd, begin + offset, size, os.POSIX_FADV_WILLNEED)
+            meanwhile()
+            data = os.pread(fd, size, begin + offset)
+            return data if len(data) == size else None
+        finally:
+            os.close(fd)

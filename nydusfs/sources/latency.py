@@ -43,9 +43,14 @@ class Latency:
         """Seconds that a request for `size` bytes takes."""
         return self.first + size / self.rate
 
+    @property
+    def trusted(self) -> bool:
+        """Whether enough is known for the numbers to mean something."""
+        return self.samples >= _TRUSTED
+
     def waits_longer_than(self, size: int) -> bool:
         """Whether an answer's first byte takes longer than `size` bytes do; False while too little is known."""
-        return self.samples >= _TRUSTED and self.first > size / self.rate
+        return self.trusted and self.first > size / self.rate
 
     def estimate(self, size: int, now: float) -> float:
         """`expected`, drawn to the prior the longer the source was not used: an old grudge is looked into again."""
@@ -82,6 +87,6 @@ class Latency:
 
     def hedge_after(self) -> float | None:
         """Seconds without a byte after which a request is late; None while too little is known."""
-        if self.samples < _TRUSTED:
+        if not self.trusted:
             return None
         return max(MIN_HEDGE, self.first * max(self._late, _ABOVE_MEDIAN * self._median))

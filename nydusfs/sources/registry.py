@@ -22,6 +22,7 @@ from nydusfs.http.connection import Progress, basic_auth
 from nydusfs.http.errors import TlsFailed
 from nydusfs.http.url import parse_authority
 from nydusfs.sources import dragonfly
+from nydusfs.sources.athand import AtHand
 from nydusfs.sources.auth import Authenticator
 from nydusfs.sources.base import Priority
 from nydusfs.sources.dragonfly import Generation
@@ -122,6 +123,7 @@ class RegistryEndpoint:
         self._last_headers: tuple[Headers | None, Headers] = None, ()
         self._told = False
         self._peer = peer
+        self.at_hand = AtHand(standing)
         # Who configures the length of pieces has it as it says, and requests as they are wanted.
         names = {name.lower() for name, _ in (*way.headers, *extra)}
         self._in_pieces = peer is not None and dragonfly.PIECE_HEADER[0].lower() not in names
@@ -143,7 +145,9 @@ class RegistryEndpoint:
             limit += dragonfly.PIECE / MIRROR_SLOWEST
         try:
             response = await self._at_once(wanted, patience, progress)
-            if response is None or not response.has_data:
+            if response is not None and response.status == 206:
+                self._put_at_hand(wanted, response.sent)
+            elif response is None or not response.has_data:
                 with trio.fail_after(limit):
                     response = await self._fetch(wanted, patience, progress, response)
         except trio.TooSlowError:
@@ -208,6 +212,11 @@ class RegistryEndpoint:
         response = await self._get_shared(self._url(wanted), self._headers(sent), wanted, patience, progress)
         response.sent = sent
         return response
+
+    def _put_at_hand(self, wanted: Range, sent: str) -> None:
+        url = self._url(wanted)
+        if self.way.via is None and url.origin.scheme == "http":
+            self.at_hand.allow(wanted.blob_id, lambda: self._client.direct(url, self._merged(self._headers(sent))))
 
     def _url(self, wanted: Range) -> Url:
         blob_id, base, url = self._last

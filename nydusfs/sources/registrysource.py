@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from urllib.parse import quote, urlsplit
 
 from nydusfs.config import MirrorConfig, RegistryBackend
+from nydusfs.counters import SourceTally
 from nydusfs.errors import ConfigError
+from nydusfs.hands import Hands
 from nydusfs.http import HttpClient, HttpError, Origin, Url, parse_url
 from nydusfs.http.connection import Tls
 from nydusfs.http.url import parse_authority
@@ -15,6 +18,7 @@ from nydusfs.registry.hosts import ClientOptions, route
 from nydusfs.registry.hosts import Endpoint as HostsEntry
 from nydusfs.registry.reference import DOCKER_HUB_HOSTS
 from nydusfs.sources.auth import Authenticator
+from nydusfs.sources.base import Buffer, ThreadSource
 from nydusfs.sources.hub import SourceHub, seconds
 from nydusfs.sources.race import Racer
 from nydusfs.sources.registry import RegistryEndpoint, Times, Way, proxy_via
@@ -23,7 +27,7 @@ from nydusfs.sources.remote import RemoteSource
 log = logging.getLogger("nydusfs.sources")
 
 
-class RegistrySource(RemoteSource):
+class RegistrySource(RemoteSource, ThreadSource):
     """Implements `Source` for one repository."""
 
     def __init__(self, backend: RegistryBackend, hub: SourceHub) -> None:
@@ -66,6 +70,42 @@ class RegistrySource(RemoteSource):
                 self._hub.forget(old)
                 replaced[id(old)] = fresh
             endpoint.authenticator = replaced[id(old)]
+
+    # -- threads that read by themselves: only where there is nobody else to ask
+
+    def at_hand(self, blob_id: str) -> bool:
+        return len(self._endpoints) == 1 and self._endpoints[0].at_hand.way(blob_id) is not None
+
+    def read_here(
+        self, blob_id: str, offset: int, size: int, hands: Hands, meanwhile: Callable[[], None]
+    ) -> Buffer | None:
+        (endpoint,) = self._endpoints
+        way = endpoint.at_hand.way(blob_id)
+        if way is None:
+            return None
+        try:
+            got = way.get(offset, size, hands, meanwhile)
+        except (HttpError, OSError):
+            if not hands.stopped:
+                endpoint.at_hand.forbid()
+            raise
+        if got is None:
+            return None
+        endpoint.at_hand.had(got)
+        for tally in endpoint.standing.tally, self.racer.sources.setdefault(endpoint.address, SourceTally()):
+            tally.requests += 1
+            tally.bytes += size
+        return got.body
+
+    def doubt(self, size: int) -> None:
+        (endpoint,) = self._endpoints
+        endpoint.at_hand.forbid()
+        for tally in endpoint.standing.tally, self.racer.sources[endpoint.address]:
+            tally.failures += 1
+            tally.bytes -= size
+
+    def learn(self) -> Iterable[tuple[int, float]]:
+        return self._endpoints[0].at_hand.learn()
 
     def _authenticator(self, auth: str, through: Origin | None = None) -> Authenticator:
         backend = self._backend

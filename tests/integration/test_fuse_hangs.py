@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
+from tests.lab.faulty import faulty_server
 from tests.lab.process import unmount_below
-from tests.lab.tiny import tiny_image
+from tests.lab.tiny import noise, tiny_image
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())]
 
@@ -107,3 +109,52 @@ def test_stop_ends_although_nobody_reads_the_log(tmp_path: Path) -> None:
         os.close(receiving)
         os.close(sending)
         unmount_below(tmp_path)
+
+
+_PAGE = """
+import hashlib, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+for chunk in map(int, sys.argv[2:]):
+    print(hashlib.sha256(os.pread(fd, 4096, (chunk << 20) + 4096)).hexdigest(), flush=True)
+"""
+
+
+def test_a_registry_that_hangs_holds_up_nobody_but_who_waits_for_it(tmp_path: Path) -> None:
+    """Readers' threads ask it by themselves; the others go on, who is killed ends, and who waits gets right bytes."""
+    data = noise(24 << 20)
+    image = tiny_image(tmp_path, {"a": data})
+
+    def page(chunk: int) -> str:
+        return hashlib.sha256(data[(chunk << 20) + 4096 : (chunk << 20) + 8192]).hexdigest()
+
+    settings = {"scheme": "http", "repo": "a/b", "timeout": 5, "retry_limit": 4}
+    with faulty_server({image.blob_id: image.blob}) as server, Nydusd() as daemon:
+        backend = {"type": "registry", "config": {**settings, "host": server.netloc}}
+        cache = {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}
+        text = json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"})
+        assert daemon.mount("/x", image.bootstrap, text).status == 204
+        file = daemon.mnt / "x" / "a"
+        known = list(range(0, 24, 2))
+        assert reader(_PAGE, file, *map(str, known)).stdout.split() == [page(chunk) for chunk in known]
+        server.mode = "hang-headers"
+        waiting = [
+            subprocess.Popen([sys.executable, "-c", _PAGE, str(file), str(chunk)], stdout=subprocess.PIPE, text=True)
+            for chunk in (1, 5, 9, 13)
+        ]
+        try:
+            wait_until(lambda: len(server.data_requests) >= len(known) + 2, 20, "requests that hang")
+            # other pages of what is cached: these come to the daemon
+            code = _PAGE.replace("+ 4096)", "+ 8192)")
+            assert len(reader(code, file, *map(str, known), timeout=20).stdout.split()) == len(known)
+            waiting[0].kill()
+            waiting[0].wait(20)
+            server.mode = "ok"
+            for chunk, process in zip((5, 9, 13), waiting[1:], strict=True):
+                output, _ = process.communicate(timeout=60)
+                assert output.split() == [page(chunk)]
+        finally:
+            for process in waiting:
+                process.kill()
+                process.wait(20)
+        assert reader(_PAGE, file, "1").stdout.split() == [page(1)]

@@ -20,7 +20,7 @@ from bootstrap.options import BuildOptions
 from nydusfs import prefetch
 from nydusfs.cache import BlobCache
 from nydusfs.config import load_config
-from nydusfs.fetch import MERGE
+from nydusfs.flights import MERGE
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 from nydusfs.services import Services, open_services

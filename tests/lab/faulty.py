@@ -90,6 +90,10 @@ class FaultyServer:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._listener.close()
+        self.drop_connections()
+
+    def drop_connections(self) -> None:
+        """As a server does with those that are idle."""
         for connection in list(self._open):
             try:
                 connection.shutdown(socket.SHUT_RDWR)

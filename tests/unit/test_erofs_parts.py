@@ -116,11 +116,11 @@ def check_file_map(reader: ImageReader, files: list[DeviceFile], found: FileMap 
         if not stat.S_ISREG(attr.mode):
             continue
         for offset in range(0, attr.size, 100_000):
-            [piece] = reader._pieces(image.extents(entry.ino, offset, 1))
+            [piece] = reader.pieces.of(image.extents(entry.ino, offset, 1))
             assert piece.segment is not None
             device = numbers[piece.segment.blob.index, piece.segment.name]
             ino, at = found.find(device, piece.offset) or (0, 0)
-            assert reader._pieces(image.extents(ino, at, 1)) == [piece]
+            assert reader.pieces.of(image.extents(ino, at, 1)) == [piece]
     assert found.find(len(files), 0) is None
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from nydusfs import readahead
-from nydusfs.fetch import Job, evenly
+from nydusfs.flights import Job, evenly
 from nydusfs.readahead import SEQUENTIAL, STALE, FileStreams
 
 READ = 128 * 1024
