@@ -80,8 +80,10 @@ class FileStreams:
             self._streams[ino] = _Stream(offset + size, 0, offset + size, here, now)
             return 0, 0
         stream.at = now
-        # What is left out between two places of one segment was read by nobody.
-        stream.run += max(size, offset + size - stream.end) if offset <= known + gap else size
+        # What is left out was read by nobody, or from a segment that is here, which no sequence can be begun by: a
+        # program's faults come to neighbouring chunks often.
+        went_on = stream.run >= SEQUENTIAL and offset <= known + gap
+        stream.run += max(size, offset + size - stream.end) if went_on else size
         stream.end = max(stream.end, offset + size)
         stream.here = max(stream.here, here)
         window = min(self._window(WINDOW), stream.run * 2)

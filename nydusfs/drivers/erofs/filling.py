@@ -303,7 +303,11 @@ class ErofsImage:
         (ino, at), segment = self.file_at(question), self.segment(question.name)
         if segment is None:
             return
-        end = max(at + 4 * question.size if question.size > SINGLE else 0, HEAD if at == 0 else 0)
+        end = at + question.size
+        if question.size > SINGLE and question.offset + question.size >= segment.padded:
+            end += 1  # the kernel's window goes on in the next device, which it asks for when this one is here
+        if at == 0:
+            end = max(end, HEAD)
         if ino and end > at and not self.reader.from_files:  # there is no round trip to be saved
             try:
                 others = [one for one in self.reader.segments_of(ino, at, end - at) if one.key != segment.key]
