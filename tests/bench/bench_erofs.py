@@ -3,8 +3,8 @@
     python -m tests.bench.bench_erofs [--big MiB] [--files N] [--rounds N] [--json FILE]
 
 Medians over the rounds, all sides in turn in each. "disk": the kernel's page cache dropped; "warm": it has the pages;
-"cold": nothing cached by the daemon, blobs in a local directory. Complete images are mounted with all segments cached.
-Daemon time is that of all our processes while the complete image is read.
+"cold": nothing cached by the daemon, blobs in a local directory; "fetch alone": such a miss without a kernel. Complete
+images are mounted with all segments cached. Daemon time is that of all our processes while the complete image is read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,33 @@ def image_seconds(case: Path, work: Path) -> tuple[float, float]:
     return trio.run(go)
 
 
+def fetch_alone(case: Path, work: Path, misses: int) -> float:
+    """Microseconds in the median that a miss takes without a kernel: read, decode, verify and keep, in one thread."""
+
+    async def go() -> float:
+        config = load_config(localfs_config(case, work_dir=work), "bench")
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            ino = reader.bootstrap.resolve(b"/big")
+            offsets = list(range(0, reader.bootstrap.attr(ino).size - (1 << 20), 1 << 20))
+            random.Random(3).shuffle(offsets)
+            segments = [reader.segments_of(ino, offset, 4096)[0] for offset in offsets[:misses]]
+
+            def fetch() -> list[float]:
+                took = []
+                for segment in segments:
+                    began = time.perf_counter()
+                    assert reader.fill(segment, lambda: None)
+                    took.append(time.perf_counter() - began)
+                return took
+
+            took = await trio.to_thread.run_sync(fetch)
+            reader.close()
+            return statistics.median(took) * 1e6
+
+    return trio.run(go)
+
+
 def make_case(base: Path, name: str, tree: Path) -> Path:
     """A directory with the image of a tree and its blob."""
     case = base / f"case-{name}"
@@ -141,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--complete", action="store_true", help="only images that are complete: a minute instead of four"
     )
+    parser.add_argument("--incomplete", action="store_true", help="only images that are not")
     options = parser.parse_args()
     if reason := cannot_mount_erofs():
         sys.exit(reason)
@@ -160,7 +189,7 @@ def main() -> None:
 
         sides: dict[str, list[dict[str, float]]] = {}
         with Nydusd("--fs-driver", "erofs") as daemon:
-            for name, made in cases.items():
+            for name, made in cases.items() if not options.incomplete else ():
                 config = localfs_config(made, work_dir=base / "cache")
                 assert daemon.mount("/fill", made / "image.boot", config).status == 204
                 _seconds("sh", "-c", "find $0 -type f -exec cat {} +", daemon.mnt / "fill")
@@ -171,7 +200,7 @@ def main() -> None:
                 assert daemon.mount(f"/erofs-{name}", made / "image.boot", config).status == 204
             pids = processes_mentioning(str(daemon.sock))
             spent = 0.0
-            for _ in range(options.rounds):
+            for _ in range(0 if options.incomplete else options.rounds):
                 sides.setdefault("ext4", []).append(measure(trees["large"], trees["small"]))
                 sides.setdefault("plain erofs", []).append(measure(plain["large"], plain["small"]))
                 before = sum(map(cpu_seconds, pids))
@@ -206,6 +235,12 @@ def main() -> None:
                         drop_caches()
                         run([sys.executable, "-c", _TOUCH, str(3 * options.big + 128)], timeout=300)
                         found[number][f"{what}, cold"] = _number(code, daemon.mnt / "a" / "big", *words)
+            if programs:
+                (base / f"alone-{number}").mkdir()
+                drop_caches()
+                run([sys.executable, "-c", _TOUCH, str(3 * options.big + 128)], timeout=300)
+                alone = fetch_alone(case, base / f"alone-{number}", 100)
+                sides["ours, erofs"][number]["fetch alone p50 us, cold"] = alone
         report["sides"] = {
             side: {key: statistics.median(each[key] for each in rounds if key in each) for key in rounds[0]}
             for side, rounds in sides.items()
