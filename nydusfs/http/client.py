@@ -241,9 +241,10 @@ class HttpClient:
                 connection = pool.idle.pop()
             except IndexError:
                 return None
-            if time.monotonic() - connection.idle_since < IDLE_SECONDS and connection.alive():
+            fresh = connection.own is not None and time.monotonic() - connection.idle_since < IDLE_SECONDS
+            if fresh and connection.alive():
                 return connection
-            pool.idle.append(connection)  # for the loop to close
+            pool.idle.append(connection)  # for the loop, to use or to close
             return None
 
         return Direct(message.removesuffix(b"\r\n"), take, pool.idle.append)

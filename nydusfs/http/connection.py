@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 import time
 from base64 import b64encode
@@ -14,7 +13,7 @@ import trio
 from nydusfs.http import wire
 from nydusfs.http.errors import ConnectFailed, ProtocolViolation, StaleConnection, TlsFailed
 from nydusfs.http.pacing import Pace
-from nydusfs.http.transport import IO_ERRORS, PlainTransport, StreamTransport, Transport
+from nydusfs.http.transport import IO_ERRORS, OwnSocket, PlainTransport, StreamTransport, TlsTransport, Transport
 from nydusfs.http.url import Origin
 
 _RECEIVE = 64 * 1024
@@ -97,6 +96,12 @@ class Connection:
             raise ConnectFailed(_reason(error)) from None
         if proxy is None and origin.scheme != "https":
             return cls(origin, PlainTransport(tcp))
+        if proxy is None:
+            context = context or ssl.create_default_context()
+            try:
+                return cls(origin, await TlsTransport.open(tcp, context, origin.host))
+            except IO_ERRORS as error:
+                raise TlsFailed(f"TLS handshake failed ({_reason(error)})") from None
         stream: trio.abc.Stream = tcp
         try:
             if proxy is not None and proxy.scheme == "https":
@@ -283,24 +288,11 @@ class Connection:
         self.reused = True
         self.idle_since = time.monotonic()
 
-    # -- for a thread that waits by itself, while nobody else has it
-
-    def lend(self, patience: float) -> socket.socket | None:
-        """Its socket, None where more than a socket is between us and the peer."""
-        return self._transport.lend(patience) if isinstance(self._transport, PlainTransport) else None
-
-    def take_back(self) -> None:
-        if isinstance(self._transport, PlainTransport):
-            self._transport.take_back()
-        self.park()
-
-    def abort(self) -> None:
-        if isinstance(self._transport, PlainTransport):
-            self._transport.abort()
-
-    def abandon(self) -> None:
-        if isinstance(self._transport, PlainTransport):
-            self._transport.abandon()
+    @property
+    def own(self) -> OwnSocket | None:
+        """For a thread that waits by itself, while nobody else has this connection; None where more than a socket is
+        between us and the peer."""
+        return self._transport if isinstance(self._transport, OwnSocket) else None
 
     def close(self) -> None:
         self._scope = None

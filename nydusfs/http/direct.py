@@ -1,12 +1,13 @@
 """Ranges of one URL for the thread that needs them, over connections that a client keeps: no event loop, no task.
 
-Only what goes well is done here: an answer with exactly the range and its length, on a plain TCP connection that is
-open already, within `PATIENCE`. For everything else the caller asks the client, which says what is wrong.
+Only what goes well is done here: an answer with exactly the range and its length, on a connection that is open already
+and passes no proxy, within `PATIENCE`. For everything else the caller asks the client, which says what is wrong.
 """
 
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,14 +37,12 @@ class Direct:
         """Bytes `offset` to `offset + size - 1`. Raises `HttpError` or OSError; None: no connection is free. `hands`
         may end the waiting; `meanwhile` is called when the request is sent."""
         connection = self._take()
-        if connection is None:
+        if connection is None or (own := connection.own) is None:
             return None
         keep = False
         try:
-            if (sock := connection.lend(PATIENCE)) is None:
-                keep = True
-                return None
-            hands.stop = connection.abort
+            sock = own.lend(PATIENCE)
+            hands.stop = own.abort
             if hands.stopped:
                 raise OSError("given up")
             began = time.monotonic()
@@ -55,10 +54,11 @@ class Direct:
         finally:
             hands.stop = None
             if keep:
-                connection.take_back()
+                own.take_back()
+                connection.park()
                 self._give(connection)
             else:
-                connection.abandon()
+                own.abandon()
 
 
 class Got(NamedTuple):
@@ -84,8 +84,12 @@ def _receive(sock: socket.socket, offset: int, size: int, began: float) -> tuple
         raise ProtocolViolation(f"status {head.status}, or another range")
     body = bytearray(size)
     body[:have] = raw[end:]
-    if have < size:
-        with memoryview(body) as view:
-            if sock.recv_into(view[have:], 0, socket.MSG_WAITALL) != size - have:
+    flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
+    until = time.monotonic() + PATIENCE
+    with memoryview(body) as view:
+        while have < size:
+            got = sock.recv_into(view[have:], 0, flags)
+            if not got or time.monotonic() > until:
                 raise ProtocolViolation("closed or late in a body")
+            have += got
     return head, body, first

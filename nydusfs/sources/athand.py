@@ -1,9 +1,9 @@
 """When readers' threads may ask a registry by themselves (`http.direct`), and what became of it.
 
-Everything that has to be known for it is found out by a read that goes the ordinary way: that the registry itself gives
-the blob, without a redirect, to what is sent now, and soon. It holds for `LIFE` seconds, or until anything goes wrong;
-then another such read finds out. A registry that is slow is not asked so: it would hold threads up, and what the event
-loop takes is nothing beside its answers.
+Everything that has to be known for it is found out by a read that goes the ordinary way: that the registry itself, or
+where it leads to, gives the blob to what is sent now, and soon. It holds for `LIFE` seconds, or until anything goes
+wrong; then another such read finds out. A registry that is slow is not asked so: it would hold threads up, and what the
+event loop takes is nothing beside its answers.
 """
 
 from __future__ import annotations

@@ -214,9 +214,9 @@ class RegistryEndpoint:
         return response
 
     def _put_at_hand(self, wanted: Range, sent: str) -> None:
-        url = self._url(wanted)
-        if self.way.via is None and url.origin.scheme == "http":
-            self.at_hand.allow(wanted.blob_id, lambda: self._client.direct(url, self._merged(self._headers(sent))))
+        if self.way.via is None:
+            url, headers = self._url(wanted), self._headers(sent)
+            self.at_hand.allow(wanted.blob_id, lambda: self._client.direct(url, self._merged(headers)))
 
     def _url(self, wanted: Range) -> Url:
         blob_id, base, url = self._last
@@ -234,6 +234,8 @@ class RegistryEndpoint:
         if known is not None:
             try:
                 response = await self._get(known, (), wanted, patience, progress)
+                if response.status == 206 and self._peer is None and self.way.via is None:
+                    self.at_hand.allow(wanted.blob_id, lambda: self._client.direct(known, self._merged(())))
                 if response.status in (200, 206):
                     return response
             except HttpError as error:

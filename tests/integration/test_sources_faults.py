@@ -9,7 +9,6 @@ import base64
 import json
 import logging
 import ssl
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from nydusfs.image_reader import ImageReader
 from nydusfs.services import Services, open_services
 from nydusfs.sources import probe, race, registry, tokens
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader
-from tests.lab.faulty import FaultyServer, dead_port, faulty_server
+from tests.lab.faulty import FaultyServer, dead_port, faulty_server, self_signed
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 FILES = {
@@ -508,12 +507,7 @@ def test_the_proxy_is_used_and_fallen_back_from(image: TinyImage, stack: ExitSta
 
 
 def test_tls_and_its_settings(image: TinyImage, stack: ExitStack, tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=lab"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(
-        [*command.split(), *names, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True, timeout=30
-    )
+    cert, key = self_signed(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
     secure, plain = server(stack, image, tls=context), server(stack, image)

@@ -11,11 +11,13 @@ import json
 import re
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 MODES = (
@@ -33,6 +35,17 @@ class Request:
     span: tuple[int, int] | None
     when: float
     body: bytes = b""
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """Certificate and key for 127.0.0.1."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=lab"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [*command.split(), *names, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True, timeout=30
+    )
+    return cert, key
 
 
 @dataclass

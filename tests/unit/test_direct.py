@@ -4,6 +4,7 @@ it should be ends as in the ordinary way."""
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from nydusfs.http import direct
 from nydusfs.image_reader import ImageReader
 from nydusfs.services import Services, open_services
 from nydusfs.sources import RegistrySource, athand
-from tests.lab.faulty import FaultyServer, Request, faulty_server
+from tests.lab.faulty import FaultyServer, Request, faulty_server, self_signed
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
 MIB = 1 << 20
@@ -271,14 +272,50 @@ def test_a_registry_that_hangs_holds_few_threads(image: TinyImage, server: Fault
     run(image, server, tmp_path, scenario)
 
 
-def test_not_beside_mirrors_nor_behind_redirects(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+def test_not_beside_mirrors(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
     async def scenario(case: Case) -> None:
         assert await case.here(1) is None
 
     with faulty_server({image.blob_id: image.blob}) as other:
-        run(image, server, tmp_path / "mirror", scenario, mirrors=[{"host": other.url}])
-        server.redirect = other.url
-        run(image, server, tmp_path / "redirect", scenario)
+        run(image, server, tmp_path, scenario, mirrors=[{"host": other.url}])
+
+
+def test_where_a_redirect_leads_to_is_asked_until_it_refuses(
+    image: TinyImage, server: FaultyServer, tmp_path: Path
+) -> None:
+    with faulty_server({image.blob_id: image.blob}) as store:
+        server.redirect = store.url
+
+        async def scenario(case: Case) -> None:
+            asked, had = len(server.data_requests), len(store.data_requests)
+            assert await case.here(1) == case.expected(1)
+            assert (len(server.data_requests), len(store.data_requests)) == (asked, had + 1)
+            assert "authorization" not in store.data_requests[-1].headers
+            answers = ["404", "404"]
+            store.choose = lambda request: answers.pop() if answers else "ok"
+            assert await case.here(3) is None
+            assert await case.loop(3) == case.expected(3)
+            assert len(server.data_requests) == asked + 1
+
+        run(image, server, tmp_path, scenario)
+
+
+@pytest.mark.parametrize("mode", ["ok", "early-close", "wrong-bytes", "hang-body", "503"])
+def test_over_tls(image: TinyImage, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "PATIENCE", 0.5)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*self_signed(tmp_path))
+
+    async def scenario(case: Case) -> None:
+        answers = [mode]
+        server.choose = lambda request: answers.pop() if answers else "ok"
+        found = await case.here(1)
+        assert found == (case.expected(1) if mode == "ok" else None)
+        assert await case.loop(1) == case.expected(1)
+        assert server.connections < WARM
+
+    with faulty_server({image.blob_id: image.blob}, tls=context) as server:
+        run(image, server, tmp_path, scenario, scheme="https", skip_verify=True)
 
 
 def test_not_from_a_registry_that_is_slow(
