@@ -117,40 +117,45 @@ class Lane:
     def read(self, job: Job, hands: Hands, meanwhile: Callable[[], None]) -> Plain | None:
         """The bytes of a segment for a reader: it goes to the cache `later`. None: ask the ordinary way. `meanwhile` is
         called while the source is busy, at most once."""
-        claim = self._run(job, hands, meanwhile)
-        return None if claim is None else claim.plain
-
-    def fill(self, job: Job, meanwhile: Callable[[], None]) -> bool:
-        """Have the cache take a segment; False: ask the ordinary way. `meanwhile`: as for `read`."""
-        hands = Hands()
-        try:
-            claim = self._run(job, hands, meanwhile)
-        finally:
-            hands.finish()
-        if claim is None:
-            return False
-        claim.over.wait()
-        return claim.kept
-
-    def _run(self, job: Job, hands: Hands, meanwhile: Callable[[], None]) -> Claim | None:
         if not self._slots.acquire(blocking=False):
             return None
         try:
-            if (found := self._claim(job, hands)) is None:
-                return None
-            claim, mine = found
-            hands.waits()
-            if mine:
-                hands.later(lambda: self._keep(claim))
-                self._fetch(claim, meanwhile)
-            elif isinstance(job.source, FileSource):
-                meanwhile()
-                claim.verified.wait()
-            elif not claim.verified.is_set:
-                return None  # on the loop many can wait, and be told to give up
-            return claim
+            claim = self._run(job, hands, meanwhile)
+            return None if claim is None else claim.plain
         finally:
             self._slots.release()
+
+    def fill(self, job: Job, meanwhile: Callable[[], None]) -> bool:
+        """Have the cache take a segment; False: ask the ordinary way. `meanwhile`: as for `read`."""
+        if not self._slots.acquire(blocking=False):
+            return False
+        try:
+            hands = Hands()
+            try:
+                claim = self._run(job, hands, meanwhile)
+            finally:
+                hands.finish()
+            if claim is None:
+                return False
+            claim.over.wait()
+            return claim.kept
+        finally:  # not before: of the driver's threads one must be free, to write may need its answer
+            self._slots.release()
+
+    def _run(self, job: Job, hands: Hands, meanwhile: Callable[[], None]) -> Claim | None:
+        if (found := self._claim(job, hands)) is None:
+            return None
+        claim, mine = found
+        hands.waits()
+        if mine:
+            hands.later(lambda: self._keep(claim))
+            self._fetch(claim, meanwhile)
+        elif isinstance(job.source, FileSource):
+            meanwhile()
+            claim.verified.wait()
+        elif not claim.verified.is_set:
+            return None  # on the loop many can wait, and be told to give up
+        return claim
 
     # -- between the lane and the event loop
 
