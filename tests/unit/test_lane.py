@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -202,6 +203,51 @@ def test_a_sequence_is_fetched_ahead_and_everything_ends(image: TinyImage, tmp_p
             segments = reader.segments_of(ino, 0, 3 * MIB + 5000)
             assert all(map(reader.is_ready, segments))
             assert reader.backend_counters.read_count == len({segment.key for segment in segments})
+            reader.close()
+
+    trio.run(main)
+
+
+def test_filling_never_takes_all_threads_of_a_driver(
+    image: TinyImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write a device of a kernel mount may need an answer of that driver: who comes while one writes and another
+    waits for him is told at once to ask the loop."""
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, tmp_path)
+            segment = reader.segments_of(reader.bootstrap.resolve(b"a"), 0, 1)[0]
+            writing, go_on = threading.Event(), threading.Event()
+            cache = reader.job(segment).cache
+            assert cache is not None
+            write = cache.write
+
+            def slow(*args: Any, **kwargs: Any) -> bool:
+                writing.set()
+                assert go_on.wait(20)
+                return write(*args, **kwargs)
+
+            monkeypatch.setattr(cache, "write", slow)
+            filled: list[bool] = []
+
+            async def fill() -> None:
+                filled.append(await trio.to_thread.run_sync(reader.fill, segment, lambda: None))
+
+            with trio.fail_after(30):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(fill)
+                    assert await trio.to_thread.run_sync(writing.wait, 20)
+                    came = threading.Event()
+                    nursery.start_soon(trio.to_thread.run_sync, reader.fill, segment, came.set)
+                    assert await trio.to_thread.run_sync(came.wait, 20)
+                    try:
+                        with trio.fail_after(10):
+                            await fill()
+                        assert filled == [False]
+                    finally:
+                        go_on.set()
+            assert filled == [False, True]
             reader.close()
 
     trio.run(main)
