@@ -95,7 +95,9 @@ def run(boot: Path, link: ShapedLink, pattern: str, prefetch: bool, seconds: flo
     """One fresh daemon. `rate`: bytes per second that prefetch had while the reader read."""
     drop_caches()
     with Nydusd() as daemon:
-        assert daemon.mount("/", boot, config(link.host, daemon.dir / "cache", prefetch)).status == 204
+        # Named, so that it waits neither for the start to be over nor for whoever reads what is here.
+        text = config(link.host, daemon.dir / "cache", prefetch)
+        assert daemon.mount("/", boot, text, prefetch_files=["/"]).status == 204
         time.sleep(1.0)  # prefetch is under way
         before = daemon.get("metrics/blobcache").body["prefetch_data_amount"]
         arguments = [str(value) for value in (daemon.mnt / "z", *PATTERNS[pattern], seconds)]
