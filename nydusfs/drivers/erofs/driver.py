@@ -241,6 +241,7 @@ class ErofsDriver:
         if len(reader.bootstrap.data) > MAX_METADATA:
             raise UnsuitableError(f"its metadata of {len(reader.bootstrap.data) >> 20} MiB is more than 1024")
         devices = await _in_thread(lambda: self._tested(store))
+        began = time.monotonic()
         mark = await _in_thread(lambda: fingerprint(reader.bootstrap, xattrs))
         path = devices.images / mark.hex()
         files = await _in_thread(lambda: open_image(path, mark))
@@ -253,9 +254,14 @@ class ErofsDriver:
             await _in_thread(lambda: _prune(devices.images))
         await self._need_group()
         _open_caches(reader)
+        written = time.monotonic() - began
         prepared = self._prepared[reader] = PreparedMount(reader, devices, path, files, mark)
         try:
             await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
+            log.info(
+                "image %s: %d devices for erofs: %.3f s for the metadata image, %.3f for files, %.3f for the mount",
+                *(reader.name, len(files), written, *prepared.seconds),
+            )
         except BaseException:
             del self._prepared[reader]
             with trio.CancelScope(shield=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 from bootstrap.errors import RafsError
@@ -32,6 +33,7 @@ class PreparedMount:
         self.blob_ids = frozenset(blob.id for blob in reader.bootstrap.blobs)
         self.plain = False  # some segments were opened by their plain path
         self.direct = False  # devices are read past their page cache
+        self.seconds = (0.0, 0.0)  # that devices and the mount took
         self._path = path
         config = reader.config
         self._watched = config.iostats_files or config.access_pattern or config.latest_read_files
@@ -42,7 +44,9 @@ class PreparedMount:
         OSError."""
         for attempt in range(3):
             try:
+                began = time.monotonic()
                 names = [self._device_path(file, tree, group) for file in self.files]
+                there = time.monotonic()
                 apart = not any(name.startswith(mountapi.tree_path(tree)) for name in names)
                 self.direct = apart and not is_scattered(self._path)
                 self._mounted = mount.open_erofs(str(self._path), names, direct=self.direct)
@@ -51,6 +55,7 @@ class PreparedMount:
                 if error.errno != errno.ENOENT or attempt == 2:
                     raise
                 continue
+            self.seconds = there - began, time.monotonic() - there
             self._let_be()  # now that the mount holds the files, whose marks would go with them
             return
 
