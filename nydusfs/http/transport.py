@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -50,16 +51,16 @@ def _set_window(sock: socket.socket | trio.socket.SocketType, size: int) -> None
         pass  # a unix socket has none
 
 
-class OwnSocket:
+class OwnSocket(ABC):
     """Over a socket that is ours alone: a thread may have it for a while, and wait for it by itself."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._patience = 0.0
 
+    @abstractmethod
     def lend(self, patience: float) -> socket.socket:
         """The socket, blocking; a call that waits ends after so many seconds."""
-        raise NotImplementedError
 
     def take_back(self) -> None:
         self._sock.setblocking(False)
