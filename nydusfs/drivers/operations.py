@@ -254,14 +254,27 @@ class ImageOperations:
 class _Server(Hands):
     """One of the threads: whether it is its turn to take requests."""
 
-    __slots__ = ("_mine", "_turn", "unique", "volume")
+    __slots__ = ("_changing", "_mine", "_turn", "unique", "volume")
 
     def __init__(self, turn: threading.Lock) -> None:
         super().__init__()
         self.unique = 0  # of the read that it is at; set while it has its turn, so that no interrupt comes before
         self.volume: Volume | None = None
+        self._changing = threading.Lock()  # over which read that is: what is told to one must not reach the next
         self._turn = turn
         self._mine = False
+
+    def begin_read(self, unique: int, volume: Volume) -> None:
+        with self._changing:
+            self.unique, self.volume, self.stopped = unique, volume, 0
+
+    def end_read(self, code: int, is_it: Callable[[int, Volume | None], bool]) -> bool:
+        """Have it give up the read that it is at, if that is the one. From any thread."""
+        with self._changing:
+            found = bool(self.unique) and is_it(self.unique, self.volume)
+            if found:
+                self.give_up(code)
+            return found
 
     def take_turn(self) -> None:
         if not self._mine:
@@ -351,8 +364,7 @@ class RequestLoop:
             elif opcode == Opcode.INTERRUPT:
                 (which,) = INTERRUPT_IN.unpack_from(request, BODY)
                 for other in self._servers:
-                    if other.unique == which:
-                        other.give_up(errno.EINTR)
+                    other.end_read(errno.EINTR, lambda unique, _: unique == which)
                 self._soon(self._interrupt, which)
             elif opcode == Opcode.DESTROY:
                 connection.send(unique)
@@ -374,7 +386,7 @@ class RequestLoop:
             log.warning("%s: EIO, this daemon stops", _read_of(volume, ino, offset, size))
             raise FuseError(errno.EIO)
         began = time.perf_counter_ns()
-        server.unique, server.volume, server.stopped = unique, volume, 0
+        server.begin_read(unique, volume)
         try:
             parts = volume.read_now(ino, offset, size, pid, server)
         except Exception as error:
@@ -450,10 +462,8 @@ class RequestLoop:
         waiting = [read for read in self.inflight.values() if volume is None or read.volume is volume]
         for read in waiting:
             read.scope.cancel()
-        asking = [server for server in self._servers if server.unique and volume in (None, server.volume)]
-        for server in asking:
-            server.give_up(errno.EIO)
-        return len(waiting) + len(asking)
+        asked = [server.end_read(errno.EIO, lambda _, own: volume in (None, own)) for server in self._servers]
+        return len(waiting) + sum(asked)
 
     async def wait_idle(self, volume: Volume | None = None) -> None:
         """Return when no read of this volume (or at all) is waiting any more."""
