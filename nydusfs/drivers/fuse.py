@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import trio
 
 from nydusfs.drivers import connection, kernel
 from nydusfs.drivers.idmap import IdMap
-from nydusfs.drivers.operations import ImageOperations, RequestLoop
+from nydusfs.drivers.operations import OPCODE_READ, ImageOperations, RequestLoop
 from nydusfs.drivers.stats import FsStats
 from nydusfs.drivers.volume import (
     MAX_INDEX,
@@ -44,7 +45,7 @@ class InFlightInfo(NamedTuple):
     node: int
     opcode: int
     unique: int
-    started: float
+    started: float  # wall clock, seconds
 
 
 class FuseDriver:
@@ -270,9 +271,10 @@ class FuseDriver:
                     await trio.to_thread.run_sync(tell)
 
     def inflight(self) -> list[InFlightInfo]:
+        now, ticks = time.time(), time.perf_counter_ns()
         return [
-            InFlightInfo(read.node, read.opcode, read.unique, read.started)
-            for read in list(self.loop.inflight.values())
+            InFlightInfo(node, OPCODE_READ, unique, now - (ticks - began) / 1e9)
+            for unique, (node, began) in self.loop.waiting().items()
         ]
 
 

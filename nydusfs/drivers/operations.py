@@ -69,9 +69,7 @@ class FuseError(Exception):
 
 class InFlight(NamedTuple):
     node: int
-    opcode: int
-    unique: int
-    started: float  # wall clock, seconds
+    began: int  # of time.perf_counter_ns()
     volume: Volume
     scope: trio.CancelScope
 
@@ -254,19 +252,26 @@ class ImageOperations:
 class _Server(Hands):
     """One of the threads: whether it is its turn to take requests."""
 
-    __slots__ = ("_changing", "_mine", "_turn", "unique", "volume")
+    __slots__ = ("_changing", "_mine", "_turn", "began", "node", "unique", "volume")
 
     def __init__(self, turn: threading.Lock) -> None:
         super().__init__()
         self.unique = 0  # of the read that it is at; set while it has its turn, so that no interrupt comes before
+        self.node = self.began = 0
         self.volume: Volume | None = None
         self._changing = threading.Lock()  # over which read that is: what is told to one must not reach the next
         self._turn = turn
         self._mine = False
 
-    def begin_read(self, unique: int, volume: Volume) -> None:
+    def begin_read(self, unique: int, node: int, volume: Volume, began: int) -> None:
         with self._changing:
             self.unique, self.volume, self.stopped = unique, volume, 0
+            self.node, self.began = node, began
+
+    def at(self) -> tuple[int, int, int]:
+        """Of the read that it is at: its number (0: none), its node, and when it began, of time.perf_counter_ns()."""
+        with self._changing:
+            return self.unique, self.node, self.began
 
     def end_read(self, code: int, is_it: Callable[[int, Volume | None], bool]) -> bool:
         """Have it give up the read that it is at, if that is the one. From any thread."""
@@ -386,7 +391,7 @@ class RequestLoop:
             log.warning("%s: EIO, this daemon stops", _read_of(volume, ino, offset, size))
             raise FuseError(errno.EIO)
         began = time.perf_counter_ns()
-        server.begin_read(unique, volume)
+        server.begin_read(unique, node, volume, began)
         try:
             parts = volume.read_now(ino, offset, size, pid, server)
         except Exception as error:
@@ -406,7 +411,7 @@ class RequestLoop:
         if self._over.is_set():
             return
         scope = trio.CancelScope()
-        self.inflight[unique] = InFlight(node, OPCODE_READ, unique, time.time(), volume, scope)
+        self.inflight[unique] = InFlight(node, began, volume, scope)
         self._nursery.start_soon(self._wait, scope, unique, volume, ino, offset, size, began)
 
     async def _wait(
@@ -436,6 +441,13 @@ class RequestLoop:
             self._ended.unpark_all()
             if failed:
                 volume.stats.count(_READ, ino, time.perf_counter_ns() - began, True)
+
+    def waiting(self) -> dict[int, tuple[int, int]]:
+        """All reads without an answer, also those that a thread waits for by itself (for a server, or a directory that
+        hangs): node, and when it began (time.perf_counter_ns()), by number."""
+        held = (server.at() for server in self._servers)
+        found = {unique: (node, began) for unique, node, began in held if unique}
+        return found | {unique: (read.node, read.began) for unique, read in self.inflight.items()}
 
     def _interrupt(self, unique: int) -> None:
         """The process that reads was killed or got a signal: it waits for our answer to end."""

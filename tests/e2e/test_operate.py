@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from snapshotter.nydusd_api import NydusdApi
 from tests.lab.operated import CTL, REPOSITORY, Lab, group
 from tests.lab.process import run, wait_until
 from tests.lab.stack import REPO
@@ -146,6 +149,40 @@ UPSTREAM = [
 
 def total(family: Metric | None) -> float:
     return sum(one.value for one in family.samples) if family else 0.0
+
+
+def hung(lab: Lab) -> int:
+    (count,) = re.findall(r"^nydusd_hung_io_counts (\S+)$", lab.fetch(lab.metrics, "/v1/metrics"), re.M)
+    return int(float(count))
+
+
+def test_reads_that_hang_are_counted_as_long_as_they_do(lab: Lab) -> None:
+    """Registry and mirror keep their connections and say nothing; one reader is killed, the other served at last."""
+    assert lab.stack.mirror is not None
+    api = NydusdApi(Path(lab.call("GET", "/api/v1/daemons")[1][0]["api_socket"]))
+    assert (hung(lab), api.metrics("inflight")) == (0, None)
+    servers = [one._child.pid for one in (lab.stack.registry, lab.stack.mirror) if one._child is not None]
+    code = "import os,sys; print(len(os.pread(os.open(sys.argv[1], 0), 4096, int(sys.argv[2]))))"
+    for pid in servers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        readers = [
+            subprocess.Popen([sys.executable, "-c", code, lab.mountpoint() / "payload", str(at << 20)],
+                             stdout=subprocess.PIPE, text=True)
+            for at in (3, 6)
+        ]  # fmt: skip
+        wait_until(lambda: hung(lab) >= 2, 30, "the metric to count two reads")
+        reported = api.metrics("inflight")
+        assert len({one["unique"] for one in reported}) == len(reported) >= 2
+        assert {one["opcode"] for one in reported} == {15}
+        assert all(1 <= time.time() - one["timestamp_secs"] < 60 for one in reported)
+        readers[0].kill()  # what the kernel reads ahead for it goes on waiting
+        readers[0].communicate(timeout=30)
+    finally:
+        for pid in servers:
+            os.kill(pid, signal.SIGCONT)
+    assert readers[1].communicate(timeout=60)[0] == "4096\n"
+    wait_until(lambda: (hung(lab), api.metrics("inflight")) == (0, None), 60, "nothing that hangs")
 
 
 def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:

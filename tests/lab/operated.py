@@ -117,7 +117,8 @@ def operated() -> Iterator[Lab]:
         toml.write_text(
             f'version = 1\n[system]\nenable = true\naddress = "{work}/system.sock"\n'
             f'[system.debug]\npprof_address = "127.0.0.1:{debug}"\ndaemon_cpu_profile_duration_secs = 1\n'
-            f'[metrics]\naddress = "127.0.0.1:{metrics}"\ncollect_interval = "1s"\n[log]\nformat = "json"\n'
+            f'[metrics]\naddress = "127.0.0.1:{metrics}"\ncollect_interval = "1s"\nhung_io_interval = "1s"\n'
+            '[log]\nformat = "json"\n'
             '[cgroup]\nenable = true\nmemory_limit = "1GiB"\n'
         )
         options = StackOptions(

@@ -271,6 +271,43 @@ async def test_reads_wait_apart_and_end_with_eio_or_eintr(caplog: pytest.LogCapt
 
 
 @pytest.mark.trio
+async def test_a_read_that_its_thread_waits_for_is_in_flight() -> None:
+    """A blob in a directory that hangs never comes to the event loop; who hands over does not begin anew."""
+    device = Socket()
+    hanging, going_on = threading.Event(), threading.Event()
+
+    class Hanging(TinyImage):
+        def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> None:
+            hands.waits()
+            hanging.set()
+            going_on.wait(10)
+
+    image = Hanging(b"!")
+    operations = ImageOperations()
+    operations.images[1] = ImageVolume(1, 0, image, image, FsStats("/x"), True)
+    loop = RequestLoop(device.connection, operations, 2)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(loop.run)
+            assert loop.waiting() == {}
+            node = 1 << INDEX_SHIFT | 8
+            device.send(Opcode.READ, 7, node, READ_IN.pack(0, 16, 4, 0, 0, 0, 0))
+            await trio.to_thread.run_sync(hanging.wait, 10)
+            waiting = loop.waiting()
+            assert {unique: at for unique, (at, _) in waiting.items()} == {7: node}
+            going_on.set()
+            while not loop.inflight:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            assert loop.waiting() == waiting
+            assert loop.cancel_reads() == 1
+            assert await trio.to_thread.run_sync(device.answer) == (7, errno.EIO, b"")
+            await loop.wait_idle()
+            assert loop.waiting() == {}
+            nursery.cancel_scope.cancel()
+    device.kernel.close()
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("cached", [True, False])
 async def test_a_bug_costs_one_read_and_one_line(cached: bool, caplog: pytest.LogCaptureFixture) -> None:
     device = Socket()
