@@ -85,7 +85,7 @@ class TinyImage:
         raise ReadError("no link", errno.EINVAL)
 
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
-        return {b"user.a": b"1"}
+        return {b"user.a": b"one"}
 
     async def read_parts(self, ino: int, offset: int, size: int) -> list[bytes]:
         if self.letter == b"!":
@@ -178,6 +178,13 @@ def test_operations_route_by_number_and_stale_numbers_meet_nobody() -> None:
     assert one.stats.errors[Fop.READLINK] == 1
     (names,) = operations.answer(Opcode.LISTXATTR, node, ask(Opcode.LISTXATTR, node, GETXATTR_IN.pack(100, 0)))
     assert names == b"user.a\0"
+    operations.answer(Opcode.STATFS, node, ask(Opcode.STATFS, node))
+    for size, name, code in ((100, b"user.none\0", errno.ENODATA), (1, b"user.a\0", errno.ERANGE)):
+        with pytest.raises(FuseError) as caught:
+            operations.answer(Opcode.GETXATTR, node, ask(Opcode.GETXATTR, node, GETXATTR_IN.pack(size, 0) + name))
+        assert caught.value.errno == code
+    counted = [(one.stats.hits[fop], one.stats.errors[fop]) for fop in (Fop.STATFS, Fop.GETXATTR, Fop.LISTXATTR)]
+    assert counted == [(0, 0), (2, 1), (1, 0)], "an attribute that is not there is no error, as upstream counts"
     del operations.images[3]
     operations.images[4] = volume(4, b"b")
     with pytest.raises(FuseError) as caught:
