@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -19,6 +18,7 @@ from nydusfs.cache.blob import NotSureError
 from nydusfs.config import Config
 from nydusfs.counters import BackendCounters, CacheCounters
 from nydusfs.errors import CacheError, ReadError, SourceError
+from nydusfs.failures import Failures
 from nydusfs.fetch import FetchScheduler
 from nydusfs.flights import Job, SegmentError, fetch_chunk
 from nydusfs.foresight import Foresight
@@ -35,8 +35,6 @@ from nydusfs.threadreads import ThreadReads
 
 log = logging.getLogger("nydusfs.image")
 
-MAX_PATHS = 64
-SHORT_WALK, MAX_WALK = 20_000, 500_000  # entries, up to about 2 s
 JOINED_SECONDS = 20.0  # of waiting for somebody else's fetch: if it fails sooner, it is tried again
 
 
@@ -83,7 +81,7 @@ class ImageReader:
             self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
         except RuntimeError:
             self._token = None  # read by `read` alone
-        self._paths: dict[int, str] = {}
+        self.failures = Failures(name, bootstrap)
         self._closed = False
         self.profiles: ProfileStore | None = None
         self.recorder: Recorder | None = None
@@ -105,8 +103,8 @@ class ImageReader:
     async def read_parts(self, ino: int, offset: int, size: int) -> list[Plain]:
         """The same in pieces, uncopied.
 
-        Raises `ReadError`: EIO after every source failed, with one log line that names image, file, blob, chunk and
-        the sources tried.
+        Raises `ReadError`: EIO after every source failed, with a log line that names image, file, blob, chunk and the
+        sources tried (see `Failures`).
         """
         try:
             extents = self.bootstrap.extents(ino, offset, size)
@@ -115,9 +113,9 @@ class ImageReader:
             if (recorder := self.recorder) is not None:
                 recorder.note(ino, [piece[0] for piece in pieces])
         except SourceError as error:
-            raise self._failed(ino, str(error)) from None
+            raise self.failures.failed(ino, str(error)) from None
         except (RafsError, KeyError, ValueError, IndexError) as error:
-            raise self._failed(ino, f"bad metadata: {error}") from None
+            raise self.failures.failed(ino, f"bad metadata: {error}") from None
         self.cache_counters.total += 1
         self.read_ahead(ino, offset, size, pieces)
         try:
@@ -339,39 +337,8 @@ class ImageReader:
         chunk = chunk or f" chunks {self.chunks.chunk(first).index}..{self.chunks.chunk(last).index}"
         place = f"(stored at {segment.compressed_start}-{segment.compressed_end})"
         tried = "; ".join(f"{name}: {reason}" for name, reason in error.tried) or str(error)
-        return self._failed(ino, f"blob {segment.blob.id}{chunk} {place} from {self.source.name}: {tried}")
-
-    def _failed(self, ino: int, reason: str) -> ReadError:
-        message = f"image {self.name}: file {self.path_of(ino)}: {reason}"
-        log.error("Failed in reading backend: %s", message)
-        return ReadError(message, errno.EIO)
-
-    def path_of(self, ino: int) -> str:
-        """The file's path if a short walk finds it, else its handle: only for error lines. 0: not known."""
-        if not ino:
-            return "(any)"
-        if ino not in self._paths:
-            if len(self._paths) >= MAX_PATHS:
-                self._paths.clear()
-            self._paths[ino] = self._walk_to({ino}, SHORT_WALK).get(ino, f"inode {ino}")
-        return self._paths[ino]
-
-    def paths_of(self, inodes: Collection[int]) -> dict[int, str]:
-        """Those that a walk of bounded length finds, for people; for a worker thread."""
-        found = self._walk_to(set(inodes), MAX_WALK)
-        return {ino: found.get(ino, f"inode {ino}").encode("utf-8", "replace").decode() for ino in inodes}
-
-    def _walk_to(self, wanted: set[int], longest: int) -> dict[int, str]:
-        found: dict[int, str] = {}
-        try:
-            for steps, (path, entry) in enumerate(self.bootstrap.walk()):
-                if entry.ino in wanted:
-                    found.setdefault(entry.ino, "/" + os.fsdecode(path))
-                if steps >= longest or len(found) == len(wanted):
-                    break
-        except (RafsError, ValueError):
-            pass
-        return found
+        reason = f"blob {segment.blob.id}{chunk} {place} from {self.source.name}: {tried}"
+        return self.failures.failed(ino, reason, segment.blob.id)
 
     # Sequential readers
 
@@ -456,7 +423,7 @@ class ImageReader:
             if self.chunks.lacks_meta(blob_index):
                 await self._tables.load(blob_index)
         except SourceError as error:
-            raise self._failed(0, str(error)) from None
+            raise self.failures.failed(0, str(error)) from None
 
     def segments_of(self, ino: int, offset: int, size: int) -> list[Segment]:
         """Where this part of a file lies. Raises KeyError, ValueError or RafsError."""

@@ -66,7 +66,7 @@ class ReaderImage:
         return self.reader.cache_counters.as_json()
 
     async def paths(self, inodes: Collection[int]) -> dict[int, str]:
-        return await trio.to_thread.run_sync(self.reader.paths_of, inodes)
+        return await trio.to_thread.run_sync(self.reader.failures.paths_of, inodes)
 
     async def prefetch(self, *, starting: bool) -> None:
         async with trio.open_nursery() as nursery:

@@ -94,7 +94,7 @@ class ExtraBudget:
 
 @dataclass(slots=True)
 class Seldom:
-    """Lines of a log that say the same of one source: the first at once, then one in `EVERY` seconds, with the count of
+    """Lines of a log that say the same of one thing: the first at once, then one in `EVERY` seconds, with the count of
     those left out. A mirror that answers one request in ten wrongly has one for each otherwise."""
 
     EVERY: ClassVar[float] = 10.0

@@ -226,8 +226,14 @@ def test_everything_wrong_is_eio_with_one_line(
         assert caught.value.errno == 5
         lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
         assert len(lines) == 1
-        for part in ("image img", "/lib/m007.py", image.blob_id, "chunk ", "mirror ", origin.netloc, "digest is wrong"):
+        for part in ("image img", "/lib/m007.py", image.blob_id, "chunk ", "mirror ", origin.netloc, "digest is wrong",
+                     ": EIO"):  # fmt: skip
             assert part in lines[0], (part, lines[0])
+        for other in range(8, 12):
+            with pytest.raises(ReadError):
+                await read_file(reader, f"lib/m{other:03}.py")
+        lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+        assert len(lines) == 1, "more of one blob in a row are counted, and said with the next line"
         # Never sticky: the sources are well again, and so is the read.
         origin.mode = mirror.mode = "ok"
         assert await read_file(reader, "lib/m007.py") == FILES["lib/m007.py"]
