@@ -196,7 +196,11 @@ class HttpClient:
         pace = PACE.get()
         connection = self._take_idle(pool) if reuse else None
         if connection is None:
+            if progress is not None:
+                progress.reached = False
             connection = await self._connect(origin, connect_timeout, via)
+        if progress is not None:
+            progress.reached = True
         keep = False
         try:
             started = trio.current_time()

@@ -50,14 +50,15 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
 
 class Progress:
     """When an exchange last moved, by trio's clock, whether an answer has begun, and whether it is one with data
-    (`gives`). For who waits for it; coarse.
+    (`gives`). For who waits for it; coarse. `reached`: there is a connection.
     `excused`: set by who asks for much more than is wanted; being late then says nothing about the peer."""
 
-    __slots__ = ("begun", "excused", "gives", "moved")
+    __slots__ = ("begun", "excused", "gives", "moved", "reached")
 
     def __init__(self, now: float) -> None:
         self.moved = now
         self.begun = self.gives = False
+        self.reached = True
         self.excused = False
 
 

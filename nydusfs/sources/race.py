@@ -29,7 +29,7 @@ log = logging.getLogger("nydusfs.sources")
 
 UNKNOWN = 0.5  # seconds until a request to a source without history counts as late
 # A registry behind mirrors is not asked twice for what a mirror is about to deliver: a cold peer-to-peer mirror takes
-# ten times as long as a warm one.
+# ten times as long as a warm one. That is about answers: who cannot even be reached within `UNKNOWN` is not cold.
 ORIGIN_HEDGE = 1.0
 # Nor soon for what is much more than was wanted: a piece of 4 MiB takes 0.9 s over 40 Mbit/s, and a second request
 # makes it later. All of a blob of 50 MB, piece by piece: 16 s and 51 MB; with 1 s here 19 s and 62 MB.
@@ -198,7 +198,9 @@ class Racer:
         helper = turns.helper(running)
         if helper is None:
             return math.inf
-        return max(self._patience(turns, running, helper), turns.no_hedge_before)
+        # At `UNKNOWN` it is looked once whether there is a connection: now the request has not even begun.
+        first = running[next(reversed(running))].moved + UNKNOWN if not turns.no_hedge_before else math.inf
+        return max(min(self._patience(turns, running, helper), first), turns.no_hedge_before)
 
     def _patience(self, turns: _Turns, running: _Running, helper: Endpoint) -> float:
         latest = next(reversed(running))
@@ -210,7 +212,7 @@ class Racer:
         if progress.begun:
             delay = max(delay, STALLED)
         if helper.last:
-            delay = max(delay, BULKY_HEDGE if progress.excused else ORIGIN_HEDGE)
+            delay = max(delay, UNKNOWN if not progress.reached else BULKY_HEDGE if progress.excused else ORIGIN_HEDGE)
         return progress.moved + delay
 
     def _hedge(self, turns: _Turns, running: _Running) -> Endpoint | None:

@@ -11,17 +11,18 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.lab.daemon import Nydusd
-from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.faulty import FaultyServer, dead_port, faulty_server
 from tests.lab.process import remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -154,6 +155,47 @@ def dead_both(one: Bench) -> None:
     one.origin.close()
 
 
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """host:port to which a connection is never made: the kernel drops packets for a listener whose queue is full."""
+    with ExitStack() as exits:
+        listener = exits.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = exits.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        time.sleep(0.2)
+        host, port = listener.getsockname()
+        yield f"{host}:{port}"
+
+
+@contextmanager
+def silence() -> Iterator[str]:
+    """host:port that takes connections and requests, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        host, port = listener.getsockname()
+        yield f"{host}:{port}"
+
+
+def from_the_start(mirror: Callable[[], AbstractContextManager[str]]) -> None:
+    """Three daemons that never met this mirror otherwise; the registry answers after 20 ms."""
+    work = work_dir()
+    try:
+        image = tiny_image(work, FILES)
+        for _ in range(3):
+            blobs = {image.blob_id: image.blob}
+            with faulty_server(blobs, latency=0.02) as origin, mirror() as address, Nydusd() as daemon:
+                text = configuration(daemon.dir, origin.netloc, f"http://{address}")
+                assert daemon.mount("/i", image.bootstrap, text).status == 204
+                one = Bench(image, daemon, origin, origin, work)
+                print("    reads      ", *[one.read(f"f{number:02}") for number in range(3)])
+                for line in one.lines():
+                    print("    log        ", line)
+    finally:
+        remove_tree(work)
+
+
 def killed(which: str) -> None:
     with bench() as one:
         one.mirror.latency = one.origin.latency = 0.5
@@ -195,6 +237,9 @@ def main() -> None:
     wanted = parser.parse_args().names
     faults: dict[str, Callable[[], None]] = {
         "dead mirror": lambda: reads_under(dead_mirror),
+        "dead mirror from the start": lambda: from_the_start(dead_port),
+        "mirror whose packets are lost, from the start": lambda: from_the_start(black_hole),
+        "silent mirror from the start": lambda: from_the_start(silence),
         "mirror refuses (503)": lambda: reads_under(set_modes("503")),
         "hanging mirror": lambda: reads_under(set_modes("hang-headers")),
         "mirror that stops in the body": lambda: reads_under(set_modes("hang-body")),

@@ -72,6 +72,27 @@ def test_the_origin_is_given_more_time_before_it_is_asked_too() -> None:
     assert seconds == pytest.approx(ORIGIN_HEDGE + 0.1)
 
 
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("connects", [0.1, 0.7, 1e9])
+def test_a_mirror_that_cannot_be_reached_is_not_given_that_time(connects: float, history: bool) -> None:
+    """Packets to it are lost: that is not the answer of a mirror that has to fetch the bytes first."""
+
+    async def moves(_: Range, progress: Progress | None) -> Buffer:
+        assert progress is not None
+        progress.reached = False
+        await trio.sleep(connects)
+        progress.reached = True
+        await trio.sleep_forever()
+        raise AssertionError
+
+    mirror = FakeSource("mirror", hangs, moves=moves)
+    if history:
+        known(mirror, 0.1)
+    origin = FakeSource("origin", answers(0.1, spread=0), rank=1, last=True)
+    seconds, _ = timed(racer(mirror, origin))
+    assert seconds == pytest.approx((ORIGIN_HEDGE if connects < UNKNOWN else UNKNOWN) + 0.1)
+
+
 def test_a_mirror_without_any_blob_is_told_about_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     """And each change of a source's state at once."""
 
