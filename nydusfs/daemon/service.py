@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import trio
 
@@ -25,7 +25,7 @@ from nydusfs.daemon import handover, http, process
 from nydusfs.daemon.api import Api
 from nydusfs.daemon.caches import Caches
 from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
-from nydusfs.daemon.handover import KeptState
+from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounts import MountRequest, MountTable
@@ -36,6 +36,7 @@ from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
+from nydusfs.keeper.haste import take_time
 from nydusfs.keeper.link import KeeperLink
 from nydusfs.keeper.protocol import API, FUSE, read_memory_file
 from nydusfs.services import Services, open_services
@@ -46,12 +47,16 @@ log = logging.getLogger("nydusfs.daemon")
 STOP_DEADLINE = 7.0  # and a second for a log that takes nothing: 8 in all
 UPGRADE_SECONDS = 30.0
 RESTORED_AT_ONCE = 8  # images, while readers of others are served already
+OTHERS_WAIT = 0.1  # seconds at most that images nobody asks for wait for reads of those that are open
+HASTE_SECONDS = 1.0
 HURRIED, HURRIED_SECONDS = 8, 1.0  # reads that waited for this worker are given to two sources at once
 SOURCES = "sources"  # name of a held descriptor: what was learned of them
 CACHE = "cache-"  # what names of held descriptors begin with: claims on cache directories
 MAX_CLAIMS = 8  # that are handed on; a node has one cache directory
 _LOG = "\0log"  # no configuration's id: what the next worker takes over of the log
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_Kept: TypeAlias = tuple[MountRequest, KeptMount]
 
 
 class Daemon:
@@ -72,6 +77,7 @@ class Daemon:
         self._kept: KeptState | None = None
         self._stopping = trio.Event()
         self._started = trio.Event()  # RUNNING: requests are answered
+        self._ready = trio.Event()  # and readers' too
         self._refused = ""
         self._retired = trio.Event()  # the keeper's answer to `upgrade`
         self._unmount = True
@@ -232,22 +238,27 @@ class Daemon:
                 config = pull_auth(config)
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
             found.append((request, mount))
-        waited_for = self._erofs.waited_for() if nursery is not None and len(found) > 1 else set()
-        urgent, others = found[:0], found[:0]
-        for pair in found if waited_for else ():
-            (urgent if _device_key(pair[0]) in waited_for else others).append(pair)
-        if nursery is not None and urgent and others:
-            # Their readers wait; the others' have not asked yet.
-            await self.mounts.restore(urgent)
+        if nursery is not None and self._erofs.descriptors():
             await self._erofs.start(nursery)
-            await trio.lowlevel.checkpoint()
-            found = others
-            while found:
-                await self.mounts.restore(found[:RESTORED_AT_ONCE])
-                found = found[RESTORED_AT_ONCE:]
+            found = await self._restore_asked(found)
         await self.mounts.restore(found)
         self._hold()
         self._machine.step(Event.TAKEOVER)
+
+    async def _restore_asked(self, images: list[_Kept]) -> list[_Kept]:
+        """Those first whose readers wait already, or come meanwhile; the rest when these are answered, or soon. What
+        only FUSE shows is left: its readers wait until all is there."""
+        keyed = [(_device_key(pair[0]), pair) for pair in images]
+        left = [pair for pair in keyed if self._erofs.had(pair[1][0].mountpoint)]
+        others = [pair for _, pair in keyed if not self._erofs.had(pair[0].mountpoint)]
+        until = trio.current_time() + OTHERS_WAIT
+        while left:
+            await self._erofs.asked(until if not others else 0)
+            keys = self._erofs.unknown()
+            batch = ([pair for pair in left if pair[0] in keys] or left)[:RESTORED_AT_ONCE]
+            left = [pair for pair in left if not any(pair is one for one in batch)]
+            await self.mounts.restore([pair for _, pair in batch])
+        return others
 
     def _hold(self) -> None:
         if self._link is not None:
@@ -270,6 +281,7 @@ class Daemon:
             self._driver = FuseDriver(kept.mountpoint, self.options.threads)
             return None
         kernel.check_fuse_device()
+        take_time()  # nobody waits yet
         request = None if self.options.upgrade else first_mount(self.options)
         if self.options.apisock is not None:
             http.check_socket_path(self.options.apisock)
@@ -292,6 +304,7 @@ class Daemon:
                     opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)
+                    nursery.start_soon(self._end_haste)
                     nursery.start_soon(process.give_back_when_idle, services)
                     if self._link is not None:
                         nursery.start_soon(self._link.watch, self._agree, self._refuse_upgrade)
@@ -357,6 +370,7 @@ class Daemon:
             log.info("Fuse daemon started!")
             if self._link is not None:
                 self._link.ready()
+            self._ready.set()
             if not self.options.upgrade or self._kept is not None:
                 start_api()
         else:
@@ -383,6 +397,13 @@ class Daemon:
         self._driver.open()
         self._hold()
         self._machine.step(Event.MOUNT)
+
+    async def _end_haste(self) -> None:
+        """Readers who waited for this worker are answered, or it would be too long."""
+        with trio.move_on_after(HASTE_SECONDS):
+            await self._ready.wait()
+            await self._erofs.caught_up()
+        take_time()
 
     async def _until_started(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from nydusfs.keeper import fdstore
+from nydusfs.keeper.haste import hurry
 from nydusfs.keeper.protocol import name_tag, pair, receive, send
 
 PAUSES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)  # before the next start, by deaths in a row before they were ready
@@ -449,6 +450,7 @@ def _shield() -> None:
             file.write("-999")
     except OSError:
         pass  # not ours to set
+    hurry(children=False)
 
 
 def run(spec: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nydusfs.keeper.haste import hurry, take_time
 from nydusfs.keeper.protocol import receive, send
 
 # What not every node needs, and the first worker imports where it does; the next ones find it here.
@@ -46,14 +47,17 @@ def main(sock: socket.socket) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
     send(sock, "hello", version=version)
+    hurry(children=True)
     later: float | None = LATER_SECONDS
     while True:
         readable = select.select([sock.fileno(), receiving], [], [], later)[0]
         if not readable:
             later = None
+            take_time()
             for name in LATER:
                 importlib.import_module(name)
             gc.freeze()
+            hurry(children=True)
         if receiving in readable:
             os.read(receiving, 4096)
             _reap(sock)

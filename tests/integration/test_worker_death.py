@@ -55,6 +55,11 @@ def info(daemon: Nydusd) -> dict[str, int]:
     return {name: body[name] for name in ("keeper_pid", "worker_pid")}
 
 
+def hurried(pid: int) -> bool:
+    """Whether one of its threads is of the real-time class."""
+    return any(os.sched_getscheduler(int(thread)) != os.SCHED_OTHER for thread in os.listdir(f"/proc/{pid}/task"))
+
+
 def oom_score(pid: int) -> int:
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
@@ -106,17 +111,22 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
         first = info(daemon)
         assert first["keeper_pid"] == daemon.pid
         hidden = oom_score(daemon.pid)  # -999 where that is allowed
+        first_in_line = hurried(daemon.pid)  # where that is, too
+        assert not hurried(first["worker_pid"])
         listed = sorted(os.listdir(daemon.mnt / "a" / "b"))
         with subprocess.Popen(["sleep", "60"], cwd=daemon.mnt / "a" / "b") as inside:
             try:
                 os.kill(first["worker_pid"], signal.SIGKILL)
                 second = settled(daemon, first, "worker_pid")
                 assert second["keeper_pid"] == first["keeper_pid"]
+                wait_until(lambda: not hurried(second["worker_pid"]), 10, "the end of its haste")
                 os.kill(second["keeper_pid"], signal.SIGKILL)
                 third = settled(daemon, second, "keeper_pid")
                 assert third["worker_pid"] == second["worker_pid"]
                 wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 30, "the new keeper's start")
                 assert oom_score(third["worker_pid"]) == 0
+                wait_until(lambda: hurried(third["keeper_pid"]) == first_in_line, 10, "its haste")
+                assert not hurried(third["worker_pid"])
                 # the new keeper keeps as well as the old one; and without its zygote too
                 helpers = set(processes_mentioning(str(daemon.sock))) - set(third.values())
                 for pid in helpers:

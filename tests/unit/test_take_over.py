@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import trio
 
-from nydusfs.config import ConnectionConfig
+from nydusfs.cache.devices import device_key
+from nydusfs.config import ConnectionConfig, load_config
 from nydusfs.daemon import handover
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.logs import ErrorRing
+from nydusfs.daemon.mounts import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
 from nydusfs.http import Origin, Url
@@ -67,6 +69,43 @@ def test_settings_of_the_last_worker_are_taken_over_with_its_mounts() -> None:
     trio.run(take_over)
     assert saved == []
     assert daemon.runtime_config("") == {"registry_auth": "dTpw"}
+
+
+def test_images_come_back_in_the_order_in_which_readers_ask_for_them(tmp_path: Path) -> None:
+    """Nine EROFS mounts, a cache each: the fourth is asked for before, the eighth meanwhile. One more is FUSE's."""
+    events: list[str] = []
+    pairs: list[Any] = []
+    for number in range(10):
+        text = localfs_config(tmp_path, work_dir=tmp_path / str(number))
+        config = load_config(text, "test")
+        kept = KeptMount(f"/{number}", "/b", text, (), number, 0, 0)
+        pairs.append((MountRequest(f"/{number}", "/b", config, (), text), kept))
+
+    class Erofs:
+        wanted = {device_key(tmp_path / "3")}  # noqa: RUF012
+
+        def had(self, where: str) -> bool:
+            return where != "/9"
+
+        async def asked(self, until: float) -> None:
+            pass
+
+        def unknown(self) -> set[str]:
+            return self.wanted
+
+    class Mounts:
+        async def restore(self, images: list[tuple[MountRequest, KeptMount]]) -> None:
+            events.append(" ".join(kept.mountpoint for _, kept in images))
+            erofs.wanted = {device_key(tmp_path / "7")} if len(events) == 1 else set()
+
+    daemon, erofs = Daemon(Options("/m"), ErrorRing()), Erofs()
+    daemon._erofs, daemon.mounts = erofs, Mounts()  # type: ignore[assignment]
+
+    async def go() -> None:
+        assert await daemon._restore_asked(pairs) == pairs[9:]
+
+    trio.run(go)
+    assert events == ["/3", "/7", "/0 /1 /2 /4 /5 /6 /8"]
 
 
 @pytest.mark.parametrize("left", [b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"times": [1]}}', b'{"a": {"times": "xy"}}'])

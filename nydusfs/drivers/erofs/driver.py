@@ -50,6 +50,7 @@ MAX_IMAGES = 256  # metadata images kept per cache
 MAX_METADATA = 1 << 30
 """Bytes of a bootstrap, all of which are read at the mount: an image of a million files has some 300 MB, a sparse file
 may have a TB."""
+LOOK = 0.003  # seconds between looks at who waits, after a worker's death
 AGAIN = 600.0  # seconds until a self-test that failed is tried again
 _T = TypeVar("_T")
 
@@ -73,17 +74,39 @@ class ErofsDriver:
         self._trees: dict[CacheStore, int] = {}
         self._tested_disks: dict[int, tuple[str, float]] = {}  # why not, and until when that is believed
         self._all_known = trio.Event()  # images of an earlier worker
+        self._known = trio.Event()  # one more of them
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
         self._settling = Settling(self._images, self._users, self._target)
 
     # -- life
 
-    def waited_for(self) -> set[str]:
-        """The caches (`device_key`) that readers wait for whom an earlier worker did not answer."""
-        if not self.descriptors():
-            return set()
-        return {entry.name.partition("/")[0] for entry in Journal(self._held[JOURNAL]).left()}
+    def had(self, where: str) -> bool:
+        """Whether an earlier worker, whose group is here, mounted something at this path of the tree."""
+        if self._left is None:
+            self._left = self._mounted() if self.descriptors() else set()
+        return self._target(where) in self._left
+
+    def unknown(self) -> set[str]:
+        """The caches (`device_key`) of devices that readers wait for and that are no image's yet."""
+        waiting = [] if self._events is None else list(self._events.waiting.values())
+        return {one.question.name.partition("/")[0] for one in waiting if not self._users(one.question.name)}
+
+    async def asked(self, until: float) -> None:
+        """Until nobody waits, somebody waits for an image that is not `restore`d, or then."""
+        await trio.lowlevel.checkpoint()  # what was left of the last worker is known
+        while self._events is not None and self._events.waiting and not self.unknown():
+            if trio.current_time() >= until:
+                break
+            await trio.sleep(LOOK)
+
+    async def caught_up(self) -> None:
+        """Until those are answered who wait now."""
+        if self._events is not None:
+            left = set(self._events.waiting)
+            while left:
+                await trio.sleep(LOOK)
+                left &= set() if self._events is None else self._events.waiting.keys()
 
     def descriptors(self) -> dict[str, int]:
         """What another process needs to go on with the mounts, by name; none where none was made."""
@@ -107,6 +130,7 @@ class ErofsDriver:
     async def begin(self) -> None:
         """FUSE answers: paths below the mountpoint can be asked for from now on."""
         self._all_known.set()
+        self._known.set()
         mounted = await _in_thread(self._mounted)  # the table is long where there are many mounts
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
@@ -178,12 +202,12 @@ class ErofsDriver:
 
     async def restore(self, where: str, volume: ImageVolume, reader: ImageReader) -> None:
         """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
-        if self._left is None:
-            self._left = self._mounted() if self.descriptors() else set()
-        if reader.store is not None and self._target(where) in self._left:
+        if reader.store is not None and self.had(where):
             devices = self._open_devices(reader.store)
             _open_caches(reader)
             self._remember(where, ErofsImage(where, volume, reader, devices, []))
+            self._known.set()
+            self._known = trio.Event()
 
     async def prepare(self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> None:
         """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
@@ -410,7 +434,7 @@ class ErofsDriver:
         name = question.name
         users: tuple[ErofsImage, ...] = ()
         while True:
-            late = not self._all_known.is_set()
+            late, known = not self._all_known.is_set(), self._known
             tried, users = users, self._users(name)
             for image in users:
                 self._settling.disturb(image, self._nursery)
@@ -420,7 +444,7 @@ class ErofsDriver:
                         return True
             if not late:
                 break
-            await self._all_known.wait()
+            await known.wait()
         if not users:
             log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
         elif all(image.segment(name) is None for image in users):
