@@ -300,17 +300,22 @@ class ErofsImage:
         """Bytes of the image."""
         return _head(devices) + round_up(self._at, B) + self._blocks * B
 
-    def write(self, out: memoryview, devices: Sequence[Device], places: Places) -> None:
-        """Fill `out`, of `size` bytes and empty."""
+    def write(
+        self, out: memoryview, devices: Sequence[Device], places: Places, listed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fill `out`, of `size` bytes and empty. `listed` is called when the table of devices is there."""
         meta = _head(len(devices))
+        root = int(self._nids[self._loader.root()])
+        put_superblock(out, devices, inos=self._image.inode_count, meta=meta, root=root)
+        listed()
         self._loader._budget = self._budget
         slots, words = np.frombuffer(out, "V32"), np.frombuffer(out, "<u8")
         self._data += np.uint32((meta + round_up(self._at, B)) // B)
         for number, batch in enumerate(self._batches()):
-            listed = self._kept[number][0] if number < len(self._kept) else self._list(batch.directories)
-            listings = self._listings(batch, listed)
+            inside = self._kept[number][0] if number < len(self._kept) else self._list(batch.directories)
+            listings = self._listings(batch, inside)
             lengths = np.fromiter(map(len, listings), np.int64, len(listings))
-            self._write_inodes(out, slots, meta, batch.directories, listed.level, lengths, listings)
+            self._write_inodes(out, slots, meta, batch.directories, inside.level, lengths, listings)
             if not len(batch.files):
                 continue
             level, references, _ = self._files(number, batch)
@@ -320,8 +325,6 @@ class ErofsImage:
                 address = (device.astype(np.uint64) + np.uint64(1)) << np.uint64(16)
                 words[(meta + found.at) // 8] = address | (byte // B).astype(np.uint64) << np.uint64(32)
         del slots, words
-        root = int(self._nids[self._loader.root()])
-        put_superblock(out, devices, inos=self._image.inode_count, meta=meta, root=root)
 
     def _write_inodes(
         self,

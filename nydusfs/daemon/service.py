@@ -37,6 +37,7 @@ from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.fuse import FuseDriver, InFlightInfo
 from nydusfs.errors import NydusError
 from nydusfs.keeper.haste import take_time
+from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.link import KeeperLink
 from nydusfs.keeper.protocol import API, FUSE, read_memory_file
 from nydusfs.services import Services, open_services
@@ -64,12 +65,15 @@ class Daemon:
 
     mounts: MountTable
 
-    def __init__(self, options: Options, events: ErrorRing, link: KeeperLink | None = None) -> None:
+    def __init__(
+        self, options: Options, events: ErrorRing, link: KeeperLink | None = None, jobs: Jobs | None = None
+    ) -> None:
         self.options = options
         self.id = options.daemon_id
         self.supervisor = options.supervisor
         self.events = events
         self._link = link
+        self._jobs = jobs or Jobs()
         self._machine = StateMachine()
         self._driver: FuseDriver
         self._services: Services
@@ -300,7 +304,9 @@ class Daemon:
                 async with open_services() as services, trio.open_nursery() as nursery:
                     self._services = services
                     self._share(services)
-                    self._erofs = ErofsDriver(self._driver.mountpoint, self._link, self.options.fs_driver)
+                    self._erofs = ErofsDriver(
+                        self._driver.mountpoint, self._link, self.options.fs_driver, self._jobs
+                    )
                     opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)

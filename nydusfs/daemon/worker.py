@@ -13,18 +13,23 @@ from nydusfs.daemon import logs, process
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
 from nydusfs.errors import NydusError
+from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.link import KeeperLink
 
 log = logging.getLogger("nydusfs.daemon")
 
 
-def main(spec: dict[str, Any], control: socket.socket, held: dict[str, int], state: int, last: str) -> int:
+def main(
+    spec: dict[str, Any], control: socket.socket, held: dict[str, int], state: int, last: str, jobs: Jobs
+) -> int:
     """Called in a process of its own by the zygote."""
     process.like_any_other()
-    return run(spec, KeeperLink(control, spec, held, state), state, last)
+    return run(spec, KeeperLink(control, spec, held, state), state, last, jobs)
 
 
-def run(spec: dict[str, Any], link: KeeperLink | None, state: int = -1, last: str = "") -> int:
+def run(
+    spec: dict[str, Any], link: KeeperLink | None, state: int = -1, last: str = "", jobs: Jobs | None = None
+) -> int:
     """`spec`: `options` of `Options`, and what `logs.set_up` takes: `log_level`, `log_file`, `log_rotation_size`,
     `log_format`."""
     try:
@@ -36,7 +41,7 @@ def run(spec: dict[str, Any], link: KeeperLink | None, state: int = -1, last: st
     if last:
         log.error("the last nydusd %s: this one goes on with its mounts", last)
     try:
-        daemon = Daemon(Options(**spec["options"]), events, link)
+        daemon = Daemon(Options(**spec["options"]), events, link, jobs)
         request = daemon.prepare(state)
         return trio.run(daemon.run, request)
     except NydusError as error:

@@ -4,6 +4,7 @@
     zygote -> keeper   hello {version} · started {pid} · exited {pid, status}
     worker -> keeper   hold {name} fd · drop {name} · state fd (memfd) · ready · stopping · upgrade
     keeper -> worker   retire · refused {why}
+    worker -> zygote   job {module, request}   fd: the job's socket (`jobs`)
     worker -> keeper   inherit {spec, pid, held: [name...], state: bool}   fds as above: only to a new keeper
 
 Every message carries `v`. A worker may be newer or older than its keeper, which lives on through upgrades: new

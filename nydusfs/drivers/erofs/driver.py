@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,10 +21,13 @@ from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel, mountapi
-from nydusfs.drivers.erofs import fanotify, selftest
+from nydusfs.drivers.erofs import fanotify
+from nydusfs.drivers.erofs.disks import Disks
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import (
+    PARTIAL,
+    DeviceFile,
     UnsuitableError,
     fingerprint,
     image_maker,
@@ -33,6 +35,7 @@ from nydusfs.drivers.erofs.image import (
     write_image,
 )
 from nydusfs.drivers.erofs.journal import Journal
+from nydusfs.drivers.erofs.maker import make_apart
 from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.erofs.settling import Settling
 from nydusfs.drivers.fuse import InFlightInfo
@@ -40,6 +43,7 @@ from nydusfs.drivers.operations import OPCODE_READ
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
+from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.link import KeeperLink
 
 log = logging.getLogger("nydusfs.erofs")
@@ -47,11 +51,11 @@ log = logging.getLogger("nydusfs.erofs")
 GROUP, JOURNAL = "fanotify", "journal"  # names of held descriptors
 TABLES_SECONDS = 10.0  # for the blobs' own tables, which FUSE can wait for later
 MAX_IMAGES = 256  # metadata images kept per cache
+ABANDONED = 600.0  # seconds without a change to an image in the making
 MAX_METADATA = 1 << 30
 """Bytes of a bootstrap, all of which are read at the mount: an image of a million files has some 300 MB, a sparse file
 may have a TB."""
 LOOK = 0.003  # seconds between looks at who waits, after a worker's death
-AGAIN = 600.0  # seconds until a self-test that failed is tried again
 _T = TypeVar("_T")
 
 
@@ -59,8 +63,10 @@ class ErofsDriver:
     """`start` when images of an earlier worker are `restore`d, or the first of them; `begin` when all are and FUSE
     answers; `stop` at the end."""
 
-    def __init__(self, mountpoint: str, link: KeeperLink | None, choice: FsDriver) -> None:
+    def __init__(self, mountpoint: str, link: KeeperLink | None, choice: FsDriver, jobs: Jobs) -> None:
         self._choice = choice
+        self._jobs = jobs
+        self._disks = Disks(choice)
         self._mountpoint = mountpoint
         self._link = link
         self._held = {} if link is None else link.held
@@ -72,7 +78,6 @@ class ErofsDriver:
         self._blobs: dict[str, list[ErofsImage]] = {}
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
-        self._tested_disks: dict[int, tuple[str, float]] = {}  # why not, and until when that is believed
         self._all_known = trio.Event()  # images of an earlier worker
         self._known = trio.Event()  # one more of them
         self._lock = trio.Lock()
@@ -264,23 +269,14 @@ class ErofsDriver:
             raise UnsuitableError("cached data is to be hashed at every read (cache validate), which EROFS cannot do")
         if len(reader.bootstrap.data) > MAX_METADATA:
             raise UnsuitableError(f"its metadata of {len(reader.bootstrap.data) >> 20} MiB is more than 1024")
-        devices = await _in_thread(lambda: self._tested(store))
-        began = time.monotonic()
         mark = await _in_thread(lambda: fingerprint(reader.bootstrap, xattrs))
-        path = devices.images / mark.hex()
-        files = await _in_thread(lambda: open_image(path, mark))
-        if files is None:
-            with trio.move_on_after(TABLES_SECONDS):
-                await reader.load_tables()
-            if any(reader.chunks.lacks_meta(blob.index) for blob in reader.bootstrap.blobs):
-                raise UnsuitableError("the tables of its blobs cannot be had now")
-            files = await _in_thread(lambda: write_image(reader, path, mark, xattrs))
-            await _in_thread(lambda: _prune(devices.images))
-        await self._need_group()
-        _open_caches(reader)
-        written = time.monotonic() - began
-        prepared = self._prepared[reader] = PreparedMount(reader, devices, path, files, mark)
+        began = time.monotonic()
+        devices = await _in_thread(lambda: self._open_devices(store))
+        prepared = self._prepared[reader] = PreparedMount(reader, devices, devices.images / mark.hex(), mark)
         try:
+            files = await self._devices_of(prepared, store, xattrs)
+            written = time.monotonic() - began
+            await self._open_all(prepared, store, files)
             await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
             log.info(
                 "image %s: %d devices for erofs: %.3f s for the metadata image, %.3f for files, %.3f for the mount",
@@ -292,21 +288,35 @@ class ErofsDriver:
                 await _in_thread(lambda: self._clean(prepared))
             raise
 
-    def _tested(self, store: CacheStore) -> DeviceFiles:
-        """Tried once for each disk; again after a while where it failed: it may have been full."""
-        disk = os.stat(store.path).st_dev
-        reason, until = self._tested_disks.get(disk, ("", 0.0))
-        if time.monotonic() >= until:
-            driver, reason = selftest.choose("auto", store.path)
-            passed = driver == "erofs"
-            self._tested_disks[disk] = ("" if passed else reason, inf if passed else time.monotonic() + AGAIN)
-            log.info(
-                "fs_driver %s: images with the cache %s are served by %s: %s", self._choice, store.path, driver, reason
-            )
-            reason = "" if passed else reason
-        if reason:
-            raise UnsuitableError(reason)
-        return self._open_devices(store)
+    async def _devices_of(self, prepared: PreparedMount, store: CacheStore, xattrs: bool) -> list[DeviceFile]:
+        """Of its metadata image, which is made if it is not there."""
+        reader, mark = prepared.reader, prepared.mark
+        path = prepared.devices.images / mark.hex()
+        trial = self._disks.trial(store, self._nursery)
+        files = await _in_thread(lambda: open_image(path, mark))
+        if files is None:
+
+            async def listed(found: list[DeviceFile]) -> None:
+                await trial.passed()
+                await self._open_all(prepared, store, found)
+
+            files = await make_apart(self._jobs, reader, path, mark, xattrs, listed)
+            await _in_thread(lambda: _prune(prepared.devices.images))
+        await trial.passed()
+        if files is None:
+            with trio.move_on_after(TABLES_SECONDS):
+                await reader.load_tables()
+            if any(reader.chunks.lacks_meta(blob.index) for blob in reader.bootstrap.blobs):
+                raise UnsuitableError("the tables of its blobs cannot be had now")
+            files = await _in_thread(lambda: write_image(reader, path, mark, xattrs))
+        return files
+
+    async def _open_all(self, prepared: PreparedMount, store: CacheStore, files: list[DeviceFile]) -> None:
+        await self._need_group()
+        _open_caches(prepared.reader)
+        await _in_thread(
+            lambda: prepared.open_devices(files, self._tree(store, prepared.devices), self._group)
+        )
 
     def _open_devices(self, store: CacheStore) -> DeviceFiles:
         devices = self._devices.get(store)
@@ -505,10 +515,12 @@ def _open_caches(reader: ImageReader) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Images used longest ago make room; a mount keeps its own open."""
-    images = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in images[:-MAX_IMAGES]:
-        path.unlink(missing_ok=True)
+    """Images used longest ago make room; a mount keeps its own open. Also what an image was to become when its writer
+    was killed."""
+    images = sorted((path.stat().st_mtime, path) for path in folder.iterdir())
+    for at, (when, path) in enumerate(images):
+        if at < len(images) - MAX_IMAGES or (path.name.startswith(PARTIAL) and when < time.time() - ABANDONED):
+            path.unlink(missing_ok=True)
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

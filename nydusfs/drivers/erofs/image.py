@@ -26,13 +26,14 @@ from nydusfs.errors import NydusError
 from nydusfs.segments import BLOCK, SEGMENT_SIZE
 
 if TYPE_CHECKING:
-    from nydusfs.image_reader import ImageReader
+    from nydusfs.drivers.erofs.making import Parts
 
 MAGIC = b"nydus erofs img\0"
 VERSION = 3
 TRAILER = Struct("<16sIIQ32s32s")
 """magic, version, per cent of its bytes that are in small files, rows of the file map, fingerprint, BLAKE3 of all that
 comes before."""
+PARTIAL = ".image-"
 SMALL_FILE = 64 << 10
 SCATTERED = 50
 """Per cent of bytes in small files from which on an image is not read with `directio`: see `mount.open_erofs`."""
@@ -78,6 +79,12 @@ def open_image(path: Path, mark: bytes) -> list[DeviceFile] | None:
         return None
 
 
+def listed_devices(fd: int) -> list[DeviceFile]:
+    """Those of an image in the making. Raises OSError, ValueError, FormatError."""
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        return [_device(tag, blocks) for tag, blocks in read_devices(view)]
+
+
 def is_scattered(path: Path) -> bool:
     """Whether an image that `open_image` found good is one of small files. Raises OSError, StructError."""
     small, _, _ = _summary(path)
@@ -108,23 +115,26 @@ def _device(tag: str, blocks: int) -> DeviceFile:
     return DeviceFile(int(blob), name, blocks * BLOCK)
 
 
-def image_maker() -> Callable[[ImageReader, IO[bytes], bool], tuple[int, int]]:
+def image_maker() -> Callable[[Parts, IO[bytes], bool, Callable[[], None]], tuple[int, int]]:
     """What writes them. numpy comes with it, 0.1 s: called before it is needed where that is known."""
     from nydusfs.drivers.erofs.making import make_body
 
     return make_body
 
 
-def write_image(reader: ImageReader, path: Path, mark: bytes, xattrs: bool) -> list[DeviceFile]:
+def write_image(
+    reader: Parts, path: Path, mark: bytes, xattrs: bool, listed: Callable[[int], None] = lambda fd: None
+) -> list[DeviceFile]:
     """Make the image of a bootstrap and put it at `path`. All its blobs' own tables must be there. For a worker thread.
-    Nothing waits for the disk: what a power cut makes of it is not right by its checksum and is made again.
+    Nothing waits for the disk: what a power cut makes of it is not right by its checksum and is made again. `listed` is
+    called when `listed_devices` knows the file's.
 
     Raises `UnsuitableError`, RafsError for bad metadata, OSError.
     """
     make_body = image_maker()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".image-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL, delete=False) as file:
         try:
-            rows, small = make_body(reader, file, xattrs)
+            rows, small = make_body(reader, file, xattrs, lambda: listed(file.fileno()))
             file.flush()
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as body:
                 trailer = TRAILER.pack(MAGIC, VERSION, small, rows, mark, blake3(body).digest())

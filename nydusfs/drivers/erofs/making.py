@@ -9,33 +9,46 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import IO, TYPE_CHECKING
+from typing import IO, Protocol
 
 import numpy as np
 import numpy.ma  # np.unique imports it at its first call, for 23 ms: not when a container waits
 from numpy.typing import NDArray
 
+from bootstrap.base import Bootstrap
+from bootstrap.chunkmap import ChunkMap
 from bootstrap.erofs_devices import Device
 from bootstrap.errors import BuildError, FormatError
 from bootstrap.layout.common import SuperFlags
 from bootstrap.write_erofs import MAX_DEVICES, ErofsImage, References
 from nydusfs.drivers.erofs.filemap import ROW_SIZE
 from nydusfs.drivers.erofs.image import SMALL_FILE, UnsuitableError
-from nydusfs.segments import BLOCK, SEGMENT_SIZE, many_names
-
-if TYPE_CHECKING:
-    from nydusfs.image_reader import ImageReader
+from nydusfs.segments import BLOCK, SEGMENT_SIZE, Segment, many_names
 
 Ints = NDArray[np.int64]
 AT_ONCE = 256  # segments, of a few or hundreds of chunks each
 ROWS = 32768  # of the file map, at a time
 
 
-def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, int]:
+class Parts(Protocol):
+    """What of an `ImageReader` is needed."""
+
+    @property
+    def bootstrap(self) -> Bootstrap: ...
+    @property
+    def chunks(self) -> ChunkMap: ...
+    @property
+    def segment(self) -> Callable[[int, int], Segment]: ...
+
+
+def make_body(
+    reader: Parts, file: IO[bytes], xattrs: bool, listed: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
     """Write an image, and its file map behind it, into an empty file; the map's rows, and how many per cent of the
-    image's bytes are in small files. All its blobs' own tables must be there. Raises `UnsuitableError`, OSError, and
-    RafsError for bad metadata."""
+    image's bytes are in small files. All its blobs' own tables must be there. `listed` is called when the file has its
+    device table. Raises `UnsuitableError`, OSError, and RafsError for bad metadata."""
     if reader.bootstrap.flags & SuperFlags.TARFS:
         raise UnsuitableError("its data is a plain tar, whose files begin at no block of 4096 bytes")
     with ExitStack() as stack:
@@ -46,7 +59,7 @@ def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, 
         try:
             image = ErofsImage(reader.bootstrap, scratch(), scratch(), xattrs=xattrs)
             image.scan()
-            return _write(reader, file, image)
+            return _write(reader, file, image, listed)
         except (FormatError, BuildError) as error:
             raise UnsuitableError(str(error)) from None
         except KeyError as error:
@@ -56,7 +69,7 @@ def make_body(reader: ImageReader, file: IO[bytes], xattrs: bool) -> tuple[int, 
 class _Devices:
     """The segments an image uses, in the order of their blobs and places. `slots`: blob << 40 | segment's number."""
 
-    def __init__(self, reader: ImageReader, slots: Ints) -> None:
+    def __init__(self, reader: Parts, slots: Ints) -> None:
         if len(slots) > MAX_DEVICES:
             raise UnsuitableError(f"{len(slots)} segments are more than the {MAX_DEVICES} devices of an EROFS image")
         self._slots = slots
@@ -73,7 +86,7 @@ class _Devices:
                 name, padded = many[blob].get(number) or self._describe(reader, blob, number)
                 self.table.append(Device(f"{blob}/{name}", padded // BLOCK))
 
-    def _describe(self, reader: ImageReader, blob: int, number: int) -> tuple[str, int]:
+    def _describe(self, reader: Parts, blob: int, number: int) -> tuple[str, int]:
         segment = reader.segment(blob, number)
         if segment.places is not None:
             self._packed[len(self.table)] = segment.places
@@ -94,7 +107,7 @@ class _Devices:
         return device, places
 
 
-def _write(reader: ImageReader, file: IO[bytes], image: ErofsImage) -> tuple[int, int]:
+def _write(reader: Parts, file: IO[bytes], image: ErofsImage, listed: Callable[[], None]) -> tuple[int, int]:
     """Body and file map of an image that was scanned."""
     used: dict[int, int] = {}
     every = small = 0
@@ -119,7 +132,7 @@ def _write(reader: ImageReader, file: IO[bytes], image: ErofsImage) -> tuple[int
     # All through the page cache: nothing of the image is memory of ours. Unmapped when the last table over it goes.
     view = memoryview(mmap.mmap(file.fileno(), 0))
     rows.use(view[size:])
-    image.write(view[:size], devices.table, places)
+    image.write(view[:size], devices.table, places, listed)
     rows.sort()
     return rows.total, 100 * small // max(every, 1)
 
@@ -163,7 +176,7 @@ class _Rows:
                 column[begin:end] = column[begin:end][order]
 
 
-def _slots(reader: ImageReader, found: References) -> Ints:
+def _slots(reader: Parts, found: References) -> Ints:
     """blob << 40 | number of the segment of each chunk. Raises KeyError where the image has no such chunk."""
     numbers = found.offsets // SEGMENT_SIZE
     for blob in np.unique(found.blobs).tolist():

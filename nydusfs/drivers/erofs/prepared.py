@@ -20,15 +20,13 @@ from nydusfs.image_reader import ImageReader
 
 
 class PreparedMount:
-    """`files`: the devices in the order of the metadata image at `path`, whose fingerprint is `mark`. `make`,
-    then `attach` or `close`; all for a worker thread."""
+    """Of the metadata image at `path`, whose fingerprint is `mark`. `open_devices` as soon as they are known, `make`,
+    then `attach` or `close`; all for a worker thread. `files`: the devices in the image's order."""
 
-    def __init__(
-        self, reader: ImageReader, devices: DeviceFiles, path: Path, files: list[DeviceFile], mark: bytes
-    ) -> None:
+    def __init__(self, reader: ImageReader, devices: DeviceFiles, path: Path, mark: bytes) -> None:
         self.reader = reader
         self.devices = devices
-        self.files = files
+        self.files: list[DeviceFile] = []
         self.mark = mark
         self.blob_ids = frozenset(blob.id for blob in reader.bootstrap.blobs)
         self.plain = False  # some segments were opened by their plain path
@@ -37,25 +35,35 @@ class PreparedMount:
         self._path = path
         config = reader.config
         self._watched = config.iostats_files or config.access_pattern or config.latest_read_files
+        self._names: list[str] = []  # what the kernel is to open for `files`
         self._mounted = -1
 
+    def open_devices(self, files: list[DeviceFile], tree: int, group: int) -> None:
+        """See that all of them are there. What is opened by the clone is asked about: the clone's mark must be there
+        before the mount is. Raises OSError."""
+        if self._names and files == self.files:
+            return
+        began = time.monotonic()
+        self.files = files
+        self._names = [self._device_path(file, tree, group) for file in files]
+        self.seconds = time.monotonic() - began, 0.0
+
     def make(self, tree: int, group: int) -> None:
-        """What is opened by the clone is asked about: the clone's mark must be there before the mount is. Raises
-        OSError."""
+        """Raises OSError."""
         for attempt in range(3):
             try:
+                self.open_devices(self.files, tree, group)
                 began = time.monotonic()
-                names = [self._device_path(file, tree, group) for file in self.files]
-                there = time.monotonic()
-                apart = not any(name.startswith(mountapi.tree_path(tree)) for name in names)
+                apart = not any(name.startswith(mountapi.tree_path(tree)) for name in self._names)
                 self.direct = apart and not is_scattered(self._path)
-                self._mounted = mount.open_erofs(str(self._path), names, direct=self.direct)
+                self._mounted = mount.open_erofs(str(self._path), self._names, direct=self.direct)
             except OSError as error:
                 # a segment file was renamed or deleted between our look and the kernel's
                 if error.errno != errno.ENOENT or attempt == 2:
                     raise
+                self._names = []
                 continue
-            self.seconds = there - began, time.monotonic() - there
+            self.seconds = self.seconds[0], time.monotonic() - began
             self._let_be()  # now that the mount holds the files, whose marks would go with them
             return
 

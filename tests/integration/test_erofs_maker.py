@@ -1,0 +1,221 @@
+"""Metadata images are made by a process of their own; by the worker itself where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from nydusfs.config import load_config
+from nydusfs.drivers.erofs.image import PARTIAL, UnsuitableError, fingerprint, write_image
+from nydusfs.drivers.erofs.maker import job, make_apart
+from nydusfs.drivers.erofs.making import make_body
+from nydusfs.image_reader import ImageReader
+from nydusfs.keeper.jobs import Jobs
+from nydusfs.keeper.protocol import pair, receive, send
+from nydusfs.keeper.zygote import _end_with
+from nydusfs.services import open_services
+from tests.lab.cases import case as image_case
+from tests.lab.daemon import Nydusd, localfs_config, wait_until
+from tests.lab.erofs import cannot_mount_erofs, is_erofs
+from tests.lab.mounted import check_mount
+from tests.lab.process import parent_of, processes_mentioning
+
+CASE = "v6-zstd-blake3-1m"
+needs_mounts = pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())
+
+
+@pytest.fixture
+def daemon() -> Iterator[Nydusd]:
+    with Nydusd("--fs-driver", "erofs") as running:
+        yield running
+
+
+def zygote_of(daemon: Nydusd) -> int:
+    return parent_of(daemon.worker_pid)
+
+
+def faults_of_children(pid: int) -> int:
+    """Of those that ended, by proc(5)."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[8])
+
+
+@pytest.mark.root
+@needs_mounts
+def test_a_fork_of_the_zygote_makes_the_image_that_the_worker_would(daemon: Nydusd, tmp_path: Path) -> None:
+    case = image_case(CASE)
+    config = localfs_config(case, work_dir=tmp_path / "cache")
+    zygote = zygote_of(daemon)
+    before = faults_of_children(zygote)
+    assert daemon.mount("/1", case / "image.boot", config).status == 204
+    assert is_erofs(daemon.mnt / "1")
+    wait_until(lambda: faults_of_children(zygote) > before, 10, "the end of the process that made the image")
+    assert check_mount(case, daemon.mnt / "1") == []
+    (made,) = (tmp_path / "cache" / ".erofs" / "images").iterdir()
+
+    async def own() -> bytes:
+        async with open_services() as services:
+            reader = await services.open_image(
+                str(case / "image.boot"), load_config(localfs_config(case, work_dir=tmp_path / "own"), "t"), name="/"
+            )
+            mark = fingerprint(reader.bootstrap, True)
+            assert made.name == mark.hex()
+            write_image(reader, tmp_path / "image", mark, True)
+            reader.close()
+        return (tmp_path / "image").read_bytes()
+
+    assert made.read_bytes() == trio.run(own)
+
+
+@pytest.mark.root
+@needs_mounts
+def test_without_a_zygote_the_worker_makes_it(daemon: Nydusd, tmp_path: Path) -> None:
+    case = image_case(CASE)
+    os.kill(zygote_of(daemon), signal.SIGKILL)
+    assert daemon.mount("/1", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status == 204
+    assert is_erofs(daemon.mnt / "1")
+    assert check_mount(case, daemon.mnt / "1") == []
+
+
+@pytest.mark.root
+@needs_mounts
+def test_a_maker_that_is_killed_costs_nothing_but_time(daemon: Nydusd, tmp_path: Path) -> None:
+    """Whatever it was at: SIGKILL to all that the zygote has beside the worker, as long as the mount takes."""
+    case = image_case(CASE)
+    zygote, worker = zygote_of(daemon), daemon.worker_pid
+    children = Path(f"/proc/{zygote}/task/{zygote}/children")
+    over, killed = threading.Event(), set[int]()
+
+    def kill() -> None:
+        while not over.wait(0.001):
+            for pid in set(map(int, children.read_text().split())) - {worker}:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        status = daemon.mount("/1", case / "image.boot", localfs_config(case, work_dir=tmp_path)).status
+    finally:
+        over.set()
+        killer.join(10)
+    assert status == 204
+    assert killed
+    assert is_erofs(daemon.mnt / "1")
+    assert check_mount(case, daemon.mnt / "1") == []
+
+
+def test_a_job_ends_when_nobody_waits_for_it_any_more() -> None:
+    for first in (False, True):  # before it looks, and later
+        ours, theirs = pair()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ours.close()
+                if first:
+                    select.select([theirs], [], [], 20)
+                _end_with(theirs)
+                time.sleep(20)
+            finally:
+                os._exit(0)
+        theirs.close()
+        time.sleep(0.2)
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        ours.close()
+        ended = 0
+        deadline = time.monotonic() + 10
+        while not ended and time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+        assert ended == pid
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 1
+
+
+class Answers(Jobs):
+    """A process that says what it likes."""
+
+    def __init__(self, *answers: tuple[str, bytes | None]) -> None:
+        self.answers = answers
+
+    def begin(self, module: str, **request: object):  # type: ignore[no-untyped-def]
+        ours, theirs = pair()
+        with theirs:
+            for op, content in self.answers:
+                fd = os.memfd_create("x") if content is not None else -1
+                if content:
+                    os.write(fd, content)
+                send(theirs, op, [fd] if fd >= 0 else [], why="too odd")
+                if fd >= 0:
+                    os.close(fd)
+        return ours
+
+
+def test_what_the_process_says_is_not_believed(tmp_path: Path) -> None:
+    case = image_case(CASE)
+
+    async def nothing(_: object) -> None:
+        raise AssertionError("no list of devices")
+
+    async def ask(reader: ImageReader, jobs: Jobs) -> object:
+        mark = fingerprint(reader.bootstrap, True)
+        with trio.fail_after(20):
+            return await make_apart(jobs, reader, tmp_path / "image", mark, True, nothing)
+
+    async def go() -> None:
+        async with open_services() as services:
+            config = load_config(localfs_config(case, work_dir=tmp_path / "cache"), "t")
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            assert await ask(reader, Jobs()) is None
+            assert await ask(reader, Answers()) is None
+            assert await ask(reader, Answers(("unknown", None), ("made", None))) is None
+            assert await ask(reader, Answers(("listed", b""), ("listed", b"x" * 5000), ("made", None))) is None
+            (tmp_path / "image").write_bytes(b"x" * 8192)
+            assert await ask(reader, Answers(("made", None))) is None
+            with pytest.raises(UnsuitableError, match="too odd"):
+                await ask(reader, Answers(("unsuitable", None)))
+            reader.close()
+
+    trio.run(go)
+    before = len(os.listdir("/proc/self/fd"))  # the first time opens what stays open, as the random numbers' device
+    trio.run(go)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_of_a_bootstrap_that_changed_nothing_is_made(tmp_path: Path) -> None:
+    assert make_body  # `job` needs numpy, whose import is not what is tested here
+    case = image_case(CASE)
+    ours, theirs = pair()
+    request = {"bootstrap": str(case / "image.boot"), "path": str(tmp_path / "image"), "mark": "00" * 32, "xattrs": 1}
+    with ours:
+        with theirs:
+            job(request, theirs)
+        with pytest.raises(EOFError):
+            receive(ours)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_process_stays(tmp_path: Path) -> None:
+    """A daemon that is told to stop while an image is made."""
+    if reason := cannot_mount_erofs():
+        pytest.skip(reason)
+    case = image_case(CASE)
+    for pause in (0.0, 0.02, 0.05):
+        work = tmp_path / f"{pause}"
+        with Nydusd("--fs-driver", "erofs") as daemon:
+            config = localfs_config(case, work_dir=work)
+            body = {"source": str(case / "image.boot"), "fs_type": "rafs", "config": config}
+            assert daemon.call("POST", "mount/expected?mountpoint=/soon", body).status == 204
+            time.sleep(pause)
+            os.kill(daemon.pid, signal.SIGTERM)
+            wait_until(lambda sock=str(daemon.sock): not processes_mentioning(sock), 10, "the end of all its processes")  # type: ignore[misc]
+        folder = work / ".erofs" / "images"
+        assert not folder.exists() or all(
+            path.name.startswith(PARTIAL) or len(path.name) == 64 for path in folder.iterdir()
+        )
