@@ -23,7 +23,7 @@ from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, StartError
 from snapshotter.flow import Snapshotter
 from snapshotter.idmapped import IdMappedLayers
-from snapshotter.images import Images, ImageSettings
+from snapshotter.images import Images
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.registries import Registries
 from snapshotter.lean import Libraries
@@ -34,6 +34,7 @@ from snapshotter.nydusd_config import NO_TEMPLATE, Template, load_template
 from snapshotter.origins import Origins
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
+from snapshotter.serving import ImageSettings
 from snapshotter.settings import Settings
 from snapshotter.signature import Signatures
 from snapshotter.store import Store

@@ -19,11 +19,12 @@ from snapshotter.auth.chain import Chain
 from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.images import Images, ImageSettings
+from snapshotter.images import Images
 from snapshotter.mounting import Wanted, mount_all
 from snapshotter.nydusd_api import ApiError, ApiUnreachable, NydusdApi
 from snapshotter.nydusd_config import load_template
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
+from snapshotter.serving import ImageSettings
 from snapshotter.store import Store
 from snapshotter.system import start_time
 from snapshotter.trash import Trash

@@ -17,7 +17,7 @@ from snapshotter.auth.vault import Vault
 from snapshotter.daemons import DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.flow import Snapshotter
-from snapshotter.images import Images, ImageSettings
+from snapshotter.images import Images
 from snapshotter.labels import IMAGE_REF, META_LAYER, SNAPSHOT_REF, image_label
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.settings import LazySettings
@@ -25,6 +25,7 @@ from snapshotter.mounts import Layout
 from snapshotter.nydusd_config import load_template
 from snapshotter.origins import Origin
 from snapshotter.records import Records
+from snapshotter.serving import ImageSettings
 from snapshotter.store import Kind, Snapshot, Store
 
 CHAIN = "sha256:" + "1" * 64
