@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -211,7 +210,7 @@ def _run(**options: Any) -> None:
             for line in repair(chosen):
                 click.echo(line)
             return
-        stopping = _stop_on_signals()
+        stopping = _Stop()
         program = Program(chosen, lean.Libraries())
     except (SnapshotterError, OSError) as error:
         from nydusfs.errors import os_reason
@@ -228,17 +227,32 @@ def _run(**options: Any) -> None:
     os._exit(0)
 
 
-def _stop_on_signals() -> threading.Event:
-    stopping = threading.Event()
+class _Stop:
+    """SIGTERM and SIGINT from now on: `wait` returns after the first, the second ends the process at once.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
+    What is waited for is a byte that the interpreter itself writes. A handler in Python runs in the main thread when
+    that comes back from where it waits: a signal at the moment before it began to wait on a lock was heard never, and a
+    program that was stopped right after its start went on.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._told = False
+        self._pipe, written = os.pipe()
+        os.set_blocking(written, False)
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._told:
             os._exit(1)
-        stopping.set()
+        self._told = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return stopping
+    def wait(self) -> None:
+        while os.read(self._pipe, 1)[0] not in self.NUMBERS:
+            pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
