@@ -65,7 +65,7 @@ def name_tag(spec: dict[str, Any]) -> list[str]:
 
 
 def memory_file(content: bytes) -> int:
-    """A descriptor of an anonymous file with this content; it never touches a disk."""
+    """A descriptor of an anonymous file with this content: in no file system, but memory that may be swapped."""
     fd = os.memfd_create("nydusd-state", os.MFD_CLOEXEC)
     with open(fd, "wb", closefd=False) as file:
         file.write(content)
