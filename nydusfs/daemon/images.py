@@ -48,12 +48,12 @@ class ReaderImage:
             except (NydusError, RafsError, OSError) as error:
                 log.warning("image %s: fetching ahead of its start stopped: %s", self.reader.name, error)
 
-    async def prepare(self, request: MountRequest) -> None:
+    async def prepare(self, request: MountRequest, making: Any) -> None:
         """Before it is mounted, too: the kernel's mount is made, if there will be one."""
         config = request.config
         if self._kernel_mounts is not None and not config.id_mapping:
             xattrs = serves_xattrs(config, self.metadata)
-            await self._kernel_mounts.prepare(self.reader, config.fs_driver, xattrs=xattrs)
+            await self._kernel_mounts.prepare(self.reader, config.fs_driver, xattrs=xattrs, making=making)
 
     @property
     def metadata(self) -> Bootstrap:
@@ -131,17 +131,20 @@ class ImageOpener:
             self._nursery.start_soon(self._keep_open, expected)
 
     async def _keep_open(self, expected: _Expected) -> None:
-        request = expected.request
+        request, making = expected.request, None
         try:
             with trio.move_on_after(EXPECTED):
+                making = await self._begin_image(request)
                 expected.image = await self._open(request)
                 expected.opened.set()
                 self._nursery.start_soon(expected.image.learn)
-                await expected.image.prepare(request)
+                await expected.image.prepare(request, making)
                 await expected.decided.wait()
         except (NydusError, RafsError, OSError) as error:
             log.info("image expected at %s cannot be opened: %s", request.mountpoint, error)
         finally:
+            if making is not None:
+                making.close()
             expected.opened.set()
             if self._expected.get(request.source) is expected:
                 del self._expected[request.source]
@@ -149,6 +152,17 @@ class ImageOpener:
             image, expected.image = expected.image, None
             if image is not None:
                 await image.aclose()
+
+    async def _begin_image(self, request: MountRequest) -> Any:
+        config = request.config
+        if self._kernel_mounts is None or config.id_mapping or not config.cache.persistent:
+            return None
+        try:
+            store = self._services.store(config.cache.work_dir)
+        except NydusError:
+            return None
+        enable = config.enable_xattr
+        return await self._kernel_mounts.begin_image(request.source, store, config.fs_driver, enable_xattr=enable)
 
     async def _as_expected(self, request: MountRequest) -> ReaderImage | None:
         expected = self._expected.pop(request.source, None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,7 @@ import trio
 
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs.image import PARTIAL, UnsuitableError, fingerprint, write_image
-from nydusfs.drivers.erofs.maker import job, make_apart
-from nydusfs.drivers.erofs.making import make_body
+from nydusfs.drivers.erofs.maker import Making, job
 from nydusfs.image_reader import ImageReader
 from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.protocol import pair, receive, send
@@ -160,19 +161,17 @@ class Answers(Jobs):
 def test_what_the_process_says_is_not_believed(tmp_path: Path) -> None:
     case = image_case(CASE)
 
-    async def nothing(_: object) -> None:
-        raise AssertionError("no list of devices")
-
     async def ask(reader: ImageReader, jobs: Jobs) -> object:
-        mark = fingerprint(reader.bootstrap, True)
-        with trio.fail_after(20):
-            return await make_apart(jobs, reader, tmp_path / "image", mark, True, nothing)
+        making = Making.begin(jobs, reader.bootstrap.path, tmp_path, enable_xattr=True)
+        assert making is not None
+        with closing(making), trio.fail_after(20):
+            return await making.finish(tmp_path / "image", fingerprint(reader.bootstrap, True), _nobody)
 
     async def go() -> None:
         async with open_services() as services:
             config = load_config(localfs_config(case, work_dir=tmp_path / "cache"), "t")
             reader = await services.open_image(str(case / "image.boot"), config, name="/")
-            assert await ask(reader, Jobs()) is None
+            assert Making.begin(Jobs(), reader.bootstrap.path, tmp_path, enable_xattr=True) is None
             assert await ask(reader, Answers()) is None
             assert await ask(reader, Answers(("unknown", None), ("made", None))) is None
             assert await ask(reader, Answers(("listed", b""), ("listed", b"x" * 5000), ("made", None))) is None
@@ -183,22 +182,45 @@ def test_what_the_process_says_is_not_believed(tmp_path: Path) -> None:
             reader.close()
 
     trio.run(go)
-    before = len(os.listdir("/proc/self/fd"))  # the first time opens what stays open, as the random numbers' device
-    trio.run(go)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    targets = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert not any("memfd:x" in target for target in targets)
 
 
-def test_of_a_bootstrap_that_changed_nothing_is_made(tmp_path: Path) -> None:
-    assert make_body  # `job` needs numpy, whose import is not what is tested here
-    case = image_case(CASE)
-    ours, theirs = pair()
-    request = {"bootstrap": str(case / "image.boot"), "path": str(tmp_path / "image"), "mark": "00" * 32, "xattrs": 1}
-    with ours:
+@pytest.mark.root
+@needs_mounts
+def test_of_a_bootstrap_that_is_another_one_by_then_nothing_is_mounted(daemon: Nydusd, tmp_path: Path) -> None:
+    """The process reads the path anew."""
+    first, second = image_case(CASE), image_case("v5-merged3")
+    boot = tmp_path / "image.boot"
+    shutil.copy(second / "image.boot", boot)
+    making, theirs = pair()
+    with making:
         with theirs:
-            job(request, theirs)
-        with pytest.raises(EOFError):
-            receive(ours)
-    assert not list(tmp_path.iterdir())
+            job({"bootstrap": str(boot), "folder": str(tmp_path), "enable_xattr": True}, theirs)
+        said = []
+        with suppress(EOFError):
+            while True:
+                message, fds = receive(making)
+                said.append(message["op"])
+                for fd in fds:
+                    os.close(fd)
+    assert said[-1] == "made"
+
+    async def go() -> object:
+        async with open_services() as services:
+            config = load_config(localfs_config(first, work_dir=tmp_path / "cache"), "t")
+            reader = await services.open_image(str(first / "image.boot"), config, name="/")
+            mark = fingerprint(reader.bootstrap, True)
+            found = Making.begin(Answers(("made", None)), str(boot), tmp_path, enable_xattr=True)
+            assert found is not None
+            with closing(found):
+                return await found.finish(tmp_path / mark.hex(), mark, _nobody)
+
+    assert trio.run(go) is None
+
+
+async def _nobody(_: object) -> None:
+    raise AssertionError("no list of devices")
 
 
 def test_no_process_stays(tmp_path: Path) -> None:

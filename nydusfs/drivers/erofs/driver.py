@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ from nydusfs.drivers.erofs.image import (
     write_image,
 )
 from nydusfs.drivers.erofs.journal import Journal
-from nydusfs.drivers.erofs.maker import make_apart
+from nydusfs.drivers.erofs.maker import Making
 from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.erofs.settling import Settling
 from nydusfs.drivers.fuse import InFlightInfo
@@ -214,7 +215,25 @@ class ErofsDriver:
             self._known.set()
             self._known = trio.Event()
 
-    async def prepare(self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> None:
+    async def begin_image(
+        self, bootstrap: str, store: CacheStore, choice: FsDriver | None, *, enable_xattr: bool
+    ) -> Making | None:
+        """Before the image is opened, for `prepare`: the longest of what that waits for. To be closed."""
+        if (choice or self._choice) == "fuse" or not self._all_known.is_set():
+            return None
+
+        def begin() -> Making | None:
+            try:
+                folder = self._open_devices(store).images
+            except OSError:
+                return None
+            return Making.begin(self._jobs, bootstrap, folder, enable_xattr=enable_xattr)
+
+        return await _in_thread(begin)
+
+    async def prepare(
+        self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool, making: Making | None = None
+    ) -> None:
         """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
         if (choice or self._choice) == "fuse" or not self._all_known.is_set():
             return
@@ -224,7 +243,7 @@ class ErofsDriver:
             if any(image.reader is reader for image in self._images.values()):
                 return
             try:
-                await self._prepare(reader, xattrs)
+                await self._prepare(reader, xattrs, making)
             except (NydusError, RafsError, OSError) as error:
                 log.debug("image %s is not made ready for erofs: %s", reader.name, error)
 
@@ -261,7 +280,7 @@ class ErofsDriver:
                 await _in_thread(lambda: self._clean(prepared))
             raise
 
-    async def _prepare(self, reader: ImageReader, xattrs: bool) -> None:
+    async def _prepare(self, reader: ImageReader, xattrs: bool, making: Making | None = None) -> None:
         store = reader.store
         if store is None:
             raise UnsuitableError("it has no cache directory (device.cache)")
@@ -274,7 +293,7 @@ class ErofsDriver:
         devices = await _in_thread(lambda: self._open_devices(store))
         prepared = self._prepared[reader] = PreparedMount(reader, devices, devices.images / mark.hex(), mark)
         try:
-            files = await self._devices_of(prepared, store, xattrs)
+            files = await self._devices_of(prepared, store, xattrs, making)
             written = time.monotonic() - began
             await self._open_all(prepared, store, files)
             await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
@@ -288,7 +307,9 @@ class ErofsDriver:
                 await _in_thread(lambda: self._clean(prepared))
             raise
 
-    async def _devices_of(self, prepared: PreparedMount, store: CacheStore, xattrs: bool) -> list[DeviceFile]:
+    async def _devices_of(
+        self, prepared: PreparedMount, store: CacheStore, xattrs: bool, making: Making | None
+    ) -> list[DeviceFile]:
         """Of its metadata image, which is made if it is not there."""
         reader, mark = prepared.reader, prepared.mark
         path = prepared.devices.images / mark.hex()
@@ -300,7 +321,13 @@ class ErofsDriver:
                 await trial.passed()
                 await self._open_all(prepared, store, found)
 
-            files = await make_apart(self._jobs, reader, path, mark, xattrs, listed)
+            folder, enable = path.parent, reader.config.enable_xattr
+            making = making or await _in_thread(
+                lambda: Making.begin(self._jobs, reader.bootstrap.path, folder, enable_xattr=enable)
+            )
+            if making is not None:
+                with closing(making):
+                    files = await making.finish(path, mark, listed)
             await _in_thread(lambda: _prune(prepared.devices.images))
         await trial.passed()
         if files is None:

@@ -20,6 +20,7 @@ from bootstrap.base import Bootstrap
 from bootstrap.blobmeta import needs_meta
 from bootstrap.chunkmap import ChunkMap
 from bootstrap.errors import FormatError
+from bootstrap.layout.common import SuperFlags
 from bootstrap.reader import open_bootstrap
 from nydusfs.drivers.erofs.image import (
     DeviceFile,
@@ -29,33 +30,37 @@ from nydusfs.drivers.erofs.image import (
     open_image,
     write_image,
 )
-from nydusfs.image_reader import ImageReader
 from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.protocol import receive, send
 from nydusfs.pieces import Pieces
 from nydusfs.segments import Segment
 
 
-async def make_apart(
-    jobs: Jobs,
-    reader: ImageReader,
-    path: Path,
-    mark: bytes,
-    xattrs: bool,
-    listed: Callable[[list[DeviceFile]], Awaitable[None]],
-) -> list[DeviceFile] | None:
-    """The devices of the image that is at `path` now; None where it was not made, for whatever reason: `write_image`
-    tells. `listed` is given the devices while the rest is made, and they may prove wrong. Raises `UnsuitableError`."""
-    if any(needs_meta(blob) for blob in reader.bootstrap.blobs):
-        return None  # their own tables are in this process's memory
-    sock = _begin(jobs, reader.bootstrap, path, mark, xattrs)
-    if sock is None:
-        return None
-    with sock:
+class Making:
+    """An image in the making: `begin`, then `close`; `finish` between."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @staticmethod
+    def begin(jobs: Jobs, bootstrap: str, folder: Path, *, enable_xattr: bool) -> Making | None:
+        """It will be in `folder`, named by its fingerprint. `enable_xattr`: as configured. None: the worker has to."""
+        # a zygote of a later keeper is in another directory
+        sock = jobs.begin(
+            __name__, bootstrap=os.path.abspath(bootstrap), folder=str(folder), enable_xattr=enable_xattr
+        )
+        return None if sock is None else Making(sock)
+
+    async def finish(
+        self, path: Path, mark: bytes, listed: Callable[[list[DeviceFile]], Awaitable[None]]
+    ) -> list[DeviceFile] | None:
+        """The devices of the image that is at `path` now; None where it was not made, for whatever reason:
+        `write_image` tells. `listed` is given the devices while the rest is made, and they may prove wrong. Raises
+        `UnsuitableError`."""
         while True:
-            await trio.lowlevel.wait_readable(sock)
+            await trio.lowlevel.wait_readable(self._sock)
             try:
-                message, fds = receive(sock)
+                message, fds = receive(self._sock)
             except EOFError:
                 return None
             with ExitStack() as stack:
@@ -73,11 +78,9 @@ async def make_apart(
                     continue
             await listed(found)
 
-
-def _begin(jobs: Jobs, bootstrap: Bootstrap, path: Path, mark: bytes, xattrs: bool) -> socket.socket | None:
-    # a zygote of a later keeper is in another directory
-    source = os.path.abspath(bootstrap.path)
-    return jobs.begin(__name__, bootstrap=source, path=str(path), mark=mark.hex(), xattrs=xattrs)
+    def close(self) -> None:
+        """The process ends, if it still runs."""
+        self._sock.close()
 
 
 class _Parts(NamedTuple):
@@ -89,13 +92,17 @@ class _Parts(NamedTuple):
 def job(request: dict[str, Any], sock: socket.socket) -> None:
     """In the other process. What goes wrong ends it."""
     bootstrap = open_bootstrap(request["bootstrap"])
-    mark = bytes.fromhex(request["mark"])
-    if fingerprint(bootstrap, request["xattrs"]) != mark:
-        return  # the file is another one by now
-    chunks = ChunkMap.open(bootstrap, None)
-    parts = _Parts(bootstrap, chunks, Pieces(chunks, bootstrap.blobs).segment)
-    try:
-        write_image(parts, Path(request["path"]), mark, request["xattrs"], lambda fd: send(sock, "listed", [fd]))
-        send(sock, "made")
-    except UnsuitableError as error:
-        send(sock, "unsuitable", why=str(error))
+    if any(needs_meta(blob) for blob in bootstrap.blobs):
+        return  # the worker gets their own tables
+    xattrs = request["enable_xattr"] or bool(bootstrap.flags & SuperFlags.HAS_XATTR)
+    mark = fingerprint(bootstrap, xattrs)
+    path = Path(request["folder"]) / mark.hex()
+    if open_image(path, mark) is None:
+        chunks = ChunkMap.open(bootstrap, None)
+        parts = _Parts(bootstrap, chunks, Pieces(chunks, bootstrap.blobs).segment)
+        try:
+            write_image(parts, path, mark, xattrs, lambda fd: send(sock, "listed", [fd]))
+        except UnsuitableError as error:
+            send(sock, "unsuitable", why=str(error))
+            return
+    send(sock, "made")
