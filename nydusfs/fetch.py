@@ -5,7 +5,8 @@
 - Demand reads wait for nobody but other demand reads. Prefetch has slots of its own and leaves them the link
   (`courtesy`); a demand read that meets a prefetch of its segment makes it urgent.
 - What an image's profile says (LEARNED) is on its way to a reader: it is not held up by demand reads.
-- Missing neighbours of one read are one request, unless other nodes would not find what was fetched so (`by_range`).
+- Missing neighbours of one read are one request, unless other nodes would not find what was fetched so (`by_range`):
+  then small segments come in pairs, the same ones on every node.
 - Decompression, digests and the write to the cache file happen in one worker-thread call per request; small segments
   are decoded in place, where the two switches (about 100 us) would cost more than the work.
 - A reader goes on as soon as its segment is verified: the cache file is written meanwhile. Where the file is what the
@@ -39,6 +40,7 @@ from nydusfs.flights import (
     serve,
     store_parts,
     take_foreign,
+    together,
 )
 from nydusfs.http.pacing import PACE
 from nydusfs.lane import Lane
@@ -193,23 +195,33 @@ class FetchScheduler:
         for job in jobs:
             flight = self._flights.get(job.identity)
             if flight is None:
-                flight = self._flights[job.identity] = Flight(job)
-                if behind:
-                    flight.ahead = job.segment.size
-                    self._ahead += flight.ahead
                 self._begun.set()
                 if group and not joinable([joined.job for joined in group], job, merge):
                     self._nursery.start_soon(self._run, group, priority, behind, doubtful)
                     group = []
-                if group:
-                    flight.urgent = group[0].urgent
-                group.append(flight)
+                cut = together(job)
+                span = cut[0].segment.compressed_start, max(one.segment.compressed_end for one in cut)
+                for one in cut:
+                    if one is not job and not self._lacks(one):
+                        continue
+                    begun = self._flights[one.identity] = Flight(one, span)
+                    if behind:
+                        begun.ahead = one.segment.size
+                        self._ahead += begun.ahead
+                    if group:
+                        begun.urgent = group[0].urgent
+                    group.append(begun)
+                flight = self._flights[job.identity]
             elif priority is Priority.DEMAND:
                 flight.urgent.set()
             flights.append(flight)
         if group:
             self._nursery.start_soon(self._run, group, priority, behind, doubtful)
         return flights
+
+    def _lacks(self, job: Job) -> bool:
+        kept = job.cache is not None and job.segment.key in job.cache
+        return not kept and job.identity not in self._flights and job.identity not in self._recent
 
     def _slots_of(self, source: Source) -> trio.Semaphore:
         """Per source: readers of a registry that answers must not queue behind those of one that hangs."""
@@ -331,6 +343,8 @@ class FetchScheduler:
         job = flight.job
         plain: Plain | None = None
         ranges = list(runs(job.chunks, job.segment))
+        if not job.segment.gappy:
+            ranges = [(*flight.span, ranges[0][2])]
         for number, (start, end, units) in enumerate(ranges):
             last = number == len(ranges) - 1
             part = Part(job, units, plain, flight if last else None)
@@ -345,7 +359,7 @@ class FetchScheduler:
 
     async def _fetch_merged(self, group: list[Flight], priority: Priority) -> None:
         jobs = [flight.job for flight in group]
-        start, end = jobs[0].segment.compressed_start, max(job.segment.compressed_end for job in jobs)
+        start, end = group[0].span[0], max(flight.span[1] for flight in group)
         parts = [
             Part(job, next(runs(job.chunks, job.segment))[2], None, flight)
             for job, flight in zip(jobs, group, strict=True)

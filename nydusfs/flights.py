@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import trio
@@ -14,7 +14,7 @@ from nydusfs.cache import BlobCache
 from nydusfs.cache.foreign import ForeignBlob
 from nydusfs.counters import CacheCounters
 from nydusfs.errors import SourceError
-from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode
+from nydusfs.segments import BadChunk, Plain, Segment, UnitMembers, decode, pair_of
 from nydusfs.sources import Buffer, Priority, Source, WrongBytes
 
 MERGE = 1 << 20  # compressed bytes of one merged request
@@ -41,7 +41,10 @@ class Job:
 
 @dataclass(slots=True)
 class Flight:
+    """`span`: the compressed range that its request is for at least, more than its segment where nodes share ranges."""
+
     job: Job
+    span: tuple[int, int]
     done: trio.Event = field(default_factory=trio.Event)  # verified, or failed
     stored: trio.Event = field(default_factory=trio.Event)  # and in the cache, if the disk takes it
     awaited: bool = False  # by a reader
@@ -83,6 +86,12 @@ def evenly(jobs: Sequence[Job], merge: float) -> int:
         return int(max(merge, MERGE))
     # A request that ends since the next segment would make it too long is not shorter than its share.
     return max(int(merge), int(total / (total // merge)) + max(sizes) - 1)
+
+
+def together(job: Job) -> list[Job]:
+    """This one and what every node asks for with it, in the order of the blob."""
+    pair = pair_of(job.chunks, job.segment) if job.source.by_range else None
+    return [job if one is job.segment else replace(job, segment=one) for one in pair or (job.segment,)]
 
 
 def joinable(group: Sequence[Job], job: Job, merge: int) -> bool:

@@ -42,6 +42,10 @@ SEGMENT_SIZE = 256 << 10
 # Compressed gap that is read through rather than left out by a second request.
 MAX_GAP = 128 * 1024
 JOIN_GAP = 48 * 1024  # the same between two segments
+# Compressed bytes of two neighbours that are always asked for together where nodes share what they fetch by its exact
+# range: there a request costs more than 100 KB do. Of a Python program with numpy, pandas and Django none made 240
+# requests and 35.6 MB, 192 KiB 195 and 36.6, 224 KiB 187 and 37.0; four neighbours in 512 KiB would make 138 and 44.
+PAIR = 192 * 1024
 # No request is longer than this and one unit, whatever a bootstrap claims.
 MAX_RUN = 32 << 20
 KEY_SIZE = 12
@@ -131,6 +135,20 @@ def make_segment(chunks: ChunkMap, blob: Blob, number: int) -> Segment:
     gappy = high - low > min(total + MAX_GAP, MAX_RUN)
     key = _key(b"".join(named))
     return Segment(blob, number, key, rows, size, low, high, gappy, places or None)
+
+
+def pair_of(chunks: ChunkMap, segment: Segment) -> tuple[Segment, Segment] | None:
+    """The two small neighbours, this one among them, that every node asks for at once: which they are follows from the
+    blob's metadata alone, as the borders do."""
+    if segment.gappy or segment.compressed_end - segment.compressed_start >= PAIR:
+        return None
+    try:
+        other = make_segment(chunks, segment.blob, segment.number ^ 1)
+    except (RafsError, KeyError, ValueError, IndexError):
+        return None
+    first, second = (segment, other) if segment.number < other.number else (other, segment)
+    together = second.adjoins(first) and second.compressed_end - first.compressed_start <= PAIR
+    return (first, second) if together else None
 
 
 def many_names(chunks: ChunkMap, blob: Blob, numbers: NDArray[np.int64]) -> dict[int, tuple[str, int]]:

@@ -33,7 +33,7 @@ class Source(Protocol):
 
     @property
     def by_range(self) -> bool:
-        """Other nodes find what this one fetched only under the very same range: ask for whole segments, one by one."""
+        """Other nodes find what this one fetched only under the very same range: ask as `flights.together` says."""
 
     def cheap(self, size: int) -> bool:
         """Whether so many bytes more cost little beside the wait for an answer, as far as is known."""

@@ -159,6 +159,41 @@ def test_nodes_cut_alike_what_a_classic_dragonfly_shares_by_range(stack: ExitSta
     assert len(spans[2]) < 8
 
 
+def test_small_neighbours_come_in_pairs_that_are_the_same_on_every_node(stack: ExitStack, tmp_path: Path) -> None:
+    """From a classic Dragonfly, whatever is read first; also where a node has one of the two already."""
+    data = b"".join(noise(2000, number) + bytes(6192) for number in range(1024))  # 64 KB stored of each 256 KiB
+    image = tiny_image(tmp_path, {"data.bin": data}, BuildOptions(chunk_size=64 * 1024))
+    origin = server(stack, image)
+    spans: list[list[tuple[int, int] | None]] = []
+    for node, order in enumerate([1, -1]):
+        peer = server(stack, image, said=[("X-Dragonfly-Task", "t")])
+
+        async def scenario(reader: ImageReader, services: Services, order: int = order) -> None:
+            ino = reader.bootstrap.resolve(b"data.bin")
+            await reader.read(ino, 0, 1)  # finds out with whom it talks
+            for place in list(range(0, len(data), 512 * 1024))[::order]:
+                # Some of the second one first, so that nobody reads in sequence.
+                for offset in (place + 300 * 1024, place + 10):
+                    assert await reader.read(ino, offset, 4096) == data[offset : offset + 4096]
+            await services.scheduler.idle()
+            assert all(reader.is_ready(segment) for segment in reader.segments_of(ino, 0, len(data)))
+            if order > 0:
+                first, second = reader.segments_of(ino, 0, 512 * 1024)
+                for segment in (first, second):
+                    cache = reader.cache(segment.blob)
+                    assert cache is not None
+                    cache.drop(segment)
+                    await reader.read(ino, segment.start, 1)
+
+        run(image, config_text(tmp_path / str(node), origin.netloc, [{"host": peer.url}]), scenario)
+        spans.append([request.span for request in peer.data_requests])
+    pairs = len(data) // (512 * 1024)
+    assert len(spans[0]) == pairs + 2 and len(spans[1]) == pairs
+    assert set(spans[0]) == set(spans[1]) and len(set(spans[1])) == pairs
+    assert spans[0][0] == spans[0][-1] == spans[0][-2]
+    assert not origin.data_requests
+
+
 @pytest.mark.parametrize("mode", SLOW_ANSWERS)
 def test_a_mirror_that_hangs_is_left_in_time(
     mode: str, image: TinyImage, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
