@@ -18,6 +18,7 @@ from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.mounts import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
+from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.http import Origin, Url
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
@@ -106,6 +107,19 @@ def test_images_come_back_in_the_order_in_which_readers_ask_for_them(tmp_path: P
 
     trio.run(go)
     assert events == ["/3", "/7", "/0 /1 /2 /4 /5 /6 /8"]
+
+
+def test_an_image_that_is_unmounted_while_its_files_are_looked_at_ends_no_daemon() -> None:
+    class Image:
+        where = "/a"
+
+        def know_files(self) -> None:
+            raise ValueError("mmap closed or invalid")
+
+    async def go() -> None:
+        await ErofsDriver("/m", None, "erofs")._learn_files(Image())  # type: ignore[arg-type]
+
+    trio.run(go)
 
 
 @pytest.mark.parametrize("left", [b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"times": [1]}}', b'{"a": {"times": "xy"}}'])

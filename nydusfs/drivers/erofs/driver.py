@@ -464,8 +464,14 @@ class ErofsDriver:
 
     def _know_files(self, image: ErofsImage) -> None:
         if self._events is not None:
-            self._nursery.start_soon(_in_thread, image.know_files)
+            self._nursery.start_soon(self._learn_files, image)
             self._settling.changed()
+
+    async def _learn_files(self, image: ErofsImage) -> None:
+        try:
+            await _in_thread(image.know_files)
+        except Exception:  # it may be unmounted meanwhile, and its bootstrap closed: no reason to end the daemon
+            log.debug("image %s: its files are not known", image.where, exc_info=True)
 
     async def fill(self, question: Question) -> bool:
         name = question.name
