@@ -451,7 +451,7 @@ class Daemon:
                 self._retire()
         finally:
             served.set()
-            self._stopping.set()
+        self._stopping.set()  # not where it was cancelled, for a bug in any task: another worker follows then
 
     def _agree(self) -> None:
         self._retired.set()

@@ -117,9 +117,34 @@ def test_an_image_that_is_unmounted_while_its_files_are_looked_at_ends_no_daemon
             raise ValueError("mmap closed or invalid")
 
     async def go() -> None:
-        await ErofsDriver("/m", None, "erofs")._learn_files(Image())  # type: ignore[arg-type]
+        jobs: Any = None
+        image: Any = Image()
+        await ErofsDriver("/m", None, "erofs", jobs)._learn_files(image)
 
     trio.run(go)
+
+
+def test_a_worker_that_a_bug_ends_is_followed() -> None:
+    """What a task raises ends the others, FUSE's too, as if the worker had died: the mount stays."""
+
+    class Link:
+        held: dict[str, int] = {"fuse": 9}  # noqa: RUF012
+
+    class Fuse:
+        async def serve(self, task_status: trio.TaskStatus[None]) -> None:
+            task_status.started()
+            await trio.sleep_forever()
+
+    daemon = Daemon(Options("/m"), ErrorRing(), Link())  # type: ignore[arg-type]
+    daemon._driver = Fuse()  # type: ignore[assignment]
+
+    async def go() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(daemon._serve_fuse, trio.Event())
+            nursery.cancel_scope.cancel()
+
+    trio.run(go)
+    assert daemon._followed()
 
 
 @pytest.mark.parametrize("left", [b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"times": [1]}}', b'{"a": {"times": "xy"}}'])
