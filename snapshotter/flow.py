@@ -125,7 +125,7 @@ class Snapshotter:
         chain = self._store.chain(key)
         if chain[0].kind is Kind.COMMITTED:
             raise FailedPrecondition(f"snapshot {key} is committed: it has no mounts")
-        return self._mounts(chain)
+        return self._mounts(chain, later=False)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         labels = self._taken(labels)
@@ -283,7 +283,8 @@ class Snapshotter:
             self._stand_in(parent)
             snapshot = self._store.create(kind, key, parent, labels, owner)
         try:
-            mounts = self._mounts([snapshot, *(self._store.chain(parent) if parent else ())])
+            # Clients look into a view at once and run no container in it; for a container they ask for Mounts, later.
+            mounts = self._mounts([snapshot, *(self._store.chain(parent) if parent else ())], later=True)
             tally.remember(f"snapshot {key}", prepare=time.monotonic() - began)
             return mounts
         except BaseException:
@@ -309,7 +310,7 @@ class Snapshotter:
         except SnapshotterError as error:
             log.warning("snapshot %s cannot be taken back: %s", snapshot.key, error)
 
-    def _mounts(self, chain: Sequence[Snapshot]) -> list[Mount]:
+    def _mounts(self, chain: Sequence[Snapshot], *, later: bool) -> list[Mount]:
         """Lazy if a meta layer lies below, whatever lies between: layers built on a Nydus image need its files too.
 
         The nearest one counts. The snapshot itself does not: a meta layer being unpacked is an ordinary directory.
@@ -321,7 +322,7 @@ class Snapshotter:
             if runs_lazily(layer.labels) and self._lazy.complete(chain[depth:]):
                 by_kernel = self._lazy.local(layer) is not None
                 between = self._between(chain[1:depth], layer, None if by_kernel else mapping)
-                image = self._mounted(layer, mapping)
+                image = self._mounted(layer, mapping, later=later)
                 volumes = self._volumes_of(chain[0], chain[depth:])
                 return self._layout.lazy(chain[0], between, image, volumes, mapped=not by_kernel)
             self._unpack(chain, depth)
@@ -370,8 +371,9 @@ class Snapshotter:
         if is_left_packed(chain[depth].labels):
             self._lazy.unpack(chain[depth], lambda: self._below(chain[depth:]))
 
-    def _mounted(self, layer: Snapshot, mapping: IdMapping | None = None) -> Path:
-        return self._lazy.local(layer) or self._images.ensure(layer, mapping)
+    def _mounted(self, layer: Snapshot, mapping: IdMapping | None = None, *, later: bool = False) -> Path:
+        """`later`: see `Images.ensure`."""
+        return self._lazy.local(layer) or self._images.ensure(layer, mapping, later=later)
 
     def _below(self, chain: Sequence[Snapshot]) -> list[str]:
         """Directories under `chain[0]`, nearest first."""

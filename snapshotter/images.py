@@ -48,8 +48,9 @@ class Images(Serving):
 
     # ---- what the flow needs
 
-    def ensure(self, meta: Snapshot, mapping: IdMapping | None = None) -> Path:
-        """Where this image is mounted; mounts it if it is not. Blocks until reads are answered.
+    def ensure(self, meta: Snapshot, mapping: IdMapping | None = None, *, later: bool = False) -> Path:
+        """Where this image is mounted; mounts it if it is not. Blocks until reads are answered; unless `later`, by the
+        driver that the image will have: the kernel's mount may take tenths of a second the first time.
 
         `mapping`: of the user namespace that the container will have: such an image is a mount of its own. Raises
         NotFound (no image reference, no bootstrap), Unavailable (nydusd) and whatever nydusd answers.
@@ -59,6 +60,8 @@ class Images(Serving):
         with self._one(name):
             record = self._instances.get(name)
             if record is not None and name in self._serving and self._daemons[record.daemon].lives():
+                if not later:
+                    self._attached(record)
                 return self.mountpoint(record)
             began = time.monotonic()
             named = find_name(meta, self._store, self._origins)
@@ -78,7 +81,7 @@ class Images(Serving):
                     # written first: should this program die now, the next one knows what to look for
                     self._records.add_instance(daemon.record, record)
                     self._instances[name] = record
-                    self._mount(record, labels)
+                    self._mount(record, labels, later=later)
                 except BaseException:
                     self._forget(record)
                     raise

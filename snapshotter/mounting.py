@@ -24,12 +24,22 @@ class Wanted:
     prefetch: Sequence[str] = ()
 
 
-def mount(api: NydusdApi, wanted: Wanted) -> None:
-    """Raises ApiUnreachable; SnapshotterError where this image cannot be mounted."""
+def mount(api: NydusdApi, wanted: Wanted, *, later: bool = False) -> None:
+    """Raises ApiUnreachable; SnapshotterError where this image cannot be mounted. `later`: `attached` follows."""
+    record = wanted.record
     try:
-        api.mount(f"/{wanted.record.name}", wanted.record.bootstrap, wanted.config, wanted.prefetch)
+        api.mount(f"/{record.name}", record.bootstrap, wanted.config, wanted.prefetch, later=later)
     except ApiError as error:
-        _judge(wanted.record, error)
+        _judge(record, error)
+
+
+def attached(api: NydusdApi, record: InstanceRecord) -> None:
+    """Until an image that was mounted `later` is as it will be. Raises ApiUnreachable; SnapshotterError where it is not
+    as it must be."""
+    try:
+        api.attached(f"/{record.name}")
+    except ApiError as error:
+        _judge(record, error)
 
 
 def mount_all(api: NydusdApi, wanted: Sequence[Wanted], mounted: Callable[[InstanceRecord], None]) -> None:

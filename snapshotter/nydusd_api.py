@@ -77,10 +77,21 @@ class NydusdApi:
         collection = self.info().get("backend_collection")
         return set(collection) if isinstance(collection, dict) else None
 
-    def mount(self, mountpoint: str, bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> None:
+    def mount(
+        self, mountpoint: str, bootstrap: Path, config: str, prefetch: Sequence[str] = (), *, later: bool = False
+    ) -> None:
         """`mountpoint` is a path inside the daemon's tree; `config` is JSON text and may hold secrets; `prefetch`:
-        absolute paths in the image."""
-        self.call("POST", f"/api/v1/mount?mountpoint={quote(mountpoint)}", _mount(bootstrap, config, prefetch))
+        absolute paths in the image. `later`: it is enough for now that FUSE shows it, see `attached`."""
+        query = f"mountpoint={quote(mountpoint)}" + ("&attach=later" if later else "")
+        self.call("POST", f"/api/v1/mount?{query}", _mount(bootstrap, config, prefetch))
+
+    def attached(self, mountpoint: str) -> None:
+        """Returns when the kernel's mount of an image that was mounted `later` is there, or will not be."""
+        try:
+            self.call("POST", f"/api/v1/mount/attached?mountpoint={quote(mountpoint)}")
+        except ApiError as error:
+            if error.status != 404:  # of a daemon that knows nothing of kernel mounts
+                raise
 
     def mount_all(self, wanted: Sequence[tuple[str, Path, str, Sequence[str]]]) -> list[str | None] | None:
         """Arguments of `mount`, many times. For each None or nydusd's own text of why not; None for the whole if this

@@ -19,7 +19,7 @@ from snapshotter.errors import NotFound, SnapshotterError, Unavailable
 from snapshotter.gates import Gates
 from snapshotter.imageconfig import ImageConfigs
 from snapshotter.labels import IdMapping
-from snapshotter.mounting import Wanted, mount, mount_all
+from snapshotter.mounting import Wanted, attached, mount, mount_all
 from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.nydusd_config import Template, write_private
 from snapshotter.records import DaemonRecord, InstanceRecord, Records, instance_name, own_mountpoint
@@ -57,6 +57,7 @@ class Serving:
         self._lock = threading.Lock()  # guards the dictionaries, never held over a call
         self._instances: dict[str, InstanceRecord] = {}  # by name, as is `_serving`
         self._serving: set[str] = set()
+        self._unattached: set[str] = set()  # of those the ones that FUSE may still show for a moment
         self._daemons: dict[str, Daemon] = {}
         self._gates = Gates()
         self._prefetch: dict[str, list[str]] = {}  # image -> paths, for its next mount
@@ -197,7 +198,10 @@ class Serving:
 
     # ---- mounting
 
-    def _mount(self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False) -> None:
+    def _mount(
+        self, record: InstanceRecord, labels: Mapping[str, str], *, known: bool = False, later: bool = False
+    ) -> None:
+        """`later`: `_attached` follows, before a container runs."""
         self._settings.signatures.check(record.bootstrap, labels, record.image)
         daemon = self._daemons[record.daemon]
         if not daemon.shared:
@@ -212,15 +216,32 @@ class Serving:
                 daemon.ensure()
                 if record.name in self._serving:
                     return
+                later = later and self._settings.template.fs_driver != "fuse"
                 try:
-                    mount(daemon.api, Wanted(record, config, prefetch))
+                    mount(daemon.api, Wanted(record, config, prefetch), later=later)
                 except ApiUnreachable:
                     if attempt == 2 or daemon.alive:
                         raise
                     continue
                 self._serving.add(record.name)
+                if later:
+                    self._unattached.add(record.name)
                 daemon.save_state()
                 return
+
+    def _attached(self, record: InstanceRecord) -> None:
+        """Returns when an image that was mounted `later` is shown by the driver that it will have. Raises
+        SnapshotterError, and has forgotten it then."""
+        if record.name not in self._unattached:
+            return
+        try:
+            attached(self._daemons[record.daemon].api, record)
+        except ApiUnreachable:
+            pass  # the next nydusd makes the kernel's mount before it serves
+        except SnapshotterError:
+            self._forget(record)
+            raise
+        self._unattached.discard(record.name)
 
     def _mount_again(self, daemon: Daemon, records: Sequence[InstanceRecord], configs: dict[str, str]) -> None:
         """What `daemon` of all images served before. A failing one does not take the others down. `configs`: by name,
@@ -243,6 +264,7 @@ class Serving:
     def _forget(self, record: InstanceRecord) -> None:
         daemon = self._daemons[record.daemon]
         self._serving.discard(record.name)
+        self._unattached.discard(record.name)
         self._instances.pop(record.name, None)
         if not daemon.shared:
             daemon.stop()

@@ -162,6 +162,7 @@ class Api:
             ),
             "/api/v1/mounts": ("Mounts", {("POST", True): self._mount_all}),
             "/api/v1/mount/expected": ("Mount", {("POST", True): self._expect}),
+            "/api/v1/mount/attached": ("Mount", {("POST", False): self._attached}),
             "/api/v1/metrics": ("GlobalMetrics", {("GET", False): self._fs_metrics}),
             "/api/v1/metrics/files": ("FsFilesMetrics", {("GET", False): self._files_metrics}),
             "/api/v1/metrics/pattern": ("Pattern", {("GET", False): self._pattern_metrics}),
@@ -321,7 +322,8 @@ class Api:
         return MountRequest(mountpoint, body["source"], config, tuple(prefetch), text)
 
     async def _mount(self, request: Request) -> Response:
-        await self._daemon.mounts.mount(self._mount_request(request))
+        later = request.query.get("attach") == "later"
+        await self._daemon.mounts.mount(self._mount_request(request), later=later)
         return Response()
 
     async def _mount_all(self, request: Request) -> Response:
@@ -347,6 +349,10 @@ class Api:
 
     async def _expect(self, request: Request) -> Response:
         self._daemon.mounts.expect(self._mount_request(request))
+        return Response()
+
+    async def _attached(self, request: Request) -> Response:
+        await self._daemon.mounts.attached(self._mountpoint(request))
         return Response()
 
     async def _remount(self, request: Request) -> Response:

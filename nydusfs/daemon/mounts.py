@@ -121,6 +121,13 @@ class MountedImage:
         self.idmap = IdMap.of(request.config.id_mapping)
         self.mounted_ns = time.time_ns()
         self.background = trio.CancelScope()
+        self.attaching: trio.Event | None = None  # of the kernel's mount, where nobody waited for it
+        self.refused = ""  # why it cannot be, though it must
+
+    async def settled(self) -> None:
+        """Until the kernel's mount is there, or it is known that there will be none."""
+        if self.attaching is not None:
+            await self.attaching.wait()
 
     @cached_property
     def kept(self) -> KeptMount:
@@ -203,14 +210,27 @@ class MountTable:
         if where not in self.images:
             self._opener.expect(request.at(where))
 
-    async def mount(self, request: MountRequest) -> MountedImage:
-        """Raises `MountFailedError`; then nothing of the attempt is left."""
-        (found,) = await self.mount_all([request])
+    async def mount(self, request: MountRequest, *, later: bool = False) -> MountedImage:
+        """Raises `MountFailedError`; then nothing of the attempt is left. `later`: FUSE is enough for now, `attached`
+        tells when the kernel's mount is there."""
+        (found,) = await self.mount_all([request], later=later)
         if isinstance(found, MountFailedError):
             raise found
         return found
 
-    async def mount_all(self, requests: Sequence[MountRequest]) -> list[MountedImage | MountFailedError]:
+    async def attached(self, mountpoint: str) -> None:
+        """Returns when an image that was mounted `later` is shown by the driver that it will have. Raises
+        `MountFailedError`: no such image, or it must be EROFS and cannot be: FUSE shows it until it is umounted."""
+        mounted = self.get(mountpoint)
+        if mounted is None:
+            raise MountFailedError(DOES_NOT_EXIST)
+        await mounted.settled()
+        if mounted.refused:
+            raise MountFailedError(mounted.refused)
+
+    async def mount_all(
+        self, requests: Sequence[MountRequest], *, later: bool = False
+    ) -> list[MountedImage | MountFailedError]:
         """Each as `mount` would, but what is kept for the next worker is written once: it grows with each of them."""
         found: list[MountedImage | MountFailedError] = [MountFailedError(DOES_NOT_EXIST) for _ in requests]
         limit = trio.CapacityLimiter(TOGETHER)
@@ -219,7 +239,7 @@ class MountTable:
         async def one(number: int) -> None:
             async with limit:
                 try:
-                    found[number] = await self._mount(requests[number], claims, lambda: ready.pop(number, None))
+                    found[number] = await self._mount(requests[number], claims, lambda: ready.pop(number, None), later)
                 except MountFailedError as error:
                     found[number] = error
 
@@ -247,18 +267,20 @@ class MountTable:
         return found
 
     async def _mount(
-        self, request: MountRequest, claims: ExitStack, ready: Callable[[], OpenImage | Exception | None]
+        self, request: MountRequest, claims: ExitStack, ready: Callable[[], OpenImage | Exception | None], later: bool
     ) -> MountedImage:
         """`claims` has the mountpoint from then on; nothing of a failure is left, its claim neither. `ready`: see
         `_open`."""
         where = canonical(request.mountpoint)
         with ExitStack() as claim:
             claim.enter_context(self._claim(where))
-            mounted = await self._show(request.at(where), ready)
+            mounted = await self._show(request.at(where), ready, later)
             claims.enter_context(claim.pop_all())
         return mounted
 
-    async def _show(self, request: MountRequest, ready: Callable[[], OpenImage | Exception | None]) -> MountedImage:
+    async def _show(
+        self, request: MountRequest, ready: Callable[[], OpenImage | Exception | None], later: bool
+    ) -> MountedImage:
         where = request.mountpoint
         try:
             self._driver.check_free(where)
@@ -281,6 +303,10 @@ class MountTable:
             detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
             raise MountFailedError(detail) from None
         self.images[where] = mounted
+        if later:
+            mounted.attaching = trio.Event()
+            self._background.start_soon(self._attach_later, mounted, mounted.attaching)
+            return mounted
         try:
             await self._attach(mounted)
         except NydusError as error:
@@ -300,6 +326,7 @@ class MountTable:
             if old is None:
                 raise MountFailedError(DOES_NOT_EXIST)
             fresh = await self._open(request)
+            await old.settled()
             await self._detach(where)
             fresh.volume = await self._driver.replace(
                 where,
@@ -325,6 +352,7 @@ class MountTable:
             mounted = self.images.get(where)
             if mounted is None:
                 raise MountFailedError(DOES_NOT_EXIST)
+            await mounted.settled()
             await self._detach(where)
             try:
                 await self._driver.umount(where)
@@ -386,6 +414,15 @@ class MountTable:
             driver = mounted.request.config.fs_driver
             where, reader = mounted.request.mountpoint, mounted.image.reader
             await self._kernel_mounts.attach(where, mounted.volume, reader, driver, xattrs=xattrs)
+
+    async def _attach_later(self, mounted: MountedImage, over: trio.Event) -> None:
+        try:
+            await self._attach(mounted)
+        except NydusError as error:
+            log.error("mount at %s: %s", mounted.request.mountpoint, error)
+            mounted.refused = str(error)
+        finally:
+            over.set()
 
     async def _detach(self, where: str) -> None:
         if self._kernel_mounts is not None:

@@ -188,6 +188,8 @@ class ErofsDriver:
         if choice == "fuse" or where in self._images:
             return
         async with self._lock:
+            if where in self._images:
+                return
             try:
                 await self._attach(where, volume, reader, xattrs)
                 log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
