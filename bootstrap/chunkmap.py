@@ -187,6 +187,16 @@ class ChunkMap:
         high = bisect_left(rows, end, lo=low, key=lambda row: self.anchor(blob_index, row))
         return rows[low:high]
 
+    def many_anchored(self, blob_index: int, starts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """First row and the one behind the last of `anchored(blob_index, start, start + size)` for each start, where
+        chunks are their own anchors."""
+        import numpy as np
+
+        first, last = self._index.starts[blob_index], self._index.starts[blob_index + 1]
+        offsets = np.frombuffer(self._index.offsets, "<u8")[first:last]
+        found: NDArray[np.int64] = first + np.searchsorted(offsets, np.stack((starts, starts + size)).astype(np.uint64))
+        return found
+
     def member(self, row: int) -> Member:
         """The chunk of a row with its unit. Raises MissingMeta, or FormatError when the blob meta contradicts it."""
         chunk = self.chunk(row)

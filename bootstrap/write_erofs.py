@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import mmap
 import stat
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -435,13 +437,11 @@ def _listing_sizes(names: list[bytes], counts: Ints) -> Ints:
 
 def _splits(stored: list[bytes]) -> list[int]:
     """Where the blocks of a directory begin, the end included."""
-    borders, used = [0], 0
-    for number, name in enumerate(stored):
-        if used + DIRENT_SIZE + len(name) > B:
-            borders.append(number)
-            used = 0
-        used += DIRENT_SIZE + len(name)
-    return [*borders, len(stored)]
+    ends = list(accumulate([DIRENT_SIZE + len(name) for name in stored]))
+    borders = [0]
+    while (border := bisect_right(ends, B + (ends[borders[-1] - 1] if borders[-1] else 0))) < len(ends):
+        borders.append(border)
+    return [*borders, len(ends)]
 
 
 def _size_of(splits: list[int], stored: list[bytes]) -> int:

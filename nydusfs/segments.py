@@ -159,12 +159,10 @@ def many_names(chunks: ChunkMap, blob: Blob, numbers: NDArray[np.int64]) -> dict
 
     if chunks.anchors_apart(blob.index):
         return {}
-    rows = [
-        chunks.anchored(blob.index, number * SEGMENT_SIZE, (number + 1) * SEGMENT_SIZE) for number in numbers.tolist()
-    ]
-    counts = np.array([len(one) for one in rows], np.int64)
+    rows, behind = chunks.many_anchored(blob.index, numbers * SEGMENT_SIZE, SEGMENT_SIZE)
+    counts = behind - rows
     begins = np.cumsum(counts) - counts
-    every = np.repeat(np.array([one.start for one in rows], np.int64) - begins, counts) + np.arange(int(counts.sum()))
+    every = np.repeat(rows - begins, counts) + np.arange(int(counts.sum()))
     facts = chunks.many_facts(blob.index, every)
     offsets = facts["uncompressed_offset"].astype(np.int64)
     digested = np.ascontiguousarray(facts["digest"]).view("<u8").reshape(-1, 4).any(axis=1)

@@ -38,6 +38,7 @@ from nydusfs.drivers.erofs.image import (
     is_scattered,
     open_file_map,
     open_image,
+    write_and_open,
     write_image,
 )
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
@@ -66,9 +67,9 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
             reader = await services.open_image(str(case / "image.boot"), config, name="/")
             await reader.load_tables()
             mark = fingerprint(reader.bootstrap, True)
-            files = write_image(reader, tmp_path / "a", mark, True)
+            files = write_and_open(reader, tmp_path / "a", mark, True)
             check_file_map(reader, files, open_file_map(tmp_path / "a", mark, reader.bootstrap.chunk_size))
-            assert write_image(reader, tmp_path / "b", mark, True) == files == open_image(tmp_path / "a", mark)
+            assert write_and_open(reader, tmp_path / "b", mark, True) == files == open_image(tmp_path / "a", mark)
             assert open_image(tmp_path / "a", bytes(32)) is None
             assert is_scattered(tmp_path / "a") == most_in_small_files(reader.bootstrap)
             devices = []
@@ -169,7 +170,7 @@ def test_memory_does_not_grow_with_the_number_of_files(
             mark = fingerprint(reader.bootstrap, True)
             tracemalloc.start()
             try:
-                files = write_image(reader, tmp_path / "image", mark, True)
+                files = write_and_open(reader, tmp_path / "image", mark, True)
                 peaks.append(tracemalloc.get_traced_memory()[1])
             finally:
                 tracemalloc.stop()

@@ -33,7 +33,7 @@ from nydusfs.drivers.erofs.image import (
     fingerprint,
     image_maker,
     open_image,
-    write_image,
+    write_and_open,
 )
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.maker import Making
@@ -337,7 +337,7 @@ class ErofsDriver:
                 await reader.load_tables()
             if any(reader.chunks.lacks_meta(blob.index) for blob in reader.bootstrap.blobs):
                 raise UnsuitableError("the tables of its blobs cannot be had now")
-            files = await _in_thread(lambda: write_image(reader, path, mark, xattrs))
+            files = await _in_thread(lambda: write_and_open(reader, path, mark, xattrs))
         return files
 
     async def _open_all(self, prepared: PreparedMount, store: CacheStore, files: list[DeviceFile]) -> None:

@@ -124,7 +124,7 @@ def image_maker() -> Callable[[Parts, IO[bytes], bool, Callable[[], None]], tupl
 
 def write_image(
     reader: Parts, path: Path, mark: bytes, xattrs: bool, listed: Callable[[int], None] = lambda fd: None
-) -> list[DeviceFile]:
+) -> None:
     """Make the image of a bootstrap and put it at `path`. All its blobs' own tables must be there. For a worker thread.
     Nothing waits for the disk: what a power cut makes of it is not right by its checksum and is made again. `listed` is
     called when `listed_devices` knows the file's.
@@ -138,7 +138,6 @@ def write_image(
             file.flush()
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as body:
                 trailer = TRAILER.pack(MAGIC, VERSION, small, rows, mark, blake3(body).digest())
-                devices = [_device(tag, blocks) for tag, blocks in read_devices(body)]
             file.seek(0, os.SEEK_END)
             file.write(trailer.ljust(BLOCK, b"\0"))
             file.flush()
@@ -146,4 +145,12 @@ def write_image(
         except BaseException:
             os.unlink(file.name)
             raise
-    return devices
+
+
+def write_and_open(reader: Parts, path: Path, mark: bytes, xattrs: bool) -> list[DeviceFile]:
+    """`write_image`, then `open_image`. Raises what the first does."""
+    write_image(reader, path, mark, xattrs)
+    files = open_image(path, mark)
+    if files is None:
+        raise UnsuitableError(f"{path} is not what was written there")
+    return files
