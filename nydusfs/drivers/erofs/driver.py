@@ -23,6 +23,7 @@ from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel, mountapi
 from nydusfs.drivers.erofs import fanotify
+from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.drivers.erofs.disks import Disks
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
@@ -79,11 +80,10 @@ class ErofsDriver:
         self._blobs: dict[str, list[ErofsImage]] = {}
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
-        self._all_known = trio.Event()  # images of an earlier worker
-        self._known = trio.Event()  # one more of them
         self._lock = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
         self._settling = Settling(self._images, self._users, self._target)
+        self._answers = Answers(self._users, self._settling)
 
     # -- life
 
@@ -135,8 +135,7 @@ class ErofsDriver:
 
     async def begin(self) -> None:
         """FUSE answers: paths below the mountpoint can be asked for from now on."""
-        self._all_known.set()
-        self._known.set()
+        self._answers.all_known()
         mounted = await _in_thread(self._mounted)  # the table is long where there are many mounts
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
@@ -148,6 +147,7 @@ class ErofsDriver:
         """Readers that wait get EIO unless a successor answers them."""
         if self._events is not None:
             self._events.stop(successor=successor)
+            self._answers.end()
             self._events = None
         if not successor:
             for where in list(self._images):
@@ -168,7 +168,8 @@ class ErofsDriver:
             self._held[name] = fd
 
     async def _serve(self) -> None:
-        self._events = Events(self._group, Journal(self._held[JOURNAL]), self)
+        self._events = Events(self._group, Journal(self._held[JOURNAL]), self._answers)
+        self._answers.begin(self._nursery)
         await self._nursery.start(self._events.run)
         self._nursery.start_soon(self._settling.run)
 
@@ -214,14 +215,13 @@ class ErofsDriver:
             devices = self._open_devices(reader.store)
             _open_caches(reader)
             self._remember(where, ErofsImage(where, volume, reader, devices, []))
-            self._known.set()
-            self._known = trio.Event()
+            self._answers.one_more()
 
     async def begin_image(
         self, bootstrap: str, store: CacheStore, choice: FsDriver | None, *, enable_xattr: bool
     ) -> Making | None:
         """Before the image is opened, for `prepare`: the longest of what that waits for. To be closed."""
-        if (choice or self._choice) == "fuse" or not self._all_known.is_set():
+        if (choice or self._choice) == "fuse" or not self._answers.knows_all:
             return None
 
         def begin() -> Making | None:
@@ -237,7 +237,7 @@ class ErofsDriver:
         self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool, making: Making | None = None
     ) -> None:
         """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
-        if (choice or self._choice) == "fuse" or not self._all_known.is_set():
+        if (choice or self._choice) == "fuse" or not self._answers.knows_all:
             return
         self._nursery.start_soon(_in_thread, image_maker)
         self._ahead.add(reader)
@@ -398,7 +398,7 @@ class ErofsDriver:
         for blob_id, name in gone.names() - kept:
             gone.devices.remove(blob_id, name)
 
-    # -- what the kernel asks (`events.Server`)
+    # -- readers who wait
 
     def inflight(self) -> list[InFlightInfo]:
         """Readers who wait for data, as FUSE's list has them."""
@@ -412,89 +412,6 @@ class ErofsDriver:
                 node = image.volume.base | (image.file_at(question)[0] or image.volume.root_ino)
             found.append(InFlightInfo(node, OPCODE_READ, number, question.began))
         return found
-
-    def ready(self, question: Question) -> bool:
-        name, fd = question.name, question.fd
-        for image in self._users(name):
-            began = time.perf_counter_ns()
-            if not image.asked_before:
-                # Of an earlier worker's mount: not in the way of those who waited for this one. Many are never asked.
-                image.asked_before = True
-                image.soon(self._know_files, image)
-            kept = image.devices.leaving.keep(name)
-            size = os.fstat(fd).st_size if kept else 0
-            complete = image.asked(question, size)
-            if complete is not None:
-                if complete and image.is_durable(name):
-                    curious = any(one.curious(name) for one in self._users(name))
-                    complete = curious or image.devices.leaving.quiet(name, fd, size)
-                else:
-                    complete = complete and resident(fd, size)
-                if complete:
-                    image.answered(question, began)
-                return complete
-        return False
-
-    def simple(self, question: Question) -> bool:
-        return any(image.reader.from_files for image in self._users(question.name))
-
-    def fill_now(self, question: Question) -> bool:
-        for image in self._users(question.name):
-            if image.asked_before and image.reader.from_files:
-                if image.direct is not False:
-                    image.soon(self._disturb, image)
-                if image.fill_now(question):
-                    return True
-        return False
-
-    def _disturb(self, image: ErofsImage) -> None:
-        if self._events is not None:
-            self._settling.disturb(image, self._nursery)
-
-    async def _begin_next(self, image: ErofsImage, question: Question) -> None:
-        """Beside what a reader waits for: what comes behind."""
-        try:
-            if not image.asked_before:  # of an earlier worker's mount
-                image.asked_before = True
-                await _in_thread(image.know_files)
-                self._settling.changed()
-            else:
-                await trio.lowlevel.checkpoint()  # what he waits for is begun now
-            image.begin_next(question)
-        except Exception:  # a bug must cost the head start, not the daemon
-            log.exception("image %s: its files are not known", image.where)
-
-    def _know_files(self, image: ErofsImage) -> None:
-        if self._events is not None:
-            self._nursery.start_soon(self._learn_files, image)
-            self._settling.changed()
-
-    async def _learn_files(self, image: ErofsImage) -> None:
-        try:
-            await _in_thread(image.know_files)
-        except Exception:  # it may be unmounted meanwhile, and its bootstrap closed: no reason to end the daemon
-            log.debug("image %s: its files are not known", image.where, exc_info=True)
-
-    async def fill(self, question: Question) -> bool:
-        name = question.name
-        users: tuple[ErofsImage, ...] = ()
-        while True:
-            late, known = not self._all_known.is_set(), self._known
-            tried, users = users, self._users(name)
-            for image in users:
-                self._settling.disturb(image, self._nursery)
-                if image not in tried:
-                    self._nursery.start_soon(self._begin_next, image, question)
-                    if await image.fill(question):
-                        return True
-            if not late:
-                break
-            await known.wait()
-        if not users:
-            log.warning("device %s is read by a mount that this daemon knows no more: EIO", name)
-        elif all(image.segment(name) is None for image in users):
-            log.error("device %s: the tables of its blob are others than at the mount: mount the image again", name)
-        return False
 
     def _users(self, device: str) -> tuple[ErofsImage, ...]:
         return tuple(self._blobs.get(device.rpartition("/")[0], ()))
