@@ -18,7 +18,7 @@ from nydusfs.daemon.logs import ErrorRing
 from nydusfs.daemon.mounts import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
-from nydusfs.drivers.erofs.driver import ErofsDriver
+from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.http import Origin, Url
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
@@ -117,9 +117,9 @@ def test_an_image_that_is_unmounted_while_its_files_are_looked_at_ends_no_daemon
             raise ValueError("mmap closed or invalid")
 
     async def go() -> None:
-        jobs: Any = None
         image: Any = Image()
-        await ErofsDriver("/m", None, "erofs", jobs)._learn_files(image)
+        nobody: Any = None
+        await Answers(nobody, nobody)._learn_files(image)
 
     trio.run(go)
 
