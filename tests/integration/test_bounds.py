@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.crowd import many_mounts, many_starts, memory, ticks, until_idle, wakeups
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
 from tests.lab.drivers import both
 from tests.lab.soak import soak
 from tests.lab.tiny import noise, tiny_image
@@ -33,8 +33,9 @@ def test_an_idle_daemon_sleeps_and_is_small(tmp_path: Path) -> None:
         time.sleep(6)
         assert ticks(daemon) == used
         after = wakeups(daemon)
-        # A thread of trio's that had no work for 10 s ends.
-        assert after == {thread: count for thread, count in woken.items() if thread in after}
+        busy = {thread for thread, count in after.items() if woken.get(thread) != count}
+        # A thread of trio's that had no work for 10 s ends; this one may just be at it.
+        wait_until(lambda: not busy & set(wakeups(daemon)), 2, f"the end of those that woke up: {woken}, then {after}")
         assert len(used) == 3
         assert memory(daemon)["pss"] < 60
 

@@ -27,7 +27,7 @@ class Mounts:
     def get(self, mountpoint: str) -> None:
         return None
 
-    async def mount(self, request: MountRequest) -> None:
+    async def mount(self, request: MountRequest, *, later: bool) -> None:
         self.asked.append(request)
 
     async def mount_all(self, requests: list[MountRequest]) -> list[MountFailedError | None]:

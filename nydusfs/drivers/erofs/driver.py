@@ -32,7 +32,6 @@ from nydusfs.drivers.erofs.image import (
     DeviceFile,
     UnsuitableError,
     fingerprint,
-    image_maker,
     open_image,
     write_and_open,
 )
@@ -140,8 +139,6 @@ class ErofsDriver:
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
             await trio.to_thread.run_sync(kernel.umount_detach, where)
-        if self._choice != "fuse":
-            self._nursery.start_soon(_in_thread, image_maker)
 
     async def stop(self, *, successor: bool) -> None:
         """Readers that wait get EIO unless a successor answers them."""
@@ -239,7 +236,6 @@ class ErofsDriver:
         """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
         if (choice or self._choice) == "fuse" or not self._answers.knows_all:
             return
-        self._nursery.start_soon(_in_thread, image_maker)
         self._ahead.add(reader)
         async with self._lock:
             if any(image.reader is reader for image in self._images.values()):

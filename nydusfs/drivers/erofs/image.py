@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from blake3 import blake3
 
@@ -115,13 +115,6 @@ def _device(tag: str, blocks: int) -> DeviceFile:
     return DeviceFile(int(blob), name, blocks * BLOCK)
 
 
-def image_maker() -> Callable[[Parts, IO[bytes], bool, Callable[[], None]], tuple[int, int]]:
-    """What writes them. numpy comes with it, 0.1 s: called before it is needed where that is known."""
-    from nydusfs.drivers.erofs.making import make_body
-
-    return make_body
-
-
 def write_image(
     reader: Parts, path: Path, mark: bytes, xattrs: bool, listed: Callable[[int], None] = lambda fd: None
 ) -> None:
@@ -131,7 +124,8 @@ def write_image(
 
     Raises `UnsuitableError`, RafsError for bad metadata, OSError.
     """
-    make_body = image_maker()
+    from nydusfs.drivers.erofs.making import make_body  # numpy: 17 MB and 0.1 s, which only who makes images is to pay
+
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL, delete=False) as file:
         try:
             rows, small = make_body(reader, file, xattrs, lambda: listed(file.fileno()))
