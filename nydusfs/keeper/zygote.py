@@ -167,6 +167,9 @@ class _Zygote:
             return
         status = 1
         try:
+            from nydusfs.daemon.process import like_any_other
+
+            like_any_other()
             take_time()
             self._leave()
             _end_with(sock)
