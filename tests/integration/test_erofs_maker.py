@@ -230,10 +230,10 @@ async def _nobody(_: object) -> None:
     raise AssertionError("no list of devices")
 
 
+@pytest.mark.root
+@needs_mounts
 def test_no_process_stays(tmp_path: Path) -> None:
     """A daemon that is told to stop while an image is made."""
-    if reason := cannot_mount_erofs():
-        pytest.skip(reason)
     case = image_case(CASE)
     for pause in (0.0, 0.02, 0.05):
         work = tmp_path / f"{pause}"
