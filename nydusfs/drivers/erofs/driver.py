@@ -300,7 +300,7 @@ class ErofsDriver:
                 *(reader.name, len(files), written, *prepared.seconds),
             )
         except BaseException:
-            del self._prepared[reader]
+            self._prepared.pop(reader, None)  # `stop` may have had it first
             with trio.CancelScope(shield=True):
                 await _in_thread(lambda: self._clean(prepared))
             raise
