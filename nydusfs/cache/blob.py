@@ -271,12 +271,13 @@ class BlobCache:
             if not quota.reserve(slot, segment.name, len(plain), must=wanted):
                 return False
         try:
-            try:
-                self._write(segment, plain)
-            except OSError as error:
-                if not must or error.errno not in FULL or not self.store.make_room(2 * segment.padded):
-                    raise
-                self._write(segment, plain)
+            for last in (False, False, True):  # others, who wait too, may take the room that was made
+                try:
+                    self._write(segment, plain)
+                    break
+                except OSError as error:
+                    if last or not must or error.errno not in FULL or not self.store.make_room(2 * segment.padded):
+                        raise
         except OSError as error:
             unlink(self.path / f"{segment.name}.part")
             if quota is not None:

@@ -38,6 +38,12 @@ class Leaving:
             self._leaving.discard(device)
             return device not in self._writing
 
+    def keep_when_written(self, device: str) -> None:
+        """`keep`, waiting for who is writing or emptying it."""
+        with self._lock:
+            self._lock.wait_for(lambda: device not in self._writing)
+            self._leaving.discard(device)
+
     def quiet(self, device: str, fd: int, size: int) -> bool:
         """Its reads need not be announced any more, if it is complete now. Raises OSError."""
         with self._lock:

@@ -16,6 +16,7 @@ from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, write_whole
 from nydusfs.cache.durability import resident
+from nydusfs.cache.health import FULL
 from nydusfs.drivers.erofs.events import Question
 from nydusfs.drivers.erofs.filemap import FileMap
 from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, is_scattered, open_file_map, open_image
@@ -258,8 +259,7 @@ class ErofsImage:
                     await self._keep(segment, plain) and self._sure(device, segment, target)
                 ):
                     break
-                await trio.to_thread.run_sync(self._write_durably, device, target, plain, segment.padded)
-                if self.devices.leaving.keep(device) and os.fstat(target).st_size >= segment.padded:
+                if await trio.to_thread.run_sync(self._write_durably, device, segment, target, plain):
                     break
             else:
                 log.error("image %s: device %s is emptied again and again: EIO", self.where, device)
@@ -279,23 +279,38 @@ class ErofsImage:
         cache.add(segment, plain)
         return True
 
-    def _write_durably(self, device: str, fd: int, plain: Plain, padded: int) -> None:
-        """Raises OSError; the device is then empty, if the disk allows."""
-        with self.devices.leaving.writing(device):
-            try:
-                write_whole(fd, plain, padded)
-                os.fdatasync(fd)
-            except OSError:
-                try:
-                    os.ftruncate(fd, 0)
-                except OSError:
-                    pass
+    def _write_durably(self, device: str, segment: Segment, fd: int, plain: Plain) -> bool:
+        """Whether it will be there for a moment: False when somebody emptied it, or room for it had to be made.
+
+        Raises OSError; the device is then empty, if the disk allows."""
+        leaving = self.devices.leaving
+        try:
+            with leaving.writing(device):
+                # Several readers may wait for one device, each with a fill of his own.
+                if not self._right(device, segment, fd):
+                    try:
+                        write_whole(fd, plain, segment.padded)
+                        os.fdatasync(fd)
+                    except OSError:
+                        try:
+                            os.ftruncate(fd, 0)
+                        except OSError:
+                            pass
+                        raise
+        except OSError as error:
+            if error.errno not in FULL or not self.store.make_room(2 * segment.padded):
                 raise
+            return False
+        leaving.keep_when_written(device)
+        return os.fstat(fd).st_size >= segment.padded
+
+    def _right(self, device: str, segment: Segment, fd: int) -> bool:
+        """Whether what the kernel reads from a device is what was verified."""
+        return os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
 
     def _sure(self, device: str, segment: Segment, fd: int) -> bool:
-        """Whether what the kernel reads from a device is what was verified, and will be for a moment."""
-        kept = self.devices.leaving.keep(device)
-        return kept and os.fstat(fd).st_size >= segment.padded and (self.is_durable(device) or resident(fd))
+        """The same, and whether it will be so for a moment."""
+        return self.devices.leaving.keep(device) and self._right(device, segment, fd)
 
     def begin_next(self, question: Question) -> None:
         """A reader waits for a device: fetch what he will ask for next. The kernel asks for one device after the other;
