@@ -21,7 +21,7 @@ from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.failures import Failures
 from nydusfs.fetch import FetchScheduler
 from nydusfs.flights import Job, SegmentError, fetch_chunk
-from nydusfs.foresight import Foresight
+from nydusfs.foresight import SMALL, Foresight
 from nydusfs.hands import Hands
 from nydusfs.learning import Learner
 from nydusfs.pieces import Piece, Pieces
@@ -378,7 +378,7 @@ class ImageReader:
         return self._store
 
     def start(self, segments: Sequence[Segment]) -> None:
-        """Begin to fetch those that are missing, without waiting. From any thread where data lies in files."""
+        """Begin to fetch those that are missing, without waiting. From any thread where `by_threads`."""
         jobs = [self.job(segment) for segment in segments if not self.is_ready(segment)]
         if jobs and self._lane is not None and not trio.lowlevel.in_trio_run():
             self.soon(self.start, segments)
@@ -401,21 +401,39 @@ class ImageReader:
         self.start(missing)
         return missing
 
-    def fill(self, segment: Segment, meanwhile: Callable[[], None]) -> bool:
-        """Have a segment in the cache, from a file of this machine; False: ask `whole`. Waits for the disk, in any
-        thread but the trio thread. `meanwhile` is called while it waits."""
-        if self._lane is None or self._closed or not self.from_files:
+    def fill(self, segment: Segment, hands: Hands, meanwhile: Callable[[], None]) -> bool:
+        """Have a segment in the cache, by this thread; False: ask `whole`. For any thread but the trio thread; waits
+        for the disk, and for a registry that answers soon, which `hands` may end. `meanwhile` is called while it
+        waits."""
+        if self._lane is None or self._closed:
             return False
         job = self.job(segment)
         if not self._lane.takes(job):
             return False
+        if (recorder := self.recorder) is not None and recorder.planned and recorder.strange([segment]):
+            return False  # the loop lets it have the link before what the profile told
         self.cache_counters.total += 1
-        return self._lane.fill(job, meanwhile)
+
+        def follow() -> None:
+            if self.foresight is not None and segment.compressed_end - segment.compressed_start <= SMALL:
+                self.soon(self.foresight.missed, [segment])  # of small files: it looks for neighbours
+            meanwhile()
+
+        return self._lane.fill(job, hands, follow)
+
+    def at_hand(self, segment: Segment) -> bool:
+        """Whether `fill` may do something."""
+        return self._lane is not None and self._lane.takes(self.job(segment))
 
     @property
     def from_files(self) -> bool:
-        """Whether `fill` may do something."""
+        """Whether no link is between this machine and the data."""
         return self._lane is not None and isinstance(self.source, FileSource)
+
+    @property
+    def by_threads(self) -> bool:
+        """Whether `start` and `follow` are for any thread."""
+        return self._lane is not None
 
     async def need_table(self, blob_index: int) -> None:
         """Have the blob's own table, where it needs one. Raises `ReadError`."""

@@ -125,12 +125,11 @@ class Lane:
         finally:
             self._slots.release()
 
-    def fill(self, job: Job, meanwhile: Callable[[], None]) -> bool:
+    def fill(self, job: Job, hands: Hands, meanwhile: Callable[[], None]) -> bool:
         """Have the cache take a segment; False: ask the ordinary way. `meanwhile`: as for `read`."""
         if not self._slots.acquire(blocking=False):
             return False
         try:
-            hands = Hands()
             try:
                 claim = self._run(job, hands, meanwhile)
             finally:

@@ -29,6 +29,7 @@ from nydusfs.config import load_config
 from nydusfs.drivers import mountapi
 from nydusfs.drivers.erofs import image as erofs_image
 from nydusfs.drivers.erofs import mount
+from nydusfs.hands import Hands
 from nydusfs.services import open_services
 from tests.bench.bench_fuse import _RANDOM, _SEQUENTIAL, make_tree
 from tests.lab.daemon import Nydusd, localfs_config
@@ -129,7 +130,7 @@ def fetch_alone(case: Path, work: Path, misses: int) -> float:
                 took = []
                 for segment in segments:
                     began = time.perf_counter()
-                    assert reader.fill(segment, lambda: None)
+                    assert reader.fill(segment, Hands(), lambda: None)
                     took.append(time.perf_counter() - began)
                 return took
 

@@ -233,14 +233,14 @@ def test_filling_never_takes_all_threads_of_a_driver(
             filled: list[bool] = []
 
             async def fill() -> None:
-                filled.append(await trio.to_thread.run_sync(reader.fill, segment, lambda: None))
+                filled.append(await trio.to_thread.run_sync(reader.fill, segment, Hands(), lambda: None))
 
             with trio.fail_after(30):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(fill)
                     assert await trio.to_thread.run_sync(writing.wait, 20)
                     came = threading.Event()
-                    nursery.start_soon(trio.to_thread.run_sync, reader.fill, segment, came.set)
+                    nursery.start_soon(trio.to_thread.run_sync, reader.fill, segment, Hands(), came.set)
                     assert await trio.to_thread.run_sync(came.wait, 20)
                     try:
                         with trio.fail_after(10):

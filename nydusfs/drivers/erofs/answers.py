@@ -67,11 +67,11 @@ class Answers:
         return False
 
     def simple(self, question: Question) -> bool:
-        return any(image.reader.from_files for image in self._users(question.name))
+        return any(image.at_hand(question) for image in self._users(question.name))
 
     def fill_now(self, question: Question) -> bool:
         for image in self._users(question.name):
-            if image.asked_before and image.reader.from_files:
+            if image.asked_before and image.at_hand(question):
                 if image.direct is not False:
                     image.soon(self._disturb, image)
                 if image.fill_now(question):

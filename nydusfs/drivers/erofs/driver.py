@@ -144,6 +144,8 @@ class ErofsDriver:
         """Readers that wait get EIO unless a successor answers them."""
         if self._events is not None:
             self._events.stop(successor=successor)
+            for image in self._images.values():
+                image.give_up()
             self._answers.end()
             self._events = None
         if not successor:

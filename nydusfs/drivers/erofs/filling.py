@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -23,6 +24,7 @@ from nydusfs.drivers.erofs.image import DeviceFile, fingerprint, is_scattered, o
 from nydusfs.drivers.stats import Fop
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.errors import ReadError
+from nydusfs.hands import Hands
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 
@@ -61,6 +63,7 @@ class ErofsImage:
         self.keys = [f"{devices.key}/{blob.id}" for blob in reader.bootstrap.blobs]
         self._token = trio.lowlevel.current_trio_token()
         self._scopes: set[trio.CancelScope] = set()
+        self._hands: set[Hands] = set()
         self._next: dict[int, tuple[int, int]] = {}  # by blob: row a sequential reader comes to, segments in a row
         self.direct: bool | None = None  # as the kernel was told to read devices; None: not known
         self.asked_before = False  # about one of its devices
@@ -198,19 +201,28 @@ class ErofsImage:
             self._watched.discard(device)
         # To wake the loop takes 0.25 ms of a reader's time while it is busy: not for each device fetched ahead of him.
         if self.reader.goes_on(ino, at + question.size, segment) if ino else watched:
-            if self.reader.from_files:
+            if self.reader.by_threads:
                 self._follow(question, segment, True)
             else:
                 self.soon(self._follow, question, segment, True)
         return True
 
+    def at_hand(self, question: Question) -> bool:
+        """Whether `fill_now` may do something."""
+        segment = self.segment(question.name)
+        return segment is not None and self.reader.at_hand(segment)
+
     def fill_now(self, question: Question) -> bool:
-        """`fill` in a thread that is not the event loop's, from a file of this machine; False: ask that."""
+        """`fill` in a thread that is not the event loop's, where that can have the data by itself; False: ask that."""
         segment = self.segment(question.name)
         if segment is None:
             return False
-        began = time.perf_counter_ns()
-        done = self.reader.fill(segment, lambda: self.begin_next(question))
+        began, hands = time.perf_counter_ns(), Hands()
+        self._hands.add(hands)
+        try:
+            done = self.reader.fill(segment, hands, lambda: self.begin_next(question))
+        finally:
+            self._hands.discard(hands)
         done = done and self._sure(question.name, segment, question.fd)
         if done:
             self.answered(question, began)
@@ -233,7 +245,13 @@ class ErofsImage:
                 self.answered(question, began, failed)
         return not failed
 
+    def give_up(self) -> None:
+        """Threads wait for no server any more."""
+        for hands in list(self._hands):
+            hands.give_up(errno.EIO)
+
     def cancel(self) -> None:
+        self.give_up()
         for scope in list(self._scopes):
             scope.cancel()
 
