@@ -62,7 +62,7 @@ class Answers:
                 else:
                     complete = complete and resident(fd, size)
                 if complete:
-                    image.answered(question, began)
+                    image.answered(question, began, missed=False)
                 return complete
         return False
 

@@ -129,8 +129,8 @@ class ErofsImage:
             return 0, 0
         return self._file_map.find(device, question.offset) or (0, 0)
 
-    def answered(self, question: Question, began: int, failed: bool = False) -> None:
-        """Account for a read: `began` of time.perf_counter_ns(). From any thread."""
+    def answered(self, question: Question, began: int, failed: bool = False, *, missed: bool = True) -> None:
+        """Account for a read: `began` of time.perf_counter_ns(). `missed`: its data was not here. From any thread."""
         ino, at = self.file_at(question)
         stats, took = self.volume.stats, time.perf_counter_ns() - began
         shown = ino or self.volume.root_ino
@@ -143,7 +143,9 @@ class ErofsImage:
             size = max(0, min(size, self.volume.attr(ino).size - at))  # the last block is asked for as a whole
         stats.count_read(shown, question.size, size, took)
         foresight = self.reader.foresight
-        if ino and at == 0 and question.fd >= 0 and foresight is not None:
+        # Of a miss alone, as by FUSE: what is here was mostly looked at before, and to wake the loop for each file that
+        # is begun took a tenth of the processor time of a program with many modules.
+        if missed and ino and at == 0 and question.fd >= 0 and foresight is not None:
             try:
                 self.soon(foresight.opened, ino, os.pread(question.fd, 4, question.offset))
             except OSError:
