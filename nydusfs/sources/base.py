@@ -38,6 +38,10 @@ class Source(Protocol):
     def cheap(self, size: int) -> bool:
         """Whether so many bytes more cost little beside the wait for an answer, as far as is known."""
 
+    def instant(self) -> bool:
+        """Whether its answers begin so soon that a reader waits no longer for them than for who guesses what he will
+        ask for, as far as is known."""
+
     async def read(
         self,
         blob_id: str,
@@ -88,6 +92,9 @@ class FileSource(ThreadSource):
 
     def cheap(self, size: int) -> bool:
         return False  # nothing is waited for
+
+    def instant(self) -> bool:
+        return False
 
     @abstractmethod
     def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ only move slower if it were asked for twice over the same link.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ _WINDOW = 128  # ratios
 _EVERY = 8  # samples between two sorts of them
 _TRUSTED = 8  # samples before quantiles mean something
 _RISE, _FALL = 0.3, 0.1  # weights of a sample above and below the average: bad news counts sooner
+_FIRSTS = 16  # waits, of which the shortest quarter says what the source itself takes
 _RATE_SIZE = 32 * 1024  # smaller bodies say nothing about the rate
 _FORGET = 60.0  # seconds in which an unused source's estimate loses half of its distance to the prior
 _FORGIVE = 1.5  # and in which one that was late is given half of its lateness: soon somebody looks again
@@ -34,6 +36,7 @@ class Latency:
     rate: float = PRIOR_RATE
     samples: int = 0
     _ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _firsts: deque[float] = field(default_factory=lambda: deque(maxlen=_FIRSTS))
     _median: float = 1.0
     _late: float = 1.0
     _touched: float = 0.0
@@ -47,6 +50,12 @@ class Latency:
     def trusted(self) -> bool:
         """Whether enough is known for the numbers to mean something."""
         return self.samples >= _TRUSTED
+
+    @property
+    def soonest(self) -> float:
+        """Seconds within which a quarter of the last answers began: busy processors, ours too, make the others late.
+        Infinite while too little is known."""
+        return sorted(self._firsts)[len(self._firsts) // 4] if self.trusted else math.inf
 
     def waits_longer_than(self, size: int) -> bool:
         """Whether an answer's first byte takes longer than `size` bytes do; False while too little is known."""
@@ -65,6 +74,7 @@ class Latency:
     def observe(self, first: float, total: float, size: int, now: float) -> None:
         """A complete answer: seconds to its first byte and to its last."""
         self.samples += 1
+        self._firsts.append(first)
         if self.samples == 1:
             self.first = first
         else:

@@ -9,9 +9,12 @@ import trio
 from nydusfs.counters import BackendCounters
 from nydusfs.errors import SourceError
 from nydusfs.sources.base import Buffer, Check, Priority
-from nydusfs.sources.endpoint import Range
+from nydusfs.sources.endpoint import Endpoint, Range
 from nydusfs.sources.race import Racer, ReadFailed
 from nydusfs.sources.standing import State
+
+# Seconds, see `Source.instant`.
+INSTANT = 0.003
 
 
 class RemoteSource:
@@ -27,8 +30,15 @@ class RemoteSource:
         return any(one.by_range and one.standing.state is not State.DOWN for one in self.racer.endpoints)
 
     def cheap(self, size: int) -> bool:
-        asked = next((one for one in self.racer.endpoints if one.standing.state is not State.DOWN), None)
+        asked = self._asked()
         return asked is not None and asked.standing.latency.waits_longer_than(2 * size)
+
+    def instant(self) -> bool:
+        asked = self._asked()
+        return asked is not None and asked.standing.latency.soonest < INSTANT
+
+    def _asked(self) -> Endpoint | None:
+        return next((one for one in self.racer.endpoints if one.standing.state is not State.DOWN), None)
 
     async def read(
         self,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import marshal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ import pytest
 import trio
 
 from bootstrap.options import BuildOptions
-from nydusfs import prefetch
+from nydusfs import prefetch, pyc
 from nydusfs.cache import BlobCache
 from nydusfs.config import load_config
 from nydusfs.flights import MERGE
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 from nydusfs.services import Services, open_services
-from nydusfs.sources import Priority
+from nydusfs.sources import Priority, remote
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -313,6 +316,54 @@ def test_small_files_in_sequence_come_in_few_requests_although_guesses_bring_som
             nursery.cancel_scope.cancel()
 
     with faulty_server({image.blob_id: image.blob}, latency=0.01) as origin:
+        trio.run(main, origin)
+
+
+def test_modules_are_followed_where_an_answer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lib, tag = "usr/lib/python3", sys.implementation.cache_tag
+
+    def module(name: str, source: str, seed: int) -> tuple[str, bytes]:
+        code = compile(f"{source}\nDATA = {noise(300_000, seed)!r}", f"/{lib}/{name}.py", "exec")
+        return f"{lib}/__pycache__/{name}.{tag}.pyc", MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+    modules = [("one", "import far", 1), ("far", "", 2), ("other", "import away", 3), ("away", "", 4)]
+    files: dict[str, bytes] = {}
+    for number, one in enumerate(modules):
+        files |= {f"between{number}": noise(3 * MIB, 30 + number), **dict([module(*one)])}
+    files |= {f"{number:03}": noise(600_000, 10 + number) for number in range(24)}
+    if pyc.read(files[f"{lib}/__pycache__/one.{tag}.pyc"]) is None:
+        pytest.skip(f"modules of {tag} are not understood")
+    image = tiny_image(tmp_path, files)
+
+    async def main(origin: FaultyServer) -> None:
+        async with open_services() as services, trio.open_nursery() as nursery:
+            reader = await open_reader(services, image, config_text(tmp_path / "cache", origin))
+            nursery.start_soon(reader.learn)
+            while reader.foresight is None:  # noqa: ASYNC110 - it says nothing when it begins
+                await trio.sleep(0.01)
+
+            async def read(name: str) -> None:
+                assert await reader.read(reader.bootstrap.resolve(name.encode()), 0, 1 << 20) == files[name]
+
+            def here(name: str) -> bool:
+                ino = reader.bootstrap.resolve(f"{lib}/__pycache__/{name}.{tag}.pyc".encode())
+                return all(map(reader.is_ready, reader.segments_of(ino, 0, 300_000)))
+
+            for number in range(22, 0, -2):  # in no sequence: a request each
+                await read(f"{number:03}")
+            monkeypatch.setattr(remote, "INSTANT", 1000.0)
+            await read(f"{lib}/__pycache__/one.{tag}.pyc")
+            await trio.sleep(0.2)
+            await services.scheduler.idle()
+            assert here("one") and not here("far")
+            monkeypatch.setattr(remote, "INSTANT", 0.0)
+            await read(f"{lib}/__pycache__/other.{tag}.pyc")
+            with trio.fail_after(20):
+                while not here("away"):  # noqa: ASYNC110 - guesses tell nobody
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    with faulty_server({image.blob_id: image.blob}, latency=0.005) as origin:
         trio.run(main, origin)
 
 

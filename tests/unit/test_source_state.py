@@ -184,6 +184,17 @@ def test_the_tail_decides_when_a_request_is_late() -> None:
     assert Latency().hedge_after() is None
 
 
+def test_answers_that_busy_processors_made_late_do_not_hide_those_that_come_at_once() -> None:
+    latency = Latency()
+    assert latency.soonest == float("inf")
+    for number in range(32):
+        latency.observe(0.001 if number % 3 == 0 else 0.05, 0.06, 100, 0.0)
+    assert latency.soonest == 0.001 < 0.02 < latency.first
+    for number in range(32):
+        latency.observe(0.001 if number % 8 == 0 else 0.05, 0.06, 100, 0.0)  # what a cold peer has by chance
+    assert latency.soonest == 0.05
+
+
 # -- limits
 
 
