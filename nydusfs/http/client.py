@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -235,8 +236,8 @@ class HttpClient:
                 return connection
             connection.close()
 
-    def direct(self, url: Url, headers: Iterable[tuple[str, str]]) -> Direct:
-        """For threads that get ranges by themselves, over connections that are kept here."""
+    def direct(self, url: Url, headers: Iterable[tuple[str, str]], patience: float = math.inf) -> Direct:
+        """For threads that get ranges by themselves, over connections that are kept here. `patience`: see `Direct`."""
         message = wire.format_request("GET", url.target, url.origin.netloc, [*headers, _AS_IT_IS])
         pool = self._pools.setdefault((url.origin, None, False), _Pool())
 
@@ -251,7 +252,7 @@ class HttpClient:
             pool.idle.append(connection)  # for the loop, to use or to close
             return None
 
-        return Direct(message.removesuffix(b"\r\n"), take, pool.idle.append)
+        return Direct(message.removesuffix(b"\r\n"), take, pool.idle.append, patience)
 
     async def _connect(self, origin: Origin, timeout: float, via: Via | None) -> Connection:
         if self._context is None and (origin.scheme == "https" or (via and via.origin.scheme == "https")):

@@ -6,6 +6,7 @@ and passes no proxy, within `PATIENCE`. For everything else the caller asks the 
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import time
@@ -24,12 +25,18 @@ _RECEIVE = 64 * 1024
 
 
 class Direct:
-    """`opening`: a request up to its Range. All methods from any thread."""
+    """`opening`: a request up to its Range. `patience`: in place of `PATIENCE`, if that is more. All methods from any
+    thread."""
 
     def __init__(
-        self, opening: bytes, take: Callable[[], Connection | None], give: Callable[[Connection], None]
+        self,
+        opening: bytes,
+        take: Callable[[], Connection | None],
+        give: Callable[[Connection], None],
+        patience: float = math.inf,
     ) -> None:
         self._opening = opening
+        self._patience = patience
         self._take = take
         self._give = give
 
@@ -41,14 +48,15 @@ class Direct:
             return None
         keep = False
         try:
-            sock = own.lend(PATIENCE)
+            patience = min(PATIENCE, self._patience)
+            sock = own.lend(patience)
             hands.stop = own.abort
             if hands.stopped:
                 raise OSError("given up")
             began = time.monotonic()
             sock.sendall(b"%bRange: bytes=%d-%d\r\n\r\n" % (self._opening, offset, offset + size - 1))
             meanwhile()
-            head, body, first = _receive(sock, offset, size, began)
+            head, body, first = _receive(sock, offset, size, began, patience)
             keep = head.keep_alive
             return Got(body, first, time.monotonic() - began)
         finally:
@@ -69,11 +77,13 @@ class Got(NamedTuple):
     total: float
 
 
-def _receive(sock: socket.socket, offset: int, size: int, began: float) -> tuple[wire.Head, bytearray, float]:
+def _receive(
+    sock: socket.socket, offset: int, size: int, began: float, patience: float
+) -> tuple[wire.Head, bytearray, float]:
     raw = b""
     while (end := wire.find_head_end(raw)) < 0:
         more = sock.recv(_RECEIVE)
-        if not more or time.monotonic() > began + PATIENCE:
+        if not more or time.monotonic() > began + patience:
             raise ProtocolViolation("closed or late in the head of an answer")
         raw += more
     first = time.monotonic() - began
@@ -85,7 +95,7 @@ def _receive(sock: socket.socket, offset: int, size: int, began: float) -> tuple
     body = bytearray(size)
     body[:have] = raw[end:]
     flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     with memoryview(body) as view:
         while have < size:
             got = sock.recv_into(view[have:], 0, flags)

@@ -2,8 +2,9 @@
 
 Everything that has to be known for it is found out by a read that goes the ordinary way: that the registry itself, or
 where it leads to, gives the blob to what is sent now, and soon. It holds for `LIFE` seconds, or until anything goes
-wrong; then another such read finds out. A registry that is slow is not asked so: it would hold threads up, and what the
-event loop takes is nothing beside its answers.
+wrong; then another such read finds out. Of mirrors only one that is first in any case is asked so, and not for longer
+than until it is late (`registry.LATE_HERE`): whom to ask then is the ordinary way's business. Who is slow is not asked
+so: it would hold threads up, and what the event loop takes is nothing beside its answers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import trio
 
 from nydusfs.http.direct import Direct, Got
-from nydusfs.sources.standing import Standing
+from nydusfs.sources.standing import Standing, State
 
 LIFE = 5.0  # tokens and credentials change, and names lead elsewhere
 PAUSE = 2.0  # after anything that went wrong
@@ -59,6 +60,7 @@ class AtHand:
         while self._had:
             size, first, total = self._had.popleft()
             self._standing.latency.observe(first, total, size, now)
-            self._standing.success(now)
+            if self._standing.state is not State.DOWN:
+                self._standing.success(now)
             found.append((size, total))
         return found

@@ -76,8 +76,8 @@ class ThreadSource(ABC):
         """As `Source.read`, in this thread. None, OSError or `HttpError`: it is to be read as always, which says what
         is wrong. `meanwhile` is called while it is waited for, which `hands` may end."""
 
-    def doubt(self, size: int) -> None:  # noqa: B027 - of no consequence for most
-        """The last bytes that this thread read so, so many, were wrong."""
+    def doubt(self, blob_id: str, size: int) -> None:  # noqa: B027 - of no consequence for most
+        """So many bytes that were read so were wrong. On the event loop."""
 
     def learn(self) -> Iterable[tuple[int, float]]:
         """Take in how such reads went since this was called last, on the event loop; bytes and seconds of each that

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterable
 from urllib.parse import quote, urlsplit
 
+import trio
+
 from nydusfs.config import MirrorConfig, RegistryBackend
 from nydusfs.counters import SourceTally
 from nydusfs.errors import ConfigError
@@ -23,6 +25,7 @@ from nydusfs.sources.hub import SourceHub, seconds
 from nydusfs.sources.race import Racer
 from nydusfs.sources.registry import RegistryEndpoint, Times, Way, proxy_via
 from nydusfs.sources.remote import RemoteSource
+from nydusfs.sources.standing import GOOD, State
 
 log = logging.getLogger("nydusfs.sources")
 
@@ -71,15 +74,21 @@ class RegistrySource(RemoteSource, ThreadSource):
                 replaced[id(old)] = fresh
             endpoint.authenticator = replaced[id(old)]
 
-    # -- threads that read by themselves: only where there is nobody else to ask
+    # -- threads that read by themselves: only where it is plain who is asked first
 
     def at_hand(self, blob_id: str) -> bool:
-        return len(self._endpoints) == 1 and self._endpoints[0].at_hand.way(blob_id) is not None
+        return self._plain() and self._endpoints[0].at_hand.way(blob_id) is not None
+
+    def _plain(self) -> bool:
+        if len(self._endpoints) == 1:
+            return True
+        standing = self._endpoints[0].standing
+        return len(self._endpoints) == 2 and standing.state is State.UP and standing.error_rate <= GOOD
 
     def read_here(
         self, blob_id: str, offset: int, size: int, hands: Hands, meanwhile: Callable[[], None]
     ) -> Buffer | None:
-        (endpoint,) = self._endpoints
+        endpoint = self._endpoints[0]
         way = endpoint.at_hand.way(blob_id)
         if way is None:
             return None
@@ -97,9 +106,10 @@ class RegistrySource(RemoteSource, ThreadSource):
             tally.bytes += size
         return got.body
 
-    def doubt(self, size: int) -> None:
-        (endpoint,) = self._endpoints
-        endpoint.at_hand.forbid()
+    def doubt(self, blob_id: str, size: int) -> None:
+        endpoint = self._endpoints[0]
+        endpoint.forget(blob_id)
+        endpoint.standing.wrong(f"{self.racer.scope} {blob_id}", trio.current_time(), errors=True)
         for tally in endpoint.standing.tally, self.racer.sources[endpoint.address]:
             tally.failures += 1
             tally.bytes -= size

@@ -18,8 +18,10 @@ from nydusfs.errors import ReadError
 from nydusfs.hands import Hands
 from nydusfs.http import direct
 from nydusfs.image_reader import ImageReader
+from nydusfs.segments import pair_of
 from nydusfs.services import Services, open_services
-from nydusfs.sources import RegistrySource, athand
+from nydusfs.sources import RegistrySource, athand, registry
+from nydusfs.sources.standing import State
 from tests.lab.faulty import FaultyServer, Request, faulty_server, self_signed
 from tests.lab.tiny import TinyImage, noise, tiny_image
 
@@ -27,6 +29,7 @@ MIB = 1 << 20
 CHUNKS = 24
 WARM = 9  # misses until the registry is known
 SLACK = 20.0
+RIGHT = ("whole-200", "chunked", "chunked-200")  # for the loop
 WRONG = [
     "500", "503", "429", "404", "short-body", "early-close", "empty", "wrong-bytes", "whole-200", "whole-206",
     "chunked", "chunked-200", "no-range-header", "wrong-range", "garbage", "hang-headers", "hang-body", "trickle",
@@ -49,6 +52,8 @@ def server(image: TinyImage) -> Iterator[FaultyServer]:
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(athand, "QUICK", 1000.0)
     monkeypatch.setattr(athand, "LIFE", 1000.0)
+    monkeypatch.setattr(registry, "SOON_HERE", 1000.0)
+    monkeypatch.setattr(registry, "LATE_HERE", 1000.0)
 
 
 Scenario = Callable[["Case"], Awaitable[None]]
@@ -272,12 +277,133 @@ def test_a_registry_that_hangs_holds_few_threads(image: TinyImage, server: Fault
     run(image, server, tmp_path, scenario)
 
 
-def test_not_beside_mirrors(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+def test_a_mirror_before_the_registry_is_asked_so_while_it_is_well(
+    image: TinyImage, server: FaultyServer, tmp_path: Path
+) -> None:
+    async def scenario(case: Case) -> None:
+        source = case.reader.source
+        assert isinstance(source, RegistrySource)
+        had = len(mirror.data_requests)
+        assert await case.here(1) == case.expected(1)
+        assert len(mirror.data_requests) == had + 1 and not server.data_requests
+        standing = source.racer.endpoints[0].standing
+        standing.state = State.DOWN
+        assert await case.here(3) is None
+        standing.state, standing.error_rate = State.UP, 0.1  # one answer in ten is wrong
+        assert await case.here(3) is None
+        standing.error_rate = 0.0
+        assert len(mirror.data_requests) == had + 1
+
+    with faulty_server({image.blob_id: image.blob}) as mirror:
+        run(image, server, tmp_path, scenario, mirrors=[{"host": mirror.url}])
+
+
+@pytest.mark.parametrize("mode", WRONG)
+def test_what_a_mirror_has_wrong_the_loop_finds_elsewhere(
+    image: TinyImage, server: FaultyServer, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its answers are so from now on: it is asked again as always, which counts against it, then the registry."""
+    monkeypatch.setattr(athand, "PAUSE", 1000.0)
+
+    async def scenario(case: Case) -> None:
+        mirror.mode = mode
+        began = time.monotonic()
+        assert await case.here(1) is None
+        assert time.monotonic() < began + SLACK
+        assert await case.loop(1) == case.expected(1)
+        assert bool(server.data_requests) == (mode not in RIGHT)
+        assert await case.here(3) is None
+        assert await case.loop(3) == case.expected(3)
+        assert case.reader.backend_counters.read_errors == 0
+
+    with faulty_server({image.blob_id: image.blob}) as mirror:
+        run(image, server, tmp_path, scenario, mirrors=[{"host": mirror.url}])
+
+
+def test_a_mirror_that_is_late_is_waited_for_by_the_loop(
+    image: TinyImage, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "LATE_HERE", 0.5)
+    monkeypatch.setattr(direct, "PATIENCE", 1000.0)
+
+    async def scenario(case: Case) -> None:
+        answers = ["hang-headers"]
+        mirror.choose = lambda request: answers.pop() if answers else "ok"
+        with trio.fail_after(SLACK):
+            assert await case.here(1) is None
+        assert not answers and await case.loop(1) == case.expected(1)
+
+    with faulty_server({image.blob_id: image.blob}) as mirror:
+        run(image, server, tmp_path, scenario, mirrors=[{"host": mirror.url}])
+
+
+def test_not_from_a_mirror_that_takes_its_time(
+    image: TinyImage, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "SOON_HERE", 0.015)
+
     async def scenario(case: Case) -> None:
         assert await case.here(1) is None
 
-    with faulty_server({image.blob_id: image.blob}) as other:
-        run(image, server, tmp_path, scenario, mirrors=[{"host": other.url}])
+    with faulty_server({image.blob_id: image.blob}, latency=0.02) as mirror:
+        run(image, server, tmp_path, scenario, mirrors=[{"host": mirror.url}])
+
+
+def test_not_where_there_are_mirrors_to_choose_from(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+    async def scenario(case: Case) -> None:
+        assert await case.here(1) is None
+
+    with faulty_server({image.blob_id: image.blob}) as one, faulty_server({image.blob_id: image.blob}) as other:
+        run(image, server, tmp_path, scenario, mirrors=[{"host": one.url}, {"host": other.url}])
+
+
+@pytest.mark.parametrize("bad", [None, "asked", "beside"])
+def test_neighbours_that_nodes_share_as_one_range_come_as_one(
+    server: FaultyServer, tmp_path: Path, bad: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The range that every other node asks the peer for; what is wrong in one of them is no harm to the other."""
+    monkeypatch.setattr(athand, "PAUSE", 1000.0)
+    names = [f"f{number:03}" for number in range(64)]  # 16 in a segment
+    small = {name: noise(4096, number) + bytes(12288) for number, name in enumerate(names)}
+    image = tiny_image(tmp_path, {"a": noise(CHUNKS * MIB, 1), **small})
+
+    async def scenario(case: Case) -> None:
+        reader = case.reader
+
+        async def here(name: str) -> bytes | None:
+            parts = await trio.to_thread.run_sync(reader.read_now, reader.bootstrap.resolve(name.encode()), 0, 16384)
+            return None if parts is None else b"".join(parts)
+
+        asked, pair = None, None
+        for name in names:
+            (asked,) = reader.segments_of(reader.bootstrap.resolve(name.encode()), 0, 1)
+            if (pair := pair_of(reader.chunks, asked)) is not None:
+                break
+        assert asked is not None and pair is not None
+        other = pair[0] if asked.number == pair[1].number else pair[1]
+        inodes = {one: reader.bootstrap.resolve(one.encode()) for one in names}
+        neighbour = next(one for one in names if reader.segments_of(inodes[one], 0, 1)[0].number == other.number)
+        start, end = pair[0].compressed_start, pair[1].compressed_end
+        had = len(peer.data_requests)
+        if bad is not None:
+            place = (asked if bad == "asked" else other).compressed_start + 100
+            whole = peer.blobs[image.blob_id]
+            peer.blobs[image.blob_id] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        assert await here(name) == (None if bad == "asked" else small[name])
+        assert [request.span for request in peer.data_requests[had:]] == [(start, end - 1)]
+        assert reader.is_ready(asked) == (bad != "asked")
+        assert reader.is_ready(other) == (bad != "beside")
+        assert await here(neighbour) == (None if bad == "beside" else small[neighbour])
+        if bad is None:
+            assert not server.data_requests and len(peer.data_requests) == had + 1
+        for one in (name, neighbour):
+            assert await reader.read(reader.bootstrap.resolve(one.encode()), 0, 16384) == small[one]
+        assert bool(server.data_requests) == (bad is not None)
+
+    server.blobs = {image.blob_id: image.blob}
+    with faulty_server({image.blob_id: image.blob}) as peer:
+        peer.said = [("X-Dragonfly-Task", "1")]
+        run(image, server, tmp_path, scenario, mirrors=[{"host": peer.url}])
 
 
 def test_where_a_redirect_leads_to_is_asked_until_it_refuses(
