@@ -58,8 +58,7 @@ def command(**given: Any) -> None:
         created = not mountpoint.exists()
         try:
             with mounted(program, nydus.bootstrap, config, mountpoint, folder) as daemon:
-                click.echo(f"{target} is mounted at {mountpoint}; Ctrl-C unmounts it", err=True)
-                _block(daemon)
+                _block(daemon, f"{target} is mounted at {mountpoint}; Ctrl-C unmounts it")
         finally:
             if created:
                 try:
@@ -68,10 +67,11 @@ def command(**given: Any) -> None:
                     pass
 
 
-def _block(daemon: subprocess.Popen[bytes]) -> None:
+def _block(daemon: subprocess.Popen[bytes], announcement: str) -> None:
     from nydusfs.errors import ConvertError
 
     try:
+        click.echo(announcement, err=True)  # from now on Ctrl-C is the way to end
         status = daemon.wait()
     except KeyboardInterrupt:
         return

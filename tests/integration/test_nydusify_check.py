@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nydusfs.convert import cmd_mount
 from nydusfs.convert.bootstrap_layer import write_bootstrap_layer
 from nydusfs.convert.check import can_mount
 from nydusfs.registry import mediatypes as mt
@@ -207,6 +208,18 @@ def test_mount_of_an_archive_until_a_signal(pair: tuple[Path, Path], tmp_path: P
     assert process.returncode == 0, said
     assert not mounts_below(tmp_path)
     assert not where.exists() and not (tmp_path / "w").exists()
+
+
+def test_a_signal_right_after_the_announcement_ends_a_mount_well(monkeypatch: Any) -> None:
+    def announce(text: str, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cmd_mount.click, "echo", announce)
+    with subprocess.Popen(["sleep", "30"]) as daemon:
+        try:
+            cmd_mount._block(daemon, "it is mounted")
+        finally:
+            daemon.kill()
 
 
 def test_without_privileges_nothing_is_mounted(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
