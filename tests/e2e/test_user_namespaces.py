@@ -41,7 +41,7 @@ def test_root_of_the_container_owns_its_files(stack: Stack, form: str) -> None:
     name = f"u{time.monotonic_ns()}"
     mapping = f"0:{HOST}:65536"
     options = ["--snapshotter", "nydus", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels"]
-    said = ctr("run", *options, ref, name, "sh", "-c", SHOW).stdout
+    said = stack.containerd.ctr_run(*options, ref, name, "sh", "-c", SHOW)
     words = said.split()
     assert words[:3] == ["0", str(HOST), "65536"]
     assert [line.split()[2:4] for line in said.splitlines() if line[:1] in "d-"] == [["0", "0"]] * 3
@@ -103,7 +103,8 @@ def test_commit_names_owners_as_the_container_does(stack: Stack) -> None:
         ctr("containers", "rm", name)
     stack.rpull(target)
     for more in (options[:2], options):
-        said = ctr("run", "--rm", *more, target, f"{name}-{len(more)}", "ls", "-ln", "/marker", "/payload").stdout
+        words = ("--rm", *more, target, f"{name}-{len(more)}", "ls", "-ln", "/marker", "/payload")
+        said = stack.containerd.ctr_run(*words)
         assert [line.split()[2:4] for line in said.splitlines()] == [["0", "0"]] * 2
 
 

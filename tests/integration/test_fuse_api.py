@@ -51,6 +51,8 @@ def test_metrics_follow_one_read(daemon: Nydusd) -> None:
     before = daemon.get("metrics?id=/7").body
     code = "import os,sys; fd=os.open(sys.argv[1],os.O_RDONLY); print(len(os.pread(fd,1<<20,0)))"
     assert int(reader(code, daemon.mnt / "7" / entry["path"][1:]).stdout) == entry["size"]
+    # who waits for data has it a moment before it is counted
+    wait_until(lambda: daemon.get("metrics").body["data_read"] > before["data_read"], 20, "the count")
     after = daemon.get("metrics").body  # the only image: no id needed
     assert after["data_read"] - before["data_read"] == entry["size"]
     assert after["fop_hits"][4] - before["fop_hits"][4] == 1
@@ -61,7 +63,6 @@ def test_metrics_follow_one_read(daemon: Nydusd) -> None:
     assert abs(pattern["first_access_time_secs"] - time.time()) < 60
     assert daemon.get("metrics/files?latest=true").body == [[ino]]
     assert daemon.get("metrics/files?latest=true").body == []
-    # who waits has his bytes a moment before the read of the backend has ended
     wait_until(lambda: daemon.get("metrics/backend?id=/7").body["read_count"] >= 1, 20, "the count")
     backend = daemon.get("metrics/backend?id=/7").body
     assert backend["backend_type"] == "localfs"

@@ -372,9 +372,9 @@ class Stack:
         network = ["--net-host"] if net_host else []
         for last in (False, False, True):
             name = f"c{time.monotonic_ns()}"
-            words = ["run", "--rm", *network, "--snapshotter", snapshotter, ref, name, *command]
+            words = ["--rm", *network, "--snapshotter", snapshotter, ref, name, *command]
             try:
-                return self.containerd.ctr(*words, timeout=timeout).stdout
+                return self.containerd.ctr_run(*words, timeout=timeout)
             except LabError as error:
                 if last or "failed with ECHILD" not in str(error):
                     raise
