@@ -35,9 +35,7 @@ def container(stack: Stack, ref: str, *flags: str) -> Iterator[str]:
 
 
 def inside(stack: Stack, name: str, script: str) -> str:
-    return stack.containerd.ctr(
-        "tasks", "exec", "--exec-id", f"e{time.monotonic_ns()}", name, "sh", "-c", script
-    ).stdout
+    return stack.containerd.ctr_exec(name, "sh", "-c", script)
 
 
 def status(stack: Stack, name: str) -> str:

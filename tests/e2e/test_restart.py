@@ -27,10 +27,6 @@ def start_sleeper(stack: Stack, ref: str) -> str:
     return name
 
 
-def execute(stack: Stack, name: str, *command: str) -> str:
-    return stack.containerd.ctr("tasks", "exec", "--exec-id", f"e{time.monotonic_ns()}", name, *command).stdout
-
-
 def wait_for_snapshotter(stack: Stack) -> None:
     """containerd dials again with up to 3 s of back-off; calls made meanwhile fail at once."""
 
@@ -62,13 +58,13 @@ def test_snapshotter_dies_under_a_container(stack: Stack, how: str) -> None:
         stack.snapshotter.stop()
     assert not can_connect(stack.snapshotter.socket)
     # Data that was never read before: the daemon still fetches it.
-    sums = execute(stack, name, "sh", "-c", "sha256sum < /payload; cat /payload.sha256").split()
+    sums = stack.containerd.ctr_exec(name, "sh", "-c", "sha256sum < /payload; cat /payload.sha256").split()
     assert sums[0] == sums[2]
 
     stack.snapshotter.start()
     wait_for_snapshotter(stack)
     assert set(daemons) <= set(stack.snapshotter.daemons()), "the running nydusd must be adopted, not replaced"
-    assert execute(stack, name, "cat", "/marker").strip() == "hello"
+    assert stack.containerd.ctr_exec(name, "cat", "/marker").strip() == "hello"
     assert stack.ctr_run(ref, "cat", "/marker").strip() == "hello"
     load_image(stack, "lab/second", "other")
     second = f"{stack.host}/lab/second:nydus"
