@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.lab.drivers import driven_by
+from tests.lab.erofs import marked_devices
 from tests.lab.images import Image
 from tests.lab.operated import Lab, operated
 from tests.lab.paths import ref_bin
@@ -108,7 +109,7 @@ def nothing_stays(stack: Stack) -> None:
 
     def left() -> list[str]:
         mounts = [point for point in mounts_below(root) if point != str(root / "mnt")]
-        devices = [path for path in (root / "cache").glob(".erofs/files.*/*/*/*") if path.is_file()]
+        devices = marked_devices(root / "cache")
         return [*mounts, *map(str, [*devices, *(root / "snapshots").iterdir(), *(root / "mnt").glob("*")])]
 
     try:

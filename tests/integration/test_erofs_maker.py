@@ -100,10 +100,10 @@ def test_a_maker_that_is_killed_costs_nothing_but_time(daemon: Nydusd, tmp_path:
                 if pid not in hidden:  # a moment later, when it is what it will be
                     hidden[pid] = ""
                     continue
-                with suppress(OSError):
+                with suppress(OSError):  # it has ended
                     hidden[pid] = Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -57,7 +57,11 @@ def info(daemon: Nydusd) -> dict[str, int]:
 
 def hurried(pid: int) -> bool:
     """Whether one of its threads is of the real-time class."""
-    return any(os.sched_getscheduler(int(thread)) != os.SCHED_OTHER for thread in os.listdir(f"/proc/{pid}/task"))
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(ProcessLookupError):  # some end for want of work
+            found.add(os.sched_getscheduler(int(thread)))
+    return bool(found - {os.SCHED_OTHER})
 
 
 def oom_score(pid: int) -> int:
@@ -159,7 +163,8 @@ def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_p
             helpers = set(processes_mentioning(str(daemon.sock))) - set(before.values())
             os.kill(before["keeper_pid"], signal.SIGKILL)
             for pid in helpers:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ends with its keeper
+                    os.kill(pid, signal.SIGKILL)
             wait_until(lambda before=before: info(daemon)["keeper_pid"] != before["keeper_pid"], 20, "a keeper's start")
             time.sleep(pause)
             os.kill(before["worker_pid"], signal.SIGKILL)
@@ -176,7 +181,7 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
         try:
             if which == "first":
                 daemon.start(ready=False)
-                wait_until(lambda daemon=daemon: len(processes_mentioning(str(daemon.sock))) == 2, 20, "the zygote")
+                wait_until(lambda daemon=daemon: len(processes_mentioning(str(daemon.sock))) >= 2, 20, "the zygote")
                 time.sleep(number * 0.04)
             else:
                 daemon.start()

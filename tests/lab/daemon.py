@@ -19,6 +19,7 @@ from nydusfs.cache.names import NAME
 from tests.lab.process import (
     Child,
     kill_together,
+    matching,
     mounts_below,
     processes_mentioning,
     remove_tree,
@@ -62,7 +63,7 @@ def localfs_config(blobs: Path, *, config_id: str = "", work_dir: Path | None = 
 
 def all_durable(cache: Path) -> bool:
     """Whether the segments of a cache have their final names, which they get about a second after they came."""
-    found = [match for path in cache.glob("*/*-*") if (match := NAME.fullmatch(path.name))]
+    found = [match for path in matching(cache, "*/*-*") if (match := NAME.fullmatch(path.name))]
     return bool(found) and all(match[3] is None for match in found)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nydusfs.drivers import kernel
 from nydusfs.drivers.erofs import selftest
 from tests.lab.daemon import can_mount_fuse
-from tests.lab.process import wait_until
+from tests.lab.process import matching, wait_until
 
 
 @cache
@@ -30,12 +30,12 @@ def is_erofs(path: Path) -> bool:
 
 
 def marked_devices(cache: Path) -> list[Path]:
-    return [path for path in cache.glob(".erofs/files.*/*/*/*") if path.is_file()]
+    return [path for path in matching(cache, ".erofs/files.*/*/*/*") if path.is_file()]
 
 
 def settle(cache: Path) -> None:
     """Wait until all that a cache holds is durable: from then on mounts ask nobody about it."""
-    wait_until(lambda: not any(path.suffix for path in cache.glob("[!.]*/*-*")), 20, "durable segments")
+    wait_until(lambda: not any(path.suffix for path in matching(cache, "*/*-*")), 20, "durable segments")
 
 
 READ_ALL = """

@@ -27,7 +27,7 @@ from bootstrap.build import build_directory
 from bootstrap.options import BuildOptions
 from tests.lab.daemon import Nydusd
 from tests.lab.faulty import Request, faulty_server
-from tests.lab.process import LabError, remove_tree, run, wait_until, work_dir
+from tests.lab.process import LabError, matching, remove_tree, run, wait_until, work_dir
 
 READER = """
 import errno, json, os, random, sys, time
@@ -222,7 +222,7 @@ def kill_workers(
                     if cold:
                         mounts.add(1, cold=cold)
                     time.sleep(rng.uniform(*every))
-                    cached = sorted(base.glob("cache*/*/*-*"))
+                    cached = sorted(matching(base, "cache*/*/*-*"))
                     for victim in rng.sample(cached, min(1, len(cached))):
                         victim.unlink(missing_ok=True)
                     pid = daemon.worker_pid

@@ -5,6 +5,7 @@ Everything is ended by process id, never by name: other instances may run on the
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -88,6 +89,11 @@ def can_connect(address: str | Path | tuple[str, int]) -> bool:
         except OSError:
             return False
         return True
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """As `folder.glob(pattern)`, which fails where somebody removes a directory while it looks."""
+    return [folder / name for name in glob.glob(pattern, root_dir=folder)]
 
 
 class Child:
