@@ -79,14 +79,15 @@ def test_interrupted(moment: str, tmp_path: Path) -> None:
     check_nothing_left(work_of(said))
 
 
-def test_keep_and_stop() -> None:
+def test_keep_and_stop(tmp_path: Path) -> None:
     require_programs()
     done = run([QUICKSTART, "--keep", "--rtt-ms", "1", "--mbit", "1000"], timeout=380, env=environment())
     work = work_of(done.stderr)
     try:
-        command = next(line for line in done.stdout.splitlines() if " run --rm -t" in line).replace(" -t ", " ")
-        shown = run(["sh", "-c", re.sub(r"play bash$", "play cat /app/serve.py", command.strip())], timeout=60)
-        assert "sqlite3" in shown.stdout
+        command = next(line for line in done.stdout.splitlines() if " run --rm -t" in line)
+        command = command.replace(" -t ", f" --log-uri file://{tmp_path}/said ")  # see `Containerd.ctr_run`
+        run(["sh", "-c", re.sub(r"play bash$", "play cat /app/serve.py", command.strip())], timeout=60)
+        assert "sqlite3" in (tmp_path / "said").read_text()
         config = next(Path(work).rglob("nydusd.json")).read_text()
         mirror = json.loads(config)["device"]["backend"]["config"]["mirrors"][0]["host"].removeprefix("http://")
     finally:

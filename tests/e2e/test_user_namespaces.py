@@ -77,7 +77,7 @@ def test_an_image_made_of_a_container_of_a_nydus_image(stack: Stack, nerdctl: Pa
     name, mapping = f"u{time.monotonic_ns()}", f"0:{HOST}:65536"
     options = ["--snapshotter", "nydus", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels"]
     script = "cat /marker /closed/file; ls -lnd /marker /closed /closed/file /payload; echo more >>/closed/file"
-    said = ctr("run", *options, made, name, "sh", "-c", script).stdout.splitlines()
+    said = stack.containerd.ctr_run(*options, made, name, "sh", "-c", script).splitlines()
     assert said[:2] == ["changed", "in"]
     assert [line.split()[2:4] for line in said[2:]] == [["0", "0"]] * 4
     found = list((stack.snapshotter.root / "snapshots").glob("*/fs/closed/file"))
