@@ -43,8 +43,11 @@ def umask(mask: int) -> Iterator[None]:
 
 def paths(top: Path) -> Iterator[Path]:
     """Everything below, not looking into mounts."""
-    device = top.lstat().st_dev
-    for entry in sorted(top.iterdir()):
+    try:
+        device, entries = top.lstat().st_dev, sorted(top.iterdir())
+    except FileNotFoundError:  # a folder of the cache that got its name meanwhile
+        return
+    for entry in entries:
         try:
             if entry.lstat().st_dev != device:
                 continue

@@ -186,6 +186,7 @@ def follow(system: Systemd, installed: Installed, reader: Reader, meta: str) -> 
     served(2)
     assert installed.api().info()["worker_pid"] != first["worker_pid"]
 
+    before = system.main_pid(UNIT)
     system.ctl("kill", "--signal=KILL", "--kill-who=main", UNIT)
     wait_until(lambda: system.main_pid(UNIT) not in (0, before), 30, "the unit's restart")
     served(3)
