@@ -20,6 +20,8 @@ from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 
+from tests.lab.process import wait_until
+
 FIRST = 3  # SD_LISTEN_FDS_START
 _NAME, _REMOVE = "FDNAME=", "FDSTOREREMOVE=1"
 
@@ -42,6 +44,14 @@ class Store:
                 os.close(self.held.pop(name))
             elif fds:
                 self.held[name] = fds[0]
+
+    def knows(self, text: str) -> bool:
+        """Whether the state that is held names this. It comes behind the answer, and after all that belongs to it."""
+        try:
+            states = [fd for name, fd in list(self.held.items()) if name.startswith("nydusd-state.")]
+            return any(text.encode() in os.pread(fd, 1 << 20, 0) for fd in states)
+        except OSError:
+            return False  # replaced meanwhile
 
 
 def start(directory: Path, store: Store) -> int:
@@ -97,6 +107,7 @@ def main() -> None:
     first = wait_running(directory)
     body = json.dumps({"source": bootstrap, "fs_type": "rafs", "config": config})
     status, _ = ask(directory, "POST", "mount?mountpoint=/a", body)
+    wait_until(lambda: store.knows(bootstrap), 20, "the state in the store")
     path = directory / "m" / "a" / name
     seen = {
         "mount": status,
