@@ -138,6 +138,7 @@ class ImageOpener:
                 expected.image = await self._open(request)
                 expected.opened.set()
                 self._nursery.start_soon(expected.image.learn)
+                self._nursery.start_soon(expected.image.reader.source.greet)
                 await expected.image.prepare(request, making)
                 await expected.decided.wait()
         except (NydusError, RafsError, OSError) as error:

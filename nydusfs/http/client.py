@@ -236,6 +236,14 @@ class HttpClient:
                 return connection
             connection.close()
 
+    async def prepare(self, origin: Origin, connect_timeout: float, via: Via | None = None) -> None:
+        """Have a connection ready for the next request. Raises `HttpError`."""
+        pool = self._pools.setdefault((origin, via, False), _Pool())
+        if not pool.idle:
+            connection = await self._connect(origin, connect_timeout, via)
+            connection.park()
+            pool.idle.append(connection)
+
     def direct(self, url: Url, headers: Iterable[tuple[str, str]], patience: float = math.inf) -> Direct:
         """For threads that get ranges by themselves, over connections that are kept here. `patience`: see `Direct`."""
         message = wire.format_request("GET", url.target, url.origin.netloc, [*headers, _AS_IT_IS])

@@ -37,6 +37,7 @@ class Authenticator:
         self._client = client
         self._tokens = tokens
         self._basic = f"Basic {auth}" if auth else ""
+        self.has_user = bool(auth)
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         # A token server that hangs, with hundreds waiting for it, must not hold a reader longer than this.
@@ -119,20 +120,28 @@ class Authenticator:
             leader.set()
 
     async def answer(
-        self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, patience: float = 0.0
+        self,
+        sent: str,
+        refusal: Callable[[], Awaitable[Response]],
+        where: Url,
+        patience: float = 0.0,
+        scope: str | None = None,
     ) -> str:
         """Deal with a 401 to a request that carried `sent`; the value to try next. Raises AuthError or HttpError.
 
         `refusal` gives the answer with the challenge; it is called only when nobody else has dealt with it meanwhile.
-        `patience`: seconds without progress of a token request, if they are to be more than usual.
+        `patience`: seconds without progress of a token request, if they are to be more than usual. `scope`: of the
+        token, where the challenge is not about what it is for.
         """
         timeout = max(self._timeout, patience)
         limit = self._limit + 2 * (timeout - self._timeout)
         with trio.move_on_after(limit):
-            return await self._answer(sent, refusal, where, timeout)
+            return await self._answer(sent, refusal, where, timeout, scope)
         raise TokenLate(f"{where}: no token within {limit:g} s", url=str(where))
 
-    async def _answer(self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float) -> str:
+    async def _answer(
+        self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float, scope: str | None
+    ) -> str:
         async with self._lock:
             self._old = None
             value = await self.header()
@@ -156,7 +165,8 @@ class Authenticator:
                 raise AuthError(f"token realm {challenge.get('realm')[:80]!r}: {error}") from None
             if self.through is not None:
                 realm = Url(self.through, realm.target)
-            self._key = TokenKey(realm, challenge.get("service"), challenge.get("scope"), self._basic)
+            scope = challenge.get("scope") if scope is None else scope
+            self._key = TokenKey(realm, challenge.get("service"), scope, self._basic)
         # outside: readers of one repository meet again at the token's own lock
         value = await self._tokens.replace(self._key, sent, self._client, self._connect_timeout, timeout)
         if value == sent:

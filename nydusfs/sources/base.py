@@ -42,6 +42,9 @@ class Source(Protocol):
         """Whether its answers begin so soon that a reader waits no longer for them than for who guesses what he will
         ask for, as far as is known."""
 
+    async def greet(self) -> None:
+        """A first read will come soon: have ready what it needs besides its bytes. What fails is left to that read."""
+
     async def read(
         self,
         blob_id: str,
@@ -95,6 +98,9 @@ class FileSource(ThreadSource):
 
     def instant(self) -> bool:
         return False
+
+    async def greet(self) -> None:
+        pass
 
     @abstractmethod
     def open_blob(self, blob_id: str, end: int) -> tuple[int, int] | None:

@@ -193,6 +193,33 @@ class RegistryEndpoint:
         url, headers, via = (way.ping, (), None) if way.ping else (self._v2(), way.headers, way.via)
         await ping(self._client, url, headers, via, self._times.connect, way.ping_below)
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether it may want a token that is still to be fetched. Who speaks plain HTTP to all the world gives none,
+        as a rule."""
+        guarded = self._base.origin.scheme == "https" or self.authenticator.has_user
+        return self.last and guarded and not self.authenticator.settled
+
+    async def greet(self) -> None:
+        """Have a connection to it, and a token if it wants one. Raises HttpError or AuthError."""
+        if not self.unsettled:
+            await self._client.prepare(self._base.origin, self._times.connect, self.way.via)
+            return
+        authenticator, times, url = self.authenticator, self._times, self._v2()
+        sent = await authenticator.header()
+        response = await self._client.request(
+            *("GET", url, self._merged(self._headers(sent))),
+            connect_timeout=times.connect,
+            timeout=times.patience,
+            via=self.way.via,
+        )
+        if response.status == 401:
+
+            async def challenge() -> Response:
+                return response
+
+            await authenticator.answer(sent, challenge, url, scope=f"repository:{self._backend.repo}:pull")
+
     def forget(self, blob_id: str) -> None:
         self._redirects.drop(blob_id)
         self.at_hand.forbid()

@@ -10,7 +10,7 @@ import trio
 
 from nydusfs.config import MirrorConfig, RegistryBackend
 from nydusfs.counters import SourceTally
-from nydusfs.errors import ConfigError
+from nydusfs.errors import AuthError, ConfigError
 from nydusfs.hands import Hands
 from nydusfs.http import HttpClient, HttpError, Origin, Url, parse_url
 from nydusfs.http.connection import Tls
@@ -73,6 +73,20 @@ class RegistrySource(RemoteSource, ThreadSource):
                 self._hub.forget(old)
                 replaced[id(old)] = fresh
             endpoint.authenticator = replaced[id(old)]
+
+    async def greet(self) -> None:
+        # Who is asked first; and the registry behind it, whose token that one wants.
+        first = next((one for one in self._endpoints if one.standing.state is not State.DOWN), self._endpoints[-1])
+        async with trio.open_nursery() as nursery:
+            for endpoint in self._endpoints:
+                if endpoint is first or (endpoint.unsettled and endpoint.authenticator is first.authenticator):
+                    nursery.start_soon(self._greet, endpoint)
+
+    async def _greet(self, endpoint: RegistryEndpoint) -> None:
+        try:
+            await endpoint.greet()
+        except (HttpError, AuthError) as error:
+            log.debug("%s: %s", endpoint.name, error)
 
     # -- threads that read by themselves: only where it is plain who is asked first
 

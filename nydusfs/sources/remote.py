@@ -40,6 +40,9 @@ class RemoteSource:
     def _asked(self) -> Endpoint | None:
         return next((one for one in self.racer.endpoints if one.standing.state is not State.DOWN), None)
 
+    async def greet(self) -> None:
+        pass
+
     async def read(
         self,
         blob_id: str,

@@ -22,7 +22,7 @@ from nydusfs.config import load_config
 from nydusfs.config.model import RegistryBackend
 from nydusfs.errors import SourceError
 from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
-from tests.lab.daemon import Nydusd, can_mount_fuse, reader
+from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
 from tests.lab.faulty import FaultyServer, faulty_server
 from tests.lab.tiny import noise, tiny_image
 
@@ -222,6 +222,87 @@ def test_a_mirror_that_gives_tokens_itself(server: Any) -> None:
         await read(open_source(backend(origin, mirrors=[through], auth=AUTH), hub))
         assert len(mirror.data_requests) == 2 and [one for one in mirror.tokens if one.method == "GET"]
         assert not origin.requests and not origin.tokens
+
+    run(scenario)
+
+
+def test_a_registry_is_greeted_before_the_first_read(server: Any, tmp_path: Path) -> None:
+    """Connection, TLS and token are there when a reader comes: his first request brings data."""
+    context, authority, _ = certificates(tmp_path)
+    context.verify_mode = ssl.CERT_NONE
+    bearer = {"auth": "bearer"}
+
+    async def scenario(hub: SourceHub) -> None:
+        for settings in ({}, {"auth": "basic"}, bearer, {**bearer, "tls": context}, {"tls": context}):
+            origin = server(**settings)
+            login = AUTH if origin.auth else ""
+            source = open_source(backend(origin, auth=login, ca_cert_files=[str(authority)]), hub)
+            await source.greet()
+            fetched = len(origin.tokens)
+            assert bool(fetched) == (origin.auth == "bearer")
+            assert [one.target for one in origin.requests] == ["/v2/"] * bool(settings)
+            while not (connections := origin.connections):  # noqa: ASYNC110 - accepted in a moment
+                await trio.sleep(0.01)
+            await read(source)
+            assert (len(origin.data_requests), origin.connections, len(origin.tokens)) == (1, connections, fetched)
+            await source.greet()  # nothing is left to be found out
+            assert (len(origin.requests), origin.connections) == (1 + bool(settings), connections)
+
+    run(scenario)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse())
+def test_an_expected_image_has_its_token_before_it_is_mounted(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, {"hello": b"hello, world\n"})
+    with faulty_server({image.blob_id: image.blob}, auth="bearer") as origin, Nydusd() as daemon:
+        registry_of = {"scheme": "http", "host": origin.netloc, "repo": "a/b", "auth": AUTH}
+        cache = {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}
+        device = {"backend": {"type": "registry", "config": registry_of}, "cache": cache}
+        config = json.dumps({"device": device, "mode": "direct"})
+        body = json.dumps({"fs_type": "rafs", "source": str(image.bootstrap), "config": config})
+        assert daemon.call("POST", "mount/expected?mountpoint=/a", body).status == 204
+        wait_until(lambda: bool(origin.valid_tokens), 20, "the token")
+        assert not origin.data_requests
+        assert daemon.mount("/a", image.bootstrap, config).status == 204
+        code = "import sys; print(open(sys.argv[1]).read(), end='')"
+        assert reader(code, daemon.mnt / "a/hello").stdout == "hello, world\n"
+        assert origin.data_requests and all("authorization" in one.headers for one in origin.data_requests)
+
+
+def test_the_registry_behind_a_mirror_is_greeted_for_its_token(server: Any) -> None:
+    """The mirror for its connection; not the registry where mirrors have tokens of their own."""
+    origin, mirror, through = server(auth="bearer"), server(auth="bearer"), server(auth="bearer")
+    mirror.valid_tokens = origin.valid_tokens
+    through.realm = origin.url
+
+    async def scenario(hub: SourceHub) -> None:
+        own = open_source(backend(origin, mirrors=[{"host": through.url, "auth_through": True}], auth=AUTH), hub)
+        await own.greet()
+        assert (origin.connections, through.connections, through.requests) == (0, 1, [])
+        source = open_source(backend(origin, mirrors=[{"host": mirror.url}], auth=AUTH), hub)
+        await source.greet()
+        fetched = len(origin.tokens)
+        assert fetched and not mirror.requests
+        await read(source)
+        assert (len(mirror.data_requests), mirror.connections) == (1, 1)
+        assert (len(origin.tokens), origin.data_requests) == (fetched, [])
+
+    run(scenario)
+
+
+def test_a_greeting_that_fails_is_nobodys_failure(server: Any) -> None:
+    closed = server()
+    closed.close()
+    strange, guarded = server(auth="bearer", realm="http://["), server(auth="bearer", token_status=503)
+
+    async def scenario(hub: SourceHub) -> None:
+        for origin in closed, strange, guarded:
+            await open_source(backend(origin, auth=AUTH, connect_timeout=2), hub).greet()
+        guarded.token_status = 200
+        source = open_source(backend(guarded, auth=AUTH), hub)
+        await read(source)
+        assert source.counters.read_errors == 0
 
     run(scenario)
 
