@@ -168,6 +168,10 @@ class Bootstrap(ABC):
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         """All extended attributes, full names."""
 
+    def lacks_xattrs(self, ino: int) -> bool:
+        """True: there are none, which is known for less than reading them costs. False: `xattrs` tells."""
+        return not self.xattrs(ino)
+
     @abstractmethod
     def extents(self, ino: int, offset: int, size: int) -> list[Extent]:
         """Where the bytes [offset, offset + size) of a regular file are, cut at the end of the file.

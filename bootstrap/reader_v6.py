@@ -38,10 +38,12 @@ _inode = v6.INODE_EXTENDED.unpack_from
 _compact = v6.INODE_COMPACT.unpack_from
 _address = v6.CHUNK_ADDRESS.unpack_from
 _nid = Struct("<Q").unpack_from
-_name_offset = Struct("<H").unpack_from
+_name_offset = _icount = Struct("<H").unpack_from
 _name_span = Struct("<H10xH").unpack_from  # name offsets of a dirent and its successor, from offset 8 of the first
 _DIRENT_SIZE = v6.DIRENT.size
 _FORMAT_WRONG = ~v6.FORMAT_MASK | 2
+# Directories of one block whose place is kept: programs look up many names in one, and to find it took a third of that.
+MAX_ONLY_BLOCKS = 256
 
 
 class _Directory:
@@ -79,6 +81,7 @@ class BootstrapV6(Bootstrap):
         self._max_size = max(self.size // 8 * self.chunk_size, self.size)
         self._external = {blob.index for blob in self.blobs if blob.features & BlobFeatures.EXTERNAL}
         self._external_places: dict[tuple[int, int], int] = {}
+        self._only_blocks: dict[int, tuple[int, int, int]] = {}  # of directories where names were looked up
         # Only generated dictionaries have a name with a slash (reference 5.11); nobody can look it up.
         self._dictionary = any(blob.features & BlobFeatures.IS_CHUNKDICT_GENERATED for blob in self.blobs)
         if self.attr(self.root).mode & S_IFMT != S_IFDIR:
@@ -200,6 +203,12 @@ class BootstrapV6(Bootstrap):
             found[name] = value
         return found
 
+    def lacks_xattrs(self, ino: int) -> bool:
+        at = self._meta + v6.NID_UNIT * ino
+        if ino <= 0 or at + 32 > self.size:
+            raise FormatError("inode", at, f"number {ino} lies outside the file")
+        return not _icount(self._map, at + 2)[0]
+
     def _xattr(self, at: int, end: int) -> tuple[bytes, bytes, int]:
         """Name and value of the entry at an offset, and where the next one is."""
         name_size, index, value_size = v6.XATTR_ENTRY.unpack_from(self._map, at)
@@ -254,18 +263,24 @@ class BootstrapV6(Bootstrap):
         return self._map[at + start : at + size].split(b"\0", 1)[0]
 
     def lookup(self, parent: int, name: bytes) -> int:
-        directory = self._directory(parent)
-        if directory is None or not directory.blocks:
-            return 0
-        low = 0
-        if directory.blocks > 1:
-            number = bisect_right(
-                range(directory.blocks), name, key=lambda n: self._name(*self._block(directory, n), 0)
-            )
-            if not number:
+        block = self._only_blocks.get(parent)
+        if block is None:
+            directory = self._directory(parent)
+            if directory is None or not directory.blocks:
                 return 0
-            low = number - 1
-        at, size, count = self._block(directory, low)
+            number = 1
+            if directory.blocks > 1:
+                number = bisect_right(
+                    range(directory.blocks), name, key=lambda n: self._name(*self._block(directory, n), 0)
+                )
+                if not number:
+                    return 0
+            block = self._block(directory, number - 1)
+            if directory.blocks == 1:
+                if len(self._only_blocks) >= MAX_ONLY_BLOCKS:
+                    self._only_blocks.clear()
+                self._only_blocks[parent] = block
+        at, size, count = block
         low, high, last = 0, count, count - 1
         floor, data = count * _DIRENT_SIZE, self._map
         while low < high:

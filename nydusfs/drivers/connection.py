@@ -138,12 +138,19 @@ class Connection:
             size += len(part)
         self._write((OUT_HEADER.pack(size, 0, unique), *parts))
 
-    def send_error(self, unique: int, code: int) -> None:
-        self._write((OUT_HEADER.pack(OUT_HEADER.size, -code, unique),))
+    def reply(self, unique: int, answer: bytes) -> None:
+        """`send` of what is small: a copy takes half the time of a second buffer."""
+        self._write(OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer)
 
-    def _write(self, message: Sequence[bytes | bytearray | memoryview]) -> None:
+    def send_error(self, unique: int, code: int) -> None:
+        self._write(OUT_HEADER.pack(OUT_HEADER.size, -code, unique))
+
+    def _write(self, message: bytes | Sequence[bytes | bytearray | memoryview]) -> None:
         try:
-            os.writev(self.fd, message)
+            if isinstance(message, bytes):
+                os.write(self.fd, message)
+            else:
+                os.writev(self.fd, message)
         except OSError as failure:
             if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF):
                 raise

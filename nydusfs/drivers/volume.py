@@ -74,6 +74,7 @@ class Metadata(Protocol):
     def list_dir(self, ino: int, cookie: int = 0) -> Iterator[DirEntryLike]: ...
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
+    def lacks_xattrs(self, ino: int) -> bool: ...
 
 
 class ImageData(Protocol):
@@ -107,6 +108,7 @@ class Volume(Protocol):
     def list_dir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]: ...
     def readlink(self, ino: int) -> bytes: ...
     def xattrs(self, ino: int) -> dict[bytes, bytes]: ...
+    def lacks_xattrs(self, ino: int) -> bool: ...
     async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]: ...
     def read_now(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> Sequence[Buffer] | None: ...
 
@@ -179,6 +181,9 @@ class ImageVolume:
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         found = self.metadata.xattrs(ino) if self.serve_xattrs else {}
         return found if self.idmap is None else self.idmap.xattrs(found)
+
+    def lacks_xattrs(self, ino: int) -> bool:
+        return not self.serve_xattrs or self.metadata.lacks_xattrs(ino)
 
     async def read(self, ino: int, offset: int, size: int) -> Sequence[Buffer]:
         return await self.data.read_parts(ino, offset, size)
@@ -354,6 +359,9 @@ class PseudoTree:
 
     def xattrs(self, ino: int) -> dict[bytes, bytes]:
         return {}
+
+    def lacks_xattrs(self, ino: int) -> bool:
+        return True
 
     async def read(self, ino: int, offset: int, size: int) -> Sequence[bytes]:
         raise KeyError(ino)

@@ -101,6 +101,7 @@ def _run_image(data: bytes) -> None:
         for path, entry in itertools.islice(image.walk(), MAX_PATHS):
             names.append(entry)
             _tolerant(lambda ino=entry.ino: image.xattrs(ino))  # type: ignore[misc]
+            _tolerant(lambda ino=entry.ino: image.lacks_xattrs(ino))  # type: ignore[misc]
             _tolerant(lambda path=path: image.resolve(b"/" + path))  # type: ignore[misc]
         for entry in names[:300]:
             attr = image.attr(entry.ino)

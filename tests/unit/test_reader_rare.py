@@ -125,6 +125,7 @@ def test_shared_xattrs(tmp_path: Path) -> None:
         shared_xattrs(path, number)
         with open_bootstrap(path) as image:
             assert image.xattrs(image.resolve(b"d")) == {**expected, b"user.x": b"hello and hello"}
+            assert not image.lacks_xattrs(image.resolve(b"d"))
             with pytest.raises(FormatError, match="shared xattrs"):
                 check_bootstrap(image)  # our builder and upstream's write none
     for number in (1 << 20, 1023):
