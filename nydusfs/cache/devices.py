@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -176,6 +177,14 @@ class DeviceFiles:
                 self._driver.durable(self.device(blob_id, name), fd)
         except OSError:
             pass  # no device
+
+    def alone(self) -> Iterator[tuple[str, str, os.stat_result]]:
+        """Blob, name and facts of those with bytes that the cache has no link to. Raises OSError."""
+        for folder in os.scandir(self.files):
+            for entry in os.scandir(folder):
+                facts = entry.stat(follow_symlinks=False)
+                if facts.st_size and facts.st_nlink == 1:
+                    yield folder.name, entry.name, facts
 
     def remove(self, blob_id: str, name: str) -> None:
         """No mount needs it any more; what the cache has of it stays."""

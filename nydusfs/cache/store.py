@@ -109,6 +109,19 @@ class CacheStore:
                     quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
         return quota
 
+    def count_devices(self) -> None:
+        """What workers left that died before they linked a device: it counts like all else, and can go. For a worker
+        thread."""
+        if self.quota is None or self.devices is None:
+            return
+        try:
+            for blob_id, name, facts in self.devices.alone():
+                if match := NAME.fullmatch(name):
+                    slot = blob_id, bytes.fromhex(match[2])
+                    self.quota.found(slot, name, facts.st_size, facts.st_mtime)
+        except OSError as error:  # a mount goes meanwhile, and its devices with it
+            log.debug("cache %s: devices are not counted: %s", self.path, error.strerror)
+
     def make_room(self, size: int) -> bool:
         """The disk is full and so many bytes must be written: what was used longest ago goes, also where the cache has
         no limit. False when nothing can go. For a worker thread."""

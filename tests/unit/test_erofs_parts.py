@@ -29,6 +29,7 @@ from bootstrap.write_v6 import write_v6
 from nydusfs.cache import CacheStore
 from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.leaving import Leaving
+from nydusfs.cache.quota import Limit
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs import selftest
 from nydusfs.drivers.erofs.filemap import FileMap
@@ -343,6 +344,31 @@ def test_devices_of_another_boot_go_and_cached_segments_stay(tmp_path: Path) -> 
     DeviceFiles(tmp_path, "ffffffff", Told())
     assert not made.exists()
     assert kept.stat().st_size == 4096
+
+
+def test_what_a_dead_worker_wrote_and_did_not_link_counts_and_can_go(tmp_path: Path) -> None:
+    store = CacheStore(tmp_path, boot=BOOT)
+    try:
+        store.devices = devices = DeviceFiles(store.path, BOOT, Told())
+        names = [f"{number}-{number:024x}" for number in range(3)]
+        paths = [devices.files / "blob" / name for name in names]
+        for name in names:
+            assert devices.create("blob", name)
+        for path in paths[:2]:
+            path.write_bytes(bytes(32768))
+        (tmp_path / "blob").mkdir(exist_ok=True)
+        os.link(paths[0], tmp_path / "blob" / names[0])
+        store.set_limit(Limit(65536))
+        assert store.quota is not None
+        assert store.quota.total == 32768
+        store.count_devices()
+        store.count_devices()
+        assert store.quota.total == 65536
+        store.quota.used(("blob", bytes.fromhex(names[0].partition("-")[2])))
+        assert store.quota.reserve(("blob", b"another"), "3-00", 4096)
+        assert [path.stat().st_size for path in paths] == [32768, 0, 0]
+    finally:
+        store.close()
 
 
 @pytest.mark.parametrize(("size", "good"), [(8192, True), (8191, True), (4097, True), (4096, False), (8193, False)])

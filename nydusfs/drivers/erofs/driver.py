@@ -139,6 +139,8 @@ class ErofsDriver:
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
             await trio.to_thread.run_sync(kernel.umount_detach, where)
+        for store in list(self._devices):
+            self._nursery.start_soon(trio.to_thread.run_sync, store.count_devices)
 
     async def stop(self, *, successor: bool) -> None:
         """Readers that wait get EIO unless a successor answers them."""
