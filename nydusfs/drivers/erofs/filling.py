@@ -282,7 +282,7 @@ class ErofsImage:
                 if await trio.to_thread.run_sync(self._write_durably, device, segment, target, plain):
                     break
             else:
-                log.error("image %s: device %s is emptied again and again: EIO", self.where, device)
+                log.error("image %s: device %s finds no room that lasts: EIO", self.where, device)
                 return False
         finally:
             if own >= 0:
