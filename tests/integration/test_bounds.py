@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.crowd import many_mounts, many_starts, memory, ticks, until_idle, wakeups
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
 from tests.lab.drivers import both
 from tests.lab.soak import soak
 from tests.lab.tiny import noise, tiny_image
@@ -28,14 +28,10 @@ def test_an_idle_daemon_sleeps_and_is_small(tmp_path: Path) -> None:
             config = localfs_config(tmp_path, work_dir=tmp_path / f"cache{number}")
             assert daemon.mount(f"/{number}", image.bootstrap, config).status == 204
             assert (daemon.mnt / str(number) / "f").read_bytes() == image.files["f"]
-        until_idle(daemon)
+        until_idle(daemon, quiet=11)  # a thread of trio's that had no work for 10 s ends
         used, woken = ticks(daemon), wakeups(daemon)
         time.sleep(6)
-        assert ticks(daemon) == used
-        after = wakeups(daemon)
-        busy = {thread for thread, count in after.items() if woken.get(thread) != count}
-        # A thread of trio's that had no work for 10 s ends; this one may just be at it.
-        wait_until(lambda: not busy & set(wakeups(daemon)), 2, f"the end of those that woke up: {woken}, then {after}")
+        assert (ticks(daemon), wakeups(daemon)) == (used, woken)
         assert len(used) == 3
         assert memory(daemon)["pss"] < 60
 

@@ -173,6 +173,7 @@ def test_two_hundred_containers_of_twenty_images_at_once(ours: Snapshotter, fs_d
         assert len(ours.services()) == 1
         log = (ours.root / "logs" / "nydus-snapshotter.log").read_text()
         assert log.count(" mounted at ") == 20
+        assert [client.mounts(f"c{number}") for number in range(20)] == mounts[:20]  # with which containers start
         points = mounts_below(ours.root)
         # images are directories of the one mount, under EROFS mounts of their own
         assert len(points) == len(set(points)) == (1 if fs_driver == "fuse" else 21)

@@ -226,6 +226,12 @@ def test_a_mirror_that_gives_tokens_itself(server: Any) -> None:
     run(scenario)
 
 
+async def accepted(server: FaultyServer) -> None:
+    """Its thread takes a connection a moment after the client has it."""
+    while not server.connections:  # noqa: ASYNC110
+        await trio.sleep(0.01)
+
+
 def test_a_registry_is_greeted_before_the_first_read(server: Any, tmp_path: Path) -> None:
     """Connection, TLS and token are there when a reader comes: his first request brings data."""
     context, authority, _ = certificates(tmp_path)
@@ -241,8 +247,8 @@ def test_a_registry_is_greeted_before_the_first_read(server: Any, tmp_path: Path
             fetched = len(origin.tokens)
             assert bool(fetched) == (origin.auth == "bearer")
             assert [one.target for one in origin.requests] == ["/v2/"] * bool(settings)
-            while not (connections := origin.connections):  # noqa: ASYNC110 - accepted in a moment
-                await trio.sleep(0.01)
+            await accepted(origin)
+            connections = origin.connections
             await read(source)
             assert (len(origin.data_requests), origin.connections, len(origin.tokens)) == (1, connections, fetched)
             await source.greet()  # nothing is left to be found out
@@ -279,6 +285,7 @@ def test_the_registry_behind_a_mirror_is_greeted_for_its_token(server: Any) -> N
     async def scenario(hub: SourceHub) -> None:
         own = open_source(backend(origin, mirrors=[{"host": through.url, "auth_through": True}], auth=AUTH), hub)
         await own.greet()
+        await accepted(through)
         assert (origin.connections, through.connections, through.requests) == (0, 1, [])
         source = open_source(backend(origin, mirrors=[{"host": mirror.url}], auth=AUTH), hub)
         await source.greet()

@@ -90,10 +90,13 @@ def wakeups(daemon: Nydusd) -> dict[str, int]:
 def until_idle(daemon: Nydusd, timeout: float = 120.0, quiet: float = 6.0) -> float:
     """Seconds until nothing of the daemon ran for `quiet` seconds: longer than a start that is recorded sleeps."""
 
+    seen, since = wakeups(daemon), time.monotonic()
+
     def idle() -> bool:
-        before = wakeups(daemon)
-        time.sleep(quiet)
-        return wakeups(daemon) == before
+        nonlocal seen, since
+        if (now := wakeups(daemon)) != seen:
+            seen, since = now, time.monotonic()
+        return time.monotonic() - since >= quiet
 
     return wait_until(idle, timeout, "an idle daemon")
 
