@@ -30,6 +30,7 @@ _PAUSE_SECONDS = CALL_TIMEOUT + 5.0
 _RESUME_TRIES = 10
 _RESUME_PAUSE = 3.0
 _READY, _PAUSE, _PAUSED, _DONE = b"ready\n", b"pause\n", b"paused\n", b"resumed\n"
+_ASK, _THERE = b"there?\n", b"there\n"
 
 
 @contextmanager
@@ -74,6 +75,7 @@ class _Guard:
             [*_COMMAND, containers.address, containers.namespace, container],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # what `select` does not see would be waited for
             start_new_session=True,  # Ctrl-C is for us
         )
         if self._answer(_GUARD_START) != _READY:
@@ -98,16 +100,17 @@ class _Guard:
             raise ContainerdError(why or f"pausing container {self._container}: the guard has ended or hangs")
 
     def settle(self) -> None:
-        """It is not in the middle of a call any more."""
+        """It is not in the middle of a call any more. Who was interrupted may have lost its answer to that one."""
         if self._asked:
-            self._answer(_PAUSE_SECONDS)
+            self.tell(_ASK)
+            while self._answer(_PAUSE_SECONDS) not in (_THERE, b""):
+                pass
             self._asked = False
 
     def tell(self, word: bytes) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(word)
-            self._process.stdin.flush()
         except BrokenPipeError:
             log.debug("the guard of the pause ended before it")
 
@@ -125,8 +128,8 @@ class _Guard:
 
 
 def _guard(address: str, namespace: str, container: str) -> int:
-    """Says that it is there and pauses the container when it is told to. Then it waits for the end of its input:
-    without the last word before it, the container is resumed."""
+    """Says that it is there, and pauses the container when it is told to. At the end of its input the container is
+    resumed, unless the last word came before it."""
     from nydusfs.containerd.containers import Containers
 
     def say(word: bytes) -> None:
@@ -136,14 +139,18 @@ def _guard(address: str, namespace: str, container: str) -> int:
 
     with Containers(address, namespace, "nydusify-guard") as containers:
         say(_READY)
-        if sys.stdin.buffer.readline() != _PAUSE:
-            return 0
-        try:
-            containers.pause(container)
-            say(_PAUSED)
-        except ContainerdError as error:
-            say(" ".join(str(error).split()).encode() + b"\n")
-        if sys.stdin.buffer.readline() != _DONE:
+        stands = False
+        while (word := sys.stdin.buffer.readline()) not in (_DONE, b""):
+            if word != _PAUSE:
+                say(_THERE)
+                continue
+            stands = True
+            try:
+                containers.pause(container)
+                say(_PAUSED)
+            except ContainerdError as error:
+                say(" ".join(str(error).split()).encode() + b"\n")
+        if stands and word != _DONE:
             _resume(containers, container)
     return 0
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nydusfs.containerd import pausing
+from nydusfs.containerd.containers import Containers
 from tests.e2e.conftest import fuse_nodes
 from tests.lab.images import fetch_manifest
 from tests.lab.nydusify import upstream_nydusify
@@ -173,3 +175,26 @@ def test_the_container_runs_on_whatever_ends_the_commit(stack: Stack, tmp_path: 
         assert inside(stack, name, "echo alive").strip() == "alive"
     with pytest.raises(OSError, match="404"):
         fetch_manifest(stack.registry.host, "lab/never", "1")
+
+
+@fuse_nodes
+def test_a_signal_that_takes_the_guards_answer_holds_nobody_up(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler may run when the answer was read and is nowhere yet. That one comes no second time."""
+    ref = f"{stack.host}/lab/small:nydus"
+    stack.rpull(ref)
+    answer = pausing._Guard._answer
+
+    def interrupted(guard: pausing._Guard, timeout: float) -> bytes:
+        word = answer(guard, timeout)
+        if word == b"paused\n":
+            assert status(stack, name) == "PAUSED"
+            raise KeyboardInterrupt
+        return word
+
+    monkeypatch.setattr(pausing._Guard, "_answer", interrupted)
+    monkeypatch.setattr(pausing, "_PAUSE_SECONDS", 1000.0)  # beyond what this test has
+    containers = Containers(str(stack.containerd.socket), stack.containerd.namespace, "t")
+    with container(stack, ref) as name, containers as them:
+        with pytest.raises(KeyboardInterrupt), pausing.paused(them, name):
+            pytest.fail("it was not interrupted")
+        assert status(stack, name) == "RUNNING"

@@ -88,13 +88,14 @@ def wakeups(daemon: Nydusd) -> dict[str, int]:
 
 
 def until_idle(daemon: Nydusd, timeout: float = 120.0, quiet: float = 6.0) -> float:
-    """Seconds until nothing of the daemon ran for `quiet` seconds: longer than a start that is recorded sleeps."""
+    """Seconds until nothing of the daemon ran for `quiet` seconds: longer than a start that is recorded sleeps. What is
+    done to the whole machine meanwhile, as to drop its caches, wakes it as well."""
 
-    seen, since = wakeups(daemon), time.monotonic()
+    seen, since = (ticks(daemon), wakeups(daemon)), time.monotonic()
 
     def idle() -> bool:
         nonlocal seen, since
-        if (now := wakeups(daemon)) != seen:
+        if (now := (ticks(daemon), wakeups(daemon))) != seen:
             seen, since = now, time.monotonic()
         return time.monotonic() - since >= quiet
 
