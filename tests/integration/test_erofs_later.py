@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,22 @@ def test_what_must_be_erofs_and_cannot_be_is_told_who_asks(tmp_path: Path) -> No
         assert daemon.call("POST", "mount?mountpoint=/1&attach=later", wanted).status == 204
         assert daemon.call("POST", "mount/attached?mountpoint=/1").status == 204
         assert check_mount(case, daemon.mnt / "1") == []
+
+
+def test_the_end_of_all_processes_within_a_mount_leaves_nobody_waiting(tmp_path: Path) -> None:
+    """The mount is put at a path that the same process serves: who is killed in that call must end all the same."""
+    case = image_case(CASE)
+    rng = random.Random(7)
+    for number in range(15):
+        with Nydusd("--fs-driver", "erofs") as daemon, ThreadPoolExecutor(1) as pool:
+            config = localfs_config(case, work_dir=tmp_path / f"cache{number}")
+            known = len(daemon.log_text())
+            asked = pool.submit(daemon.mount, "/a", case / "image.boot", config)
+            wait_until(lambda: "devices for erofs" in daemon.log_text()[known:], 20, "the mount", longest_pause=0)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.001))
+            daemon.kill_all()
+            if (error := asked.exception(20)) is not None:
+                assert isinstance(error, OSError | HTTPException)
 
 
 def test_a_worker_that_dies_before_leaves_it_to_the_next(tmp_path: Path) -> None:

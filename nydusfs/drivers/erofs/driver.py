@@ -22,6 +22,7 @@ from nydusfs.cache.devices import DeviceFiles
 from nydusfs.cache.durability import resident
 from nydusfs.config import FsDriver
 from nydusfs.drivers import kernel, mountapi
+from nydusfs.drivers.apart import apart
 from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.drivers.erofs.disks import Disks
@@ -138,7 +139,7 @@ class ErofsDriver:
         mounted = await _in_thread(self._mounted)  # the table is long where there are many mounts
         for where in mounted - {self._target(image) for image in self._images}:
             log.warning("an EROFS mount at %s that nobody knows is detached", where)
-            await trio.to_thread.run_sync(kernel.umount_detach, where)
+            await trio.to_thread.run_sync(_umount, where)
         for store in list(self._devices):
             self._nursery.start_soon(trio.to_thread.run_sync, store.count_devices)
 
@@ -206,7 +207,7 @@ class ErofsDriver:
         if where not in self._images:
             return
         image = self._forget(where)
-        await _in_thread(lambda: kernel.umount_detach(self._target(where)))
+        await _in_thread(lambda: _umount(self._target(where)))
         image.cancel()
         await _in_thread(lambda: self._clean(image))
 
@@ -464,6 +465,10 @@ def _open_caches(reader: ImageReader) -> None:
     """Look into the cache's directories, which only the trio thread may."""
     for blob in reader.bootstrap.blobs:
         reader.cache(blob)
+
+
+def _umount(where: str) -> None:
+    apart(lambda: kernel.umount_detach(where), keep=-1)
 
 
 def _prune(folder: Path) -> None:

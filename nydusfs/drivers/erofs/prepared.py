@@ -14,6 +14,7 @@ from pathlib import Path
 from bootstrap.errors import RafsError
 from nydusfs.cache.devices import DeviceFiles, usable
 from nydusfs.drivers import mountapi
+from nydusfs.drivers.apart import apart
 from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.drivers.erofs.image import DeviceFile, is_scattered
 from nydusfs.image_reader import ImageReader
@@ -69,7 +70,7 @@ class PreparedMount:
 
     def attach(self, target: str) -> None:
         """Raises OSError."""
-        mountapi.attach(self._mounted, target)
+        apart(lambda: mountapi.attach(self._mounted, target), keep=self._mounted)
         self.close()
 
     def close(self) -> None:

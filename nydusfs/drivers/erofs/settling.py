@@ -12,6 +12,7 @@ from functools import partial
 import trio
 
 from nydusfs.cache.devices import DeviceFiles
+from nydusfs.drivers.apart import apart
 from nydusfs.drivers.erofs import mount
 from nydusfs.drivers.erofs.filling import ErofsImage
 
@@ -79,7 +80,7 @@ class Settling:
         """Have its devices read past their page cache or through it."""
         try:
             if not (direct and image.scattered()):
-                mount.set_direct(self._target(image.where), direct)
+                apart(lambda: mount.set_direct(self._target(image.where), direct), keep=-1)
             image.direct = direct
         except OSError as error:
             log.debug("image %s: %s", image.where, error)
