@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -67,6 +68,14 @@ def ask(daemon: Nydusd, method: str, target: str, body: Any = None) -> Answer:
 
 
 Step = tuple[str, str, Any]
+
+
+def asked_again(daemon: Nydusd, *step: Any) -> Answer:
+    """The answer, after those with EAGAIN: upstream's remount gives one on a busy machine (seen once in many runs)."""
+    deadline = time.monotonic() + 20
+    while "(os error 11)" in (answer := ask(daemon, *step)).body and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
 
 
 def mount_at(path: str) -> str:
@@ -242,6 +251,6 @@ def test_each_operation_is_counted_where_upstream_counts_it(both: tuple[Nydusd, 
 def test_every_answer_with_data_has_upstreams_shape(both: tuple[Nydusd, Nydusd]) -> None:
     found = []
     for mine, other in zip(*map(living, both), strict=True):
-        if text := difference(ask(both[0], *mine), ask(both[1], *other)):
+        if text := difference(ask(both[0], *mine), asked_again(both[1], *other)):
             found.append(f"{mine[:2]}: {text}")
     assert not found, "\n".join(found)
