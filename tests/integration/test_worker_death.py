@@ -349,7 +349,7 @@ def test_systemds_store_outlives_every_process(tmp_path: Path, fs_driver: str) -
         assert done.returncode == 0, done.stderr + (directory / "log").read_text()
         seen = json.loads(done.stdout)
         first, other = (sha256(image.files[name]).hexdigest() for name in "fg")
-        asked = ["fanotify", "journal"] if fs_driver == "erofs" else []
+        asked = ["fanotify", "journal"] if fs_driver == "erofs" else ["fuse-twin", "fuse-twin-tree"]
         names = ["api", f"cache-{device_key(tmp_path / 'cache')}", "fuse", "state", *asked]
         assert seen == {
             "mount": 204, "umount": 204, "before": first, "open file": other, "after": first,
