@@ -183,7 +183,7 @@ class MountTable:
             raise MountFailedError(detail) from None
         self.images[where] = mounted
         if later:
-            self._showing.show_later(mounted)
+            await self._showing.show_later(mounted)
             return mounted
         try:
             await self._showing.show(mounted, soon=many)

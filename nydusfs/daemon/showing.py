@@ -44,17 +44,21 @@ class Showing:
         """`soon`: what only makes it faster may follow. Raises `NydusError`."""
         if self._serving and not await self._by_kernel(mounted):
             if soon:
+                await self._driver.need_twin()  # a supervisor gets descriptors now, not when images follow
                 self._unbound.append(mounted)
             else:
                 await self._by_twin(mounted)
 
-    def show_later(self, mounted: MountedImage) -> None:
+    async def show_later(self, mounted: MountedImage) -> None:
         """`mounted.settled` tells when."""
         over = mounted.attaching = trio.Event()
+        if self._kernel_mounts is not None:
+            await self._kernel_mounts.stand_by(mounted.request.config.fs_driver)
 
         async def show() -> None:
             try:
-                await self.show(mounted)
+                if self._serving and not await self._by_kernel(mounted) and self._driver.twin is not None:
+                    await self._by_twin(mounted)
             except NydusError as error:
                 log.error("mount at %s: %s", mounted.request.mountpoint, error)
                 mounted.refused = str(error)

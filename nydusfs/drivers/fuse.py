@@ -246,6 +246,13 @@ class FuseDriver:
                 log.info("%s is shown by the first FUSE connection: %s", mountpoint, error)
                 self._no_twin = error.errno in (errno.EINVAL, errno.ENOSYS, errno.EBADF)
 
+    async def need_twin(self) -> None:
+        """`twins` has what images that are bound later hang on."""
+        if self._serving:
+            async with self._twinning:
+                if self.twin is None:
+                    await self._make_twin()
+
     async def _make_twin(self) -> Twin | None:
         if self._no_twin:
             return None

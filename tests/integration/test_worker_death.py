@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from nydusfs.cache.devices import device_key
+from nydusfs.daemon.handover import decode
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
 from tests.lab.drivers import both
@@ -322,6 +323,35 @@ def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
                     inside.kill()
             assert third.stop()[0] == 0
             assert not os.path.ismount(third.mnt)
+
+
+@both
+def test_what_is_mounted_in_a_moment_is_complete_at_the_supervisor(tmp_path: Path, fs_driver: str) -> None:
+    """Who keeps the state asks when the mount was asked for. What the kernel's mount will hang on is there by then:
+    else the death of all processes leaves whoever reads it with EIO."""
+    image = tiny_image(tmp_path, {"f": noise(5000)})
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / image.blob_id).write_bytes(image.blob)
+    config = localfs_config(tmp_path / "blobs", work_dir=tmp_path)
+    one = {"source": str(image.bootstrap), "fs_type": "rafs", "config": config}
+    with Nydusd() as daemon:
+        path = daemon.dir / "s.sock"
+        with supervisor(path) as kept:
+            daemon.stop()
+            daemon.args += ("--supervisor", path, "--id", "d1")
+            daemon.start()
+            if fs_driver == "erofs":
+                wanted = {"fuse", "fanotify", "journal"}
+                assert daemon.call("POST", "mount?mountpoint=/0&attach=later", one).status == 204
+            else:
+                wanted = {"fuse", "fuse-twin", "fuse-twin-tree"}
+                many = [{**one, "mountpoint": f"/{number}"} for number in range(3)]
+                assert daemon.call("POST", "mounts", many).body == [None] * 3
+            assert daemon.call("PUT", "daemon/fuse/sendfd").status == 204
+            wait_until(lambda: bool(kept), 30, "the state at the supervisor")
+            data, fds = kept[0]
+            held = decode(data).held
+            assert wanted <= set(held) and len(held) == len(fds)
 
 
 def state(daemon: Nydusd) -> str:

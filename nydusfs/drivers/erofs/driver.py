@@ -81,6 +81,7 @@ class ErofsDriver:
         self._devices: dict[CacheStore, DeviceFiles] = {}
         self._trees: dict[CacheStore, int] = {}
         self._lock = trio.Lock()
+        self._grouping = trio.Lock()
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
         self._settling = Settling(self._images, self._users, self._target)
         self._answers = Answers(self._users, self._settling)
@@ -176,9 +177,20 @@ class ErofsDriver:
         self._nursery.start_soon(self._settling.run)
 
     async def _need_group(self) -> None:
-        if self._events is None:
-            self._hold(fanotify.init(), Journal.create())
-            await self._serve()
+        """Raises OSError."""
+        async with self._grouping:
+            if self._events is None:
+                self._hold(fanotify.init(), Journal.create())
+                await self._serve()
+
+    async def stand_by(self, choice: FsDriver | None) -> None:
+        """`descriptors` has what the mount will hang on that is about to be made. Whoever keeps them for the next
+        process asks when the mount is asked for, not again when it is there."""
+        if (choice or self._choice) != "fuse" and self._answers.knows_all:
+            try:
+                await self._need_group()
+            except OSError as error:
+                log.debug("no group for events: %s", error)  # `attach` tells
 
     # -- images
 
