@@ -173,11 +173,6 @@ class Bootstrap(ABC):
         return not self.xattrs(ino)
 
     @abstractmethod
-    def bears_xattrs(self, most: int) -> bool:
-        """Whether any inode has extended attributes; True, too, where more than `most` would have to be looked at: 0.3
-        us for each. The superblock's flag does not tell: all merged v6 images have it."""
-
-    @abstractmethod
     def extents(self, ino: int, offset: int, size: int) -> list[Extent]:
         """Where the bytes [offset, offset + size) of a regular file are, cut at the end of the file.
 

@@ -47,7 +47,6 @@ _record = CHUNK_RECORD.unpack_from
 _table_entry = v5.INODE_OFFSET.unpack_from
 _ino = Struct("<40xQ").unpack_from
 _mode = Struct("<40xQ12xI").unpack_from  # inode number and mode of a record
-_flags = Struct("<80xQ").unpack_from
 _name_size = Struct("<100xH").unpack_from
 _chunk_place = Struct("<32xI8xI8xQQ").unpack_from  # blob index, uncompressed size, uncompressed offset, file offset
 _INODE_SIZE = v5.INODE.size
@@ -267,11 +266,6 @@ class BootstrapV5(Bootstrap):
             found[name] = value
             at += 4 + pair
         return found
-
-    def bears_xattrs(self, most: int) -> bool:
-        if self._count > most:
-            return True
-        return any(_flags(self._map, self._at(index))[0] & v5.INODE_XATTR for index in range(1, self._count + 1))
 
     # ---- directories
 

@@ -41,7 +41,6 @@ _nid = Struct("<Q").unpack_from
 _name_offset = _icount = Struct("<H").unpack_from
 _name_span = Struct("<H10xH").unpack_from  # name offsets of a dirent and its successor, from offset 8 of the first
 _DIRENT_SIZE = v6.DIRENT.size
-_DIRECTORY = v6.DT_TO_FILE_TYPE[4]
 _FORMAT_WRONG = ~v6.FORMAT_MASK | 2
 # Directories of one block whose place is kept: programs look up many names in one, and to find it took a third of that.
 MAX_ONLY_BLOCKS = 256
@@ -209,33 +208,6 @@ class BootstrapV6(Bootstrap):
         if ino <= 0 or at + 32 > self.size:
             raise FormatError("inode", at, f"number {ino} lies outside the file")
         return not _icount(self._map, at + 2)[0]
-
-    def bears_xattrs(self, most: int) -> bool:
-        data, meta, limit = self._map, self._meta, self.size - 32
-        if not self.lacks_xattrs(self.root):
-            return True
-        seen = {self.root}
-        pending = [self.root]
-        while pending:
-            ino = pending.pop()
-            directory = self._directory(ino)
-            if directory is None:
-                raise FormatError("inode", self.inode_offset(ino), "is not a directory")
-            for number in range(directory.blocks):
-                at, _, count = self._block(directory, number)
-                most -= count
-                if most < 0:
-                    return True
-                for nid, _, kind, _ in v6.DIRENT.iter_unpack(data[at : at + count * _DIRENT_SIZE]):
-                    where = meta + v6.NID_UNIT * nid
-                    if where > limit:
-                        raise FormatError("dirent", at, f"inode {nid} lies outside the file")
-                    if _icount(data, where + 2)[0]:
-                        return True
-                    if kind == _DIRECTORY and nid not in seen:
-                        seen.add(nid)
-                        pending.append(nid)
-        return False
 
     def _xattr(self, at: int, end: int) -> tuple[bytes, bytes, int]:
         """Name and value of the entry at an offset, and where the next one is."""

@@ -4,28 +4,158 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
 
 import trio
 
 from bootstrap.errors import RafsError
+from bootstrap.layout.common import SuperFlags
+from nydusfs.config import Config, FsDriver, public_config
 from nydusfs.daemon.errors import ALREADY_EXISTS, DOES_NOT_EXIST, MountFailedError
 from nydusfs.daemon.handover import KeptMount
-from nydusfs.daemon.mounted import KernelMounts, MountedImage, MountRequest, Opener, OpenImage
 from nydusfs.daemon.process import give_back_memory
-from nydusfs.daemon.showing import Showing
 from nydusfs.drivers.fuse import FuseDriver
+from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.stats import FsStats
-from nydusfs.drivers.volume import MountExistsError, MountMissingError, split_mountpoint
+from nydusfs.drivers.volume import (
+    ImageData,
+    ImageVolume,
+    Metadata,
+    MountExistsError,
+    MountMissingError,
+    split_mountpoint,
+)
 from nydusfs.errors import NydusError
 from nydusfs.profile import WINDOW as START_SECONDS
 
 log = logging.getLogger("nydusfs.daemon")
 
 TOGETHER = 8  # images that are opened at a time
+
+
+class ImageMetadata(Metadata, Protocol):
+    @property
+    def flags(self) -> SuperFlags: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def data(self) -> Any: ...
+
+
+class OpenImage(Protocol):
+    """An image that can be read: what an opener makes of a bootstrap and a configuration."""
+
+    @property
+    def metadata(self) -> ImageMetadata: ...
+    @property
+    def reader(self) -> ImageData: ...
+    def backend_metrics(self) -> dict[str, Any]: ...
+    def cache_metrics(self) -> dict[str, Any]: ...
+    async def paths(self, inodes: Collection[int]) -> dict[int, str]:
+        """Where these files are in the image."""
+
+    async def prefetch(self, *, starting: bool) -> None:
+        """Fetch ahead what the configuration asks for; cancelled at umount. `starting`: what is read now is what a
+        start of the image reads, to be foreseen and remembered."""
+
+    def blob_ids(self) -> set[str]: ...
+    async def profile(self) -> dict[str, Any]:
+        """Raises `NydusError` where none is kept."""
+
+    async def set_profile(self, value: bytes) -> None:
+        """Raises `NydusError`."""
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """`mountpoint`: path in the tree. `source`: bootstrap file. `prefetch_files`: absolute paths inside the image.
+    `config_text`: what `config` was parsed from."""
+
+    mountpoint: str
+    source: str
+    config: Config
+    prefetch_files: tuple[str, ...] = ()
+    config_text: str = ""
+
+    def at(self, mountpoint: str) -> MountRequest:
+        return replace(self, mountpoint=mountpoint)
+
+
+class KernelMounts(Protocol):
+    """Images as mounts that the kernel serves, above what FUSE shows (`drivers.erofs.driver`)."""
+
+    async def begin_image(self, bootstrap: str, store: Any, choice: FsDriver | None, *, enable_xattr: bool) -> Any: ...
+    async def prepare(self, reader: Any, choice: FsDriver | None, *, xattrs: bool, making: Any = None) -> None: ...
+    async def discard(self, reader: Any) -> None: ...
+    async def stand_by(self, choice: FsDriver | None) -> None: ...
+    async def attach(
+        self, where: str, volume: ImageVolume, reader: Any, choice: FsDriver | None, *, xattrs: bool
+    ) -> None: ...
+    async def detach(self, where: str) -> None: ...
+    async def restore(self, where: str, volume: ImageVolume, reader: Any) -> None: ...
+
+
+class Opener(Protocol):
+    async def __call__(self, request: MountRequest) -> OpenImage:
+        """Raises `NydusError`, `RafsError`, OSError."""
+
+    async def open_all(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
+        """What a call for each would have given or raised, in fewer visits to threads."""
+
+    def expect(self, request: MountRequest) -> None: ...
+    async def reopen(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]: ...
+
+
+class MountedImage:
+    volume: ImageVolume
+
+    def __init__(self, request: MountRequest, image: OpenImage, stats: FsStats) -> None:
+        self.request = request
+        self.image = image
+        self.stats = stats
+        self.idmap = IdMap.of(request.config.id_mapping)
+        self.mounted_ns = time.time_ns()
+        self.background = trio.CancelScope()
+        self.attaching: trio.Event | None = None  # of the kernel's mount, where nobody waited for it
+        self.refused = ""  # why it cannot be, though it must
+
+    async def settled(self) -> None:
+        """Until the kernel's mount is there, or it is known that there will be none."""
+        if self.attaching is not None:
+            await self.attaching.wait()
+
+    @cached_property
+    def kept(self) -> KeptMount:
+        """Once it is mounted."""
+        request = self.request
+        return KeptMount(
+            request.mountpoint,
+            request.source,
+            request.config_text,
+            request.prefetch_files,
+            self.volume.index,
+            self.volume.generation,
+            self.mounted_ns,
+        )
+
+    def public(self) -> dict[str, Any]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.mounted_ns // 10**9))
+        return {
+            "backend_type": "Rafs",
+            "mountpoint": self.request.mountpoint,
+            "mounted_time": f"{when}.{self.mounted_ns % 10**9:09d} +00:00:00",
+            "config": public_config(self.request.config),
+        }
+
+
+def serves_xattrs(config: Config, metadata: ImageMetadata) -> bool:
+    return config.enable_xattr or bool(metadata.flags & SuperFlags.HAS_XATTR)
 
 
 def canonical(mountpoint: str) -> str:
@@ -48,7 +178,8 @@ class MountTable:
         changed: Callable[[], None] = lambda: None,
         kernel_mounts: KernelMounts | None = None,
     ) -> None:
-        self._showing = Showing(driver, background, kernel_mounts)
+        self._kernel_mounts = kernel_mounts
+        self._serving = kernel_mounts is None
         self._driver = driver
         self._changed = changed
         self._opener = opener
@@ -106,18 +237,15 @@ class MountTable:
         limit = trio.CapacityLimiter(TOGETHER)
         ready: dict[int, OpenImage | Exception] = {}
 
-        many = len(requests) > 1
-
         async def one(number: int) -> None:
             async with limit:
                 try:
-                    opened = partial(ready.pop, number, None)
-                    found[number] = await self._mount(requests[number], claims, opened, later, many)
+                    found[number] = await self._mount(requests[number], claims, lambda: ready.pop(number, None), later)
                 except MountFailedError as error:
                     found[number] = error
 
         with ExitStack() as claims:
-            if not many:
+            if len(requests) == 1:
                 await one(0)  # no nursery, which wraps what it raises
             else:
                 ready.update(enumerate(await self._opener.open_all(requests)))
@@ -134,31 +262,25 @@ class MountTable:
                 self._changed()
             for each in mounted:
                 self._start(each)
-        self._showing.show_rest()
         give_back_memory()
         for each in mounted:
             log.info("Rafs filesystem mounted at %s", each.request.mountpoint)
         return found
 
     async def _mount(
-        self,
-        request: MountRequest,
-        claims: ExitStack,
-        ready: Callable[[], OpenImage | Exception | None],
-        later: bool,
-        many: bool,
+        self, request: MountRequest, claims: ExitStack, ready: Callable[[], OpenImage | Exception | None], later: bool
     ) -> MountedImage:
         """`claims` has the mountpoint from then on; nothing of a failure is left, its claim neither. `ready`: see
         `_open`."""
         where = canonical(request.mountpoint)
         with ExitStack() as claim:
             claim.enter_context(self._claim(where))
-            mounted = await self._show(request.at(where), ready, later, many)
+            mounted = await self._show(request.at(where), ready, later)
             claims.enter_context(claim.pop_all())
         return mounted
 
     async def _show(
-        self, request: MountRequest, ready: Callable[[], OpenImage | Exception | None], later: bool, many: bool
+        self, request: MountRequest, ready: Callable[[], OpenImage | Exception | None], later: bool
     ) -> MountedImage:
         where = request.mountpoint
         try:
@@ -174,7 +296,7 @@ class MountTable:
                 metadata,
                 mounted.image.reader,
                 mounted.stats,
-                serve_xattrs=mounted.serve_xattrs,
+                serve_xattrs=self._serve_xattrs(mounted),
                 idmap=mounted.idmap,
             )
         except NydusError as error:
@@ -183,10 +305,13 @@ class MountTable:
             raise MountFailedError(detail) from None
         self.images[where] = mounted
         if later:
-            await self._showing.show_later(mounted)
+            if self._kernel_mounts is not None:
+                await self._kernel_mounts.stand_by(request.config.fs_driver)
+            mounted.attaching = trio.Event()
+            self._background.start_soon(self._attach_later, mounted, mounted.attaching)
             return mounted
         try:
-            await self._showing.show(mounted, soon=many)
+            await self._attach(mounted)
         except NydusError as error:
             del self.images[where]
             await self._driver.umount(where)
@@ -204,19 +329,19 @@ class MountTable:
             if old is None:
                 raise MountFailedError(DOES_NOT_EXIST)
             fresh = await self._open(request)
-            await self._showing.settle(old)
-            await self._showing.hide(where)
+            await old.settled()
+            await self._detach(where)
             fresh.volume = await self._driver.replace(
                 where,
                 fresh.image.metadata,
                 fresh.image.reader,
                 fresh.stats,
-                serve_xattrs=fresh.serve_xattrs,
+                serve_xattrs=self._serve_xattrs(fresh),
                 idmap=fresh.idmap,
             )
             self.images[where] = fresh
             try:
-                await self._showing.show(fresh)
+                await self._attach(fresh)
             except NydusError as error:
                 log.error("%s: it is served by FUSE", error)
             self._changed()
@@ -230,8 +355,8 @@ class MountTable:
             mounted = self.images.get(where)
             if mounted is None:
                 raise MountFailedError(DOES_NOT_EXIST)
-            await self._showing.settle(mounted)
-            await self._showing.hide(where)
+            await mounted.settled()
+            await self._detach(where)
             try:
                 await self._driver.umount(where)
             except MountMissingError:
@@ -263,19 +388,48 @@ class MountTable:
             mounted.image.metadata,
             mounted.image.reader,
             mounted.stats,
-            serve_xattrs=mounted.serve_xattrs,
+            serve_xattrs=self._serve_xattrs(mounted),
             idmap=mounted.idmap,
         )
         self.images[request.mountpoint] = mounted
-        await self._showing.restore(mounted)
+        if self._kernel_mounts is not None and mounted.idmap is None:
+            await self._kernel_mounts.restore(request.mountpoint, mounted.volume, mounted.image.reader)
         self._restored.append(mounted)
 
     async def begin(self) -> None:
         """FUSE answers, so that kernel mounts can be made for images that are there already. Raises `NydusError`."""
-        restored, self._restored = self._restored, []
-        for mounted in restored:
+        self._serving = True
+        for mounted in self._restored:
             self._start(mounted)
-        await self._showing.begin(list(self.images.values()), restored)
+        self._restored.clear()
+        for mounted in list(self.images.values()):
+            await self._attach(mounted)
+
+    async def _attach(self, mounted: MountedImage) -> None:
+        if self._serving and self._kernel_mounts is not None:
+            if mounted.idmap is not None:
+                # the kernel shows the owners that the image has
+                if mounted.request.config.fs_driver == "erofs":
+                    raise NydusError("id_mapping cannot be had with fs_driver erofs: use auto or fuse")
+                log.info("%s is served by FUSE: it has an id_mapping", mounted.request.mountpoint)
+                return
+            xattrs = self._serve_xattrs(mounted)
+            driver = mounted.request.config.fs_driver
+            where, reader = mounted.request.mountpoint, mounted.image.reader
+            await self._kernel_mounts.attach(where, mounted.volume, reader, driver, xattrs=xattrs)
+
+    async def _attach_later(self, mounted: MountedImage, over: trio.Event) -> None:
+        try:
+            await self._attach(mounted)
+        except NydusError as error:
+            log.error("mount at %s: %s", mounted.request.mountpoint, error)
+            mounted.refused = str(error)
+        finally:
+            over.set()
+
+    async def _detach(self, where: str) -> None:
+        if self._kernel_mounts is not None:
+            await self._kernel_mounts.detach(where)
 
     def kept(self) -> list[KeptMount]:
         return [mounted.kept for mounted in self.images.values()]
@@ -319,6 +473,10 @@ class MountTable:
         log.info("%s features: %s", "RAFS v5 super block" if version == 5 else "RAFS", flags)
         log.info("RAFS filesystem imported")
         return MountedImage(request, image, stats)
+
+    @staticmethod
+    def _serve_xattrs(mounted: MountedImage) -> bool:
+        return serves_xattrs(mounted.request.config, mounted.image.metadata)
 
     def _start(self, mounted: MountedImage) -> None:
         # A worker that follows another one finds images that have been running for long.

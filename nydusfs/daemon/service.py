@@ -28,8 +28,7 @@ from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing, set_level
-from nydusfs.daemon.mounted import MountRequest
-from nydusfs.daemon.mounts import MountTable
+from nydusfs.daemon.mounts import MountRequest, MountTable
 from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
@@ -40,7 +39,7 @@ from nydusfs.errors import NydusError
 from nydusfs.keeper.haste import take_time
 from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.link import KeeperLink
-from nydusfs.keeper.protocol import API, FUSE, TWIN, TWIN_TREE, read_memory_file
+from nydusfs.keeper.protocol import API, FUSE, read_memory_file
 from nydusfs.services import Services, open_services
 
 log = logging.getLogger("nydusfs.daemon")
@@ -115,7 +114,7 @@ class Daemon:
         # Reads now in flight are answered before the caller is; those blocked for longer are the successor's, or end
         # with EIO at the stop.
         with trio.move_on_after(2):
-            await self._driver.wait_idle()
+            await self._driver.loop.wait_idle()
         return self._stopping.set
 
     async def send_fd(self) -> None:
@@ -124,8 +123,7 @@ class Daemon:
             raise UnsupportedError()
         if self._driver.connection.fd < 0:
             raise ApiError("DaemonAbnormal(NotReady)", 503)
-        driver = self._driver
-        fds = {FUSE: driver.connection.fd, **driver.twins(), **self._erofs.descriptors(), **self._claims()}
+        fds = {FUSE: self._driver.connection.fd, **self._erofs.descriptors(), **self._claims()}
         try:
             await trio.to_thread.run_sync(handover.send_to_supervisor, self.supervisor, self._state(), fds)
         except NydusError as error:
@@ -141,7 +139,7 @@ class Daemon:
             kept, fds = await trio.to_thread.run_sync(handover.receive_from_supervisor, self.supervisor)
             self._erofs.adopt(kept.mountpoint, fds)
             self._services.claims = _claims_of(fds)
-            await self._restore(kept, fds)
+            await self._restore(kept, fds[FUSE])
         except NydusError as error:
             log.error("takeover failed: %s", error)
             raise ApiError("DaemonAbnormal(RecvFd)") from None
@@ -223,11 +221,11 @@ class Daemon:
         if self._link is not None and FUSE in self._link.held:
             self._link.save(handover.encode(self._state()))
 
-    async def _restore(self, kept: KeptState, fds: Mapping[str, int], nursery: trio.Nursery | None = None) -> None:
+    async def _restore(self, kept: KeptState, fd: int, nursery: trio.Nursery | None = None) -> None:
         """`nursery`: in which EROFS reads may be served before all images are known."""
         driver = self._driver
         driver.mountpoint = kept.mountpoint
-        driver.adopt(fds[FUSE], fds.get(TWIN, -1), fds.get(TWIN_TREE, -1))
+        driver.adopt(fd)
         driver.numbering = kept.numbering
         driver.operations.tree.restore_numbers(kept.tree, kept.next_node)
         self._services.hub.extras.hurry(HURRIED, trio.current_time() + HURRIED_SECONDS)
@@ -269,13 +267,7 @@ class Daemon:
     def _hold(self) -> None:
         if self._link is not None:
             self._link.hold(FUSE, self._driver.connection.fd)
-            self._hold_twin()
             self._save()
-
-    def _hold_twin(self) -> None:
-        if self._link is not None:
-            for name, fd in self._driver.twins().items():
-                self._link.hold(name, fd)
 
     # -- life
 
@@ -317,7 +309,6 @@ class Daemon:
                     )
                     opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
                     self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
-                    self._driver.made_twin = self._hold_twin
                     nursery.start_soon(self._watch_signals, signals)
                     nursery.start_soon(self._end_haste)
                     nursery.start_soon(process.give_back_when_idle, services)
@@ -407,8 +398,7 @@ class Daemon:
         """To READY: a new mount, or the last worker's."""
         if self._kept is not None:
             assert self._link is not None
-            fds = {name: os.dup(fd) for name, fd in self._link.held.items() if name in (FUSE, TWIN, TWIN_TREE)}
-            await self._restore(self._kept, fds, nursery)
+            await self._restore(self._kept, os.dup(self._link.held[FUSE]), nursery)
             return
         self._driver.open()
         self._hold()

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from nydusfs.drivers import kernel, mountapi
+from nydusfs.drivers import kernel
 from nydusfs.drivers.fuse_abi import (
     BODY,
     IN_HEADER,
@@ -56,10 +56,6 @@ WANTED = (
 )
 
 
-_OPTIONS = {"rootmode": "40000", "user_id": "0", "group_id": "0"}
-_FLAGS = ("default_permissions", "allow_other")
-
-
 class DisconnectedError(Exception):
     """The file system was unmounted or the connection aborted: no request will come any more."""
 
@@ -74,7 +70,7 @@ def mount(mountpoint: str) -> int:
         fd = os.open(kernel.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise kernel.MountError(f"{kernel.DEV_FUSE} cannot be opened: {error.strerror}") from None
-    data = ",".join((f"fd={fd}", *(f"{key}={value}" for key, value in _OPTIONS.items()), *_FLAGS))
+    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
     libc = ctypes.CDLL(None, use_errno=True)
     flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOATIME
     if libc.mount(b"rafs", os.fsencode(mountpoint), b"fuse", ctypes.c_ulong(flags), data.encode()) != 0:
@@ -85,27 +81,6 @@ def mount(mountpoint: str) -> int:
             "are needed"
         )
     return fd
-
-
-def mount_nowhere() -> tuple[int, int]:
-    """A new connection and a descriptor of its mount, which is at no path: Linux 5.2. Raises OSError."""
-    fd = os.open(kernel.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
-    context = -1
-    try:
-        context = mountapi.fsopen("fuse")
-        mountapi.fsconfig(context, mountapi.FSCONFIG_SET_FLAG, "ro")
-        for key, value in (("source", "rafs"), ("fd", str(fd)), *_OPTIONS.items()):
-            mountapi.fsconfig(context, mountapi.FSCONFIG_SET_STRING, key, value)
-        for key in _FLAGS:
-            mountapi.fsconfig(context, mountapi.FSCONFIG_SET_FLAG, key)
-        mountapi.fsconfig(context, mountapi.FSCONFIG_CMD_CREATE)
-        return fd, mountapi.fsmount(context)
-    except BaseException:
-        os.close(fd)
-        raise
-    finally:
-        if context >= 0:
-            os.close(context)
 
 
 class Connection:

@@ -6,8 +6,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import trio
@@ -16,7 +15,6 @@ from nydusfs.drivers import connection, kernel
 from nydusfs.drivers.idmap import IdMap
 from nydusfs.drivers.operations import OPCODE_READ, ImageOperations, RequestLoop
 from nydusfs.drivers.stats import FsStats
-from nydusfs.drivers.twin import Twin
 from nydusfs.drivers.volume import (
     MAX_INDEX,
     ROOT_ID,
@@ -28,7 +26,6 @@ from nydusfs.drivers.volume import (
     split_mountpoint,
 )
 from nydusfs.errors import NydusError
-from nydusfs.keeper.protocol import TWIN, TWIN_TREE
 
 log = logging.getLogger("nydusfs.fuse")
 
@@ -38,7 +35,6 @@ log = logging.getLogger("nydusfs.fuse")
 READ_AHEAD_KIB = 512
 STOP_GRACE = 2.0  # seconds for blocked reads to be answered with EIO
 DEFAULT_THREADS = 4
-_GONE = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN)  # the kernel does not know it, or us, any more
 
 
 class TooManyImagesError(NydusError):
@@ -59,7 +55,6 @@ class FuseDriver:
         self.mountpoint = mountpoint
         self.operations = ImageOperations()
         self.connection = connection.Connection(-1)
-        self._threads = threads
         self.loop = RequestLoop(self.connection, self.operations, threads)
         self._next_index = 0
         self._generation = 0
@@ -67,16 +62,6 @@ class FuseDriver:
         self._adopted = False
         self._serving = False
         self._notifying = trio.Lock()
-        self.twin: Twin | None = None  # made for the first image that it can show
-        self.made_twin: Callable[[], None] = lambda: None  # before anything depends on it
-        self._twinning = trio.Lock()
-        self._no_twin = False
-        self._run: Callable[[RequestLoop], Awaitable[None]]
-        self._bound: set[str] = set()  # images that the twin shows, or may show
-
-    @property
-    def _loops(self) -> list[RequestLoop]:
-        return [self.loop] if self.twin is None else [self.loop, self.twin.loop]
 
     # -- the kernel mount
 
@@ -90,14 +75,10 @@ class FuseDriver:
         self._mounted = kernel.mount_at(self.mountpoint)
         self._tune()
 
-    def adopt(self, fd: int, twin: int = -1, tree: int = -1) -> None:
-        """Go on with the connection of an earlier process, and its `Twin`, if it had one. Its images are to be mounted
-        first (`restore`)."""
+    def adopt(self, fd: int) -> None:
+        """Go on with the connection of an earlier process, whose images are to be mounted first (`restore`)."""
         os.set_blocking(fd, True)
         self.connection.fd = fd
-        if twin >= 0:
-            self.twin = Twin(self.operations, self._threads)
-            self.twin.adopt(twin, tree)
         self._mounted = kernel.mount_at(self.mountpoint)
         self._adopted = True
 
@@ -105,53 +86,30 @@ class FuseDriver:
         """Answer requests until the file system is unmounted or `stop` was called."""
         if self._adopted:
             # Before the first answer: what the last process read and did not answer is ours now.
-            for loop in self._loops:
-                loop.connection.resend()
-        failures: list[OSError] = []
-
-        async def run(loop: RequestLoop, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            try:
-                await loop.run(task_status)
-            except OSError as error:
-                failures.append(error)
-            if loop is self.loop or failures:
-                for each in self._loops:
-                    each.finish()
-            elif self._serving and not loop.closing:
-                log.error("the FUSE connection of images without extended attributes was ended from outside: they fail")
-                self._no_twin = True
-
-        async with trio.open_nursery() as nursery:
-            self._run = partial(nursery.start, run)
-            if self.twin is not None:
-                await self._run(self.twin.loop)
-            self._serving = True
-            await run(self.loop, task_status)
-        if failures:
-            raise failures[0]
+            self.connection.resend()
+        self._serving = True
+        await self.loop.run(task_status)
 
     def _tune(self) -> None:
         if self._mounted is None:
             return
         # The kernel takes the smaller of INIT's answer and this setting, whose default is 128 KiB.
-        before = kernel.set_read_ahead(self._mounted.major, self._mounted.minor, READ_AHEAD_KIB)
+        before = kernel.set_read_ahead(self._mounted, READ_AHEAD_KIB)
         if before is None:
             log.warning("FUSE read-ahead refused by the kernel: reads work, slower")
         log.debug("FUSE mount %d:%d tuned", self._mounted.major, self._mounted.minor)
 
     async def stop(self, *, unmount: bool = True, successor: bool = False) -> None:
         """End the session. Waiting reads get EIO, unless there is a successor to answer them; `unmount` detaches."""
+        loop = self.loop
         if successor:
             self._serving = False
-            for loop in self._loops:
-                loop.hand_over()
+            loop.hand_over()
             return
-        cancelled = 0
-        for loop in self._loops:
-            loop.closing = True
-            cancelled += loop.cancel_reads()
+        loop.closing = True
+        cancelled = loop.cancel_reads()
         with trio.move_on_after(STOP_GRACE):
-            await self.wait_idle()
+            await loop.wait_idle()
             if cancelled:
                 # After a failed read-ahead the kernel asks once more for the page: that must be answered as well.
                 await trio.sleep(0.05)
@@ -160,13 +118,7 @@ class FuseDriver:
         if unmount:
             self.detach()
         self._serving = False
-        for loop in self._loops:
-            loop.finish()
-
-    async def wait_idle(self, image: ImageVolume | None = None) -> None:
-        """Return when no read of this image (or at all) is waiting any more."""
-        for loop in self._loops:
-            await loop.wait_idle(image)
+        loop.finish()
 
     def detach(self) -> None:
         """Lazy umount, if the mount is still ours; safe to call twice and from any thread."""
@@ -185,8 +137,6 @@ class FuseDriver:
         """Close /dev/fuse. Whoever still holds files of the mount gets ENOTCONN once this process ended, unless
         another one has the connection."""
         self.connection.close()
-        if self.twin is not None:
-            self.twin.close()
 
     # -- images
 
@@ -227,64 +177,7 @@ class FuseDriver:
         image = ImageVolume(index, generation, metadata, data, stats, serve_xattrs, idmap)
         self.operations.tree.attach(split_mountpoint(mountpoint), image)
         self.operations.images[index] = image
-        if self.twin is not None:
-            self._bound.add(mountpoint)
         return image
-
-    async def bind(self, mountpoint: str) -> None:
-        """Show an image that has no extended attributes by the twin, if there can be one."""
-        if not split_mountpoint(mountpoint) or not self._serving:
-            return  # the root of the tree is where programs look whether we live
-        async with self._twinning:
-            twin = self.twin or await self._make_twin()
-            if twin is None or self._no_twin:
-                return
-            self._bound.add(mountpoint)
-            try:
-                await trio.to_thread.run_sync(twin.bind, mountpoint, self._target(mountpoint))
-            except OSError as error:
-                log.info("%s is shown by the first FUSE connection: %s", mountpoint, error)
-                self._no_twin = error.errno in (errno.EINVAL, errno.ENOSYS, errno.EBADF)
-
-    async def need_twin(self) -> None:
-        """`twins` has what images that are bound later hang on."""
-        if self._serving:
-            async with self._twinning:
-                if self.twin is None:
-                    await self._make_twin()
-
-    async def _make_twin(self) -> Twin | None:
-        if self._no_twin:
-            return None
-        twin = Twin(self.operations, self._threads)
-        try:
-            await trio.to_thread.run_sync(twin.open)
-        except (OSError, kernel.MountError, connection.DisconnectedError) as error:
-            log.info("no second FUSE connection, for images without extended attributes: %s", error)
-            self._no_twin = True
-            twin.close()
-            return None
-        self.twin = twin
-        self.made_twin()
-        await self._run(twin.loop)
-        return twin
-
-    def twins(self) -> dict[str, int]:
-        """What another process needs to go on with the twin, by name; empty without one."""
-        twin = self.twin
-        return {} if twin is None or twin.tree < 0 else {TWIN: twin.connection.fd, TWIN_TREE: twin.tree}
-
-    async def _unbind(self, mountpoint: str) -> None:
-        if mountpoint in self._bound:
-            self._bound.discard(mountpoint)
-            target = self._target(mountpoint)
-            try:
-                await trio.to_thread.run_sync(Twin.unbind, target)
-            except OSError as error:
-                log.warning("umount of %s failed: %s", target, error.strerror)
-
-    def _target(self, mountpoint: str) -> str:
-        return self.mountpoint.rstrip("/") + mountpoint
 
     @property
     def numbering(self) -> tuple[int, int]:
@@ -300,7 +193,6 @@ class FuseDriver:
         *, serve_xattrs: bool, idmap: IdMap | None = None,
     ) -> ImageVolume:  # fmt: skip
         """Put another image (or the same with other settings) in the place of a mounted one, without a gap."""
-        await self._unbind(mountpoint)
         parts = split_mountpoint(mountpoint)
         names_before = self._root_names() if not parts else []
         image = ImageVolume(self._take_index(), self._generation, metadata, data, stats, serve_xattrs, idmap)
@@ -312,7 +204,6 @@ class FuseDriver:
 
     async def umount(self, mountpoint: str) -> None:
         """Remove an image. Its waiting reads end with EIO, open files get ESTALE. Raises `MountMissingError`."""
-        await self._unbind(mountpoint)
         parts = split_mountpoint(mountpoint)
         names_before = self._root_names() if not parts else []
         old, change = self.operations.tree.detach(parts)
@@ -322,10 +213,9 @@ class FuseDriver:
         operations = self.operations
         with trio.CancelScope(shield=True):
             operations.images.pop(image.index, None)
-            for loop in self._loops:
-                loop.cancel_reads(image)
+            self.loop.cancel_reads(image)
             await self._forget(change, names)
-            await self.wait_idle(image)
+            await self.loop.wait_idle(image)
 
     def _root_names(self) -> list[bytes]:
         volume, ino = self.operations.route(ROOT_ID)
@@ -344,51 +234,47 @@ class FuseDriver:
         else:
             entries = [(ROOT_ID, name) for name in {*names_before, *self._root_names()}]
 
-        def tell(told: connection.Connection) -> None:
+        def tell() -> None:
             for parent, name in entries:
                 try:
-                    told.forget_entry(parent, name)
+                    self.connection.forget_entry(parent, name)
                 except OSError as error:
-                    if error.errno not in _GONE:
+                    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                         log.warning("the kernel kept %s cached: %s", os.fsdecode(name), error)
             try:
                 # its listing too, which the kernel keeps when it was read: it would never show what was mounted since
-                told.forget_pages(change.parent or ROOT_ID)
+                self.connection.forget_pages(change.parent or ROOT_ID)
             except OSError:
                 pass  # not known to the kernel
 
         # The call waits for a lookup in the same directory to be answered, so it must not run in this thread.
         with trio.CancelScope(shield=True):
             async with self._notifying:
-                for loop in self._loops:
-                    if self._serving and not loop.closing:
-                        await trio.to_thread.run_sync(tell, loop.connection)
+                if self._serving and not self.loop.closing:
+                    await trio.to_thread.run_sync(tell)
 
     async def forget_pages(self, image: ImageVolume, inodes: Iterable[int]) -> None:
         """Make the kernel drop what it has of these files' content: the next read asks again."""
-        wanted = list(inodes)
 
-        def tell(told: connection.Connection) -> None:
-            for ino in wanted:
+        def tell() -> None:
+            for ino in inodes:
                 try:
-                    told.forget_pages(image.base | ino)
+                    self.connection.forget_pages(image.base | ino)
                 except OSError as error:
-                    if error.errno not in _GONE:
+                    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                         log.warning("the kernel kept pages of inode %d cached: %s", ino, error)
 
         # The call waits for reads of the file that are under way: not in this thread.
         with trio.CancelScope(shield=True):
             async with self._notifying:
-                for loop in self._loops:
-                    if self._serving and not loop.closing:
-                        await trio.to_thread.run_sync(tell, loop.connection)
+                if self._serving and not self.loop.closing:
+                    await trio.to_thread.run_sync(tell)
 
     def inflight(self) -> list[InFlightInfo]:
         now, ticks = time.time(), time.perf_counter_ns()
         return [
             InFlightInfo(node, OPCODE_READ, unique, now - (ticks - began) / 1e9)
-            for loop in self._loops
-            for unique, (node, began) in loop.waiting().items()
+            for unique, (node, began) in self.loop.waiting().items()
         ]
 
 

@@ -166,13 +166,13 @@ def check_fuse_device(path: str = DEV_FUSE) -> None:
         ) from None
 
 
-def set_read_ahead(major: int, minor: int, kib: int) -> int | None:
-    """Raise the read-ahead of a mount's device; the old value in KiB, None when the kernel does not let us.
+def set_read_ahead(entry: MountEntry, kib: int) -> int | None:
+    """Raise the read-ahead of a mount; the old value in KiB, None when the kernel does not let us.
 
     With 1024 instead of the default 128 the kernel asks for whole chunks of 1 MiB at once (sequential cold reads were
     2 to 3 times faster). Holds only when made after INIT was answered.
     """
-    path = Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb")
+    path = Path(f"/sys/class/bdi/{entry.major}:{entry.minor}/read_ahead_kb")
     try:
         before = int(path.read_text())
         if before < kib:

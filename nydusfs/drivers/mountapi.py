@@ -11,17 +11,10 @@ import struct
 
 SYS_open_tree = 428
 SYS_move_mount = 429
-SYS_fsopen = 430
-SYS_fsconfig = 431
-SYS_fsmount = 432
 SYS_mount_setattr = 442
 
-FSOPEN_CLOEXEC = 1
-FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
-FSMOUNT_CLOEXEC = 1
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
-AT_STATX_DONT_SYNC = 0x4000
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOATIME = 0x1, 0x2, 0x4, 0x10
@@ -32,8 +25,7 @@ CLONE_NEWUSER = 0x10000000
 
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 
 
@@ -46,10 +38,10 @@ def call(name: str, number: int, *arguments: object) -> int:
     return found
 
 
-def clone_tree(path: str | os.PathLike[str], folder: int = AT_FDCWD) -> int:
+def clone_tree(path: str | os.PathLike[str]) -> int:
     """A descriptor of a private bind mount of a directory that is attached nowhere. Raises OSError."""
     flags = ctypes.c_uint(OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
-    return call("open_tree", SYS_open_tree, ctypes.c_int(folder), os.fsencode(path), flags)
+    return call("open_tree", SYS_open_tree, ctypes.c_int(AT_FDCWD), os.fsencode(path), flags)
 
 
 def tree_path(tree: int) -> str:
@@ -70,45 +62,3 @@ def attach(mounted: int, target: str) -> None:
     """Put a mount at a path. Raises OSError."""
     cwd, flags = ctypes.c_int(AT_FDCWD), ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH)
     call("move_mount", SYS_move_mount, ctypes.c_int(mounted), b"", cwd, os.fsencode(target), flags)
-
-
-def fsopen(fs_type: str) -> int:
-    """A descriptor of a file system in the making. Raises OSError."""
-    return call("fsopen", SYS_fsopen, fs_type.encode(), ctypes.c_uint(FSOPEN_CLOEXEC))
-
-
-def fsconfig(context: int, command: int, key: str = "", value: str | None = None) -> None:
-    """Raises OSError; what the kernel has to say about it is `said`."""
-    name, text = os.fsencode(key) if key else None, None if value is None else os.fsencode(value)
-    call("fsconfig", SYS_fsconfig, ctypes.c_int(context), ctypes.c_uint(command), name, text, ctypes.c_int(0))
-
-
-def fsmount(context: int) -> int:
-    """A mount of it that is attached nowhere, read-only, without device files and set-id programs; the descriptor.
-    Raises OSError."""
-    flags = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOATIME
-    return call("fsmount", SYS_fsmount, ctypes.c_int(context), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(flags))
-
-
-_STATX = struct.Struct("=136xII112x")  # struct statx: stx_dev_major, stx_dev_minor
-
-
-def device_number(mounted: int) -> tuple[int, int]:
-    """Major and minor of a mount's file system, which is not asked. Raises OSError."""
-    found = ctypes.create_string_buffer(_STATX.size)
-    if _libc.statx(mounted, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, found) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"statx: {os.strerror(code)}")
-    major, minor = _STATX.unpack(found)
-    return major, minor
-
-
-def said(context: int) -> str:
-    """What the kernel has to say about the last failure, one message per read."""
-    lines = []
-    try:
-        while line := os.read(context, 1024):
-            lines.append(line[2:].decode("utf-8", "replace").strip())
-    except OSError:
-        pass
-    return f" ({'; '.join(lines)})" if lines else ""

@@ -108,12 +108,11 @@ def pack_attr(node: int, attr: AttrLike) -> tuple[int, ...]:
 
 
 class ImageOperations:
-    """The pseudo tree and the images in it, by index; what each request answers. `twin_of`: the same tree and images,
-    without extended attributes: see `drivers.twin`."""
+    """The pseudo tree and the images in it, by index; what each request answers."""
 
-    def __init__(self, twin_of: ImageOperations | None = None) -> None:
-        self.tree: PseudoTree = PseudoTree() if twin_of is None else twin_of.tree
-        self.images: dict[int, ImageVolume] = {} if twin_of is None else twin_of.images
+    def __init__(self) -> None:
+        self.tree = PseudoTree()
+        self.images: dict[int, ImageVolume] = {}
         handlers: dict[Opcode, tuple[Fop, Callable[[Volume, int, int, bytes], Answer]]] = {
             Opcode.LOOKUP: (Fop.LOOKUP, self._lookup),
             Opcode.GETATTR: (Fop.GETATTR, self._getattr),
@@ -123,8 +122,6 @@ class ImageOperations:
             Opcode.GETXATTR: (Fop.GETXATTR, self._getxattr),
             Opcode.LISTXATTR: (Fop.LISTXATTR, self._listxattr),
         }
-        if twin_of is not None:
-            del handlers[Opcode.GETXATTR]  # ENOSYS, once for ever
         # Plain numbers: an enumeration's member as a key or an index takes five times as long.
         self._handlers = {int(opcode): (int(fop), handler) for opcode, (fop, handler) in handlers.items()}
 

@@ -23,8 +23,7 @@ from typing import Any
 VERSION = 1
 MAX_MESSAGE = 64 << 10
 MAX_FDS = 64
-# names of held descriptors: connections to the kernel, the mount of the second, the API's socket
-FUSE, TWIN, TWIN_TREE, API = "fuse", "fuse-twin", "fuse-twin-tree", "api"
+FUSE, API = "fuse", "api"  # names of held descriptors
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

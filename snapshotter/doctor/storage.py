@@ -126,9 +126,8 @@ def mounts(node: Node) -> Iterator[Finding]:
                 silent.append(path)
                 continue
         number = os.path.basename(path) if path.startswith(f"{root}mnt/") else os.path.basename(os.path.dirname(path))
-        image = number.isdecimal() and int(number) in instances
-        if (entry.fstype.startswith("fuse") and path not in daemons and not image) or (
-            entry.fstype == "erofs" and number.isdecimal() and not image
+        if (entry.fstype.startswith("fuse") and path not in daemons) or (
+            entry.fstype == "erofs" and number.isdecimal() and int(number) not in instances
         ):
             unknown.append(path)
         elif path.startswith(f"{root}{FOLDER}/") and instance_of(os.path.basename(path)) not in needed:

@@ -90,9 +90,6 @@ class TinyImage:
     def lacks_xattrs(self, ino: int) -> bool:
         return ino == 9
 
-    def bears_xattrs(self, most: int) -> bool:
-        return True
-
     async def read_parts(self, ino: int, offset: int, size: int) -> list[bytes]:
         if self.letter == b"!":
             await trio.sleep_forever()

@@ -15,7 +15,7 @@ from nydusfs.config import ConnectionConfig, load_config
 from nydusfs.daemon import handover
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.logs import ErrorRing
-from nydusfs.daemon.mounted import MountRequest
+from nydusfs.daemon.mounts import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
 from nydusfs.drivers.erofs.answers import Answers
@@ -65,7 +65,7 @@ def test_settings_of_the_last_worker_are_taken_over_with_its_mounts() -> None:
 
     async def take_over() -> None:
         with pytest.raises(RuntimeError, match="killed"):
-            await daemon._restore(kept, {"fuse": 9})
+            await daemon._restore(kept, 9)
 
     trio.run(take_over)
     assert saved == []

@@ -196,25 +196,23 @@ class ErofsDriver:
 
     async def attach(
         self, where: str, volume: ImageVolume, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool
-    ) -> bool:
-        """Mount an image at a path of the tree, over the volume that FUSE shows there; False if it may be FUSE and has
-        to be. Raises `NydusError` if it must be EROFS and cannot be."""
+    ) -> None:
+        """Mount an image at a path of the tree, over the volume that FUSE shows there. Raises `NydusError` if it must
+        be EROFS and cannot be."""
         choice = choice or self._choice
-        if choice == "fuse":
-            return False
+        if choice == "fuse" or where in self._images:
+            return
         async with self._lock:
             if where in self._images:
-                return True
+                return
             try:
                 await self._attach(where, volume, reader, xattrs)
                 log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
-                return True
             except (NydusError, RafsError, OSError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
                 if choice == "erofs":
                     raise NydusError(f"fs_driver erofs is not possible for {where}: {reason}") from None
                 log.info("image %s: fs_driver fuse, as erofs is not possible: %s", where, reason)
-                return False
 
     async def detach(self, where: str) -> None:
         """Umount; waiting reads get EIO. No device, mark or mount stays, unless somebody still uses the mount."""
