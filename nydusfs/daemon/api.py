@@ -24,7 +24,8 @@ from nydusfs.daemon.errors import (
 )
 from nydusfs.daemon.http import Request, Response
 from nydusfs.daemon.logs import LEVELS, ErrorRing
-from nydusfs.daemon.mounts import MountedImage, MountRequest, MountTable, sole
+from nydusfs.daemon.mounted import MountedImage, MountRequest
+from nydusfs.daemon.mounts import MountTable, sole
 from nydusfs.daemon.state import State
 from nydusfs.daemon.superblock import superblock_info
 from nydusfs.daemon.version import build_info

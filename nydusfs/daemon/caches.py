@@ -14,7 +14,8 @@ import trio
 from bootstrap.base import HOLE
 from bootstrap.errors import RafsError
 from nydusfs.cache import CacheStore, outside
-from nydusfs.daemon.mounts import MountedImage, MountTable
+from nydusfs.daemon.mounted import MountedImage
+from nydusfs.daemon.mounts import MountTable
 from nydusfs.drivers.fuse import FuseDriver
 from nydusfs.errors import CacheError
 from nydusfs.image_reader import ImageReader

@@ -13,7 +13,7 @@ import trio
 from bootstrap.base import Bootstrap
 from bootstrap.errors import RafsError
 from nydusfs.config import LocalDiskBackend, LocalFsBackend
-from nydusfs.daemon.mounts import KernelMounts, MountRequest, OpenImage, serves_xattrs
+from nydusfs.daemon.mounted import KernelMounts, MountRequest, OpenImage, serves_xattrs
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
 from nydusfs.profile import decode, export, identity

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nydusfs.config import Config, FsDriver, RegistryBackend, bad_auth, load_config
-from nydusfs.daemon.mounts import MountRequest
+from nydusfs.daemon.mounted import MountRequest
 from nydusfs.errors import ConfigError, NydusError
 
 log = logging.getLogger("nydusfs.daemon")

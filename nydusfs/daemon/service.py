@@ -28,7 +28,8 @@ from nydusfs.daemon.errors import ApiError, MountFailedError, UnsupportedError
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing, set_level
-from nydusfs.daemon.mounts import MountRequest, MountTable
+from nydusfs.daemon.mounted import MountRequest
+from nydusfs.daemon.mounts import MountTable
 from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line

@@ -13,7 +13,7 @@ from nydusfs.daemon.api import Api
 from nydusfs.daemon.errors import MountFailedError, UnexpectedEventError, UnsupportedError
 from nydusfs.daemon.http import Request, Response
 from nydusfs.daemon.logs import ErrorRing, set_level
-from nydusfs.daemon.mounts import MountedImage, MountRequest
+from nydusfs.daemon.mounted import MountedImage, MountRequest
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.drivers.fuse import InFlightInfo
 from nydusfs.errors import CacheError

@@ -15,7 +15,7 @@ from nydusfs.config import ConnectionConfig, load_config
 from nydusfs.daemon import handover
 from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.logs import ErrorRing
-from nydusfs.daemon.mounts import MountRequest
+from nydusfs.daemon.mounted import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
 from nydusfs.drivers.erofs.answers import Answers
