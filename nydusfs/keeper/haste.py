@@ -3,16 +3,13 @@
 On a node whose cores are busy, with programs that read from the dead worker's mounts above all, each of the some 60 ms
 of work until the first answer takes four to five times as long otherwise, and the kernel's fair shares among sessions
 and control groups make a nice value worth nothing. Keeper and zygote have it all the time: they do nothing but that. A
-worker gives it back when those who waited are answered, or after a second; a job, for which a container's start waits,
-after half a second of its own. Where it cannot be had (CAP_SYS_NICE, a
+worker gives it back when those who waited are answered, or after a second. Where it cannot be had (CAP_SYS_NICE, a
 group of cgroup v1 without real-time budget) everything goes on as ever.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-import signal
 
 PRIORITY = 1  # the least: before all that is ordinary, behind all else of the kind
 
@@ -25,13 +22,6 @@ def hurry(*, children: bool) -> None:
         os.sched_setscheduler(0, policy, os.sched_param(PRIORITY))
     except OSError:
         pass
-
-
-def hurry_for(seconds: float) -> None:
-    """A process that has the class from its parent gives it back after so much processor time."""
-    signal.signal(signal.SIGXCPU, lambda *_: take_time())
-    _, hard = resource.getrlimit(resource.RLIMIT_RTTIME)
-    resource.setrlimit(resource.RLIMIT_RTTIME, (int(seconds * 1e6), hard))
 
 
 def take_time() -> None:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nydusfs.keeper.haste import hurry, hurry_for, take_time
+from nydusfs.keeper.haste import hurry, take_time
 from nydusfs.keeper.jobs import Jobs
 from nydusfs.keeper.protocol import pair, receive, send
 
@@ -27,7 +27,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LATER_SECONDS = 5.0  # until then somebody may be waiting for the first container
 EROFS = "nydusfs.drivers.erofs.making"  # with numpy, 0.1 s: the first image of a node waits for what it does
 EROFS_SECONDS = 0.2
-JOB_SECONDS = 0.5  # a metadata image of 30,000 files takes 0.2; of a million, others are to have the processor too
 
 
 def load() -> tuple[str, Callable[..., int]]:
@@ -171,7 +170,7 @@ class _Zygote:
             from nydusfs.daemon.process import like_any_other
 
             like_any_other()
-            hurry_for(JOB_SECONDS)
+            take_time()
             self._leave()
             _end_with(sock)
             importlib.import_module(message["module"]).job(message["request"], sock)

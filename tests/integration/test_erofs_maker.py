@@ -6,8 +6,6 @@ import os
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -97,8 +95,6 @@ def test_a_maker_that_is_killed_costs_nothing_but_time(daemon: Nydusd, tmp_path:
     over, killed, hidden = threading.Event(), set[int](), dict[int, str]()
 
     def kill() -> None:
-        with suppress(OSError):  # ahead of the maker, which has the real-time class as well
-            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
         while not over.wait(0.001):
             for pid in set(map(int, children.read_text().split())) - {worker}:
                 if pid not in hidden:  # a moment later, when it is what it will be
@@ -252,16 +248,3 @@ def test_no_process_stays(tmp_path: Path) -> None:
         assert not folder.exists() or all(
             path.name.startswith(PARTIAL) or len(path.name) == 64 for path in folder.iterdir()
         )
-
-
-def test_a_job_is_first_in_line_for_a_while() -> None:
-    code = (
-        "import os, time; from nydusfs.keeper.haste import hurry, hurry_for; hurry(children=True); hurry_for(0.1)\n"
-        "began = os.sched_getscheduler(0); until = time.process_time() + 2\n"
-        "while os.sched_getscheduler(0) == os.SCHED_RR and time.process_time() < until: sum(range(10_000))\n"
-        "print(began == os.SCHED_RR, os.sched_getscheduler(0) == os.SCHED_OTHER, time.process_time() < 1.9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    if done.stdout.startswith("False"):
-        pytest.skip("the real-time class cannot be had here")
-    assert done.stdout.split() == ["True"] * 3
