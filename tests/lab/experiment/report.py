@@ -23,13 +23,19 @@ BARS: dict[Bar, str] = {
     ("ours", "cache"): "Nydus cache",
     ("ours", "learned"): "Nydus, cold, seen before",
     ("oci", "overlayfs"): "OCI image, pulled before",
-    ("erofs", "cold"): "Nydus with EROFS, cold",
-    ("erofs", "dragonfly"): "Nydus with EROFS and Dragonfly, cold",
-    ("erofs", "remote"): "Nydus with EROFS, remote peer",
-    ("erofs", "local"): "Nydus with EROFS, local peer",
-    ("erofs", "local-image"): "Nydus with EROFS, local peer, image here",
-    ("erofs", "cache"): "Nydus with EROFS, cache",
-    ("erofs", "learned"): "Nydus with EROFS, cold, seen before",
+    **{
+        (side, scenario): f"Nydus with {name}, {title}"
+        for side, name in (("fuse", "FUSE"), ("erofs", "EROFS"), ("auto", "either"))
+        for scenario, title in (
+            ("cold", "cold"),
+            ("dragonfly", "Dragonfly, cold"),
+            ("remote", "remote peer"),
+            ("local", "local peer"),
+            ("local-image", "local peer, image here"),
+            ("cache", "cache"),
+            ("learned", "cold, seen before"),
+        )
+    },
     ("upstream", "cold"): "upstream, cold",
     ("upstream", "dragonfly"): "upstream and Dragonfly, cold",
     ("upstream", "remote"): "upstream, remote peer",
