@@ -91,6 +91,12 @@ class Courtesy:
             return True
         return time.monotonic() < self._aside() + BREATH
 
+    def rested(self) -> float:
+        """Seconds since a reader last waited for data."""
+        if self._readers > 0:
+            return 0.0
+        return max(0.0, min(trio.current_time() - self._free_at + BREATH, time.monotonic() - self._aside()))
+
     def arrived(self, size: int) -> None:
         """Of a replay, which has as much under way as it may: what comes is what the link carries, once it was as much
         as its windows hold a few times."""

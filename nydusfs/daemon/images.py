@@ -13,6 +13,7 @@ import trio
 from bootstrap.base import Bootstrap
 from bootstrap.errors import RafsError
 from nydusfs.config import LocalDiskBackend, LocalFsBackend
+from nydusfs.courtesy import Courtesy
 from nydusfs.daemon.mounted import KernelMounts, MountRequest, OpenImage, serves_xattrs
 from nydusfs.errors import NydusError
 from nydusfs.image_reader import ImageReader
@@ -23,15 +24,23 @@ log = logging.getLogger("nydusfs.images")
 
 EXPECTED = 30.0  # seconds that an image is kept open which was said to be mounted soon
 MAX_EXPECTED = 8
+# Without a reader who waits, on the node: a start is over, or goes on from the cache. And how long that is waited for:
+# who reads all the time from afar leaves the processors alone.
+REST, NO_REST = 1.0, 60.0
 
 
 class ReaderImage:
     """`OpenImage` over an `ImageReader`. Source, cache and scheduler belong to all images and stay."""
 
     def __init__(
-        self, reader: ImageReader, prefetch_files: tuple[str, ...], kernel_mounts: KernelMounts | None = None
+        self,
+        reader: ImageReader,
+        prefetch_files: tuple[str, ...],
+        courtesy: Courtesy,
+        kernel_mounts: KernelMounts | None = None,
     ) -> None:
         self.reader = reader
+        self._courtesy = courtesy
         self._kernel_mounts = kernel_mounts
         self._prefetch_files = [os.fsencode(path) for path in prefetch_files]
         self._learning: trio.CancelScope | None = None
@@ -54,6 +63,12 @@ class ReaderImage:
         if self._kernel_mounts is not None and not config.id_mapping:
             xattrs = serves_xattrs(config, self.metadata)
             await self._kernel_mounts.prepare(self.reader, config.fs_driver, xattrs=xattrs, making=making)
+
+    async def rest(self) -> None:
+        with trio.move_on_after(NO_REST):
+            await trio.sleep(REST)
+            while (rested := self._courtesy.rested()) < REST:  # noqa: ASYNC110 - threads read too
+                await trio.sleep(REST - rested)
 
     @property
     def metadata(self) -> Bootstrap:
@@ -183,7 +198,7 @@ class ImageOpener:
         # In a thread: a path that leads into this daemon's own mount is answered by the loop.
         await trio.to_thread.run_sync(self._refuse_own_files, request)
         reader = await self._services.open_image(request.source, request.config, name=request.mountpoint)
-        return ReaderImage(reader, request.prefetch_files, self._kernel_mounts)
+        return self._image(reader, request)
 
     async def open_all(self, requests: Sequence[MountRequest]) -> list[OpenImage | Exception]:
         def refuse() -> list[Exception | None]:
@@ -202,9 +217,12 @@ class ImageOpener:
         """Images that a daemon served until now, all at once: their readers wait."""
         wanted = [Wanted(request.source, request.config, request.mountpoint) for request in requests]
         return [
-            found if isinstance(found, Exception) else ReaderImage(found, request.prefetch_files, self._kernel_mounts)
+            found if isinstance(found, Exception) else self._image(found, request)
             for request, found in zip(requests, await self._services.open_images(wanted), strict=True)
         ]
+
+    def _image(self, reader: ImageReader, request: MountRequest) -> ReaderImage:
+        return ReaderImage(reader, request.prefetch_files, self._services.scheduler.courtesy, self._kernel_mounts)
 
     def _refuse_own_files(self, request: MountRequest) -> None:
         """A cache, bootstrap or blob below the own mountpoint would have the daemon wait for itself for ever: page

@@ -39,6 +39,9 @@ class OpenImage(Protocol):
     async def paths(self, inodes: Collection[int]) -> dict[int, str]:
         """Where these files are in the image."""
 
+    async def rest(self) -> None:
+        """Until nobody waits for data."""
+
     async def prefetch(self, *, starting: bool) -> None:
         """Fetch ahead what the configuration asks for; cancelled at umount. `starting`: what is read now is what a
         start of the image reads, to be foreseen and remembered."""
@@ -74,6 +77,8 @@ class KernelMounts(Protocol):
     async def begin_image(self, bootstrap: str, store: Any, choice: FsDriver | None, *, enable_xattr: bool) -> Any: ...
     async def prepare(self, reader: Any, choice: FsDriver | None, *, xattrs: bool, making: Any = None) -> None: ...
     async def discard(self, reader: Any) -> None: ...
+    async def at_hand(self, where: str, reader: Any, choice: FsDriver | None, *, xattrs: bool) -> bool: ...
+    async def make(self, reader: Any, *, xattrs: bool) -> None: ...
     async def stand_by(self, choice: FsDriver | None) -> None: ...
     async def attach(
         self, where: str, volume: ImageVolume, reader: Any, choice: FsDriver | None, *, xattrs: bool
@@ -104,10 +109,13 @@ class MountedImage:
         self.mounted_ns = time.time_ns()
         self.background = trio.CancelScope()
         self.attaching: trio.Event | None = None  # of the kernel's mount, where nobody waited for it
+        self.patience: trio.CancelScope | None = None  # of the same, where nobody is to wait either
         self.refused = ""  # why it cannot be, though it must
 
     async def settled(self) -> None:
-        """Until the kernel's mount is there, or it is known that there will be none."""
+        """Until the kernel's mount is there, or will not be."""
+        if self.patience is not None:
+            self.patience.cancel()
         if self.attaching is not None:
             await self.attaching.wait()
 

@@ -81,7 +81,7 @@ class MountTable:
 
     async def mount(self, request: MountRequest, *, later: bool = False) -> MountedImage:
         """Raises `MountFailedError`; then nothing of the attempt is left. `later`: FUSE is enough for now, `attached`
-        tells when the kernel's mount is there."""
+        tells when the kernel's mount is there. It always is for one that nobody is to wait for: `_patiently`."""
         (found,) = await self.mount_all([request], later=later)
         if isinstance(found, MountFailedError):
             raise found
@@ -93,7 +93,8 @@ class MountTable:
         mounted = self.get(mountpoint)
         if mounted is None:
             raise MountFailedError(DOES_NOT_EXIST)
-        await mounted.settled()
+        if mounted.attaching is not None and mounted.patience is None:
+            await mounted.attaching.wait()
         if mounted.refused:
             raise MountFailedError(mounted.refused)
 
@@ -172,14 +173,14 @@ class MountTable:
             detail = ALREADY_EXISTS if isinstance(error, MountExistsError) else str(error)
             raise MountFailedError(detail) from None
         self.images[where] = mounted
-        if later:
-            if self._kernel_mounts is not None:
-                await self._kernel_mounts.stand_by(request.config.fs_driver)
-            mounted.attaching = trio.Event()
-            self._background.start_soon(self._attach_later, mounted, mounted.attaching)
-            return mounted
         try:
-            await self._attach(mounted)
+            if not later:
+                await self._attach(mounted)
+            elif not await self._patiently(mounted):
+                if self._kernel_mounts is not None:
+                    await self._kernel_mounts.stand_by(request.config.fs_driver)
+                mounted.attaching = trio.Event()
+                self._background.start_soon(self._attach_later, mounted, mounted.attaching)
         except NydusError as error:
             del self.images[where]
             await self._driver.umount(where)
@@ -274,6 +275,37 @@ class MountTable:
             await self._attach(mounted)
 
     async def _attach(self, mounted: MountedImage) -> None:
+        if not await self._patiently(mounted):
+            await self._attach_now(mounted)
+
+    async def _patiently(self, mounted: MountedImage) -> bool:
+        """Whether FUSE shows the image until nobody waits for data: what the kernel's mount takes is not at hand, and
+        may be had later."""
+        kernel_mounts, driver = self._kernel_mounts, mounted.request.config.fs_driver
+        where, reader = mounted.request.mountpoint, mounted.image.reader
+        if not self._serving or kernel_mounts is None or mounted.idmap is not None:
+            return False
+        if await kernel_mounts.at_hand(where, reader, driver, xattrs=mounted.serve_xattrs):
+            return False
+        await kernel_mounts.stand_by(driver)
+        mounted.attaching, mounted.patience = trio.Event(), trio.CancelScope()
+        self._background.start_soon(self._attach_at_rest, mounted, mounted.attaching, mounted.patience)
+        return True
+
+    async def _attach_at_rest(self, mounted: MountedImage, over: trio.Event, patience: trio.CancelScope) -> None:
+        kernel_mounts = self._kernel_mounts
+        assert kernel_mounts is not None
+        try:
+            with patience:
+                await mounted.image.rest()
+                await kernel_mounts.make(mounted.image.reader, xattrs=mounted.serve_xattrs)
+                await self._attach_now(mounted)
+        except NydusError as error:
+            log.error("mount at %s: %s", mounted.request.mountpoint, error)
+        finally:
+            over.set()
+
+    async def _attach_now(self, mounted: MountedImage) -> None:
         if self._serving and self._kernel_mounts is not None:
             if mounted.idmap is not None:
                 # the kernel shows the owners that the image has
@@ -288,7 +320,7 @@ class MountTable:
 
     async def _attach_later(self, mounted: MountedImage, over: trio.Event) -> None:
         try:
-            await self._attach(mounted)
+            await self._attach_now(mounted)
         except NydusError as error:
             log.error("mount at %s: %s", mounted.request.mountpoint, error)
             mounted.refused = str(error)

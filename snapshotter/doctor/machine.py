@@ -78,7 +78,8 @@ def driver(node: Node) -> Iterator[Finding]:
         )
         yield ok("machine.driver", f"{told} ({able})")
     elif possible == "erofs":
-        yield ok("machine.driver", f"{told}; EROFS, as {reason}")
+        first = "; FUSE shows a new image until its first start is over" if chosen == "auto" else ""
+        yield ok("machine.driver", f"{told}; EROFS, as {reason}{first}")
     elif chosen == "auto":
         yield note("machine.driver", f"{told}; by FUSE, as EROFS is not possible here: {reason}")
     else:

@@ -46,6 +46,7 @@ def test_containers_live_on_when_every_nydusd_was_killed(stack: Stack) -> None:
     ref, ctr = f"{stack.host}/lab/small:nydus", stack.containerd.ctr
     stack.rpull(ref)
     stack.ctr_run(ref, "sh", "-c", "sleep 0; sha256sum < /marker; cat /marker")
+    wait_until(lambda: len(erofs_mounts(stack)) == 1, 30, "the kernel's mount, which the first start does not wait for")
     ctr("run", "-d", "--net-host", "--snapshotter", "nydus", ref, "lives", "sleep", "600")
     try:
         before = stack.snapshotter.daemons()

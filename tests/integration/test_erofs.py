@@ -35,7 +35,7 @@ ON = ("--fs-driver", "erofs")
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Nydusd]:
-    with Nydusd("--fs-driver", "auto") as running:
+    with Nydusd(*ON) as running:
         yield running
 
 

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from nydusfs.drivers import kernel
+from tests.integration.test_erofs import bound
+from tests.integration.test_fuse_lifecycle import silent_config, silent_registry, start_reader
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import Nydusd, localfs_config, wait_until
 from tests.lab.erofs import cannot_mount_erofs, is_erofs, marked_devices
 from tests.lab.mounted import check_mount
+from tests.lab.process import run
 from tests.lab.served import CASE, IMAGE, snapshotter
 from tests.lab.snapshots import Client, mounted, option, pull
 
@@ -99,9 +103,84 @@ def test_a_worker_that_dies_before_leaves_it_to_the_next(tmp_path: Path) -> None
         assert check_mount(case, daemon.mnt / "1") == []
 
 
+def test_auto_has_fuse_show_it_until_nobody_waits(tmp_path: Path) -> None:
+    """Who reads by FUSE when the kernel's mount is put over it goes on; who comes then, or mounts the image again,
+    has the kernel's."""
+    case = image_case("v6-zstd-blake3-1m")
+    with Nydusd("--fs-driver", "auto") as daemon:
+        config = localfs_config(case, work_dir=tmp_path / "cache")
+        assert daemon.call("POST", "mount?mountpoint=/1&attach=later", body(case, config)).status == 204
+        assert daemon.call("POST", "mount/attached?mountpoint=/1").status == 204
+        assert not is_erofs(daemon.mnt / "1")
+        with bound(daemon.mnt / "1", tmp_path / "held") as held:
+            assert check_mount(case, held) == []
+            wait_until(lambda: is_erofs(daemon.mnt / "1"), 20, "the kernel's mount")
+            run(["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"])
+            assert not is_erofs(held)
+            for where in (held, daemon.mnt / "1"):
+                assert check_mount(case, where) == []
+        assert daemon.mount("/2", case / "image.boot", config).status == 204
+        assert is_erofs(daemon.mnt / "2")
+        for where in ("/1", "/2"):
+            assert daemon.umount(where).status == 204
+        assert daemon.mount("/1", case / "image.boot", config).status == 204
+        assert is_erofs(daemon.mnt / "1")
+        assert daemon.umount("/1").status == 204
+        assert marked_devices(tmp_path / "cache") == []
+
+
+def test_auto_is_patient_with_readers_and_umounts(tmp_path: Path) -> None:
+    """No kernel's mount while somebody waits for data; one that is on its way when the image is umounted, or mounted
+    anew, is given up, whatever it had come to."""
+    case = image_case("v6-zstd-blake3-1m")
+    with Nydusd("--fs-driver", "auto") as daemon:
+        with silent_registry() as port:
+            assert daemon.mount("/s", case / "image.boot", silent_config(port, tmp_path / "s")).status == 204
+            assert daemon.mount("/1", case / "image.boot", localfs_config(case, work_dir=tmp_path / "1")).status == 204
+            files = [path for path in (daemon.mnt / "s").rglob("*") if path.is_file() and path.stat().st_size]
+            asked = start_reader(files[0])
+            wait_until(lambda: daemon.get("metrics/inflight").body, 20, "the reader")
+            time.sleep(2.5)
+            assert not is_erofs(daemon.mnt / "1")
+            assert asked.poll() is None
+            assert daemon.umount("/s").status == 204
+            assert asked.communicate(timeout=10)[0].strip() != "0"
+        wait_until(lambda: is_erofs(daemon.mnt / "1"), 20, "the kernel's mount")
+        assert daemon.umount("/1").status == 204
+        rng = random.Random(8)
+        for number in range(8):
+            config = localfs_config(case, work_dir=tmp_path / f"u{number}")
+            assert daemon.mount("/1", case / "image.boot", config).status == 204
+            time.sleep(rng.uniform(0.95, 1.3))
+            if number % 2:
+                assert daemon.remount("/1", case / "image.boot", config).status == 204
+                assert check_mount(case, daemon.mnt / "1") == []
+            assert daemon.umount("/1").status == 204
+            assert not (daemon.mnt / "1").exists()
+            assert marked_devices(tmp_path / f"u{number}") == []
+        assert [one.mountpoint for one in kernel.mounts() if one.mountpoint.startswith(f"{daemon.mnt}/")] == []
+
+
+def test_auto_outlives_the_worker_that_was_patient(tmp_path: Path) -> None:
+    case = image_case("v6-zstd-blake3-1m")
+    with Nydusd("--fs-driver", "auto") as daemon:
+        config = localfs_config(case, work_dir=tmp_path)
+        for number in range(4):
+            assert daemon.mount(f"/{number}", case / "image.boot", config).status == 204
+            assert is_erofs(daemon.mnt / str(number)) == (number > 1)
+            old = daemon.worker_pid
+            os.kill(old, signal.SIGKILL)
+            wait_until(lambda: daemon.running() and daemon.worker_pid != old, 20, "the next worker")  # noqa: B023
+            assert check_mount(case, daemon.mnt / str(number)) == []
+            if number:
+                wait_until(lambda: is_erofs(daemon.mnt / "0"), 20, "the kernel's mount")
+            assert is_erofs(daemon.mnt / "0") == (number > 0)
+
+
 @pytest.mark.parametrize("driver", ["erofs", "auto"])
 def test_a_containers_mounts_are_the_kernels(driver: str) -> None:
-    """Prepare and View answer when FUSE shows the image, Mounts when the kernel does."""
+    """Prepare and View answer when FUSE shows the image, Mounts when the kernel does; with auto the first one has
+    FUSE's, while the kernel's is made for those to come."""
     with snapshotter("--daemon-mode", "shared", fs_driver=driver) as running, Client(running.socket) as client:
         for tag in ("a", "b"):
             meta = pull(client, image_case(CASE), running.work, IMAGE, tag=tag)
@@ -109,6 +188,10 @@ def test_a_containers_mounts_are_the_kernels(driver: str) -> None:
             lower = Path(option(client.prepare(f"c{tag}", meta)[0], "lowerdir"))
             began = time.monotonic()
             found = client.mounts(f"c{tag}")
+            if (driver, tag) == ("auto", "a"):
+                with mounted(found, running.work / "rootfs") as rootfs:
+                    wait_until(lambda: is_erofs(lower), 20, "the kernel's mount")  # noqa: B023
+                    assert rootfs.is_dir()
             assert is_erofs(lower), f"after {time.monotonic() - began:.3f} s"
             with mounted(found, running.work / "rootfs") as rootfs:
                 assert check_mount(image_case(CASE), lower) == []

@@ -223,7 +223,7 @@ def soak(seconds: float, every: float, out: Path | None, seed: int = 1) -> dict[
         with ExitStack() as stack:
             registry = stack.enter_context(faulty_server(blobs, auth="bearer", token_life=40))
             mirror = stack.enter_context(faulty_server(blobs, choose=choose))
-            kinds = {"steady": (), "killed": (), "erofs": ("--fs-driver", "auto")}
+            kinds = {"steady": (), "killed": (), "erofs": ("--fs-driver", "erofs")}
             subjects = [set_up(stack, base, name, args, (registry, mirror), images) for name, args in kinds.items()]
             killed = next(subject for subject in subjects if subject.name == "killed")
             began = time.monotonic()

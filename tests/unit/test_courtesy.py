@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import pytest
 import trio
 import trio.testing
@@ -41,6 +44,21 @@ async def test_a_share_of_the_link_is_taken_beside_readers_in_small_records_too(
     courtesy.reader_comes()  # and stays
     came = await receive(courtesy, 3.0, record, 5e6)
     assert 0.9 * SHARE < came / 3.0 / 5e6 < 1.1 * SHARE
+
+
+@pytest.mark.trio
+async def test_rest_begins_when_the_last_reader_has_its_data(autojump_clock: trio.testing.MockClock) -> None:
+    aside = -math.inf
+    courtesy = Courtesy(lambda: aside)
+    assert courtesy.rested() == math.inf
+    courtesy.reader_comes()
+    await trio.sleep(5)
+    assert courtesy.rested() == 0
+    courtesy.reader_goes()
+    await trio.sleep(0.5)
+    assert courtesy.rested() == pytest.approx(0.5)
+    aside = time.monotonic() - 0.2  # a thread that fetched by itself
+    assert courtesy.rested() == pytest.approx(0.2, abs=0.15)
 
 
 RATE, TRIP, PIECE = 5e6, 0.02, 16 << 10  # 40 Mbit/s, 20 ms

@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,16 +27,10 @@ from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.drivers.erofs.disks import Disks
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
-from nydusfs.drivers.erofs.image import (
-    PARTIAL,
-    DeviceFile,
-    UnsuitableError,
-    fingerprint,
-    open_image,
-    write_and_open,
-)
+from nydusfs.drivers.erofs.image import DeviceFile
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.maker import Making
+from nydusfs.drivers.erofs.metadata import MetadataImage, check_suitable
 from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.erofs.settling import Settling
 from nydusfs.drivers.fuse import InFlightInfo
@@ -51,12 +44,6 @@ from nydusfs.keeper.link import KeeperLink
 log = logging.getLogger("nydusfs.erofs")
 
 GROUP, JOURNAL = "fanotify", "journal"  # names of held descriptors
-TABLES_SECONDS = 10.0  # for the blobs' own tables, which FUSE can wait for later
-MAX_IMAGES = 256  # metadata images kept per cache
-ABANDONED = 600.0  # seconds without a change to an image in the making
-MAX_METADATA = 1 << 30
-"""Bytes of a bootstrap, all of which are read at the mount: an image of a million files has some 300 MB, a sparse file
-may have a TB."""
 LOOK = 0.003  # seconds between looks at who waits, after a worker's death
 _T = TypeVar("_T")
 
@@ -82,6 +69,7 @@ class ErofsDriver:
         self._trees: dict[CacheStore, int] = {}
         self._lock = trio.Lock()
         self._grouping = trio.Lock()
+        self._making = trio.Lock()  # not a process for each of a hundred images
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
         self._settling = Settling(self._images, self._users, self._target)
         self._answers = Answers(self._users, self._settling)
@@ -194,6 +182,35 @@ class ErofsDriver:
 
     # -- images
 
+    async def at_hand(self, where: str, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool) -> bool:
+        """Whether the mount is worth to be waited for: it must be EROFS, or an earlier mount has left what takes long
+        to make. The first start of an image would wait up to 0.3 s for that."""
+        store = reader.store
+        if (choice or self._choice) != "auto" or where in self._images or reader in self._prepared or store is None:
+            return True
+        try:
+            devices = await _in_thread(lambda: self._open_devices(store))
+            metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
+            return await _in_thread(metadata.path.exists)
+        except OSError:
+            return True  # `attach` tells
+
+    async def make(self, reader: ImageReader, *, xattrs: bool) -> None:
+        """Have it `at_hand`, while nobody waits, one image after the other. What fails is left to `attach` to tell."""
+        store = reader.store
+        if store is None or not self._answers.knows_all:
+            return
+        try:
+            check_suitable(reader)
+            trial = self._disks.trial(store, self._nursery)
+            await trial.passed()
+            devices = await _in_thread(lambda: self._open_devices(store))
+            metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
+            async with self._making:
+                await metadata.made_apart(self._jobs, _no_hurry, patient=True)
+        except (NydusError, RafsError, OSError) as error:
+            log.debug("image %s is not made ready for erofs: %s", reader.name, error)
+
     async def attach(
         self, where: str, volume: ImageVolume, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool
     ) -> None:
@@ -235,8 +252,8 @@ class ErofsDriver:
         self, bootstrap: str, store: CacheStore, choice: FsDriver | None, *, enable_xattr: bool
     ) -> Making | None:
         """Before the image is opened, for `prepare`: the longest of what that waits for. To be closed."""
-        if (choice or self._choice) == "fuse" or not self._answers.knows_all:
-            return None
+        if (choice or self._choice) != "erofs" or not self._answers.knows_all:
+            return None  # FUSE shows it until nobody waits
 
         def begin() -> Making | None:
             try:
@@ -250,8 +267,11 @@ class ErofsDriver:
     async def prepare(
         self, reader: ImageReader, choice: FsDriver | None, *, xattrs: bool, making: Making | None = None
     ) -> None:
-        """Do now what `attach` would; `discard` if that does not follow. What fails is left to `attach` to tell."""
+        """Do now what `attach` would, if it is `at_hand`; `discard` if that does not follow. What fails is left to
+        `attach` to tell."""
         if (choice or self._choice) == "fuse" or not self._answers.knows_all:
+            return
+        if not await self.at_hand("", reader, choice, xattrs=xattrs):
             return
         self._ahead.add(reader)
         async with self._lock:
@@ -296,19 +316,23 @@ class ErofsDriver:
             raise
 
     async def _prepare(self, reader: ImageReader, xattrs: bool, making: Making | None = None) -> None:
+        check_suitable(reader)
         store = reader.store
-        if store is None:
-            raise UnsuitableError("it has no cache directory (device.cache)")
-        if reader.config.cache.validate:
-            raise UnsuitableError("cached data is to be hashed at every read (cache validate), which EROFS cannot do")
-        if len(reader.bootstrap.data) > MAX_METADATA:
-            raise UnsuitableError(f"its metadata of {len(reader.bootstrap.data) >> 20} MiB is more than 1024")
-        mark = await _in_thread(lambda: fingerprint(reader.bootstrap, xattrs))
+        assert store is not None
         began = time.monotonic()
         devices = await _in_thread(lambda: self._open_devices(store))
-        prepared = self._prepared[reader] = PreparedMount(reader, devices, devices.images / mark.hex(), mark)
+        metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
+        prepared = self._prepared[reader] = PreparedMount(reader, devices, metadata.path, metadata.mark)
         try:
-            files = await self._devices_of(prepared, store, xattrs, making)
+            trial = self._disks.trial(store, self._nursery)
+
+            async def listed(found: list[DeviceFile]) -> None:
+                await trial.passed()
+                await self._open_all(prepared, store, found)
+
+            files = await metadata.made_apart(self._jobs, listed, making)
+            await trial.passed()
+            files = files if files is not None else await metadata.made_here()
             written = time.monotonic() - began
             await self._open_all(prepared, store, files)
             await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
@@ -321,37 +345,6 @@ class ErofsDriver:
             with trio.CancelScope(shield=True):
                 await _in_thread(lambda: self._clean(prepared))
             raise
-
-    async def _devices_of(
-        self, prepared: PreparedMount, store: CacheStore, xattrs: bool, making: Making | None
-    ) -> list[DeviceFile]:
-        """Of its metadata image, which is made if it is not there."""
-        reader, mark = prepared.reader, prepared.mark
-        path = prepared.devices.images / mark.hex()
-        trial = self._disks.trial(store, self._nursery)
-        files = await _in_thread(lambda: open_image(path, mark))
-        if files is None:
-
-            async def listed(found: list[DeviceFile]) -> None:
-                await trial.passed()
-                await self._open_all(prepared, store, found)
-
-            folder, enable = path.parent, reader.config.enable_xattr
-            making = making or await _in_thread(
-                lambda: Making.begin(self._jobs, reader.bootstrap.path, folder, enable_xattr=enable)
-            )
-            if making is not None:
-                with closing(making):
-                    files = await making.finish(path, mark, listed)
-            await _in_thread(lambda: _prune(prepared.devices.images))
-        await trial.passed()
-        if files is None:
-            with trio.move_on_after(TABLES_SECONDS):
-                await reader.load_tables()
-            if any(reader.chunks.lacks_meta(blob.index) for blob in reader.bootstrap.blobs):
-                raise UnsuitableError("the tables of its blobs cannot be had now")
-            files = await _in_thread(lambda: write_and_open(reader, path, mark, xattrs))
-        return files
 
     async def _open_all(self, prepared: PreparedMount, store: CacheStore, files: list[DeviceFile]) -> None:
         await self._need_group()
@@ -483,13 +476,8 @@ def _umount(where: str) -> None:
     apart(lambda: kernel.umount_detach(where), keep=-1)
 
 
-def _prune(folder: Path) -> None:
-    """Images used longest ago make room; a mount keeps its own open. Also what an image was to become when its writer
-    was killed."""
-    images = sorted((path.stat().st_mtime, path) for path in folder.iterdir())
-    for at, (when, path) in enumerate(images):
-        if at < len(images) - MAX_IMAGES or (path.name.startswith(PARTIAL) and when < time.time() - ABANDONED):
-            path.unlink(missing_ok=True)
+async def _no_hurry(found: list[DeviceFile]) -> None:
+    """Of an image in the making."""
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

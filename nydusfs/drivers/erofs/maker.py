@@ -35,6 +35,8 @@ from nydusfs.keeper.protocol import receive, send
 from nydusfs.pieces import Pieces
 from nydusfs.segments import Segment
 
+PATIENT = 10  # niceness: a tenth of what a program that somebody waits for has
+
 
 class Making:
     """An image in the making: `begin`, then `close`; `finish` between."""
@@ -43,12 +45,14 @@ class Making:
         self._sock = sock
 
     @staticmethod
-    def begin(jobs: Jobs, bootstrap: str, folder: Path, *, enable_xattr: bool) -> Making | None:
-        """It will be in `folder`, named by its fingerprint. `enable_xattr`: as configured. None: the worker has to."""
+    def begin(
+        jobs: Jobs, bootstrap: str, folder: Path, *, enable_xattr: bool, patient: bool = False
+    ) -> Making | None:
+        """It will be in `folder`, named by its fingerprint. `enable_xattr`: as configured. `patient`: nobody waits for
+        it. None: the worker has to."""
         # a zygote of a later keeper is in another directory
-        sock = jobs.begin(
-            __name__, bootstrap=os.path.abspath(bootstrap), folder=str(folder), enable_xattr=enable_xattr
-        )
+        path, into = os.path.abspath(bootstrap), str(folder)
+        sock = jobs.begin(__name__, bootstrap=path, folder=into, enable_xattr=enable_xattr, patient=patient)
         return None if sock is None else Making(sock)
 
     async def finish(
@@ -91,6 +95,8 @@ class _Parts(NamedTuple):
 
 def job(request: dict[str, Any], sock: socket.socket) -> None:
     """In the other process. What goes wrong ends it."""
+    if request["patient"]:
+        os.nice(PATIENT)
     bootstrap = open_bootstrap(request["bootstrap"])
     if any(needs_meta(blob) for blob in bootstrap.blobs):
         return  # the worker gets their own tables
