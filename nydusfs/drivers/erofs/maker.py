@@ -95,7 +95,7 @@ class _Parts(NamedTuple):
 
 def job(request: dict[str, Any], sock: socket.socket) -> None:
     """In the other process. What goes wrong ends it."""
-    if request["patient"]:
+    if request.get("patient"):
         os.nice(PATIENT)
     bootstrap = open_bootstrap(request["bootstrap"])
     if any(needs_meta(blob) for blob in bootstrap.blobs):
