@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import stat
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from nydusfs.cache.leaving import Leaving
 from nydusfs.cache.quota import Limit
 from nydusfs.config import load_config
 from nydusfs.drivers.erofs import selftest
+from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.erofs.filemap import FileMap
 from nydusfs.drivers.erofs.image import (
     DeviceFile,
@@ -44,6 +47,7 @@ from nydusfs.drivers.erofs.image import (
 )
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
 from nydusfs.image_reader import ImageReader
+from nydusfs.keeper.jobs import Jobs
 from nydusfs.services import open_services
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import localfs_config
@@ -100,6 +104,44 @@ def test_images_are_what_the_kernels_tools_accept(name: str, tmp_path: Path) -> 
             assert open_image(path, fingerprint_of(case)) is None
         path.write_bytes(data[:-1])
         assert open_image(path, fingerprint_of(case)) is None
+
+
+def test_a_cache_whose_images_come_together_has_one_set_of_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = image_case("v6-zstd-blake3-1m")
+    config = load_config(localfs_config(case, work_dir=tmp_path / "cache"), "test")
+    made: list[DeviceFiles] = []
+
+    class Slow(DeviceFiles):
+        def __init__(self, *args: Any) -> None:
+            time.sleep(0.05)
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("nydusfs.drivers.erofs.driver.DeviceFiles", Slow)
+    found: list[bool] = []
+
+    async def come() -> None:
+        driver = ErofsDriver(str(tmp_path / "mnt"), None, "auto", Jobs())
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+
+            async def one() -> None:
+                found.append(await driver.at_hand("/1", reader, None, xattrs=True))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(one)
+            await reader.load_tables()
+            mark = fingerprint(reader.bootstrap, True)
+            write_and_open(reader, made[0].images / mark.hex(), mark, True)
+            await one()
+            reader.close()
+
+    trio.run(come)
+    assert len(made) == 1
+    assert found == [False] * 8 + [True]
 
 
 def most_in_small_files(image: Bootstrap) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.drivers.erofs.disks import Disks
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
-from nydusfs.drivers.erofs.image import DeviceFile
+from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.maker import Making
 from nydusfs.drivers.erofs.metadata import MetadataImage, check_suitable
@@ -66,6 +67,7 @@ class ErofsDriver:
         self._ahead: set[ImageReader] = set()  # those that `prepare` was called for
         self._blobs: dict[str, list[ErofsImage]] = {}
         self._devices: dict[CacheStore, DeviceFiles] = {}
+        self._opening = threading.Lock()
         self._trees: dict[CacheStore, int] = {}
         self._lock = trio.Lock()
         self._grouping = trio.Lock()
@@ -189,10 +191,11 @@ class ErofsDriver:
         if (choice or self._choice) != "auto" or where in self._images or reader in self._prepared or store is None:
             return True
         try:
+            check_suitable(reader)
             devices = await _in_thread(lambda: self._open_devices(store))
             metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
             return await _in_thread(metadata.path.exists)
-        except OSError:
+        except (UnsuitableError, OSError):
             return True  # `attach` tells
 
     async def make(self, reader: ImageReader, *, xattrs: bool) -> None:
@@ -354,11 +357,13 @@ class ErofsDriver:
         )
 
     def _open_devices(self, store: CacheStore) -> DeviceFiles:
-        devices = self._devices.get(store)
-        if devices is None:
-            devices = self._devices[store] = DeviceFiles(store.path, store.boot, self)
-            store.devices = devices
-        return devices
+        """From any thread. Raises OSError."""
+        with self._opening:
+            devices = self._devices.get(store)
+            if devices is None:
+                devices = self._devices[store] = DeviceFiles(store.path, store.boot, self)
+                store.devices = devices
+            return devices
 
     def _tree(self, store: CacheStore, devices: DeviceFiles) -> int:
         if store not in self._trees:
