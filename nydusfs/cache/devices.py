@@ -2,6 +2,8 @@
 
     <work_dir>/.erofs/images/<fingerprint>                  metadata images
     <work_dir>/.erofs/files.<boot id>/<key>/<blob id>/<segment>   devices that were not complete at some mount
+    <work_dir>/.erofs/files.<boot id>/.opened/<blob id>     a bit for each segment that a mount has by its plain path
+    <work_dir>/.erofs/reserve                               see `reserve`
 
 The key is the cache's own: the kernel tells a device by the end of its path.
 
@@ -11,8 +13,8 @@ is a beginning of the right bytes, and the kernel reads EIO behind the end of a 
 cut, so the folder has the boot's id: devices of another boot are deleted, the cache's own files are durable.
 
 Where a cache has no limit, mounts have complete segments by their plain path, and nobody is ever asked about those.
-Where it has one they are devices like all others, so that they can be emptied (`leaving`). `<folder>/.plain` tells that
-a mount of this boot did the former: then nothing is emptied any more, since that mount could not ask for it.
+Where it has one they are devices like all others, so that they can be emptied (`leaving`). What a mount of this boot
+opened by its plain path is never emptied: that mount could not ask for it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -28,10 +31,13 @@ from typing import Protocol
 
 from nydusfs.cache.leaving import Leaving
 from nydusfs.cache.names import unlink
+from nydusfs.cache.reserve import Reserve
 from nydusfs.cache.spread import make_folder, spread
 from nydusfs.segments import Plain, Segment
 
-PLAIN = ".plain"
+OPENED = ".opened"
+MOST_PLAIN = 1 << 24  # numbers of segments that can be noted as opened so: of 4 TiB
+ANY = ".plain"  # of versions that noted only that a mount had some segment so
 
 
 class Driver(Protocol):
@@ -73,6 +79,9 @@ class DeviceFiles:
         for folder in (self.images.parent, self.images, self.root, self.files):
             if not folder.is_dir():
                 folder.mkdir(mode=0o700, exist_ok=True)
+        self.reserve = Reserve(store_path)
+        self.naming = threading.Lock()  # over what is noted as plain, and over the deletion of what is not
+        self._any_plain = (self.root / ANY).exists()
         spread(self.files)
         for name in os.listdir(store_path / ".erofs"):
             if name.startswith("files.") and name != self.root.name:
@@ -92,9 +101,37 @@ class DeviceFiles:
             return False
         return True
 
-    def note_plain(self) -> None:
-        """A mount is about to open a segment by its plain path. Raises OSError."""
-        (self.root / PLAIN).touch(mode=0o600)
+    def note_plain(self, blob_id: str, numbers: Iterable[int]) -> None:
+        """A mount is about to open these segments by their plain paths, if they are still there. Raises OSError."""
+        with self.naming:
+            path = self.root / OPENED / blob_id
+            try:
+                noted = bytearray(path.read_bytes())
+            except FileNotFoundError:
+                noted = bytearray()
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+            for number in numbers:
+                noted.extend(bytes(max(0, (number >> 3) + 1 - len(noted))))
+                noted[number >> 3] |= 1 << (number & 7)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:  # over the old one, which it contains: whoever dies in between has noted no less
+                os.pwrite(fd, noted, 0)
+            finally:
+                os.close(fd)
+
+    def is_plain(self, blob_id: str, name: str) -> bool:
+        """Whether a mount may have a segment by its plain path. Raises OSError."""
+        if self._any_plain:
+            return True
+        try:
+            fd = os.open(self.root / OPENED / blob_id, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        number = int(name.partition("-")[0])
+        try:
+            return bool(int.from_bytes(os.pread(fd, 1, number >> 3), "big") >> (number & 7) & 1)
+        finally:
+            os.close(fd)
 
     def mounted(self, blob_id: str) -> bool:
         """Whether a mount has devices of this blob."""
@@ -102,7 +139,10 @@ class DeviceFiles:
 
     def can_leave(self, blob_id: str, name: str) -> bool:
         """Whether a segment is a device whose data can go while mounts have it."""
-        return os.path.exists(self.files / blob_id / name) and not os.path.exists(self.root / PLAIN)
+        try:
+            return os.path.exists(self.files / blob_id / name) and not self.is_plain(blob_id, name)
+        except OSError:
+            return False
 
     def writing(self, blob_id: str, name: str) -> AbstractContextManager[None]:
         """See `Leaving`."""
@@ -115,6 +155,10 @@ class DeviceFiles:
     def take(self, blob_id: str, name: str) -> bool:
         """See `Leaving`."""
         return self.leaving.take(self.device(blob_id, name))
+
+    def spare(self, blob_id: str, name: str) -> None:
+        """See `Leaving`."""
+        self.leaving.spare(self.device(blob_id, name))
 
     def empty(self, blob_id: str, name: str, fd: int) -> None:
         """See `Leaving`. Raises OSError."""

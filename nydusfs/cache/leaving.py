@@ -84,12 +84,16 @@ class Leaving:
                 self._writing.add(device)
             return not wanted
 
+    def spare(self, device: str) -> None:
+        """What was taken stays after all."""
+        with self._lock:
+            self._writing.discard(device)
+            self._lock.notify_all()
+
     def empty(self, device: str, fd: int) -> None:
         """The last: what was taken loses its data. Raises OSError."""
         try:
             # Without the lock: this is announced as well, and who answers takes it.
             os.ftruncate(fd, 0)
         finally:
-            with self._lock:
-                self._writing.discard(device)
-                self._lock.notify_all()
+            self.spare(device)

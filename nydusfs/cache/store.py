@@ -38,6 +38,7 @@ from nydusfs.cache.maps import map_path
 from nydusfs.cache.names import NAME, SEGMENTS_SUFFIX, unlink
 from nydusfs.cache.openfiles import OpenFile, OpenFiles
 from nydusfs.cache.quota import Limit, Quota, Slot
+from nydusfs.cache.reserve import RESERVE, has_room
 from nydusfs.cache.spread import spread
 from nydusfs.errors import CacheError
 from nydusfs.hands import Hands
@@ -93,6 +94,8 @@ class CacheStore:
             self.quota = self._counted(limit, lambda slot, _: self.files.in_use(slot))
         self.count_beside()
         if self.quota is not None:
+            if limit.size and self.devices is not None:
+                self.devices.reserve.let_go()  # all that mounts have can go from now on
             self.quota.trim()
 
     def _counted(self, limit: Limit, held: Callable[[Slot, str], bool]) -> Quota:
@@ -124,19 +127,20 @@ class CacheStore:
 
     def make_room(self, size: int) -> bool:
         """The disk is full and so many bytes must be written: what was used longest ago goes, also where the cache has
-        no limit. False when nothing can go. For a worker thread."""
+        no limit, or else something of the reserve. False when nothing can go. For a worker thread."""
         with self._making_room:
             try:
-                info = os.statvfs(self.path)
-                if info.f_bfree * info.f_frsize >= size + LEAST_ROOM // 4:
+                if has_room(self.path, size + LEAST_ROOM // 4):
                     return True  # somebody made it meanwhile
                 # All files are looked at, so that is not done for a single segment.
                 freed = (self.quota or self._counted(Limit(), self._stays)).free(max(size, LEAST_ROOM))
+                given = 0 if self.devices is None or freed >= size else self.devices.reserve.give(LEAST_ROOM)
             except OSError as error:
                 log.error("cache %s: no room can be made: %s", self.path, error.strerror)
                 return False
-        log.info("cache %s is full: %d bytes that nobody read went for what a kernel mount waits for", self.path, freed)
-        return freed > 0
+        what = f"{freed} bytes that nobody read" + (f" and {given} of the reserve" if given else "")
+        log.info("cache %s is full: %s went for what a kernel mount waits for", self.path, what)
+        return freed + given > 0
 
     def _stays(self, slot: Slot, name: str) -> bool:
         """Whether it is read now, or its room would not be free without it: kernel mounts have it open."""
@@ -148,6 +152,13 @@ class CacheStore:
         """Have the limit know what files that are no segments take, after one was made. For a worker thread."""
         if self.quota is not None:
             self.quota.beside = sum(_allocated(self.path / name) for name in (".maps", ".erofs/images"))
+
+    def keep_reserve(self) -> bool:
+        """A kernel mount is to be made: whether its readers will get what they wait for when the disk is full. For a
+        worker thread."""
+        if self.devices is None or (self.quota is not None and self.quota.limit.size):
+            return True
+        return self.devices.reserve.keep()
 
     def _evict(self, slot: tuple[str, bytes], name: str) -> bool:
         """True: kernel mounts have it, `_give_notice` first."""
@@ -180,8 +191,13 @@ class CacheStore:
                 log.error("cache %s: blob %s, segment %s cannot go: %s", self.path, slot[0], name, error.strerror)
         time.sleep(GRACE)
         taken = [slot for slot in given if devices.take(slot[0], segments[slot])]
-        for slot in taken:
-            self._delete(slot, segments[slot])
+        for slot in list(taken):
+            with devices.naming:
+                if devices.can_leave(slot[0], segments[slot]):
+                    self._delete(slot, segments[slot])
+                    continue
+            taken.remove(slot)  # meanwhile a mount was made that has it by its plain path
+            devices.spare(slot[0], segments[slot])
         try:
             for folder in {self.folder(slot[0]) for slot in taken}:
                 sync_folder(folder)
@@ -277,6 +293,10 @@ class CacheStore:
     def sync(self) -> None:
         """Make what is finished durable. For a worker thread."""
         self.syncer.sync()
+        if self.devices is not None:
+            self.devices.reserve.refill()
+        else:  # of processes that were killed
+            unlink(self.path / RESERVE)
 
     # Descriptors
 

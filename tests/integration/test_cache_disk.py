@@ -132,6 +132,52 @@ def test_a_full_disk_below_an_erofs_mount(image: TinyImage, server: FaultyServer
         assert said(daemon, " ERROR ") == []
 
 
+@pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())
+def test_a_full_disk_below_an_erofs_mount_where_nothing_can_go(
+    image: TinyImage, server: FaultyServer, tmp_path: Path
+) -> None:
+    """A mount has what is here by its plain path, everything else on the disk is other people's: the reserve is given
+    up, and what came there makes room for what is read next. It comes back with the room, and goes with the mount."""
+    with small_disk(tmp_path / "disk", 64 * MIB) as disk, Nydusd("--fs-driver", "erofs") as daemon:
+        reserve = disk / "cache" / ".erofs" / "reserve"
+        mount(daemon, image, server, disk / "cache")
+        assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
+        wait_until(lambda: all_durable(disk / "cache"), 10, "a file on the disk")
+        assert daemon.umount("/i").status == 204
+        assert not reserve.exists()
+        mount(daemon, image, server, disk / "cache")
+        whole = reserve.stat().st_size
+        assert list(disk.glob("cache/.erofs/files.*/.opened/*"))
+        fill(disk, 64 << 10)
+        for _ in range(3):
+            assert wrong(daemon, image) == {}
+        assert said(daemon, " INFO .*of the reserve went for what a kernel mount waits for")
+        assert said(daemon, " ERROR ") == []
+        assert reserve.stat().st_size < whole
+        requests = len(server.data_requests)
+        assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
+        assert len(server.data_requests) == requests, "what a mount has by its plain path stays"
+        (disk / "filler").unlink()
+        wait_until(lambda: wrong(daemon, image) == {} and reserve.stat().st_size == whole, 20, "the reserve")
+        assert daemon.umount("/i").status == 204
+        assert not reserve.exists()
+
+
+@pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())
+def test_a_nearly_full_disk_keeps_an_image_with_fuse(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64 * MIB) as disk, Nydusd("--fs-driver", "auto") as daemon:
+        fill(disk, 6 * MIB)
+        mount(daemon, image, server, disk / "cache")
+        assert wrong(daemon, image) == {}
+        wait_until(lambda: bool(said(daemon, "fs_driver fuse, as erofs is not possible: .*nearly full")), 20, "auto")
+        assert wrong(daemon, image) == {}
+        assert not (disk / "cache" / ".erofs" / "reserve").exists()
+        (disk / "filler").unlink()
+        assert daemon.umount("/i").status == 204
+        mount(daemon, image, server, disk / "cache")
+        wait_until(lambda: (disk / "cache" / ".erofs" / "reserve").exists(), 20, "the kernel's mount")
+
+
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """ext4, without blocks of the administrator's own."""
@@ -151,7 +197,7 @@ def fill(disk: Path, left: int) -> None:
     run(["sync", "-f", disk])
     info = os.statvfs(disk)
     with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, info.f_bfree * info.f_frsize - left)
+        os.posix_fallocate(file.fileno(), 0, info.f_bavail * info.f_frsize - left)
 
 
 def test_a_disk_that_turns_read_only_and_back(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:

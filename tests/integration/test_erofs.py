@@ -375,7 +375,7 @@ def test_what_was_asked_about_once_is_read_by_its_plain_path(tmp_path: Path) -> 
             assert running.umount(where).status == 204
         settle(tmp_path / "cache")
         assert running.mount("/c", image.bootstrap, config).status == 204
-        assert list((tmp_path / "cache").glob(".erofs/files.*/.plain"))
+        assert list((tmp_path / "cache").glob(".erofs/files.*/.opened/*"))
         assert read_all(running.mnt / "c") == digests(image)
 
 

@@ -19,6 +19,10 @@ log = logging.getLogger("nydusfs.erofs")
 AGAIN = 600.0  # seconds until a self-test that failed is tried again: the disk may have been full
 
 
+class DiskUnsuitableError(UnsuitableError):
+    """Said once for each disk, not for each image."""
+
+
 class Trial:
     def __init__(self) -> None:
         self._over = trio.Event()
@@ -29,10 +33,14 @@ class Trial:
         self._over.set()
 
     async def passed(self) -> None:
-        """Returns when it has. Raises `UnsuitableError`."""
+        """Returns when it has. Raises `DiskUnsuitableError`."""
         await self._over.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raises `DiskUnsuitableError` if it has failed already."""
         if self._why_not:
-            raise UnsuitableError(self._why_not)
+            raise DiskUnsuitableError(self._why_not)
 
 
 class Disks:

@@ -25,7 +25,7 @@ from nydusfs.drivers import kernel, mountapi
 from nydusfs.drivers.apart import apart
 from nydusfs.drivers.erofs import fanotify
 from nydusfs.drivers.erofs.answers import Answers
-from nydusfs.drivers.erofs.disks import Disks
+from nydusfs.drivers.erofs.disks import Disks, DiskUnsuitableError
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError
@@ -133,6 +133,7 @@ class ErofsDriver:
             await trio.to_thread.run_sync(_umount, where)
         for store in list(self._devices):
             self._nursery.start_soon(trio.to_thread.run_sync, store.count_devices)
+            self._nursery.start_soon(trio.to_thread.run_sync, store.keep_reserve)
 
     async def stop(self, *, successor: bool) -> None:
         """Readers that wait get EIO unless a successor answers them."""
@@ -226,13 +227,14 @@ class ErofsDriver:
             if where in self._images:
                 return
             try:
-                await self._attach(where, volume, reader, xattrs)
+                await self._attach(where, volume, reader, xattrs, must=choice == "erofs")
                 log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
             except (NydusError, RafsError, OSError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
                 if choice == "erofs":
                     raise NydusError(f"fs_driver erofs is not possible for {where}: {reason}") from None
-                log.info("image %s: fs_driver fuse, as erofs is not possible: %s", where, reason)
+                level = logging.DEBUG if isinstance(error, DiskUnsuitableError) else logging.INFO
+                log.log(level, "image %s: fs_driver fuse, as erofs is not possible: %s", where, reason)
 
     async def detach(self, where: str) -> None:
         """Umount; waiting reads get EIO. No device, mark or mount stays, unless somebody still uses the mount."""
@@ -295,10 +297,16 @@ class ErofsDriver:
         if prepared is not None:
             await _in_thread(lambda: self._clean(prepared))
 
-    async def _attach(self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool) -> None:
+    async def _attach(
+        self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool, *, must: bool
+    ) -> None:
         if reader not in self._prepared:
             await self._prepare(reader, xattrs)
         prepared = self._prepared[reader]
+        if not await _in_thread(prepared.store.keep_reserve) and not must:
+            del self._prepared[reader]
+            await _in_thread(lambda: self._clean(prepared))
+            raise UnsuitableError("the disk of its cache is nearly full, and the kernel reads nothing else")
         image = ErofsImage(where, volume, reader, prepared.devices, prepared.files, prepared.mark)
         image.direct = prepared.direct
         self._remember(where, image)
@@ -328,6 +336,7 @@ class ErofsDriver:
         prepared = self._prepared[reader] = PreparedMount(reader, devices, metadata.path, metadata.mark)
         try:
             trial = self._disks.trial(store, self._nursery)
+            trial.check()
 
             async def listed(found: list[DeviceFile]) -> None:
                 await trial.passed()
@@ -408,6 +417,8 @@ class ErofsDriver:
                 kept |= other.names()
         for blob_id, name in gone.names() - kept:
             gone.devices.remove(blob_id, name)
+        if not any(other.devices is gone.devices for other in others):
+            gone.devices.reserve.let_go()
 
     # -- readers who wait
 

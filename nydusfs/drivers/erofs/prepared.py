@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from bootstrap.errors import RafsError
-from nydusfs.cache.devices import DeviceFiles, usable
+from nydusfs.cache import CacheStore
+from nydusfs.cache.devices import MOST_PLAIN, DeviceFiles, usable
 from nydusfs.drivers import mountapi
 from nydusfs.drivers.apart import apart
 from nydusfs.drivers.erofs import fanotify, mount
@@ -25,7 +26,9 @@ class PreparedMount:
     then `attach` or `close`; all for a worker thread. `files`: the devices in the image's order."""
 
     def __init__(self, reader: ImageReader, devices: DeviceFiles, path: Path, mark: bytes) -> None:
+        assert reader.store is not None
         self.reader = reader
+        self.store: CacheStore = reader.store
         self.devices = devices
         self.files: list[DeviceFile] = []
         self.mark = mark
@@ -36,6 +39,7 @@ class PreparedMount:
         self._path = path
         config = reader.config
         self._watched = config.iostats_files or config.access_pattern or config.latest_read_files
+        self._plain: dict[tuple[int, str], Path] = {}  # segments that nobody empties any more, by blob and name
         self._names: list[str] = []  # what the kernel is to open for `files`
         self._mounted = -1
 
@@ -46,6 +50,8 @@ class PreparedMount:
             return
         began = time.monotonic()
         self.files = files
+        if not self._asked_always():
+            self._note_plain(files)
         self._names = [self._device_path(file, tree, group) for file in files]
         self.seconds = time.monotonic() - began, 0.0
 
@@ -85,17 +91,29 @@ class PreparedMount:
         """Of its devices: blob and segment."""
         return {(self.blob_id(file), file.name) for file in self.files}
 
+    def _note_plain(self, files: list[DeviceFile]) -> None:
+        """What is complete and on the disk now is about to be opened by its plain path. Raises OSError."""
+        found: dict[str, list[int]] = {}
+        for file in files:
+            cache = self.reader.cache(self.reader.bootstrap.blobs[file.blob_index])
+            ready = cache.ready_path(file.name) if cache is not None else None
+            number = int(file.name.partition("-")[0])
+            if ready is not None and ready.name == file.name and number < MOST_PLAIN:
+                found.setdefault(self.blob_id(file), []).append(number)
+                self._plain[file.blob_index, file.name] = ready
+        for blob_id, numbers in found.items():
+            self.devices.note_plain(blob_id, numbers)
+
     def _device_path(self, file: DeviceFile, tree: int, group: int) -> str:
         """What the kernel is to open for a device."""
         blob = self.reader.bootstrap.blobs[file.blob_index]
         cache, devices = self.reader.cache(blob), self.devices
+        plain = self._plain.get((file.blob_index, file.name))
+        if plain is not None and usable(plain, file.size):
+            self.plain = True
+            return str(plain)
         ready = cache.ready_path(file.name) if cache is not None else None
         if ready is not None and usable(ready, file.size):
-            if ready.name == file.name and not self._asked_always():
-                if not self.plain:
-                    self.plain = True
-                    devices.note_plain()
-                return str(ready)
             devices.adopt(blob.id, file.name, ready)  # to be asked about until it is durable, or has to go
         if not devices.create(blob.id, file.name) and (fd := devices.open(blob.id, file.name)) >= 0:
             # Perhaps a mount from before the death of all processes has it, whose mark died with them. A mark on the
@@ -111,8 +129,7 @@ class PreparedMount:
 
     def _asked_always(self) -> bool:
         """Of complete segments too: they may have to go, or their reads are counted."""
-        store = self.reader.store
-        return self._watched or (store is not None and store.quota is not None)
+        return self._watched or self.store.quota is not None
 
     def _let_be(self) -> None:
         """Nothing is asked about devices that were durable at the mount. Raises OSError."""
