@@ -56,7 +56,7 @@ class DaemonSettings:
     failover_policy: str = "resend"
     cpu_seconds: int = 0  # window after a start in which CPU time is measured, 0: not
     log_format: str = "text"
-    fs_driver: FsDriver = "fuse"
+    fs_driver: FsDriver | None = None  # None: upstream's nydusd is not to be given a flag that it does not know
     group: MemoryGroup | None = None
 
 
@@ -346,7 +346,7 @@ class Daemon:
         command += ["--log-file", str(log_dir / "nydusd.log")]
         if settings.failover_policy != "resend":
             command += ["--failover-policy", settings.failover_policy]
-        if settings.fs_driver != "fuse":  # its images say so too; told before, it gets ready for them
+        if settings.fs_driver not in (None, "fuse"):  # its images say so too; told before, it gets ready for them
             command += ["--fs-driver", settings.fs_driver]
         if settings.log_format != "text":
             command += ["--log-format", settings.log_format]

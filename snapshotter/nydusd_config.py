@@ -54,7 +54,12 @@ class Template:
 
     @property
     def fs_driver(self) -> FsDriver:
-        value: FsDriver = self.document.get("fs_driver") or "fuse"
+        return self.named_driver or "auto"
+
+    @property
+    def named_driver(self) -> FsDriver | None:
+        """What the file says itself."""
+        value: FsDriver | None = self.document.get("fs_driver") or None
         return value
 
     def with_hosts_dir(self, folder: str) -> Template:
@@ -131,6 +136,7 @@ def derive(
     elif backend.get("type") not in _ONLY_ID_AND_CACHE:
         raise InvalidArgument(f"{template.path}: unknown backend type {backend.get('type')!r}")
     document.setdefault("mode", "direct")
+    document["fs_driver"] = template.fs_driver  # nydusd's own default is fuse, as upstream's, which ignores this key
     if mapping is not None:
         document["id_mapping"] = list(mapping)
     return json.dumps(document)

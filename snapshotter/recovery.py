@@ -91,7 +91,7 @@ class Program:
             failover_policy=settings.failover_policy,
             cpu_seconds=settings.system.cpu_seconds,
             log_format=settings.log_format,
-            fs_driver=template.fs_driver,
+            fs_driver=template.named_driver,
             group=MemoryGroup(settings.memory_limit) if settings.cgroup else None,
         )
         cache = settings.cache_dir

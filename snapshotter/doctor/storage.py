@@ -46,7 +46,7 @@ def disk(node: Node) -> Iterator[Finding]:
         remedy = "free some space, or limit the cache: device.cache.config.limit in the nydusd template"
         if share < FULL or (usage.free < FULL_BYTES and usage.total > 4 * FULL_BYTES):
             if node.template.fs_driver != "fuse":
-                remedy += " (EROFS mounts answer EIO for what is not cached once no cached segment can go)"
+                remedy += " (EROFS mounts answer EIO for what is not cached where others take all room)"
             yield error("disk.space", f"the disk is full: {free}", remedy)
         elif share < LOW and usage.free < 10 * LOW_BYTES:
             yield warning("disk.space", f"the disk is nearly full: {free}", remedy)
