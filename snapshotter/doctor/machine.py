@@ -81,7 +81,7 @@ def driver(node: Node) -> Iterator[Finding]:
         first = "; FUSE shows a new image until its first start is over" if chosen == "auto" else ""
         yield ok("machine.driver", f"{told}; EROFS, as {reason}{first}")
     elif chosen == "auto":
-        yield note("machine.driver", f"{told}; by FUSE, as EROFS is not possible here: {reason}")
+        yield ok("machine.driver", f"{told}; by FUSE, as EROFS is not possible here: {reason}")
     else:
         yield error(
             "machine.driver",

@@ -91,7 +91,8 @@ def _phases(found: Explanation) -> Table:
 def _reads(found: Explanation) -> Table:
     reads, cache, backend = found.reads, found.cache, found.backend
     table = _table("\nReads", "", "")
-    table.add_row("by containers", f"{reads['count']} reads, {size(reads['bytes'])}, {reads['errors']} failed")
+    asked = ", that nydusd was asked for" if found.driver.startswith("EROFS") else ""
+    table.add_row("by containers", f"{reads['count']} reads, {size(reads['bytes'])}, {reads['errors']} failed{asked}")
     spread = [f"{count} up to {edge}" if edge != "more" else f"{count} longer"
               for edge, count in zip(LATENCIES, reads["latency"], strict=False) if count]  # fmt: skip
     table.add_row("time of a read", ", ".join(spread) or "none yet")

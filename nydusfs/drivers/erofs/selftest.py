@@ -41,6 +41,8 @@ def run(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".selftest-") as scratch:
             _Test(Path(scratch)).run()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UnsupportedError("the disk of the cache is full") from None
         raise UnsupportedError(f"{error.strerror or error}: {NEEDED}, and a cache on ext4, xfs or btrfs") from None
 
 
