@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -36,16 +38,19 @@ from nydusfs.config import load_config
 from nydusfs.drivers.erofs import selftest
 from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.erofs.filemap import FileMap
+from nydusfs.drivers.erofs.filling import ErofsImage as MountedImage
 from nydusfs.drivers.erofs.image import (
     DeviceFile,
     fingerprint,
     is_scattered,
+    most_devices,
     open_file_map,
     open_image,
     write_and_open,
     write_image,
 )
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
+from nydusfs.drivers.volume import ImageVolume
 from nydusfs.image_reader import ImageReader
 from nydusfs.keeper.jobs import Jobs
 from nydusfs.services import open_services
@@ -142,6 +147,34 @@ def test_a_cache_whose_images_come_together_has_one_set_of_devices(
     trio.run(come)
     assert len(made) == 1
     assert found == [False] * 8 + [True]
+
+
+def test_auto_leaves_images_to_fuse_where_devices_take_much_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = image_case("v6-zstd-blake3-1m")
+    config = load_config(localfs_config(case, work_dir=tmp_path / "cache"), "test")
+    caplog.set_level(logging.INFO)
+
+    async def come(held: int) -> bool:
+        driver = ErofsDriver(str(tmp_path / "mnt"), None, "auto", Jobs())
+        driver._images["/0"] = other = create_autospec(MountedImage, instance=True)
+        other.count.return_value = held
+        async with open_services() as services:
+            reader = await services.open_image(str(case / "image.boot"), config, name="/")
+            try:
+                hand = await driver.at_hand("/1", reader, None, xattrs=True)
+                if hand:
+                    await driver.attach("/1", create_autospec(ImageVolume), reader, None, xattrs=True)
+                assert "/1" not in driver._images
+            finally:
+                reader.close()
+        return hand
+
+    assert not trio.run(come, most_devices() - 1)
+    assert "fs_driver" not in caplog.text
+    assert trio.run(come, most_devices()), "there is nothing to be patient for"
+    assert f"kernel mounts have {most_devices()} devices" in caplog.text
 
 
 def most_in_small_files(image: Bootstrap) -> bool:

@@ -37,6 +37,9 @@ def test_rows_of_several_runs_are_merged_and_the_last_of_each_start_counts(tmp_p
     assert "| Nydus, cold | 4.50 s (20.0x), 20.0 MB in 45 |" in page
     assert "| Nydus, cold, 40 Mbit/s | 3 | 0.5 | 2026-01-02 08:30 | bbbb |" in page
     assert "| OCI image, overlayfs, 40 Mbit/s | 1 | 6.0 | 2026-01-01 10:00 | aaaa |" in page
+    assert {one.key for one in report.load(docs / "experiment.jsonl")} == {
+        one.key for one in report.load(out / "results.jsonl", old)
+    }
 
 
 def test_what_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from nydusfs.drivers.erofs.answers import Answers
 from nydusfs.drivers.erofs.disks import Disks, DiskUnsuitableError
 from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
-from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError
+from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError, most_devices
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.maker import Making
 from nydusfs.drivers.erofs.metadata import MetadataImage, check_suitable
@@ -193,6 +193,7 @@ class ErofsDriver:
             return True
         try:
             check_suitable(reader)
+            await _in_thread(self._check_crowd)
             devices = await _in_thread(lambda: self._open_devices(store))
             metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
             return await _in_thread(metadata.path.exists)
@@ -227,7 +228,7 @@ class ErofsDriver:
             if where in self._images:
                 return
             try:
-                await self._attach(where, volume, reader, xattrs, must=choice == "erofs")
+                await self._attach(where, volume, reader, xattrs, choice == "erofs")
                 log.info("image %s: fs_driver erofs, %d devices", where, len(self._images[where].files))
             except (NydusError, RafsError, OSError) as error:
                 reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -283,7 +284,7 @@ class ErofsDriver:
             if any(image.reader is reader for image in self._images.values()):
                 return
             try:
-                await self._prepare(reader, xattrs, making)
+                await self._prepare(reader, xattrs, (choice or self._choice) == "erofs", making)
             except (NydusError, RafsError, OSError) as error:
                 log.debug("image %s is not made ready for erofs: %s", reader.name, error)
 
@@ -297,11 +298,9 @@ class ErofsDriver:
         if prepared is not None:
             await _in_thread(lambda: self._clean(prepared))
 
-    async def _attach(
-        self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool, *, must: bool
-    ) -> None:
+    async def _attach(self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool, must: bool) -> None:
         if reader not in self._prepared:
-            await self._prepare(reader, xattrs)
+            await self._prepare(reader, xattrs, must)
         prepared = self._prepared[reader]
         if not await _in_thread(prepared.store.keep_reserve) and not must:
             del self._prepared[reader]
@@ -326,8 +325,10 @@ class ErofsDriver:
                 await _in_thread(lambda: self._clean(prepared))
             raise
 
-    async def _prepare(self, reader: ImageReader, xattrs: bool, making: Making | None = None) -> None:
+    async def _prepare(self, reader: ImageReader, xattrs: bool, must: bool, making: Making | None = None) -> None:
         check_suitable(reader)
+        if not must:
+            await _in_thread(self._check_crowd)
         store = reader.store
         assert store is not None
         began = time.monotonic()
@@ -405,6 +406,12 @@ class ErofsDriver:
             if not self._blobs[key]:
                 del self._blobs[key]
         return image
+
+    def _check_crowd(self) -> None:
+        """Raises `UnsuitableError` where kernel mounts have as many devices as this machine's memory should hold."""
+        held, most = sum(image.count() for image in list(self._images.values())), most_devices()
+        if held >= most:
+            raise UnsuitableError(f"kernel mounts have {held} devices, and this machine's memory is for {most}")
 
     def _clean(self, gone: ErofsImage | PreparedMount) -> None:
         """Delete the devices that no other mount of this cache has."""

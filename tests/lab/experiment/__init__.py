@@ -6,5 +6,6 @@
 Everything is real: registry, containerd, nerdctl, Dragonfly (scheduler, seed peer and two peers), and programs that run
 in the containers. What is modelled is the link to the registry (`tests.lab.shaper`); peers talk over loopback.
 Results are kept in one file, line by line, each with its load, time and commit: a run that was cut goes on where it
-was, and rows may be measured one at a time, on any day. The second form only writes tables and charts of what is kept.
+was, and rows may be measured one at a time, on any day. The second form only writes tables and charts of what is kept;
+`--into` writes every start of them as well (`docs/experiment.jsonl`), to be merged with those of a later run.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -211,14 +212,17 @@ def write(results: Sequence[Result], out: Path) -> list[Path]:
 
 
 def into(results: Sequence[Result], docs: Path) -> list[Path]:
-    """The charts, and the tables between two marks of performance.md. Raises ValueError when it has none."""
+    """The charts, the tables between two marks of performance.md (ValueError when it has none), and every start of
+    them, for `load` to have with those of a later run."""
     page = docs / "performance.md"
     text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, behind = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: the marks are not there, {BEGIN} and {END}")
-    written = [page]
+    starts = docs / "experiment.jsonl"
+    starts.write_text("".join(f"{json.dumps(asdict(one))}\n" for one in results))
+    written = [page, starts]
     blocks = []
     for link in medians(results):
         drawn = chart(results, link, docs / f"experiment-{link.split()[0]}")
