@@ -244,9 +244,9 @@ class BlobCache:
 
     def offer(self, segment: Segment, plain: Plain) -> bool:
         """Have `read_now` answer from verified bytes that are about to be written. From any thread; they will not be
-        changed any more. False: a kernel mount may be waiting, which reads the file."""
+        changed any more. False: a kernel mount of the blob may be waiting, which reads the file."""
         self.store.fresh.put((self.blob_id, segment.key), plain)
-        return self.store.devices is None
+        return self.store.devices is None or not self.store.devices.mounted(self.blob_id)
 
     def write_waits(self) -> bool:
         """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""
