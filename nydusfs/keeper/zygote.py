@@ -164,8 +164,6 @@ class _Zygote:
         if pid:
             self._jobs.add(pid)
             sock.close()
-            if (module := message["module"]) not in sys.modules:  # the next of its kind finds it here
-                self._later.insert(0, (EROFS_SECONDS, (module,)))
             return
         status = 1
         try:

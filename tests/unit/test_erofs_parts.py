@@ -159,7 +159,7 @@ def test_auto_leaves_images_to_fuse_where_devices_take_much_memory(
     async def come(held: int) -> bool:
         driver = ErofsDriver(str(tmp_path / "mnt"), None, "auto", Jobs())
         driver._images["/0"] = other = create_autospec(MountedImage, instance=True)
-        other.count.return_value = held
+        other.files = [DeviceFile(0, "0-00", 4096)] * held
         async with open_services() as services:
             reader = await services.open_image(str(case / "image.boot"), config, name="/")
             try:

@@ -193,7 +193,7 @@ class ErofsDriver:
             return True
         try:
             check_suitable(reader)
-            await _in_thread(self._check_crowd)
+            self._check_crowd()
             devices = await _in_thread(lambda: self._open_devices(store))
             metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
             return await _in_thread(metadata.path.exists)
@@ -328,7 +328,7 @@ class ErofsDriver:
     async def _prepare(self, reader: ImageReader, xattrs: bool, must: bool, making: Making | None = None) -> None:
         check_suitable(reader)
         if not must:
-            await _in_thread(self._check_crowd)
+            self._check_crowd()
         store = reader.store
         assert store is not None
         began = time.monotonic()
@@ -408,8 +408,9 @@ class ErofsDriver:
         return image
 
     def _check_crowd(self) -> None:
-        """Raises `UnsuitableError` where kernel mounts have as many devices as this machine's memory should hold."""
-        held, most = sum(image.count() for image in list(self._images.values())), most_devices()
+        """Raises `UnsuitableError` where kernel mounts have as many devices as this machine's memory should hold. Those
+        of an earlier worker count when they are known: to find out takes a look at each one's whole metadata."""
+        held, most = sum(len(image.files) for image in self._images.values()), most_devices()
         if held >= most:
             raise UnsuitableError(f"kernel mounts have {held} devices, and this machine's memory is for {most}")
 

@@ -73,10 +73,6 @@ class ErofsImage:
         self._place: tuple[Question | None, tuple[int, int]] = None, (0, 0)  # what `file_at` was asked last
         self._watched: set[str] = set()  # devices filled ahead of a reader: their first event says that he goes on
 
-    def count(self) -> int:
-        """Of its devices. For a thread."""
-        return len(self._all_files())
-
     def names(self) -> set[tuple[str, str]]:
         """Of its devices: blob and segment."""
         blobs = self.reader.bootstrap.blobs
