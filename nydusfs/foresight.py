@@ -30,7 +30,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import trio
@@ -40,7 +39,8 @@ from bootstrap.errors import RafsError
 from nydusfs import elf, pyc
 from nydusfs.errors import CacheError, ReadError, SourceError
 from nydusfs.flights import joinable
-from nydusfs.imports import Importer, Kind, Listing
+from nydusfs.imports import Importer
+from nydusfs.paths import Paths
 from nydusfs.sources import Priority
 
 if TYPE_CHECKING:
@@ -58,11 +58,8 @@ WINDOW = 2  # segments fetched ahead of a run at most
 SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones are pieces of one big file
 INLINE = 32 << 10  # bytes of a module that is looked into at once: less than two switches to a thread cost
 MAX_PROGRAMS = 2000  # files followed per mount: nobody starts more, and a scanner of all files is not helped
-MAX_LISTED = 10_000  # entries of a folder
-MAX_LINKED = 200  # of them that are followed as symbolic links
 MAX_TABLES = 64 << 20
 MAX_CONSTRUCTORS = 4096
-MAX_LINKS = 16
 ALWAYS = (b"/etc/passwd", b"/etc/group")  # which user a container runs as
 LOADERS = (b"/etc/ld.so.cache",)  # what every glibc loader reads
 _WRONG = (RafsError, CacheError, SourceError, ReadError, KeyError, ValueError, IndexError)
@@ -82,6 +79,7 @@ class Foresight:
     def __init__(self, reader: ImageReader, scheduler: FetchScheduler) -> None:
         self._reader = reader
         self._scheduler = scheduler
+        self._paths = Paths(reader.bootstrap)
         self._slots = trio.Semaphore(REQUESTS)
         self._news = trio.Event()
         self._opened: deque[tuple[int, bool]] = deque()
@@ -90,7 +88,7 @@ class Foresight:
         self._runs: dict[tuple[int, int], int] = {}  # (blob, row behind a run) -> its length in segments
         self._folders: list[bytes] = []  # of libraries found so far
         self._indexed: dict[bytes, int] | None = None
-        self._imports = Importer(self._listing)
+        self._imports = Importer(self._paths.listing)
         # Modules to look into: the last one that somebody read first, then in the order in which they are run.
         self._modules: list[tuple[tuple[int, ...], int]] = []
         self._more = trio.Event()
@@ -114,7 +112,7 @@ class Foresight:
     async def run(self) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
-            for ino in [*programs(self._reader.bootstrap), *map(self._resolve, ALWAYS)]:
+            for ino in [*programs(self._reader.bootstrap), *map(self._paths.file, ALWAYS)]:
                 self._start(nursery, ino)
             for _ in range(REQUESTS):
                 nursery.start_soon(self._follow_modules)
@@ -214,9 +212,9 @@ class Foresight:
                 nursery.start_soon(self._linked, nursery, ino, shape)
             if shape.interpreter is not None:
                 name = (await reader.peek(ino, *shape.interpreter)).rstrip(b"\0")
-                self._start(nursery, self._resolve(name))
+                self._start(nursery, self._paths.file(name))
                 for path in LOADERS:
-                    if found := self._resolve(path):
+                    if found := self._paths.file(path):
                         nursery.start_soon(self._read, found, 0, MAX_TABLES)
                 if shape.entry and (place := shape.offset(shape.entry)) is not None:
                     nursery.start_soon(self._read, ino, place, 1)
@@ -226,9 +224,9 @@ class Foresight:
     def _script(self, head: bytes) -> int:
         words = head[2:256].partition(b"\n")[0].split()
         if len(words) > 1 and words[0].endswith(b"/env"):
-            found = (self._resolve(folder + words[1]) for folder in (b"/usr/local/bin/", b"/usr/bin/", b"/bin/"))
+            found = (self._paths.file(folder + words[1]) for folder in (b"/usr/local/bin/", b"/usr/bin/", b"/bin/"))
             return next((ino for ino in found if ino), 0)
-        return self._resolve(words[0]) if words else 0
+        return self._paths.file(words[0]) if words else 0
 
     async def _linked(self, nursery: trio.Nursery, ino: int, shape: elf.Layout) -> None:
         """Libraries by name, then what this file's own loading reads."""
@@ -282,7 +280,7 @@ class Foresight:
         if not name:
             return 0
         if b"/" in name:
-            return self._resolve(name)
+            return self._paths.file(name)
         triple = elf.MULTIARCH.get(machine, b"")
         usual = [b"/lib/" + triple, b"/usr/lib/" + triple] if triple else []
         origin = self._imports.origins.get(ino)
@@ -290,7 +288,7 @@ class Foresight:
             paths = paths.replace(b"${ORIGIN}", b"$ORIGIN").replace(b"$ORIGIN", origin)
         given = [path for path in paths.split(b":") if path.startswith(b"/")]
         for folder in dict.fromkeys([*given, *self._folders, *usual, b"/lib64", b"/usr/lib64", b"/lib", b"/usr/lib"]):
-            if found := self._resolve(folder + b"/" + name):
+            if found := self._paths.file(folder + b"/" + name):
                 if folder not in self._folders:
                     self._folders.append(folder)
                 self._imports.origins[found] = folder
@@ -314,61 +312,6 @@ class Foresight:
                     found.setdefault(name, entry.ino)
         except (RafsError, ValueError):
             pass
-        return found
-
-    def _resolve(self, path: bytes) -> int:
-        """The inode of a regular file, symbolic links followed; 0: none."""
-        ino = self._walk(path)
-        return ino if ino and stat.S_ISREG(self._reader.bootstrap.attr(ino).mode) else 0
-
-    def _walk(self, path: bytes) -> int:
-        """The same of anything."""
-        image = self._reader.bootstrap
-        todo = deque(path.split(b"/"))
-        above: list[int] = [image.root]
-        links = 0
-        while todo:
-            name = todo.popleft()
-            if name in (b"", b"."):
-                continue
-            if name == b"..":
-                if len(above) > 1:
-                    above.pop()
-                continue
-            ino = image.lookup(above[-1], name)
-            if not ino:
-                return 0
-            mode = image.attr(ino).mode
-            if stat.S_ISLNK(mode):
-                links += 1
-                target = image.readlink(ino)
-                if links > MAX_LINKS:
-                    return 0
-                if target.startswith(b"/"):
-                    above = [image.root]
-                todo.extendleft(reversed(target.split(b"/")))
-                continue
-            above.append(ino)
-        return above[-1]
-
-    def _listing(self, path: bytes) -> Listing:
-        image = self._reader.bootstrap
-        folder = self._walk(path)
-        if not folder or not stat.S_ISDIR(image.attr(folder).mode):
-            return {}
-        found: dict[bytes, tuple[int, Kind]] = {}
-        links = 0
-        for entry in islice(image.list_dir(folder), MAX_LISTED):
-            ino = entry.ino
-            mode = entry.dtype << 12  # as the kernel has it
-            if stat.S_ISLNK(mode) and links < MAX_LINKED:
-                links += 1
-                if ino := self._walk(path + b"/" + entry.name):
-                    mode = image.attr(ino).mode
-            if stat.S_ISREG(mode):
-                found[entry.name] = ino, Kind.FILE
-            elif stat.S_ISDIR(mode):
-                found[entry.name] = ino, Kind.FOLDER
         return found
 
     # -- fetching

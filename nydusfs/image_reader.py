@@ -73,7 +73,7 @@ class ImageReader:
         self._tables = Tables(name, bootstrap, chunks, source, store)
         # Who misses is served by the thread that has his question.
         self._lane = scheduler.lane if isinstance(source, ThreadSource) and store is not None else None
-        self._threads = ThreadReads(self, self._caches, self._lane)
+        self._threads = ThreadReads(self._caches, self._lane)
         self._files = FileStreams(scheduler.ahead, bootstrap.chunk_size)
         self._runs = BlobStreams(self.segment_of, chunks, scheduler.ahead)
         self._following = threading.Lock()  # over both
@@ -144,10 +144,10 @@ class ImageReader:
         `read`, which says what. `pid`: of the reader, where it is known. The bytes may lie in `hands`, whose thread
         this is; it calls `hands.finish`."""
         if hands is not None:
-            return self._threads.read(ino, offset, size, pid, hands)
+            return self._threads.read(self, ino, offset, size, pid, hands)
         hands = Hands()
         try:
-            return self._threads.read(ino, offset, size, pid, hands)
+            return self._threads.read(self, ino, offset, size, pid, hands)
         finally:
             hands.finish()
 

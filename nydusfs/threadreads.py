@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 class ThreadReads:
-    """Of one image. `caches`: those that are open, by blob index. `lane` None: only what is cached. From any thread but
-    the trio thread."""
+    """Of one image, whose reader is not kept here: it goes, and its maps with it, when the last that uses it lets go,
+    and not when the cycle collector comes by. `caches`: those that are open, by blob index. `lane` None: only what is
+    cached. From any thread but the trio thread."""
 
-    def __init__(self, reader: ImageReader, caches: Mapping[int, BlobCache | None], lane: Lane | None) -> None:
-        self._reader = reader
+    def __init__(self, caches: Mapping[int, BlobCache | None], lane: Lane | None) -> None:
         self._caches = caches
         self._lane = lane
 
-    def read(self, ino: int, offset: int, size: int, pid: int, hands: Hands) -> list[Plain] | None:
+    def read(
+        self, reader: ImageReader, ino: int, offset: int, size: int, pid: int, hands: Hands
+    ) -> list[Plain] | None:
         """See `ImageReader.read_now`."""
-        reader = self._reader
         hands.begin()
         if (recorder := reader.recorder) is not None and recorder.command.open:
             hands.waits()  # /proc may make us wait for the reader, and that for somebody's read
@@ -55,7 +56,7 @@ class ThreadReads:
                     if self._lane is None:
                         return None
                     missed += 1
-                    data = self._miss(ino, offset, size, segment, pieces, hands, missed == 1)
+                    data = self._miss(reader, ino, offset, size, segment, pieces, hands, missed == 1)
                     if data is None:
                         return None
                     data = memoryview(data)[place : place + length]
@@ -76,12 +77,19 @@ class ThreadReads:
         return parts
 
     def _miss(
-        self, ino: int, offset: int, size: int, segment: Segment, pieces: list[Piece], hands: Hands, first: bool
+        self,
+        reader: ImageReader,
+        ino: int,
+        offset: int,
+        size: int,
+        segment: Segment,
+        pieces: list[Piece],
+        hands: Hands,
+        first: bool,
     ) -> Plain | None:
         """The bytes of a segment that is not cached, from its source in this thread; what else the read wants, and what
         comes behind it, is begun meanwhile."""
         assert self._lane is not None
-        reader = self._reader
         job = reader.job(segment)
         if not self._lane.takes(job):
             return None

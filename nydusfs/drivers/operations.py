@@ -274,6 +274,9 @@ class _Server(Hands):
             self.unique, self.volume, self.stopped = unique, volume, 0
             self.node, self.began = node, began
 
+    def end(self) -> None:
+        self.unique, self.volume = 0, None  # what is unmounted meanwhile goes at once
+
     def at(self) -> tuple[int, int, int]:
         """Of the read that it is at: its number (0: none), its node, and when it began, of time.perf_counter_ns()."""
         with self._changing:
@@ -368,7 +371,7 @@ class RequestLoop:
                 try:
                     self._read(unique, node, pid, request, server)
                 finally:
-                    server.unique = 0
+                    server.end()
                     server.finish()
             elif opcode not in _OURS:
                 answer = self.operations.answer(opcode, node, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.lab.crowd import many_mounts, many_starts, memory, ticks, until_idle
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config
 from tests.lab.drivers import both
+from tests.lab.process import wait_until
 from tests.lab.soak import soak
 from tests.lab.tiny import noise, tiny_image
 
@@ -30,6 +32,38 @@ def test_an_idle_daemon_sleeps_and_is_small(tmp_path: Path) -> None:
         until_idle(daemon)
         assert len(ticks(daemon)) == 3
         assert memory(daemon)["pss"] < 60
+
+
+@both
+def test_what_is_unmounted_is_let_go_of_at_once(tmp_path: Path) -> None:
+    """Not when the cycle collector comes by, which an idle daemon does not call: the file of an image that was removed
+    would take up its room on the disk meanwhile. Also by a worker that has followed another one."""
+    images = [tiny_image(tmp_path, {f"f{n}": noise(300_000, n)}) for n in range(4)]
+    for image in images:
+        (tmp_path / image.blob_id).write_bytes(image.blob)
+    bootstraps = {str(image.bootstrap) for image in images}
+
+    def held(pid: int) -> set[str]:
+        found = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+        mapped = {line.split()[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+        return {path for path in found | mapped if path in bootstraps or "/.maps/" in path}
+
+    with Nydusd() as daemon:
+        for dies in (False, True):
+            for number, image in enumerate(images):
+                config = localfs_config(tmp_path, work_dir=tmp_path / "cache")
+                assert daemon.mount(f"/{number}", image.bootstrap, config).status == 204
+            if dies:
+                old = daemon.worker_pid
+                os.kill(old, signal.SIGKILL)
+                wait_until(lambda: daemon.running() and daemon.worker_pid != old, 20, "the next worker")  # noqa: B023
+            for number, image in enumerate(images):
+                for name, content in image.files.items():
+                    assert (daemon.mnt / str(number) / name).read_bytes() == content
+            assert len(held(daemon.worker_pid)) >= 2 * len(images)
+            for number in range(len(images)):
+                assert daemon.umount(f"/{number}").status == 204
+            assert held(daemon.worker_pid) == set()
 
 
 def _check_starts(starts: int, images: int, latency: float, *, idle: bool = False) -> None:

@@ -350,11 +350,13 @@ def test_every_way_to_read_a_cold_image(tmp_path: Path, overlay: bool) -> None:
                 run(["umount", "-l", base])
 
 
-def test_killed_workers_cost_readers_a_pause_and_nothing_else() -> None:
+@pytest.mark.parametrize("driver", ["erofs", "auto"])
+def test_killed_workers_cost_readers_a_pause_and_nothing_else(driver: str) -> None:
     """As for FUSE, see `lab.killing`, but each image many times with a cold cache."""
-    report = kill_workers(12, fs_driver="erofs")
+    report = kill_workers(12, fs_driver=driver)
     assert (report.wrong, report.errors, report.stuck, report.said) == (0, 0, 0, [])
     assert report.reads > 100
+    assert driver != "auto" or report.replaced
 
 
 def test_killed_daemons_leave_no_wrong_byte_and_the_next_one_heals_the_mount() -> None:

@@ -1,11 +1,12 @@
 """SIGKILL of nydusd's worker at random moments, under readers that verify every byte: what did they notice?
 
-    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N] [--fs-driver erofs [--delay MS]]
+    python -m tests.lab.killing [--kills 1000] [--readers 8] [--seed N] [--fs-driver erofs|auto [--delay MS]]
 
 Several images with prefetch on, from a registry with a mirror before it that answers 503, wrong bytes and nothing in
 turn. Readers hash files in random order, drop the pages again so that each read asks the daemon, and cached segments
 are deleted all the while, so that fetches, cache writes and reads are all hit. A stall is the longest that any one call
-went on after a kill that met it; `waits` are the calls of more than 20 ms that no kill met.
+went on after a kill that met it; `waits` are the calls of more than 20 ms that no kill met. With `auto`, readers rest
+before every fourth kill, as long as it takes until the kernel's mounts are made, so that some kills meet that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from bootstrap.build import build_directory
 from bootstrap.options import BuildOptions
 from tests.lab.daemon import Nydusd
+from tests.lab.erofs import is_erofs
 from tests.lab.faulty import Request, faulty_server
 from tests.lab.process import LabError, matching, remove_tree, run, wait_until, work_dir
 
@@ -44,6 +46,9 @@ def timed(call, *words):
     finally:
         if time.time() - began > 0.02: slow.append((began, time.time()))
 while not os.path.exists(stop):
+    if os.path.exists(stop + ".quiet"):
+        time.sleep(0.01)
+        continue
     if (changed := os.stat(sys.argv[1]).st_mtime_ns) != seen:
         files, seen = list(json.load(open(sys.argv[1])).items()), changed
     path, expected = rng.choice(files)
@@ -77,6 +82,7 @@ for path in json.load(open(sys.argv[1])):
 print(json.dumps(found))
 """
 MOUNTS = 16  # of EROFS, at the same time
+REST = 0.9, 1.6  # seconds; auto has the kernel's mounts made when nobody waited for one
 FAULTS = ("503", "wrong-bytes", "short-body", "early-close")
 
 
@@ -93,6 +99,7 @@ class Report:
     waits_p50_ms: float  # calls that took more than 20 ms and that no kill met: what fetching costs here anyway
     waits_p99_ms: float
     said: list[str]
+    replaced: int = 0  # mounts of auto that FUSE showed first and the kernel in the end
 
 
 def make_image(root: Path, seed: int, out: Path, blobs: dict[str, bytes]) -> tuple[Path, dict[str, str]]:
@@ -124,6 +131,8 @@ class _Mounts:
     def __init__(self, daemon: Nydusd, images: list[tuple[Path, dict[str, str]]], base: Path, config: dict[str, Any]):
         self._daemon, self._images, self._base, self._config = daemon, images, base, config
         self._live: list[int] = []
+        self._shown: set[int] = set()  # by FUSE at first
+        self.replaced: set[int] = set()
         self._leaving: list[tuple[int, float]] = []
         self._next = 0
 
@@ -136,6 +145,8 @@ class _Mounts:
             answer = self._daemon.mount(f"/{number}", bootstrap, json.dumps(self._config))
             assert answer.status == 204, answer
             self._live.append(number)
+            if not is_erofs(self._daemon.mnt / str(number)):
+                self._shown.add(number)
         self._leaving += [(number, time.monotonic() + 5) for number in self._live[:-MOUNTS]]
         del self._live[:-MOUNTS]
         files = {
@@ -145,8 +156,10 @@ class _Mounts:
         }
         (self._base / "files.new").write_text(json.dumps(files))
         (self._base / "files.new").rename(self._base / "files.json")
+        self.replaced.update(number for number in self._shown if is_erofs(self._daemon.mnt / str(number)))
         while self._leaving and self._leaving[0][1] < time.monotonic():
             number, _ = self._leaving.pop(0)
+            self._shown.discard(number)
             assert self._daemon.umount(f"/{number}").status == 204
             remove_tree(self._base / f"cache{number}")
 
@@ -216,18 +229,24 @@ def kill_workers(
                 for number in range(readers)
             ]
             moments: list[float] = []
+            resting = base / "stop.quiet"
             try:
                 time.sleep(0.5)
                 for number in range(kills):
                     if cold:
                         mounts.add(1, cold=cold)
-                    time.sleep(rng.uniform(*every))
+                    if fs_driver == "auto" and number % 4 == 3:
+                        resting.touch()
+                        time.sleep(rng.uniform(*REST))
+                    else:
+                        time.sleep(rng.uniform(*every))
                     cached = sorted(matching(base, "cache*/*/*-*"))
                     for victim in rng.sample(cached, min(1, len(cached))):
                         victim.unlink(missing_ok=True)
                     pid = daemon.worker_pid
                     moments.append(time.time())
                     os.kill(pid, signal.SIGKILL)
+                    resting.unlink(missing_ok=True)
                     # the next one answers, before it may be killed as well
                     wait_until(lambda pid=pid: daemon.running() and daemon.worker_pid != pid, 20, "the next worker")
                     if number % 100 == 99:
@@ -264,6 +283,7 @@ def kill_workers(
                 waits_p50_ms=round(calm[len(calm) // 2] * 1000, 1) if calm else 0,
                 waits_p99_ms=round(calm[len(calm) * 99 // 100] * 1000, 1) if calm else 0,
                 said=[line for result in results for line in result["said"]][:10],
+                replaced=len(mounts.replaced),
             )
     finally:
         remove_tree(base)

@@ -60,14 +60,17 @@ class Settling:
             await self._changed.wait()
             self._changed = trio.Event()
             await trio.sleep(SETTLE)
-            batch, self._later = self._later, []
-            await trio.to_thread.run_sync(self._ignore, batch)
-            for image in list(self._images.values()):
-                # those of an earlier worker only once they are asked about: many never are
-                if image.files and (wanted := image.direct_now()) != image.direct:
-                    await trio.to_thread.run_sync(self._turn, image, wanted)
-            if self._later or any(image.files and not image.direct for image in self._images.values()):
-                self.changed()
+            await self._settle()  # apart from what sleeps: an image that goes meanwhile goes at once
+
+    async def _settle(self) -> None:
+        batch, self._later = self._later, []
+        await trio.to_thread.run_sync(self._ignore, batch)
+        for image in list(self._images.values()):
+            # those of an earlier worker only once they are asked about: many never are
+            if image.files and (wanted := image.direct_now()) != image.direct:
+                await trio.to_thread.run_sync(self._turn, image, wanted)
+        if self._later or any(image.files and not image.direct for image in self._images.values()):
+            self.changed()
 
     def disturb(self, image: ErofsImage, nursery: trio.Nursery) -> None:
         """A device of it is about to be written."""
