@@ -13,7 +13,19 @@ from pathlib import Path
 
 from tests.lab.experiment import images, report, scenarios
 from tests.lab.experiment.images import CASES, SMALL, Case
-from tests.lab.experiment.scenarios import ALONE, LINKS, PLAIN, SCENARIOS, SHARED, SIDES, Bench, Link, Result
+from tests.lab.experiment.scenarios import (
+    ALONE,
+    LINKS,
+    PLAIN,
+    SCENARIOS,
+    SHARED,
+    SIDES,
+    WARM_STARTS,
+    Bench,
+    Link,
+    Result,
+    repeats_of,
+)
 from tests.lab.process import LabError, remove_tree, run, work_dir
 from tests.lab.registry import Registry
 from tests.lab.sample import cache_dir
@@ -74,7 +86,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="; ".join(f"{name}: {what}" for name, what in SCENARIOS.items()))  # fmt: skip
     parser.add_argument("--sides", type=some(SIDES), default=["oci", "ours"], metavar="LIST", help=", ".join(SIDES))
     parser.add_argument("--upstream", action="store_true", help="upstream's snapshotter and nydusd as well")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N",
+                        help=f"nodes, which start what is here {WARM_STARTS} times (%(default)s)")  # fmt: skip
     parser.add_argument("--dragonfly-prefetch", action="store_true", help="dfdaemons fetch whole blobs behind a read")
     parser.add_argument("--convert", default="", metavar="ARGS", help="for nydusify convert; wants another --out")
     parser.add_argument("--out", type=Path, default=cache_dir() / "experiment", metavar="DIR",
@@ -109,7 +122,11 @@ def measure(options: argparse.Namespace, say: Say) -> None:
 
     def lacking(case: Case, link: Link, side: str, names: Sequence[str], repeat: int) -> list[str]:
         names = [name for name in names if name in wanted and not (side == "upstream" and name == "learned")]
-        return [name for name in names if (case.name, link.name, side, name, repeat) not in done]
+        return [
+            name
+            for name in names
+            if any((case.name, link.name, side, name, each) not in done for each in repeats_of(name, repeat))
+        ]
 
     def keep(found: list[Result], names: Sequence[str]) -> None:
         with kept.open("a") as file:
