@@ -31,6 +31,9 @@ from tests.lab.process import (
 
 DRIVER = os.environ.get("NYDUS_TEST_FS_DRIVER", "")
 """fuse, erofs or auto: for every daemon of ours for which a test does not choose; see `drivers`."""
+BUSY = 10.0
+"""Seconds in which upstream's API is asked again that answers EAGAIN (as plain text), as it does now and then on a busy
+machine."""
 
 
 class Answer(NamedTuple):
@@ -119,15 +122,20 @@ class Nydusd:
     def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Answer:
         """`path`: below /api/v1/, or a whole one."""
         path = path if path.startswith("/") else f"/api/v1/{path}"
-        connection = _Unix(str(self.sock), timeout)
-        try:
-            data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-            connection.request(method, path, body=data)
-            answer = connection.getresponse()
-            text = answer.read()
+        data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
+        deadline = time.monotonic() + BUSY
+        while True:
+            connection = _Unix(str(self.sock), timeout)
+            try:
+                connection.request(method, path, body=data)
+                answer = connection.getresponse()
+                text = answer.read()
+            finally:
+                connection.close()
+            if self.binary is not None and b"(os error 11)" in text and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             return Answer(answer.status, json.loads(text) if text else None)
-        finally:
-            connection.close()
 
     def get(self, path: str) -> Answer:
         return self.call("GET", path)
