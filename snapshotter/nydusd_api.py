@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from nydusfs.unixhttp import UnixConnection
 from snapshotter.errors import SnapshotterError
 
 DIAL_SECONDS = 5.0
@@ -41,18 +41,6 @@ class ApiError(SnapshotterError):
 
 class ApiUnreachable(SnapshotterError):
     """Nobody answers on the socket."""
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(min(DIAL_SECONDS, self.timeout or DIAL_SECONDS))
-        self.sock.connect(self._path)
-        self.sock.settimeout(self.timeout)
 
 
 def _mount(bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> dict[str, Any]:
@@ -151,7 +139,7 @@ class NydusdApi:
 
     def call(self, method: str, url: str, body: object = None, timeout: float = REQUEST_SECONDS) -> Any:
         what = f"{method} {url.partition('?')[0]} on {self.path}"
-        connection = _UnixConnection(self.path, timeout)
+        connection = UnixConnection(self.path, timeout, DIAL_SECONDS)
         try:
             data = None if body is None else json.dumps(body).encode()
             headers = {"Content-Type": "application/json"} if data else {}

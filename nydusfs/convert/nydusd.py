@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from nydusfs.convert.progress import Progress, Quiet
 from nydusfs.errors import ConvertError
 from nydusfs.registry.credentials import docker_credentials
 from nydusfs.registry.mediatypes import ANNOTATION_REF
+from nydusfs.unixhttp import UnixConnection
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +164,8 @@ def _wait_running(daemon: subprocess.Popen[bytes], sock: Path, mountpoint: Path,
 
 
 def _state(sock: Path) -> str:
-    connection = http.client.HTTPConnection("localhost", timeout=2)
+    connection = UnixConnection(sock, 2)
     try:
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(2)
-        connection.sock.connect(str(sock))
         connection.request("GET", "/api/v1/daemon")
         return str(json.loads(connection.getresponse().read(1 << 20)).get("state", ""))
     except (OSError, ValueError, AttributeError, http.client.HTTPException):

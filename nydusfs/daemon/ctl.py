@@ -8,25 +8,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from typing import Any, ClassVar
 
 import click
 
+from nydusfs.unixhttp import UnixConnection
+
 TIMEOUT = 60.0  # seconds; a mount may have to index a large image
-
-
-class _UnixConnection(HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        import socket
-
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 class Client:
@@ -39,7 +28,7 @@ class Client:
         from urllib.parse import urlencode
 
         target = f"/api/v1/{path}" + (f"?{urlencode(query)}" if query else "")
-        connection = _UnixConnection(self.sock)
+        connection = UnixConnection(self.sock, TIMEOUT)
         try:
             connection.request(method, target, body=None if body is None else json.dumps(body))
             answer = connection.getresponse()

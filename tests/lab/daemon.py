@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from nydusfs.cache.names import NAME
+from nydusfs.unixhttp import UnixConnection
 from tests.lab.process import (
     Child,
     kill_together,
@@ -31,9 +30,6 @@ from tests.lab.process import (
 
 DRIVER = os.environ.get("NYDUS_TEST_FS_DRIVER", "")
 """fuse, erofs or auto: for every daemon of ours for which a test does not choose; see `drivers`."""
-BUSY = 10.0
-"""Seconds in which upstream's API is asked again that answers EAGAIN (as plain text), as it does now and then on a busy
-machine."""
 
 
 class Answer(NamedTuple):
@@ -43,17 +39,6 @@ class Answer(NamedTuple):
     @property
     def message(self) -> str:
         return str(self.body["message"]) if isinstance(self.body, dict) else ""
-
-
-class _Unix(HTTPConnection):
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
 
 
 def localfs_config(blobs: Path, *, config_id: str = "", work_dir: Path | None = None, **extra: Any) -> str:
@@ -123,19 +108,14 @@ class Nydusd:
         """`path`: below /api/v1/, or a whole one."""
         path = path if path.startswith("/") else f"/api/v1/{path}"
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-        deadline = time.monotonic() + BUSY
-        while True:
-            connection = _Unix(str(self.sock), timeout)
-            try:
-                connection.request(method, path, body=data)
-                answer = connection.getresponse()
-                text = answer.read()
-            finally:
-                connection.close()
-            if self.binary is not None and b"(os error 11)" in text and time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            return Answer(answer.status, json.loads(text) if text else None)
+        connection = UnixConnection(self.sock, timeout)
+        try:
+            connection.request(method, path, body=data)
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            connection.close()
+        return Answer(answer.status, json.loads(text) if text else None)
 
     def get(self, path: str) -> Answer:
         return self.call("GET", path)

@@ -17,9 +17,9 @@ import sys
 import threading
 import time
 from hashlib import sha256
-from http.client import HTTPConnection
 from pathlib import Path
 
+from nydusfs.unixhttp import UnixConnection
 from tests.lab.process import wait_until
 
 FIRST = 3  # SD_LISTEN_FDS_START
@@ -76,10 +76,7 @@ def start(directory: Path, store: Store) -> int:
 
 
 def ask(directory: Path, method: str, target: str, body: str | None = None) -> tuple[int, bytes]:
-    connection = HTTPConnection("localhost", timeout=30)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.settimeout(30)
-    connection.sock.connect(str(directory / "s"))
+    connection = UnixConnection(directory / "s", 30)
     connection.request(method, f"/api/v1/{target}", body=body)
     answer = connection.getresponse()
     return answer.status, answer.read()

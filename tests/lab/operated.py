@@ -6,12 +6,12 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nydusfs.unixhttp import UnixConnection
 from snapshotter import cgroup
 from snapshotter.doctor.finding import Level
 from snapshotter.doctor.run import findings
@@ -66,9 +66,7 @@ class Lab:
         return path
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("localhost", timeout=30)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(str(self.system))
+        connection = UnixConnection(self.system, 30)
         with contextlib.closing(connection):
             connection.request(method, path, body=None if body is None else json.dumps(body))
             answer = connection.getresponse()
