@@ -296,14 +296,16 @@ class RegistryEndpoint:
         else:
             async with self.authenticator.first(self.address):
                 response = await self._authorized(url, wanted, patience, progress, first)
+        here = True  # still the same server; who was elsewhere stays a stranger, wherever that one sends him
         for _ in range(MAX_REDIRECTS):
             location = response.get("location")
             if not 300 <= response.status < 400 or not location:
                 return response
             target = self._redirect_target(url, location)
+            here = here and target.origin == url.origin
             headers: Headers = ()
-            if target.origin == url.origin and (value := await self.authenticator.header()):
-                headers = (*self.way.headers, ("Authorization", value))  # still the same server
+            if here and (value := await self.authenticator.header()):
+                headers = (*self.way.headers, ("Authorization", value))
             response = await self._get(target, headers, wanted, patience, progress)
             url = target
             if response.status in (200, 206):

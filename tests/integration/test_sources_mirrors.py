@@ -353,6 +353,21 @@ def test_redirects_go_where_the_configuration_says(server: Any) -> None:
     run(scenario)
 
 
+def test_a_stranger_that_redirects_to_itself_gets_no_credentials(server: Any) -> None:
+    """The token is the registry's: whoever that one leads to may not have it by leading on to itself."""
+    stranger = server()
+    stranger.redirect = f"http://localhost:{stranger.port}"
+    origin = server(auth="bearer", redirect=stranger.redirect)
+
+    async def scenario(hub: SourceHub) -> None:
+        with pytest.raises(SourceError):
+            await read(open_source(backend(origin, auth=AUTH), hub))
+
+    run(scenario)
+    assert len(stranger.requests) == registry.MAX_REDIRECTS
+    assert all("authorization" not in request.headers for request in stranger.requests)
+
+
 def test_a_given_token_is_tried_before_any_other_credentials(server: Any) -> None:
     origin = server(auth="bearer")
     origin.valid_tokens.add("given")
