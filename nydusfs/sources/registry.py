@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import trio
 
@@ -326,8 +326,11 @@ class RegistryEndpoint:
         scheme = self._backend.blob_url_scheme or target.origin.scheme
         host = self._backend.blob_redirected_host
         if scheme != target.origin.scheme or host:
-            netloc = host or (target.origin.host if scheme != target.origin.scheme else target.origin.netloc)
-            return Url(parse_authority(scheme, netloc), target.target)
+            named = target.origin.netloc  # with a port only where that is not its scheme's own
+            origin = parse_authority(scheme, host or named)
+            if named.endswith(f":{target.origin.port}") and urlsplit(f"//{host}").port is None:
+                origin = origin._replace(port=target.origin.port)  # upstream changes the scheme or the host, no more
+            return Url(origin, target.target)
         return target
 
     async def _authorized(

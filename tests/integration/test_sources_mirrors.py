@@ -353,6 +353,20 @@ def test_redirects_go_where_the_configuration_says(server: Any) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    "keys", [{"blob_url_scheme": "http"}, {"blob_url_scheme": "http", "blob_redirected_host": "127.0.0.1"}]
+)
+def test_the_port_of_a_redirect_stays_where_none_is_configured(server: Any, keys: dict[str, str]) -> None:
+    store = server()
+    origin = server(redirect=f"https://localhost:{store.port}")
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, **keys), hub))
+        assert len(store.requests) == 1
+
+    run(scenario)
+
+
 def test_a_stranger_that_redirects_to_itself_gets_no_credentials(server: Any) -> None:
     """The token is the registry's: whoever that one leads to may not have it by leading on to itself."""
     stranger = server()
