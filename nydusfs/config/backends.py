@@ -67,6 +67,8 @@ def _registry(options: Section, template: bool) -> RegistryBackend:
                 raise options.error(key, "is missing: a registry needs its host and repository")
     if backend.auth and (reason := bad_auth(backend.auth)):
         raise options.error("auth", reason)
+    if not all("!" <= char <= "~" for char in backend.registry_token):
+        raise options.error("registry_token", "holds blanks, line breaks or letters that no token has")
     return backend
 
 
@@ -175,6 +177,8 @@ def _proxy(section: Section | None) -> ProxyConfig:
     section.known("dragonfly_scheduler_endpoint")
     if proxy.url:
         _check_url(section, "url", proxy.url)
+        if proxy.ping_url:
+            _check_url(section, "ping_url", proxy.ping_url)
     section.warn_unknown()
     return proxy
 
@@ -202,9 +206,16 @@ def _mirror(section: Section) -> MirrorConfig | None:
     for name, value in mirror.headers.items():
         if not _is_token(name):
             raise section.error("headers", f"{name!r} is not a legal header name")
-        if any(char in value for char in "\r\n\0"):
-            raise section.error(f"headers.{name}", "holds a line break")
+        if reason := bad_header_value(value):
+            raise section.error(f"headers.{name}", reason)
     return mirror
+
+
+def bad_header_value(value: str) -> str:
+    """Why no request can carry it, "" for no reason."""
+    if any(char in value for char in "\r\n\0"):
+        return "holds a line break"
+    return "" if all(char <= "\xff" for char in value) else "holds characters that no HTTP header can have"
 
 
 def _is_token(name: str) -> bool:
@@ -214,7 +225,9 @@ def _is_token(name: str) -> bool:
 def _check_url(section: Section, key: str, url: str) -> None:
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = parts.hostname or ""
+        usable = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+        usable = usable and not any(char <= " " or char in '\\"<>' for char in host)  # as `parse_url` has it
     except ValueError:
         usable = False
     if not usable:

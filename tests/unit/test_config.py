@@ -187,6 +187,19 @@ def test_keys_without_effect_are_named_once_by_a_process_and_why(
             {"device__backend__config__mirrors": [{"host": "http://m", "headers": {"A": "b\r\nC: d"}}]},
             "mirrors[0].headers.A: holds a line break",
         ),
+        (
+            {"device__backend__config__mirrors": [{"host": "http://m", "headers": {"A": "\u4e2d"}}]},
+            "mirrors[0].headers.A: holds characters that no HTTP header can have",
+        ),
+        ({"device__backend__config__mirrors": [{"host": "http://a b:1"}]}, "mirrors[0].host: 'http://a b:1' is not"),
+        ({"device__backend__config__registry_token": "abc\n"}, "config.registry_token: holds blanks, line breaks"),
+        (
+            {
+                "device__backend__config__mirrors": None,
+                "device__backend__config__proxy": {"url": "http://p", "ping_url": "p:4001/ping"},
+            },
+            "config.proxy.ping_url: 'p:4001/ping' is not a URL",
+        ),
         ({"device__backend__config__proxy": {"url": "http://p"}}, "proxy and mirrors cannot be configured"),
         ({"device__backend__config__auth": "dXNlcg=="}, "device.backend.config.auth: has no colon"),
         ({"device__backend__config__auth": 5}, "device.backend.config.auth: expected string, found integer (hidden)"),
