@@ -204,18 +204,18 @@ def _mirror(section: Section) -> MirrorConfig | None:
     if mirror.ping_url:
         _check_url(section, "ping_url", mirror.ping_url)
     for name, value in mirror.headers.items():
-        if not _is_token(name):
-            raise section.error("headers", f"{name!r} is not a legal header name")
-        if reason := bad_header_value(value):
-            raise section.error(f"headers.{name}", reason)
+        if reason := bad_header(name, value):
+            raise section.error("headers", reason)
     return mirror
 
 
-def bad_header_value(value: str) -> str:
-    """Why no request can carry it, "" for no reason."""
+def bad_header(name: str, value: str) -> str:
+    """Why no request can carry it, "" for no reason. Says nothing of the value, which may be secret."""
+    if not _is_token(name):
+        return f"{name!r} is not a legal header name"
     if any(char in value for char in "\r\n\0"):
-        return "holds a line break"
-    return "" if all(char <= "\xff" for char in value) else "holds characters that no HTTP header can have"
+        return f"{name} holds a line break"
+    return "" if all(char <= "\xff" for char in value) else f"{name} holds characters that no HTTP header can have"
 
 
 def _is_token(name: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from nydusfs.config.backends import bad_header
 from nydusfs.errors import ConfigError
 from nydusfs.redact import public_url
 from nydusfs.registry.reference import DOCKER_HUB_ENDPOINT, is_loopback
@@ -163,6 +164,9 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     pairs: list[tuple[str, str]] = []
     for name, value in headers.items():
         pairs += [(str(name), str(one)) for one in (value if isinstance(value, list) else [value])]
+    for name, one in pairs:
+        if reason := bad_header(name, one):
+            raise ConfigError(f"host.{public_url(url)}.header", reason, str(path))
     return Endpoint(
         text.rstrip("/") if override else text.rstrip("/").removesuffix("/v2"),
         verify=not (entry.get("skip_verify") is True or options.insecure),

@@ -196,6 +196,23 @@ def test_containerds_hosts_are_mirrors_too(server: Any, tmp_path: Path, caplog: 
     run(scenario)
 
 
+def test_a_header_of_hosts_toml_that_cannot_be_sent_costs_no_read(
+    server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin, mirror = server(), server()
+    folder = tmp_path / "certs.d" / origin.netloc
+    folder.mkdir(parents=True)
+    (folder / "hosts.toml").write_text(
+        f'server = "{origin.url}"\n[host."{mirror.url}".header]\nX-Tenant = "\u4e2d"\n', encoding="utf-8"
+    )
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, hosts_dir=str(tmp_path / "certs.d")), hub))
+
+    run(scenario)
+    assert "X-Tenant holds characters that no HTTP header can have: going on without it" in caplog.text
+
+
 def test_a_registrys_own_certificates_come_from_certs_d(server: Any, tmp_path: Path) -> None:
     context, authority, client = certificates(tmp_path)
     origin = server(tls=context)
