@@ -449,11 +449,12 @@ class RegistryEndpoint:
             )
         except TlsFailed:
             # Upstream's rule (since 2.3): plain HTTP instead of TLS only where certificates are not checked anyway.
-            plain = self._backend.connection.skip_verify and self.last and url.origin == self._base.origin
-            if not plain or self._base.origin.scheme == "http":
+            plain = self._backend.connection.skip_verify and self.last and url.origin == self.way.base.origin
+            if not plain or url.origin.scheme == "http":
                 raise
-            log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
-            self._base = Url(parse_authority("http", self._backend.host), self._base.target)
+            if self._base.origin == url.origin:  # else another request, sent at the same time, has found it out
+                log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
+                self._base = Url(parse_authority("http", self._backend.host), self._base.target)
             return await self._get(Url(self._base.origin, url.target), headers, wanted, patience, progress, around)
 
 

@@ -417,6 +417,20 @@ def test_a_given_token_is_tried_before_any_other_credentials(server: Any) -> Non
 # -- proxies
 
 
+def test_plain_http_instead_of_tls_is_for_all_readers_at_once(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """With a token nobody goes ahead: the second one to meet the missing TLS is as well off as the first."""
+    origin = server(latency=0.2)
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, scheme="https", skip_verify=True, registry_token="given"), hub)
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(read, source, 4096 * number)
+        assert sum("does not speak TLS" in record.getMessage() for record in caplog.records) == 1
+
+    run(scenario)
+
+
 def test_a_proxy_that_is_to_see_paths_gets_plain_http(server: Any) -> None:
     """`use_http`, for a registry that is asked by TLS otherwise: through a tunnel nothing could be kept."""
     origin, proxy = server(), server()
