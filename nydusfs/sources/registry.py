@@ -49,6 +49,9 @@ MAX_REDIRECTS = 5
 # Config headers win over ours, except those the range protocol rests on.
 _OURS = {"host", "range", "accept-encoding", "connection", "content-length", "transfer-encoding", "accept"}
 
+# Refusals of a registry. A server that wants TLS answers plain HTTP with 400, or leads to https.
+_MEANT = (401, 403, 404, 416)
+
 _PLAIN = (Generation.NONE, Generation.CLASSIC)  # are asked for just what is wanted
 
 Headers = tuple[tuple[str, str], ...]
@@ -447,15 +450,22 @@ class RegistryEndpoint:
                 around=around,
                 progress=progress,
             )
-        except TlsFailed:
+        except TlsFailed as failure:
             # Upstream's rule (since 2.3): plain HTTP instead of TLS only where certificates are not checked anyway.
             plain = self._backend.connection.skip_verify and self.last and url.origin == self.way.base.origin
             if not plain or url.origin.scheme == "http":
                 raise
+            origin = parse_authority("http", self._backend.host)
+            try:
+                response = await self._get(Url(origin, url.target), headers, wanted, patience, progress, around)
+            except HttpError:
+                raise failure from None
+            if response.status >= 300 and response.status not in _MEANT:
+                raise  # it does speak TLS, and just now could not
             if self._base.origin == url.origin:  # else another request, sent at the same time, has found it out
                 log.warning("%s does not speak TLS; skip_verify allows plain HTTP from here on", self._base.origin)
-                self._base = Url(parse_authority("http", self._backend.host), self._base.target)
-            return await self._get(Url(self._base.origin, url.target), headers, wanted, patience, progress, around)
+                self._base = Url(origin, self._base.target)
+            return response
 
 
 async def ping(

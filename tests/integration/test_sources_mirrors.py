@@ -23,7 +23,7 @@ from nydusfs.config.model import RegistryBackend
 from nydusfs.errors import SourceError
 from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
-from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.faulty import FaultyServer, faulty_server, self_signed
 from tests.lab.tiny import noise, tiny_image
 
 BLOB_ID, BLOB = "ab" * 32, noise(200_000)
@@ -415,6 +415,31 @@ def test_a_given_token_is_tried_before_any_other_credentials(server: Any) -> Non
 
 
 # -- proxies
+
+
+def test_a_broken_handshake_is_no_reason_for_plain_http_for_ever(server: Any, tmp_path: Path) -> None:
+    """A registry with TLS that restarts, or a balancer before it with nobody behind."""
+
+    class Restarting(ssl.SSLContext):
+        down = True
+
+        def wrap_socket(self, *given: Any, **named: Any) -> ssl.SSLSocket:
+            if self.down:
+                raise OSError("not up yet")
+            return super().wrap_socket(*given, **named)
+
+    context = Restarting(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*self_signed(tmp_path))
+    origin = server(tls=context)
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, skip_verify=True), hub)
+        with pytest.raises(SourceError, match="TLS handshake failed"):
+            await read(source)
+        context.down = False
+        await read(source)
+
+    run(scenario)
 
 
 def test_plain_http_instead_of_tls_is_for_all_readers_at_once(server: Any, caplog: pytest.LogCaptureFixture) -> None:
