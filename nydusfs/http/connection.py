@@ -93,10 +93,10 @@ class Connection:
                 # bytes: for text the first look-up imports an encoding, 4 ms of processor time before the first request
                 host = first.host.encode() if first.host.isascii() else first.host
                 tcp = await trio.open_tcp_stream(host, first.port)
+            if first.scheme != "https" and origin.scheme != "https":
+                return cls(origin, PlainTransport(tcp))
         except OSError as error:
             raise ConnectFailed(_reason(error)) from None
-        if proxy is None and origin.scheme != "https":
-            return cls(origin, PlainTransport(tcp))
         if proxy is None:
             context = context or ssl.create_default_context()
             try:
@@ -114,7 +114,7 @@ class Connection:
         except BaseException:
             tcp.socket.close()
             raise
-        return cls(origin, PlainTransport(stream) if stream is tcp else StreamTransport(stream))
+        return cls(origin, StreamTransport(stream))
 
     def alive(self) -> bool:
         """Whether an idle connection can be used: bytes or an end waiting on it mean that it cannot. About 2 us."""

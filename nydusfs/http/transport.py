@@ -85,10 +85,12 @@ class OwnSocket(ABC):
 
 
 def _taken(stream: trio.SocketStream) -> socket.socket:
-    """A trio socket hides its non-blocking calls: a duplicate that is ours, the original is closed."""
-    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
+    """A trio socket hides its non-blocking calls: a duplicate that is ours, the original is closed. Raises OSError."""
+    try:
+        sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
+    finally:
+        stream.socket.close()
     sock.setblocking(False)
-    stream.socket.close()
     return sock
 
 
@@ -208,7 +210,12 @@ class TlsTransport(OwnSocket):
 
     def quiet(self) -> bool:
         try:
-            return not self._sock.pending() and not readable(self._sock.fileno())
+            if not self._sock.pending() and not readable(self._sock.fileno()):
+                return True
+            self._sock.recv(1)
+            return False
+        except ssl.SSLWantReadError:
+            return True  # they were TLS's own, such as the tickets behind its handshake
         except (OSError, ValueError):
             return False
 

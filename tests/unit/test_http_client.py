@@ -1,0 +1,85 @@
+"""The client of blobs and its connections, against a real peer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nydusfs.http import ConnectFailed, HttpClient, Url, parse_url
+from nydusfs.http.connection import Tls
+from tests.lab.faulty import FaultyServer, faulty_server, self_signed
+from tests.lab.tiny import noise
+
+BLOB_ID, BLOB = "ab" * 32, noise(10_000)
+
+
+def address(server: FaultyServer) -> Url:
+    return parse_url(f"{server.url}/v2/a/b/blobs/sha256:{BLOB_ID}")
+
+
+async def get(http: HttpClient, server: FaultyServer) -> bytes:
+    answer = await http.get_range(address(server), 5, 100, (), connect_timeout=20, timeout=20)
+    assert answer.body == BLOB[5:105]
+    return bytes(answer.body)
+
+
+class Closing(ssl.SSLContext):
+    """Of a server that ends this many connections behind their handshakes."""
+
+    ends = 0
+
+    def wrap_socket(self, *given: Any, **named: Any) -> ssl.SSLSocket:
+        made = super().wrap_socket(*given, **named)
+        if self.ends:
+            self.ends -= 1
+            made.close()
+            raise OSError("ended")
+        return made
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_a_connection_made_ahead_is_used_with_tls_too(ends: int, tmp_path: Path) -> None:
+    """The tickets that TLS 1.3 sends behind its handshake are waiting on it then, and perhaps its end."""
+    context = Closing(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*self_signed(tmp_path))
+    context.ends = ends
+
+    async def main(server: FaultyServer) -> None:
+        http = HttpClient(Tls(skip_verify=True))
+        await http.prepare(address(server).origin, 20)
+        await trio.sleep(0.3)
+        await get(http, server)
+        assert server.connections == 1 + ends
+        http.close()
+
+    with faulty_server({BLOB_ID: BLOB}, tls=context) as server:
+        trio.run(main, server)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_no_descriptor_left_is_a_connection_that_failed(
+    tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*self_signed(tmp_path))
+
+    def full(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main(server: FaultyServer) -> None:
+        http = HttpClient(Tls(skip_verify=True))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "dup", full)
+            with pytest.raises(ConnectFailed, match="too many open files"):
+                await get(http, server)
+        await get(http, server)
+        http.close()
+
+    with faulty_server({BLOB_ID: BLOB}, tls=context if tls else None) as server:
+        trio.run(main, server)
