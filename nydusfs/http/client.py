@@ -165,6 +165,7 @@ class HttpClient:
         key = (url.origin, via, PACE.get() is not None)
         pool = self._pools.get(key)
         if pool is None:
+            self._close_old()
             pool = self._pools[key] = _Pool()
         try:
             pool.slots.acquire_nowait()
@@ -235,6 +236,17 @@ class HttpClient:
             if now - connection.idle_since < IDLE_SECONDS and connection.alive():
                 return connection
             connection.close()
+
+    def _close_old(self) -> None:
+        """What is closed when its turn comes, of hosts whose turn may never come."""
+        limit = time.monotonic() - IDLE_SECONDS
+        for pool in self._pools.values():
+            for connection in [one for one in pool.idle if one.idle_since <= limit]:
+                try:
+                    pool.idle.remove(connection)
+                except ValueError:
+                    continue  # a thread has taken it
+                connection.close()
 
     async def prepare(self, origin: Origin, connect_timeout: float, via: Via | None = None) -> None:
         """Have a connection ready for the next request. Raises `HttpError`."""

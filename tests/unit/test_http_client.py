@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import ssl
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from nydusfs.http import ConnectFailed, HttpClient, Url, parse_url
+from nydusfs.http import ConnectFailed, HttpClient, Url, client, parse_url
 from nydusfs.http.connection import Tls
 from tests.lab.faulty import FaultyServer, faulty_server, self_signed
 from tests.lab.tiny import noise
@@ -83,3 +84,19 @@ def test_no_descriptor_left_is_a_connection_that_failed(
 
     with faulty_server({BLOB_ID: BLOB}, tls=context if tls else None) as server:
         trio.run(main, server)
+
+
+def test_connections_to_hosts_that_nobody_asks_any_more_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirects may lead to another host each time."""
+    monkeypatch.setattr(client, "IDLE_SECONDS", 0.0)
+
+    async def main(servers: list[FaultyServer]) -> None:
+        http = HttpClient()
+        for server in servers:
+            await get(http, server)
+        await trio.sleep(0.3)
+        assert [len(server._open) for server in servers] == [0, 0, 0, 1]
+        http.close()
+
+    with ExitStack() as stack:
+        trio.run(main, [stack.enter_context(faulty_server({BLOB_ID: BLOB})) for _ in range(4)])
