@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,17 +118,28 @@ def refusal(error: HttpError) -> Refused:
     return Refused(str(error), damaged=isinstance(error, ProtocolViolation))
 
 
+def _asked_pause(text: str) -> float:
+    """Seconds that a Retry-After asks for, which is a number of them or a date."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        if not text:
+            return 0.0
+        from email.utils import parsedate_to_datetime  # what hardly any server says shall cost no start its import
+
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(60.0, max(0.0, seconds))
+
+
 def judge(response: Response, said: str = "") -> None:
     """Raises `Refused` for any status but 200 and 206; `said`: what the server gives as the reason."""
     status = response.status
     if status in (200, 206):
         return
     temporary = is_temporary(status)
-    after = 0.0
-    if status in (429, 503):
-        try:
-            after = min(60.0, max(0.0, float(response.get("retry-after"))))
-        except ValueError:
-            pass
+    after = _asked_pause(response.get("retry-after")) if status in (429, 503) else 0.0
     text = f"status {status} ({said})" if said else f"status {status}"
     raise Refused(text, retry=temporary, blame=temporary, busy=status in BUSY, damaged=status == 416, after=after)

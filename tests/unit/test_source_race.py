@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+from nydusfs.http import Response
 from nydusfs.http.connection import Progress
 from nydusfs.sources.base import Buffer, Priority
-from nydusfs.sources.endpoint import Range, Refused
+from nydusfs.sources.endpoint import Range, Refused, judge
 from nydusfs.sources.limits import ExtraBudget, TokenBucket
 from nydusfs.sources.probe import Prober
 from nydusfs.sources.race import BULKY_HEDGE, ORIGIN_HEDGE, STALLED, UNKNOWN, Racer, ReadFailed
@@ -389,6 +392,26 @@ def test_the_origin_is_left_alone_as_long_as_it_asks_for() -> None:
 
     virtual(main)
     assert origin.requests == 2 and started[0] >= 4.0
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        ("7", 7, 7),
+        (lambda: format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True), 15, 20),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 9999 07:28:00 GMT", 60, 60),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0),
+        ("nan", 0, 0),
+        ("soon", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_how_long_a_server_asks_to_be_left_alone(said: str | Callable[[], str], least: float, most: float) -> None:
+    text = said if isinstance(said, str) else said()
+    with pytest.raises(Refused) as caught:
+        judge(Response(429, {"retry-after": text}, b""))
+    assert least <= caught.value.after <= most
 
 
 def test_the_bucket_protects_the_origin_and_starves_nobody() -> None:
