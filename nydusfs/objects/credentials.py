@@ -51,7 +51,7 @@ class CredentialChain:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._looked < _LOOK:
+        if now - self._looked < _LOOK and self._from_file is not None:
             return
         self._looked = now
         path = self._backend.credentials_file

@@ -72,8 +72,9 @@ def test_oss_puts_the_bucket_before_a_name_and_behind_an_address() -> None:
 def test_credentials_are_read_again_when_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "credentials"
     chain = CredentialChain(ObjectBackend(credentials_file=str(file)))
-    with pytest.raises(ObjectStoreError, match="No such file"):
-        chain.keys()
+    for _ in range(2):  # whoever asks next, and soon, is not to send an unsigned request instead
+        with pytest.raises(ObjectStoreError, match="No such file"):
+            chain.keys()
     monkeypatch.setattr("nydusfs.objects.credentials._LOOK", 0.0)
     file.write_text("[default]\naws_access_key_id = one\naws_secret_access_key = s%1\n")
     assert chain.keys() == ObjectKeys("one", "s%1")
