@@ -68,10 +68,13 @@ _WRONG = (RafsError, CacheError, SourceError, ReadError, KeyError, ValueError, I
 def programs(image: Bootstrap) -> list[int]:
     """Those in the prefetch table: what the image is started for. Other entries are lists somebody made."""
     found = []
-    for ino in image.prefetch_inodes()[:MAX_PROGRAMS]:
-        mode = image.attr(ino).mode
-        if stat.S_ISREG(mode) and mode & 0o111:
-            found.append(ino)
+    try:
+        for ino in image.prefetch_inodes()[:MAX_PROGRAMS]:
+            mode = image.attr(ino).mode
+            if stat.S_ISREG(mode) and mode & 0o111:
+                found.append(ino)
+    except RafsError:
+        pass  # of a table that is wrong; `prefetch` says so
     return found
 
 

@@ -84,7 +84,12 @@ class Prefetcher:
         counters = self._reader.cache_counters
         counters.prefetch_begin = counters.prefetch_begin or time.time()
         await self._reader.load_tables()
-        if not self._named(files):
+        try:
+            named = self._named(files)
+        except RafsError as error:
+            log.warning("image %s: nothing is prefetched, its metadata is bad: %s", self._reader.name, error)
+            return
+        if not named:
             await self._start_is_over()
             self._polite = True
         groups = self._groups(self._plan(files))

@@ -56,6 +56,8 @@ class ReaderImage:
                 await self.reader.learn()
             except (NydusError, RafsError, OSError) as error:
                 log.warning("image %s: fetching ahead of its start stopped: %s", self.reader.name, error)
+            except Exception:  # groups of them too: it must cost the head start, not the worker of every mount
+                log.exception("image %s: fetching ahead of its start failed unexpectedly", self.reader.name)
 
     async def prepare(self, request: MountRequest, making: Any) -> None:
         """Before it is mounted, too: the kernel's mount is made, if there will be one."""

@@ -384,6 +384,8 @@ class MountTable:
                     await mounted.image.prefetch(starting=starting)
                 except (NydusError, RafsError, OSError) as error:
                     log.warning("prefetch for %s stopped: %s", mounted.request.mountpoint, error)
+                except Exception:  # groups of them too: it must cost the head start, not the worker of every mount
+                    log.exception("prefetch for %s failed unexpectedly", mounted.request.mountpoint)
 
         self._background.start_soon(prefetch)
 

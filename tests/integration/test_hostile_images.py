@@ -32,7 +32,7 @@ from bootstrap.reader_v5 import BootstrapV5
 from bootstrap.reader_v6 import BootstrapV6
 from nydusfs.convert.bootstrap_layer import unpack_bootstrap_layer
 from nydusfs.errors import ConvertError
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.erofs import is_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import TinyImage, noise, tiny_image
@@ -477,6 +477,26 @@ def test_forged_bootstraps(node: Nydusd, tmp_path: Path) -> None:
         assert (cache / ".lock").is_file()
     quiet = {name for (_, name), outcome in outcomes.items() if outcome in ("", "ENOENT")}
     assert quiet <= HARMLESS, outcomes
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_prefetch_table_of_what_is_not_there(node: Nydusd, tmp_path: Path, learn: bool) -> None:
+    """Nothing is fetched ahead then, and nothing else comes of it."""
+    image = build(tmp_path, plain)
+    data = bytearray(image.bootstrap.read_bytes())
+    fields = v6.ExtSuperblock(*v6.EXT_SUPERBLOCK.unpack_from(data, v6.EXT_SUPER_OFFSET))
+    fields = fields._replace(prefetch_table_offset=len(data), prefetch_table_size=4)
+    v6.EXT_SUPERBLOCK.pack_into(data, v6.EXT_SUPER_OFFSET, *fields)
+    image.bootstrap.write_bytes(data + struct.pack("<I", 0x7FFFFFFF) + bytes(4092))
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    settings = json.loads(config(tmp_path))
+    settings["fs_prefetch"] = {"enable": True, "learn": learn}
+    assert node.mount("/ahead", image.bootstrap, json.dumps(settings)).status == 204
+    try:
+        assert inside(node.mnt / "ahead", "print(len(open('dir/file', 'rb').read()))") == "9000"
+        wait_until(lambda: "nothing is prefetched, its metadata is bad" in node.log_text(), 20, "line")
+    finally:
+        assert node.umount("/ahead").status == 204
 
 
 def test_blob_ids_stay_one_part_of_a_url(node: Nydusd, tmp_path: Path) -> None:
