@@ -89,15 +89,15 @@ class Peer:
         self.generation = generation(headers)
         if self.generation is Generation.MODERN:
             total = headers.get("content-range", "").rpartition("/")[2]
-            if total.isascii() and total.isdigit():  # right in this generation; only ever a hint
+            if total.isascii() and total.isdigit() and len(total) < 20:  # right in this generation; only ever a hint
                 self._blob(address).size = int(total)
 
     def _blob(self, address: str) -> _Blob:
         known = self._blobs.get(address)
         if known is None:
             known = self._blobs[address] = _Blob()
-            if len(self._blobs) > MAX_BLOBS:
-                self._blobs.popitem(last=False)
+            if len(self._blobs) > MAX_BLOBS:  # what somebody waits for stays
+                del self._blobs[next(name for name, blob in self._blobs.items() if not blob.coming)]
         else:
             self._blobs.move_to_end(address)
         return known

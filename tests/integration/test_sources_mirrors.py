@@ -196,6 +196,18 @@ def test_containerds_hosts_are_mirrors_too(server: Any, tmp_path: Path, caplog: 
     run(scenario)
 
 
+def test_a_peer_that_says_absurd_sizes_costs_no_read(server: Any) -> None:
+    """More digits than Python takes for a number; of a 200 nobody else looks at the range."""
+    said = [("X-Dragonfly-Task-Id", "t"), ("Content-Range", f"bytes 0-9/{'9' * 5000}")]
+    origin, mirror = server(), server(mode="whole-200", said=said)
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, mirrors=[{"host": mirror.url}]), hub))
+        assert mirror.requests
+
+    run(scenario)
+
+
 def test_a_header_of_hosts_toml_that_cannot_be_sent_costs_no_read(
     server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -254,7 +254,7 @@ class FaultyServer:
         if mode == "wrong-bytes":
             part = bytes(byte ^ 0x55 for byte in part)
         if mode == "whole-200":
-            return _send(out, 200, blob)
+            return _send(out, 200, blob, self.said)
         if mode == "whole-206":
             return _send(out, 206, blob, [content_range])
         if mode == "wrong-total":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nydusfs.sources.dragonfly import DIRECT, FIRST_PAUSE, HANGS, LONG, PIECE, Generation, Peer
+from nydusfs.sources.dragonfly import DIRECT, FIRST_PAUSE, HANGS, LONG, MAX_BLOBS, PIECE, Generation, Peer
 
 BLOB = "http://peer/v2/a/b/blobs/sha256:x"
 SIZE = 3 * PIECE + 1000
@@ -47,6 +47,19 @@ def test_pieces_are_asked_for_once_and_as_a_whole() -> None:
     assert peer.widened("http://peer/another", 100, 200, 0.0) == (0, PIECE)
     peer.forget()  # another process
     assert fetch(peer, 100, 200) == (0, PIECE)
+
+
+def test_who_waits_for_a_piece_is_told_however_many_blobs_are_asked_for_meanwhile() -> None:
+    peer = modern()
+    asked = peer.widened(BLOB, 0, 10, 0.0)
+    assert asked is not None
+    peer.begin(BLOB, asked)
+    coming = peer.coming(BLOB, 0, 10)
+    for number in range(2 * MAX_BLOBS):
+        peer.widened(f"{BLOB}{number}", 0, 10, 0.0)
+    peer.end(BLOB, asked, 1.0, 1.0, arrived=True)
+    assert coming is not None and coming.is_set()
+    assert len(peer._blobs) == MAX_BLOBS
 
 
 def test_the_end_of_a_blob_is_asked_for_with_what_is_before_it() -> None:
