@@ -161,11 +161,15 @@ class ProfileStore:
         return None
 
     def save(self, name: str, profile: Profile) -> None:
-        """Failure costs the next start its head start, nothing else."""
+        """Failure costs the next start its head start, nothing else. Of commands those that fit are kept."""
+        data = profile.encode()
+        while len(data) > MAX_FILE and profile.commands:
+            profile = Profile(profile.all, dict(list(profile.commands.items())[1:]))
+            data = profile.encode()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".new-", delete=False) as file:
-                file.write(profile.encode())
+                file.write(data)
             os.rename(file.name, self.path / f"{name}.json")
         except OSError as error:
             log.info("profile of %s is not kept: %s", name, error.strerror)

@@ -132,3 +132,16 @@ def test_a_run_that_goes_elsewhere_is_noticed() -> None:
     recorder.note(2, [Segment(n) for n in range(119, 130)])  # type: ignore[misc]
     assert recorder.astray
     assert list(recorder.inodes) == [1, 2]
+
+
+def test_what_is_saved_is_no_larger_than_what_is_loaded(tmp_path: Path) -> None:
+    """A large image with several commands: those that ran last stay."""
+    segments = [("ab" * 32, number) for number in range(20_000)]
+    profile = Profile()
+    for number in range(6):
+        profile = profile.merged(segments, [1], f"command{number}")
+    store = ProfileStore(str(tmp_path / "cache"))
+    store.save("name", profile)
+    loaded = store.load("name")
+    assert loaded is not None and list(loaded.all.segments) == segments
+    assert list(loaded.commands) == [f"command{number}" for number in range(2, 6)]
