@@ -10,6 +10,7 @@ are left out, and a replay that readers do not follow is given up.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -166,13 +167,18 @@ class ProfileStore:
         while len(data) > MAX_FILE and profile.commands:
             profile = Profile(profile.all, dict(list(profile.commands.items())[1:]))
             data = profile.encode()
+        made = ""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".new-", delete=False) as file:
+                made = file.name
                 file.write(data)
-            os.rename(file.name, self.path / f"{name}.json")
+            os.rename(made, self.path / f"{name}.json")
         except OSError as error:
             log.info("profile of %s is not kept: %s", name, error.strerror)
+            if made:
+                with contextlib.suppress(OSError):
+                    os.unlink(made)  # a full disk shall not get fuller at every start
 
 
 def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:

@@ -145,3 +145,10 @@ def test_what_is_saved_is_no_larger_than_what_is_loaded(tmp_path: Path) -> None:
     loaded = store.load("name")
     assert loaded is not None and list(loaded.all.segments) == segments
     assert list(loaded.commands) == [f"command{number}" for number in range(2, 6)]
+
+
+def test_a_profile_that_cannot_be_kept_leaves_nothing(tmp_path: Path) -> None:
+    store = ProfileStore(str(tmp_path / "cache"))
+    (store.path / "name.json").mkdir(parents=True)
+    store.save("name", Profile())
+    assert [path.name for path in store.path.iterdir()] == ["name.json"]
