@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from nydusfs.errors import RegistryError, WrongBytesError
+from nydusfs.redact import public_url
 from nydusfs.registry.hosts import Endpoint
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class BlobStream(io.RawIOBase):
             except RegistryError as error:
                 if len(self._endpoints) == 1:
                     raise
-                log.warning("%s: mirror %s failed (%s), trying the next", self._name, endpoint.url, error)
+                log.warning("%s: mirror %s failed (%s), trying the next", self._name, public_url(endpoint.url), error)
                 self._open.close()
                 self._endpoints.pop(0)
         pieces = response.iter_raw()

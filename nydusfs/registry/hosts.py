@@ -37,7 +37,7 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        return urlsplit(self.url).netloc
+        return urlsplit(self.url).netloc.rpartition("@")[2]
 
     def address(self, path: str) -> str:
         """`path` starts with /v2/."""

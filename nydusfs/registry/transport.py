@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Self
 import httpx
 
 from nydusfs.errors import AuthError, NotFoundError, RegistryError
+from nydusfs.redact import public_url
 from nydusfs.registry.auth import Authenticator
 from nydusfs.registry.credentials import Credentials, docker_credentials
 from nydusfs.registry.hosts import ClientOptions, Endpoint, route
@@ -152,14 +153,15 @@ class Transport:
                 there = there.copy_with(scheme="https", port=here.port)
             elif not self.options.insecure:
                 raise RegistryError(
-                    f"registry {self.host} sends uploads from HTTPS to {_shown(str(there))}: refused", url=str(here)
+                    f"registry {self.host} sends uploads from HTTPS to {_shown(str(there))}: refused",
+                    url=_shown(str(here)),
                 )
         return str(there)
 
     def distrust(self, endpoint: Endpoint) -> None:
         """A mirror that gave wrong bytes is asked no more; the registry itself stays."""
         if endpoint in self._route.mirrors:
-            log.warning("mirror %s gave wrong bytes: not used any more", endpoint.url)
+            log.warning("mirror %s gave wrong bytes: not used any more", _shown(endpoint.url))
             self._distrusted.add(endpoint.url)
 
     def _attempts(self, request: _Request, target: Endpoint, scope: str, retry: bool) -> httpx.Response:
@@ -171,7 +173,7 @@ class Transport:
             except httpx.HTTPError as error:
                 if number == tries or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
                     raise RegistryError(
-                        f"registry {self.host} cannot be reached at {target.url}: {_reason(error)}",
+                        f"registry {self.host} cannot be reached at {_shown(target.url)}: {_reason(error)}",
                         url=_shown(request.url),
                     ) from error
                 reason = _reason(error)
@@ -294,16 +296,16 @@ class Transport:
             try:
                 response = self._client(candidate).get(candidate.address("/v2/"), follow_redirects=False)
             except httpx.HTTPError as error:
-                failures.append(f"{candidate.url}: {_reason(error)}")
+                failures.append(f"{_shown(candidate.url)}: {_reason(error)}")
                 continue
             # Go servers answer plain HTTP on a TLS port with this 400
             if response.status_code == 400 and b"HTTPS" in response.content[:_ERROR_BODY]:
-                failures.append(f"{candidate.url}: the server wants HTTPS")
+                failures.append(f"{_shown(candidate.url)}: the server wants HTTPS")
                 continue
             if failures:
-                log.info("registry %s is reached at %s (%s)", self.host, candidate.url, "; ".join(failures))
+                log.info("registry %s is reached at %s (%s)", self.host, _shown(candidate.url), "; ".join(failures))
             return candidate
-        raise RegistryError(f"registry {self.host} cannot be reached: {'; '.join(failures)}", url=candidate.url)
+        raise RegistryError(f"registry {self.host} cannot be reached: {'; '.join(failures)}", url=_shown(candidate.url))
 
 
 def read_error(response: httpx.Response) -> str:
@@ -345,14 +347,14 @@ def _tls(endpoint: Endpoint) -> ssl.SSLContext:
         try:
             context.load_verify_locations(cafile=path)
         except (OSError, ssl.SSLError) as error:
-            raise RegistryError(f"certificate file {path} cannot be used: {error}", url=endpoint.url) from error
+            raise RegistryError(f"certificate file {path} cannot be used: {error}", url=_shown(endpoint.url)) from error
     for certificate, key in endpoint.client:
         try:
             context.load_cert_chain(certificate, key or None, lambda: b"")
         except (OSError, ssl.SSLError) as error:
             raise RegistryError(
                 f"client certificate {certificate} with key {key or certificate} cannot be used: {error}",
-                url=endpoint.url,
+                url=_shown(endpoint.url),
             ) from error
     if not endpoint.verify:
         context.check_hostname = False
@@ -367,5 +369,5 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(url: str) -> str:
-    """Without query: it may hold a signature."""
-    return url.partition("?")[0]
+    """Without query, user and password: a query may hold a signature, and hosts.toml a mirror's password."""
+    return public_url(url.partition("?")[0])

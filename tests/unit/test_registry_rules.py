@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nydusfs.errors import AuthError, ConfigError
+from nydusfs.errors import AuthError, ConfigError, RegistryError
+from nydusfs.registry.blobstream import BlobStream
 from nydusfs.registry.challenge import Challenge, choose, parse_challenges, parse_token_reply
 from nydusfs.registry.credentials import Credentials, decode_auth, docker_credentials
 from nydusfs.registry.hosts import ClientOptions, route
 from nydusfs.registry.reference import Reference, ReferenceError, is_loopback
+from nydusfs.registry.transport import Transport
+from tests.lab.faulty import dead_port, faulty_server
 
 SHA = "sha256:" + "a" * 64
 
@@ -212,3 +216,19 @@ def test_hosts_toml(tmp_path: Path) -> None:
     (folder / "hosts.toml").write_text("server = 5")
     with pytest.raises(ConfigError, match=r"hosts\.toml"):
         route("r.io", ClientOptions(hosts_dir=str(tmp_path)))
+
+
+def test_a_mirrors_password_is_shown_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "nydusfs")
+    with dead_port() as host, faulty_server({}, auth="basic") as asking, dead_port() as silent:
+        (tmp_path / host).mkdir()
+        mirrors = [f"http://user:pw-Zq@{silent}", f"http://user:pw-Zq@{asking.netloc}"]
+        text = "".join(f'[host."{mirror}"]\n' for mirror in mirrors)
+        (tmp_path / host / "hosts.toml").write_text(f'server = "http://{host}"\n{text}')
+        with Transport(host, ClientOptions(hosts_dir=str(tmp_path), retries=0)) as transport:
+            with pytest.raises(RegistryError) as caught:
+                BlobStream(transport, "a/b", SHA, 10).read(1)
+            transport.distrust(transport.pull_endpoints()[0])
+    assert "pw-Zq" not in caplog.text + str(caught.value) + str(caught.value.url)
+    assert asking.netloc in caplog.text and silent in caplog.text
+    assert "gave wrong bytes" in caplog.text and asking.requests
