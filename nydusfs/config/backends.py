@@ -205,17 +205,17 @@ def _mirror(section: Section) -> MirrorConfig | None:
         _check_url(section, "ping_url", mirror.ping_url)
     for name, value in mirror.headers.items():
         if reason := bad_header(name, value):
-            raise section.error("headers", reason)
+            raise section.error(f"headers.{ascii(name)[1:-1]}", reason)
     return mirror
 
 
 def bad_header(name: str, value: str) -> str:
     """Why no request can carry it, "" for no reason. Says nothing of the value, which may be secret."""
     if not _is_token(name):
-        return f"{name!r} is not a legal header name"
+        return "is not a legal header name"
     if any(char in value for char in "\r\n\0"):
-        return f"{name} holds a line break"
-    return "" if all(char <= "\xff" for char in value) else f"{name} holds characters that no HTTP header can have"
+        return "holds a line break"
+    return "" if all(char <= "\xff" for char in value) else "holds characters that no HTTP header can have"
 
 
 def _is_token(name: str) -> bool:

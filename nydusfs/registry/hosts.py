@@ -166,7 +166,7 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
         pairs += [(str(name), str(one)) for one in (value if isinstance(value, list) else [value])]
     for name, one in pairs:
         if reason := bad_header(name, one):
-            raise ConfigError(f"host.{public_url(url)}.header", reason, str(path))
+            raise ConfigError(f"host.{public_url(url)}.header.{ascii(name)[1:-1]}", reason, str(path))
     return Endpoint(
         text.rstrip("/") if override else text.rstrip("/").removesuffix("/v2"),
         verify=not (entry.get("skip_verify") is True or options.insecure),

@@ -185,11 +185,11 @@ def test_keys_without_effect_are_named_once_by_a_process_and_why(
         ({"device__backend__config__mirrors": [{"host": "127.0.0.1:65001"}]}, "mirrors[0].host: '127.0.0.1:65001'"),
         (
             {"device__backend__config__mirrors": [{"host": "http://m", "headers": {"A": "b\r\nC: d"}}]},
-            "mirrors[0].headers: A holds a line break",
+            "mirrors[0].headers.A: holds a line break",
         ),
         (
             {"device__backend__config__mirrors": [{"host": "http://m", "headers": {"A": "\u4e2d"}}]},
-            "mirrors[0].headers: A holds characters that no HTTP header can have",
+            "mirrors[0].headers.A: holds characters that no HTTP header can have",
         ),
         ({"device__backend__config__mirrors": [{"host": "http://a b:1"}]}, "mirrors[0].host: 'http://a b:1' is not"),
         ({"device__backend__config__registry_token": "abc\n"}, "config.registry_token: holds blanks, line breaks"),
