@@ -40,7 +40,7 @@ MAX_FAILURES = 32  # in a row: the sources are down, demand reads will find out 
 GRACE, PATIENCE, UNREAD = 2.0, 30.0, 10.0
 _LOOKS = 10  # in a second, whether readers are busy
 _SLICE = 200  # inodes looked at between two turns of the loop
-_EXTENTS = 64 << 20  # bytes of a file whose extents are listed at once
+_EXTENTS = 16 << 20  # bytes of a file whose extents are listed at once
 
 
 class TokenBucket:
@@ -233,10 +233,12 @@ class Prefetcher:
                 if entry.dtype == 8:
                     yield from self._file(entry.ino)
 
-    def _file(self, ino: int) -> Iterator[Segment]:
+    def _file(self, ino: int) -> Iterator[Segment | None]:
         bootstrap, chunks = self._reader.bootstrap, self._reader.chunks
         size = bootstrap.attr(ino).size
         for start in range(0, size, _EXTENTS):
+            if start:
+                yield None  # a file may be one chunk a million times
             for extent in bootstrap.extents(ino, start, min(_EXTENTS, size - start)):
                 if extent.blob_index != HOLE and not chunks.lacks_meta(extent.blob_index):
                     for row, _, _ in chunks.pieces(extent.blob_index, extent.blob_offset, extent.size):

@@ -110,6 +110,23 @@ def test_a_given_list_replaces_the_table(image: TinyImage, origin: FaultyServer,
     trio.run(main)
 
 
+def test_a_file_of_one_chunk_many_times_over_holds_nobody_up(tmp_path: Path) -> None:
+    """Nothing is to be fetched of it but once, and the loop has its turn while it is looked through."""
+    options = BuildOptions(chunk_size=0x1000, prefetch_policy="fs", prefetch=[b"/zeros"])
+    image = tiny_image(tmp_path, {"zeros": bytes(3 * prefetch._EXTENTS)}, options)
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    device = {"backend": {"type": "localfs", "config": {"dir": str(tmp_path)}}}
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, json.dumps({"device": device, "mode": "direct"}))
+            plan = list(prefetch.Prefetcher(reader, services.scheduler)._plan([b"/zeros"]))
+            assert sum(segment is not None for segment in plan) <= 2 and plan.count(None) >= 2
+            reader.close()
+
+    trio.run(main)
+
+
 def test_the_rest_waits_for_the_start_of_an_image_that_nobody_has_read(
     origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
