@@ -22,6 +22,7 @@ from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, basic_auth
 from nydusfs.http.errors import TlsFailed
 from nydusfs.http.url import parse_authority
+from nydusfs.redact import public_url
 from nydusfs.sources import dragonfly
 from nydusfs.sources.athand import AtHand
 from nydusfs.sources.auth import Authenticator
@@ -325,7 +326,7 @@ class RegistryEndpoint:
         try:
             target = parse_url(location)
         except ProtocolViolation as error:
-            raise ProtocolViolation(f"redirect to {location[:60]!r}: {error}") from None
+            raise ProtocolViolation(f"redirect to {public_url(location)[:60]!r}: {error}") from None
         scheme = self._backend.blob_url_scheme or target.origin.scheme
         host = self._backend.blob_redirected_host
         if scheme != target.origin.scheme or host:

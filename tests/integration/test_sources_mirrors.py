@@ -396,6 +396,17 @@ def test_the_port_of_a_redirect_stays_where_none_is_configured(server: Any, keys
     run(scenario)
 
 
+def test_a_redirect_that_cannot_be_followed_is_named_without_its_secrets(server: Any) -> None:
+    origin = server(redirect="ftp://user:hush@h")
+
+    async def scenario(hub: SourceHub) -> None:
+        with pytest.raises(SourceError, match="redirect to 'ftp://.*@h/signed/") as caught:
+            await read(open_source(backend(origin), hub))
+        assert "hush" not in str(caught.value)
+
+    run(scenario)
+
+
 def test_a_stranger_that_redirects_to_itself_gets_no_credentials(server: Any) -> None:
     """The token is the registry's: whoever that one leads to may not have it by leading on to itself."""
     stranger = server()
