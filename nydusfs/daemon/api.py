@@ -223,7 +223,8 @@ class Api:
     @staticmethod
     def _failure(status: int, message: str) -> Response:
         body = json.dumps({"code": "UNDEFINED", "message": message}, separators=(",", ":"), ensure_ascii=False)
-        return Response(status, body.encode("utf-8", "surrogateescape"))
+        # JSON may hold half a surrogate pair, which is no text: escaped again it is what was sent.
+        return Response(status, body.encode("utf-8", "backslashreplace"))
 
     # -- the daemon itself
 
