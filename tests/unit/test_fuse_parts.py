@@ -146,7 +146,20 @@ def test_tree_of_mountpoints() -> None:
     assert tree.root_image is two
 
 
-@pytest.mark.parametrize("path", ["", "a", "a/b", "/a/../b", "/./a", "/\0", "/" + "n" * 256])
+def test_a_mountpoint_as_deep_as_a_path_can_be() -> None:
+    """What is kept for the next worker, and where the next image may be, is found without recursion."""
+    tree, path = PseudoTree(), split_mountpoint("/a" * 2000)
+    tree.attach(path, volume(1))
+    numbers, following = tree.numbers()
+    assert len(numbers) == 2000
+    with pytest.raises(MountExistsError, match="below"):
+        tree.check_free([b"a"])
+    again = PseudoTree()
+    again.restore_numbers(numbers, following)
+    assert again.numbers() == (numbers, following)
+
+
+@pytest.mark.parametrize("path", ["", "a", "a/b", "/a/../b", "/./a", "/\0", "/" + "n" * 256, "/a" * 2048])
 def test_mountpoints_that_are_none(path: str) -> None:
     with pytest.raises(ValueError, match="mountpoint"):
         split_mountpoint(path)
