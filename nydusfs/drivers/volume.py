@@ -25,6 +25,7 @@ CAP_TAR_TOC = BlobFeatures.CAP_TAR_TOC
 MAX_INDEX = 0x7FFF  # keeps node numbers positive as signed 64-bit values
 ROOT_ID = 1
 PATH_MAX = 4096
+LEAP = 1 << 24  # directories that a worker may have made since it saved their numbers last
 # As upstream: 2^32 seconds. What an image holds never changes; umount sends invalidations.
 FOREVER = float(1 << 32)
 
@@ -272,7 +273,8 @@ class PseudoTree:
             parent = self._walk(above)
             if parent is not None:
                 self._nodes[number] = parent.children[name] = _Node(number, parent, name)
-        self._next = next_number
+        # The kernel may know what was made since: its numbers must not be another directory's.
+        self._next = next_number + LEAP
 
     @property
     def root_image(self) -> ImageVolume | None:

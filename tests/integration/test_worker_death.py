@@ -196,6 +196,39 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
             daemon.__exit__()
 
 
+def test_what_a_worker_showed_and_did_not_save_is_taken_for_no_other_image(tmp_path: Path) -> None:
+    """The kernel knows its names for good: the next image under their numbers would have been shown by its pages."""
+    one, two = (tiny_image(tmp_path, {"f": text * 9, "d/f": text}) for text in (b"one", b"two"))
+    for image in (one, two):
+        (tmp_path / image.blob_id).write_bytes(image.blob)
+    config = localfs_config(tmp_path)
+    mounts = [
+        {"mountpoint": at, "source": str(one.bootstrap), "fs_type": "rafs", "config": config}
+        for at in ["/a", *(f"/n{number}" for number in range(400))]
+    ]
+    with Nydusd("--fs-driver", "fuse") as daemon:
+        before = info(daemon)
+
+        def mount() -> None:
+            with suppress(OSError):
+                daemon.call("POST", "mounts", mounts)
+
+        thread = threading.Thread(target=mount)
+        thread.start()
+        wait_until(lambda: (daemon.mnt / "a" / "f").exists(), 20, "the first image")
+        assert (daemon.mnt / "a" / "f").read_bytes() == b"one" * 9
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        thread.join()
+        settled(daemon, before, "worker_pid")
+        places = [daemon.mnt / f"b{number}" for number in range(10)]  # several are opened at a time, in any order
+        for place in places:
+            assert daemon.mount(f"/{place.name}", two.bootstrap, config).status == 204
+        assert [(place / "f").read_bytes() for place in places] == [b"two" * 9] * 10
+        assert [(place / "d" / "f").read_bytes() for place in places] == [b"two"] * 10
+        with suppress(OSError):  # it is not mounted, or is itself
+            assert (daemon.mnt / "a" / "d" / "f").read_bytes() == b"one"
+
+
 @both
 def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
     case = image_case(CASE)
