@@ -26,7 +26,15 @@ from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
-from tests.lab.process import LabError, mounts_below, processes_mentioning, remove_tree, unmount_below, work_dir
+from tests.lab.process import (
+    LabError,
+    matching,
+    mounts_below,
+    processes_mentioning,
+    remove_tree,
+    unmount_below,
+    work_dir,
+)
 from tests.lab.served import some_file
 from tests.lab.tiny import noise, tiny_image
 
@@ -243,6 +251,54 @@ def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
             held.seek(0)
             assert held.read() == expected
         assert check_mount(case, daemon.mnt / "a") == []
+
+
+@pytest.mark.parametrize("how", ["killed", "upgraded"])
+def test_what_the_last_worker_cached_can_be_removed_although_nothing_is_mounted(tmp_path: Path, how: str) -> None:
+    """The cache directory is claimed still, so that nobody else may delete what is in it."""
+    image = tiny_image(tmp_path, {"f": noise(600_000)})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    cache = tmp_path / "cache"
+    with Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path, work_dir=cache)).status == 204
+        assert (daemon.mnt / "a" / "f").read_bytes() == image.files["f"]
+        assert daemon.umount("/a").status == 204
+        before = info(daemon)
+        if how == "killed":
+            os.kill(before["worker_pid"], signal.SIGKILL)
+        else:
+            assert daemon.call("PUT", "daemon/upgrade").status == 204
+        settled(daemon, before, "worker_pid")
+        assert (cache / image.blob_id).is_dir()
+        assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}").body is None
+        assert not (cache / image.blob_id).exists()
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path, work_dir=cache)).status == 204
+        assert (daemon.mnt / "a" / "f").read_bytes() == image.files["f"]
+        assert [store["path"] for store in daemon.get("cache").body["stores"]] == [str(cache)]
+
+
+def test_devices_of_a_mount_that_never_came_go_with_their_blob(tmp_path: Path) -> None:
+    """They are links to what the cache has: as long as they are there no byte is freed."""
+    if reason := cannot_mount_erofs():
+        pytest.skip(reason)
+    image = tiny_image(tmp_path, {"f": noise(600_000)})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    cache = tmp_path / "cache"
+    config = localfs_config(tmp_path, work_dir=cache)
+    body = {"source": str(image.bootstrap), "fs_type": "rafs", "config": config}
+
+    def devices() -> list[Path]:
+        return matching(cache, f".erofs/files.*/*/{image.blob_id}/*")
+
+    with Nydusd("--fs-driver", "erofs") as daemon:
+        assert daemon.call("POST", "mount/expected?mountpoint=/a", body).status == 204
+        wait_until(lambda: bool(devices()), 20, "devices of the mount to come")
+        before = info(daemon)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        settled(daemon, before, "worker_pid")
+        assert devices()
+        assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}").body is None
+        assert devices() == []
 
 
 def test_code_that_does_not_start_leaves_the_old_worker_in_place(tmp_path: Path) -> None:
