@@ -20,7 +20,8 @@ import pytest
 from nydusfs.cache.devices import device_key
 from nydusfs.daemon.handover import decode
 from tests.lab.cases import case as image_case
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.cgroups import Group, no_groups
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.drivers import both
 from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.faulty import faulty_server
@@ -202,6 +203,47 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
             assert mounts_below(daemon.dir) == []
         finally:
             daemon.__exit__()
+
+
+@pytest.mark.skipif(no_groups("pids") != "", reason=no_groups("pids"))
+@pytest.mark.parametrize("who", ["worker", "zygote"])
+def test_a_node_without_room_for_a_process_has_its_readers_wait_and_not_for_ever(tmp_path: Path, who: str) -> None:
+    """As long as no worker can be started; the keeper tries again."""
+    image = tiny_image(tmp_path, {"f": b"content"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    with Group("pids") as group, Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        before = info(daemon)
+        pids = processes_mentioning(str(daemon.sock))
+        group.add(pids)
+        group.limit_processes(1)
+        if who == "zygote":
+            for pid in {*pids} - {*before.values()}:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.5)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        time.sleep(1)
+        group.limit_processes(None)
+        code = "import sys; print(open(sys.argv[1]).read())"
+        assert reader(code, daemon.mnt / "a" / "f", timeout=20).stdout == "content\n"
+        assert settled(daemon, before, "worker_pid")["keeper_pid"] == before["keeper_pid"]
+
+
+@pytest.mark.skipif(no_groups("pids") != "", reason=no_groups("pids"))
+def test_a_node_without_room_for_a_process_gets_its_next_keeper_later(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, {"f": b"content"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    with Group("pids") as group, Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        before = info(daemon)
+        group.add(processes_mentioning(str(daemon.sock)))
+        group.limit_processes(1)
+        os.kill(before["keeper_pid"], signal.SIGKILL)
+        wait_until(lambda: "no new keeper" in daemon.log.read_text(), 20, "the first attempt")
+        group.limit_processes(None)
+        after = settled(daemon, before, "keeper_pid")
+        os.kill(after["worker_pid"], signal.SIGKILL)
+        assert (daemon.mnt / "a" / "f").read_bytes() == b"content"
 
 
 def test_what_a_worker_showed_and_did_not_save_is_taken_for_no_other_image(tmp_path: Path) -> None:
