@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from weakref import WeakKeyDictionary, WeakSet
 
 import trio
@@ -23,6 +24,7 @@ from bootstrap.errors import RafsError
 from bootstrap.reader import open_bootstrap
 from nydusfs.cache import CacheStore, Limit
 from nydusfs.cache.devices import device_key
+from nydusfs.cachetools.places import WORKER
 from nydusfs.config import Config, connection_debug
 from nydusfs.counters import CacheCounters
 from nydusfs.errors import CacheDiskError, NydusError
@@ -72,6 +74,18 @@ class Services:
             self._nursery.start_soon(store.sync_forever)
         store = self._named[work_dir] = self._stores[key]
         return store
+
+    def reopen_claimed(self) -> None:
+        """Stores of the last worker that no image has now: nobody but who has the claim may delete what is in them."""
+        for fd in list(self.claims.values()):
+            path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+            folder = path.parent if path.name == ".lock" else path  # see `nydusfs.cache.claim`
+            work_dir = folder.parent if WORKER.fullmatch(folder.name) else folder
+            if folder.is_dir():
+                try:
+                    self.store(str(work_dir))
+                except NydusError as error:
+                    log.warning("what is in cache %s cannot be removed: %s", folder, error)
 
     def _usable_store(self, config: Config, name: str) -> CacheStore | None:
         if not config.cache.persistent:

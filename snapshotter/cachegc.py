@@ -119,9 +119,12 @@ def look(cache: Path, snapshots: Path, mounted: Collection[Path] = ()) -> tuple[
 def remove(cache: Path, blob: str) -> None:
     """All files of a blob, ours or upstream's, of earlier processes as well; what is gone already is fine. A living
     process alone knows whether it is about to use them."""
-    from nydusfs.cachetools.places import lock_holder, stores
+    from nydusfs.cachetools.places import device_folders, lock_holder, stores
 
-    for entry in [entry for store in stores(cache) if lock_holder(store) is None for entry in os.scandir(store)]:
+    left = [store for store in stores(cache) if lock_holder(store) is None]
+    for folder in [folder for store in left for folder in device_folders(store, blob)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for entry in [entry for store in left for entry in os.scandir(store)]:
         match = _BLOB.fullmatch(entry.name)
         if match is None or match[1] != blob:
             continue

@@ -238,6 +238,18 @@ class DeviceFiles:
             pass
 
 
+def remove_devices(store_path: Path, boot: str, blob_id: str) -> list[str]:
+    """Names of those of a blob that is of no image any more, deleted: a worker left them that died before it mounted an
+    image, or while it unmounted one."""
+    folder = store_path / ".erofs" / f"files.{boot}" / device_key(store_path) / blob_id
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    shutil.rmtree(folder, ignore_errors=True)
+    return names
+
+
 def write_whole(fd: int, plain: Plain, padded: int) -> None:
     """From front to back and up to whole blocks: EROFS reads blocks. Raises OSError."""
     parts, at = [memoryview(plain), memoryview(bytes(padded - len(plain)))], 0

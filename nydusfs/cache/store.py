@@ -28,7 +28,7 @@ import trio
 
 from nydusfs.cache.blob import BlobCache
 from nydusfs.cache.claim import claim
-from nydusfs.cache.devices import DeviceFiles
+from nydusfs.cache.devices import DeviceFiles, remove_devices
 from nydusfs.cache.durability import RWF_NOWAIT, Syncer
 from nydusfs.cache.foreign import FOREIGN_SUFFIXES
 from nydusfs.cache.fresh import Fresh
@@ -255,6 +255,9 @@ class CacheStore:
         for ending in FOREIGN_SUFFIXES:
             unlink(self.path / f"{blob_id}{ending}")
         unlink(self.path / blob_id)
+        for name in remove_devices(self.path, self.boot, blob_id):
+            if self.quota is not None and (match := NAME.fullmatch(name)) is not None:
+                self.quota.gone((blob_id, bytes.fromhex(match[2])))  # it may have been there alone
         if cache is not None:
             cache.abandon()
         if names:

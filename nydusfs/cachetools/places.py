@@ -19,6 +19,11 @@ def stores(cache: Path) -> list[Path]:
     return [cache, *(cache / name for name in names if WORKER.fullmatch(name) and (cache / name).is_dir())]
 
 
+def device_folders(store: Path, blob_id: str) -> list[Path]:
+    """Where segments of a blob are devices of kernel mounts, also of processes that died: `nydusfs.cache.devices`."""
+    return [folder for key in (store / ".erofs").glob("files.*/*") if (folder := key / blob_id).is_dir()]
+
+
 def remembered(cache: Path) -> list[Path]:
     """Bootstraps of images that were imported and not pulled."""
     return sorted((cache / IMPORTED).glob("*.boot"))

@@ -140,6 +140,15 @@ def _check_auth(text: str) -> None:
         log.warning("registry_auth is not base64 of user:password: registries will refuse it")
 
 
+def _is_text(value: str) -> bool:
+    """False with half a surrogate pair in it, which JSON may hold."""
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Api:
     def __init__(self, daemon: DaemonControl) -> None:
         self._daemon = daemon
@@ -223,7 +232,8 @@ class Api:
     @staticmethod
     def _failure(status: int, message: str) -> Response:
         body = json.dumps({"code": "UNDEFINED", "message": message}, separators=(",", ":"), ensure_ascii=False)
-        return Response(status, body.encode("utf-8", "surrogateescape"))
+        # JSON may hold half a surrogate pair, which is no text: escaped again it is what was sent.
+        return Response(status, body.encode("utf-8", "backslashreplace"))
 
     # -- the daemon itself
 
@@ -311,7 +321,7 @@ class Api:
         for path in prefetch:
             if not isinstance(path, str):
                 raise _bad_body(request.body, _invalid_type(path, str))
-            if not path.startswith("/"):
+            if not path.startswith("/") or not _is_text(path):
                 raise MountFailedError("invalid prefetch file list")
         if request.method == "PUT" and self._daemon.mounts.get(mountpoint) is None:
             raise MountFailedError(DOES_NOT_EXIST)

@@ -160,6 +160,8 @@ class ImageOpener:
                 await expected.decided.wait()
         except (NydusError, RafsError, OSError) as error:
             log.info("image expected at %s cannot be opened: %s", request.mountpoint, error)
+        except Exception:  # a bug must cost the head start, not the daemon
+            log.exception("image expected at %s cannot be opened", request.mountpoint)
         finally:
             if making is not None:
                 making.close()
@@ -241,7 +243,10 @@ class ImageOpener:
         for what, path in paths.items():
             if not path:
                 continue
-            resolved = os.path.realpath(path)
+            try:
+                resolved = os.path.realpath(path)
+            except ValueError as error:  # a zero byte, or half a surrogate pair
+                raise NydusError(f"{what} is no path: {error}") from None
             if resolved == self._mountpoint or resolved.startswith(self._mountpoint.rstrip("/") + "/"):
                 raise NydusError(f"{what} {path} lies below the daemon's own mountpoint {self._mountpoint}: move it")
 

@@ -49,6 +49,7 @@ class MountTable:
         self._kernel_mounts = kernel_mounts
         self._serving = kernel_mounts is None
         self._driver = driver
+        self._driver.promise = changed
         self._changed = changed
         self._opener = opener
         self._background = background

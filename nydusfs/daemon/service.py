@@ -373,6 +373,8 @@ class Daemon:
             await nursery.start(self._serve_fuse, served)
             await self._erofs.begin()
             await self.mounts.begin()
+            if self._kept is not None:  # and not beside another daemon, which may be at work still
+                self._services.reopen_claimed()
             log.info("start fuse servers with %d worker threads", self.options.threads)
             log.info("Fuse daemon started!")
             if self._link is not None:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import trio
@@ -35,6 +35,9 @@ log = logging.getLogger("nydusfs.fuse")
 READ_AHEAD_KIB = 512
 STOP_GRACE = 2.0  # seconds for blocked reads to be answered with EIO
 DEFAULT_THREADS = 4
+# Indexes that the next worker leaves out, since the kernel may have learned of them from this one: an image that is
+# shown but not saved yet, when the worker dies, must not give its numbers to another.
+AHEAD = 64
 
 
 class TooManyImagesError(NydusError):
@@ -58,6 +61,8 @@ class FuseDriver:
         self.loop = RequestLoop(self.connection, self.operations, threads)
         self._next_index = 0
         self._generation = 0
+        self._promised = 0  # indexes from there on that `numbering` counts as given
+        self.promise: Callable[[], None] = lambda: None  # `numbering` is to be saved for the next worker
         self._mounted: kernel.MountEntry | None = None
         self._adopted = False
         self._serving = False
@@ -142,6 +147,10 @@ class FuseDriver:
 
     def _take_index(self) -> int:
         for _ in range(MAX_INDEX):
+            if not self._promised:
+                self._promised = AHEAD
+                self.promise()
+            self._promised -= 1
             self._next_index += 1
             if self._next_index > MAX_INDEX:
                 self._next_index = 1
@@ -181,12 +190,14 @@ class FuseDriver:
 
     @property
     def numbering(self) -> tuple[int, int]:
-        """The last index given to an image and its generation; a successor goes on from here."""
-        return self._next_index, self._generation
+        """The last index that may have been given to an image, and its generation; a successor goes on from here."""
+        turns, last = divmod(self._next_index + self._promised, MAX_INDEX + 1)
+        return last + turns, self._generation + turns
 
     @numbering.setter
     def numbering(self, value: tuple[int, int]) -> None:
         self._next_index, self._generation = value
+        self._promised = 0
 
     async def replace(
         self, mountpoint: str, metadata: Metadata, data: ImageData, stats: FsStats,

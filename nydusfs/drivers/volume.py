@@ -24,6 +24,8 @@ LINK_NUMBER = 1 << 47  # apart from handles, which are addresses in 32-byte unit
 CAP_TAR_TOC = BlobFeatures.CAP_TAR_TOC
 MAX_INDEX = 0x7FFF  # keeps node numbers positive as signed 64-bit values
 ROOT_ID = 1
+PATH_MAX = 4096
+LEAP = 1 << 24  # directories that a worker may have made since it saved their numbers last
 # As upstream: 2^32 seconds. What an image holds never changes; umount sends invalidations.
 FOREVER = float(1 << 32)
 
@@ -230,6 +232,8 @@ def split_mountpoint(path: str) -> list[bytes]:
     parts = [part for part in raw.split(b"/") if part]
     if any(part in (b".", b"..") or len(part) > 255 for part in parts):
         raise ValueError(f"mountpoint {path!r} must not hold '.', '..' or names above 255 bytes")
+    if len(raw) >= PATH_MAX:
+        raise ValueError(f"a mountpoint of {len(raw)} bytes is longer than a path can be")
     return parts
 
 
@@ -254,13 +258,12 @@ class PseudoTree:
     def numbers(self) -> tuple[list[tuple[str, int]], int]:
         """Path and number of each directory, parents first, and the first unused number: for `restore_numbers`."""
         found: list[tuple[str, int]] = []
-
-        def visit(node: _Node, path: bytes) -> None:
+        left = [(self._root, b"")]  # no recursion: a mountpoint may be deeper than that can go
+        while left:
+            node, path = left.pop()
             for name, child in node.children.items():
                 found.append((os.fsdecode(path + b"/" + name), child.number))
-                visit(child, path + b"/" + name)
-
-        visit(self._root, b"")
+                left.append((child, path + b"/" + name))
         return found, self._next
 
     def restore_numbers(self, numbers: Sequence[tuple[str, int]], next_number: int) -> None:
@@ -270,7 +273,8 @@ class PseudoTree:
             parent = self._walk(above)
             if parent is not None:
                 self._nodes[number] = parent.children[name] = _Node(number, parent, name)
-        self._next = next_number
+        # The kernel may know what was made since: its numbers must not be another directory's.
+        self._next = next_number + LEAP
 
     @property
     def root_image(self) -> ImageVolume | None:
@@ -299,7 +303,13 @@ class PseudoTree:
             raise MountExistsError("images are mounted below this path")
 
     def _has_image(self, node: _Node) -> bool:
-        return node.image is not None or any(self._has_image(child) for child in node.children.values())
+        left = [node]
+        while left:
+            node = left.pop()
+            if node.image is not None:
+                return True
+            left += node.children.values()
+        return False
 
     def attach(self, parts: list[bytes], image: ImageVolume) -> TreeChange:
         self.check_free(parts)

@@ -22,7 +22,7 @@ from typing import Any
 
 from nydusfs.keeper import fdstore
 from nydusfs.keeper.haste import hurry
-from nydusfs.keeper.protocol import name_tag, pair, receive, send
+from nydusfs.keeper.protocol import name_tag, pair, receive, say, send
 
 PAUSES = (0.0, 0.05, 0.2, 0.5, 1.0, 2.0)  # before the next start, by deaths in a row before they were ready
 CRASHES, CRASH_SECONDS = 60, 10.0  # more deaths of ready workers in this time, and the next waits a second
@@ -30,13 +30,6 @@ UPGRADE_SECONDS = 20.0  # for new code to import itself
 FALL_BACK = 3  # deaths in a row of new code before the old is used again
 STOP_SECONDS = 12.0  # a worker that was told to stop ends itself within 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def say(text: str) -> None:
-    try:
-        os.write(2, f"nydusd keeper: {text}\n".encode())
-    except OSError:
-        pass
 
 
 class Zygote:
@@ -138,7 +131,12 @@ class Keeper:
         self.selector.register(receiving, selectors.EVENT_READ, self._signals)
         try:
             if self.zygote is None:
-                self._use(Zygote.fork())
+                try:
+                    self._use(Zygote.fork())
+                except OSError as error:
+                    if not self.served:
+                        raise
+                    say(f"no process for workers can be started now: {error.strerror}")  # it is when one is needed
             if self.worker is None:
                 self.start_at = time.monotonic()
             while self.exit_status is None:
@@ -170,7 +168,7 @@ class Keeper:
             self._worker_died(None)
         try:
             self._use(Zygote.exec_new(self.spec))
-        except SystemExit as error:
+        except (SystemExit, OSError) as error:
             say(f"{error}: trying once more")  # in `run`
 
     def _turn(self) -> None:
@@ -245,10 +243,10 @@ class Keeper:
             return
         say("the zygote died, starting another one")
         self.zygote = None
-        fresh = Zygote.exec_new(self.spec)
-        if fresh.wait_hello(UPGRADE_SECONDS):
-            self.zygote = fresh
-            self.selector.register(fresh.sock, selectors.EVENT_READ, self._from_zygote)
+        try:
+            self._use(Zygote.exec_new(self.spec))
+        except (SystemExit, OSError) as error:
+            say(f"{error}: trying again when a worker is needed")
         if self.worker is not None and not self.worker.pid:
             self._close_control(self.worker)
             self.worker = None
@@ -259,7 +257,7 @@ class Keeper:
         if self.zygote is None:
             try:
                 self._use(Zygote.exec_new(self.spec))
-            except SystemExit as error:
+            except (SystemExit, OSError) as error:
                 say(str(error))
                 self.exit_status = 1 if self.told_to_stop else None
                 self.start_at = time.monotonic() + PAUSES[-1]
@@ -359,11 +357,13 @@ class Keeper:
             self.deaths, how = 0, ""
         else:
             self.deaths = 0 if worker.ready else self.deaths + 1
-            say(f"worker {worker.pid} {how}, starting the next")
+            if worker.pid:  # else it was not started, as the zygote said
+                say(f"worker {worker.pid} {how}, starting the next")
         if self.previous is not None and self.deaths >= FALL_BACK:
             say("the new code does not serve, going back to the old")
             self._swap_back()
-        self.last = how and f"worker {worker.pid} {how}"
+        if worker.pid:
+            self.last = how and f"worker {worker.pid} {how}"
         now = time.monotonic()
         self.crashes = [when for when in self.crashes if now - when < CRASH_SECONDS] + [now]
         pause = PAUSES[min(self.deaths, len(PAUSES) - 1)]
@@ -397,7 +397,11 @@ class Keeper:
     # -- new code under a running mount
 
     def _upgrade(self, worker: Worker) -> None:
-        fresh = Zygote.exec_new(self.spec)
+        try:
+            fresh = Zygote.exec_new(self.spec)
+        except OSError as error:
+            send(worker.control, "refused", why=f"the installed code cannot be started: {error.strerror}")
+            return
         try:
             if not fresh.wait_hello(UPGRADE_SECONDS):
                 fresh.end()

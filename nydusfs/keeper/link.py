@@ -19,6 +19,7 @@ log = logging.getLogger("nydusfs.keeper")
 
 KEEPERS = 5  # new keepers in `WITHIN` seconds; one that cannot live is not started for ever
 WITHIN = 60.0
+AGAIN = 2.0  # seconds until the next attempt, where this machine has no room for another process
 
 
 class KeeperLink:
@@ -101,7 +102,9 @@ class KeeperLink:
         self._started.append(now)
         log.warning("the keeper (pid %d) died, starting another one", self._keeper)
         await trio.sleep(0.1 * (len(self._started) - 1))
-        return self._start_keeper()
+        while not self._start_keeper():  # noqa: ASYNC110 - nobody tells when there is room for a process
+            await trio.sleep(AGAIN)
+        return True
 
     def _start_keeper(self) -> bool:
         ours, theirs = pair()

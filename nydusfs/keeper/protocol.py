@@ -1,7 +1,7 @@
 """What keeper, zygote and worker say to each other: one JSON object per datagram, descriptors beside it.
 
     keeper -> zygote   start {spec, held: [name...], state: bool, last}   fds: control socket, held..., state
-    zygote -> keeper   hello {version} · started {pid} · exited {pid, status}
+    zygote -> keeper   hello {version} · started {pid} · exited {pid, status}; pid 0: it was not started
     worker -> keeper   hold {name} fd · drop {name} · state fd (memfd) · ready · stopping · upgrade
     keeper -> worker   retire · refused {why}
     worker -> zygote   job {module, request}   fd: the job's socket (`jobs`)
@@ -24,6 +24,13 @@ VERSION = 1
 MAX_MESSAGE = 64 << 10
 MAX_FDS = 64
 FUSE, API = "fuse", "api"  # names of held descriptors
+
+
+def say(text: str) -> None:
+    try:
+        os.write(2, f"nydusd keeper: {text}\n".encode())
+    except OSError:
+        pass
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

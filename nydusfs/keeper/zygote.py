@@ -19,7 +19,7 @@ from typing import Any
 
 from nydusfs.keeper.haste import hurry, take_time
 from nydusfs.keeper.jobs import Jobs
-from nydusfs.keeper.protocol import pair, receive, send
+from nydusfs.keeper.protocol import pair, receive, say, send
 
 # What not every node needs, and the first worker imports where it does; the next ones find it here.
 LATER = ("tomllib", "nydusfs.sources.plain", "nydusfs.sources.localdisk")
@@ -116,7 +116,15 @@ class _Zygote:
         # A worker that is told to stop before it listens (`Daemon.run`) is to do so then: what its default action
         # leaves behind is a dead mount where it follows another worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no more processes here, or no memory: the keeper tries again
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            ours.close()
+            theirs.close()
+            say(f"no worker can be started: {error.strerror}")
+            send(self._sock, "exited", pid=0, status=1 << 8)
+            return
         if pid:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             send(self._sock, "started", pid=pid)

@@ -11,6 +11,7 @@ import click
 
 from nydusfs.cachetools import holder
 from nydusfs.cachetools.inventory import BlobFiles
+from nydusfs.cachetools.places import device_folders
 from nydusfs.cachetools.unused import Unused, allocated, find_unused
 from nydusfs.errors import CacheError
 from snapshotter.cachectl.place import Place
@@ -86,6 +87,8 @@ def _delete(place: Place, store: Path, blob: BlobFiles) -> None:
     """All of a blob: by the nydusd that has the store, then what it left."""
     if (nydusd := place.holder(store)) is not None:
         nydusd.drop_blob(blob.blob_id)
+    for folder in device_folders(store, blob.blob_id):
+        shutil.rmtree(folder, ignore_errors=True)
     for file in blob.files():
         file.path.unlink(missing_ok=True)
     for folder in blob.folders:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.faulty import faulty_server
 from tests.lab.process import unmount_below
 from tests.lab.tiny import noise, tiny_image
@@ -49,6 +49,31 @@ def test_files_below_the_own_mountpoint_are_refused(tmp_path: Path) -> None:
         assert listed.stdout == "['good']\n"
         code, seconds = daemon.stop()
         assert (code, seconds < 10) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["/\0", "/\ud800"])
+def test_paths_that_no_file_can_have_are_refused_one_by_one(tmp_path: Path, name: str) -> None:
+    """An image that was said to come under such a name ended the daemon, and beside it no other could be mounted."""
+    image = tiny_image(tmp_path, {"f": b"hello\n"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+
+    def body(source: str, blobs: str, work: str, **more: object) -> dict[str, object]:
+        config = localfs_config(Path(blobs), work_dir=Path(work))
+        return {"source": source, "fs_type": "rafs", "config": config, **more}
+
+    boot, folder, work = str(image.bootstrap), str(tmp_path), str(tmp_path / "c")
+    bad = [body(name, folder, work), body(boot, name, work), body(boot, folder, name)]
+    with Nydusd("--fs-driver", "auto") as daemon:
+        worker = daemon.worker_pid
+        for each in bad:
+            assert daemon.call("POST", "mount/expected?mountpoint=/a", each).status == 204
+        bad.append(body(boot, folder, work, prefetch_files=["/\ud800"]))
+        mounts = [{"mountpoint": f"/{at}", **each} for at, each in enumerate([*bad, body(boot, folder, work)])]
+        answer = daemon.call("POST", "mounts", mounts)
+        assert answer.status == 200
+        assert [said is None for said in answer.body] == [False, False, False, False, True]
+        assert (daemon.mnt / "4" / "f").read_bytes() == b"hello\n"
+        assert daemon.worker_pid == worker
 
 
 def test_stacks_of_all_threads_and_tasks_by_signal_and_api() -> None:

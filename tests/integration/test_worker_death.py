@@ -20,13 +20,22 @@ import pytest
 from nydusfs.cache.devices import device_key
 from nydusfs.daemon.handover import decode
 from tests.lab.cases import case as image_case
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, wait_until
+from tests.lab.cgroups import Group, no_groups
+from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.drivers import both
 from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.faulty import faulty_server
 from tests.lab.killing import kill_workers
 from tests.lab.mounted import check_mount
-from tests.lab.process import LabError, mounts_below, processes_mentioning, remove_tree, unmount_below, work_dir
+from tests.lab.process import (
+    LabError,
+    matching,
+    mounts_below,
+    processes_mentioning,
+    remove_tree,
+    unmount_below,
+    work_dir,
+)
 from tests.lab.served import some_file
 from tests.lab.tiny import noise, tiny_image
 
@@ -196,6 +205,80 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
             daemon.__exit__()
 
 
+@pytest.mark.skipif(no_groups("pids") != "", reason=no_groups("pids"))
+@pytest.mark.parametrize("who", ["worker", "zygote"])
+def test_a_node_without_room_for_a_process_has_its_readers_wait_and_not_for_ever(tmp_path: Path, who: str) -> None:
+    """As long as no worker can be started; the keeper tries again."""
+    image = tiny_image(tmp_path, {"f": b"content"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    with Group("pids") as group, Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        before = info(daemon)
+        pids = processes_mentioning(str(daemon.sock))
+        group.add(pids)
+        group.limit_processes(1)
+        if who == "zygote":
+            for pid in {*pids} - {*before.values()}:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.5)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        time.sleep(1)
+        group.limit_processes(None)
+        code = "import sys; print(open(sys.argv[1]).read())"
+        assert reader(code, daemon.mnt / "a" / "f", timeout=20).stdout == "content\n"
+        assert settled(daemon, before, "worker_pid")["keeper_pid"] == before["keeper_pid"]
+
+
+@pytest.mark.skipif(no_groups("pids") != "", reason=no_groups("pids"))
+def test_a_node_without_room_for_a_process_gets_its_next_keeper_later(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, {"f": b"content"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    with Group("pids") as group, Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        before = info(daemon)
+        group.add(processes_mentioning(str(daemon.sock)))
+        group.limit_processes(1)
+        os.kill(before["keeper_pid"], signal.SIGKILL)
+        wait_until(lambda: "no new keeper" in daemon.log.read_text(), 20, "the first attempt")
+        group.limit_processes(None)
+        after = settled(daemon, before, "keeper_pid")
+        os.kill(after["worker_pid"], signal.SIGKILL)
+        assert (daemon.mnt / "a" / "f").read_bytes() == b"content"
+
+
+def test_what_a_worker_showed_and_did_not_save_is_taken_for_no_other_image(tmp_path: Path) -> None:
+    """The kernel knows its names for good: the next image under their numbers would have been shown by its pages."""
+    one, two = (tiny_image(tmp_path, {"f": text * 9, "d/f": text}) for text in (b"one", b"two"))
+    for image in (one, two):
+        (tmp_path / image.blob_id).write_bytes(image.blob)
+    config = localfs_config(tmp_path)
+    mounts = [
+        {"mountpoint": at, "source": str(one.bootstrap), "fs_type": "rafs", "config": config}
+        for at in ["/a", *(f"/n{number}" for number in range(400))]
+    ]
+    with Nydusd("--fs-driver", "fuse") as daemon:
+        before = info(daemon)
+
+        def mount() -> None:
+            with suppress(OSError):
+                daemon.call("POST", "mounts", mounts)
+
+        thread = threading.Thread(target=mount)
+        thread.start()
+        wait_until(lambda: (daemon.mnt / "a" / "f").exists(), 20, "the first image")
+        assert (daemon.mnt / "a" / "f").read_bytes() == b"one" * 9
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        thread.join()
+        settled(daemon, before, "worker_pid")
+        places = [daemon.mnt / f"b{number}" for number in range(10)]  # several are opened at a time, in any order
+        for place in places:
+            assert daemon.mount(f"/{place.name}", two.bootstrap, config).status == 204
+        assert [(place / "f").read_bytes() for place in places] == [b"two" * 9] * 10
+        assert [(place / "d" / "f").read_bytes() for place in places] == [b"two"] * 10
+        with suppress(OSError):  # it is not mounted, or is itself
+            assert (daemon.mnt / "a" / "d" / "f").read_bytes() == b"one"
+
+
 @both
 def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
     case = image_case(CASE)
@@ -210,6 +293,54 @@ def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
             held.seek(0)
             assert held.read() == expected
         assert check_mount(case, daemon.mnt / "a") == []
+
+
+@pytest.mark.parametrize("how", ["killed", "upgraded"])
+def test_what_the_last_worker_cached_can_be_removed_although_nothing_is_mounted(tmp_path: Path, how: str) -> None:
+    """The cache directory is claimed still, so that nobody else may delete what is in it."""
+    image = tiny_image(tmp_path, {"f": noise(600_000)})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    cache = tmp_path / "cache"
+    with Nydusd("--fs-driver", "fuse") as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path, work_dir=cache)).status == 204
+        assert (daemon.mnt / "a" / "f").read_bytes() == image.files["f"]
+        assert daemon.umount("/a").status == 204
+        before = info(daemon)
+        if how == "killed":
+            os.kill(before["worker_pid"], signal.SIGKILL)
+        else:
+            assert daemon.call("PUT", "daemon/upgrade").status == 204
+        settled(daemon, before, "worker_pid")
+        assert (cache / image.blob_id).is_dir()
+        assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}").body is None
+        assert not (cache / image.blob_id).exists()
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path, work_dir=cache)).status == 204
+        assert (daemon.mnt / "a" / "f").read_bytes() == image.files["f"]
+        assert [store["path"] for store in daemon.get("cache").body["stores"]] == [str(cache)]
+
+
+def test_devices_of_a_mount_that_never_came_go_with_their_blob(tmp_path: Path) -> None:
+    """They are links to what the cache has: as long as they are there no byte is freed."""
+    if reason := cannot_mount_erofs():
+        pytest.skip(reason)
+    image = tiny_image(tmp_path, {"f": noise(600_000)})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    cache = tmp_path / "cache"
+    config = localfs_config(tmp_path, work_dir=cache)
+    body = {"source": str(image.bootstrap), "fs_type": "rafs", "config": config}
+
+    def devices() -> list[Path]:
+        return matching(cache, f".erofs/files.*/*/{image.blob_id}/*")
+
+    with Nydusd("--fs-driver", "erofs") as daemon:
+        assert daemon.call("POST", "mount/expected?mountpoint=/a", body).status == 204
+        wait_until(lambda: bool(devices()), 20, "devices of the mount to come")
+        before = info(daemon)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        settled(daemon, before, "worker_pid")
+        assert devices()
+        assert daemon.call("DELETE", f"/api/v2/blobs?blob_id={image.blob_id}").body is None
+        assert devices() == []
 
 
 def test_code_that_does_not_start_leaves_the_old_worker_in_place(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Control groups for tests, of either version: a limit of memory, and the freezer."""
+"""Control groups for tests, of either version: a limit of memory or processes, and the freezer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ def _second() -> bool:
 
 
 class Group:
-    """A context manager: a group with one controller, `memory` or `freezer`. What is in it at the end is moved out."""
+    """A context manager: a group with one controller, `memory`, `pids` or `freezer`. What is in it at the end is moved
+    out."""
 
     def __init__(self, controller: str) -> None:
         self._second = _second()
         top = ROOT if self._second else ROOT / controller
         self._top = top
         self.path = top / f"nydus-test-{os.getpid()}-{time.monotonic_ns()}"
-        if self._second and controller == "memory" and "memory" not in (ROOT / "cgroup.subtree_control").read_text():
-            (ROOT / "cgroup.subtree_control").write_text("+memory")
+        if self._second and controller != "freezer" and controller not in (ROOT / "cgroup.subtree_control").read_text():
+            (ROOT / "cgroup.subtree_control").write_text(f"+{controller}")
         self.path.mkdir()
 
     def __enter__(self) -> Group:
@@ -54,6 +55,9 @@ class Group:
 
     def limit_memory(self, size: int) -> None:
         (self.path / ("memory.max" if self._second else "memory.limit_in_bytes")).write_text(str(size))
+
+    def limit_processes(self, number: int | None) -> None:
+        (self.path / "pids.max").write_text("max" if number is None else str(number))
 
     def memory_peak(self) -> int:
         return int((self.path / ("memory.peak" if self._second else "memory.max_usage_in_bytes")).read_text())

@@ -137,8 +137,13 @@ def test_what_further_processes_keep_and_what_waits_for_its_image(tmp_path: Path
     assert orphans(cache, snapshots) == sorted([image.blob_id, "a" * 64])
     kept = remember(cache, image.bootstrap)
     assert orphans(cache, snapshots) == ["a" * 64]
+    devices = cache / ".worker-2" / ".erofs" / "files.0a1b2c3d" / "01234567"
+    for blob in ("a" * 64, "b" * 64):
+        (devices / blob).mkdir(parents=True)
+    os.link(aside / f"0-{'00' * 12}", devices / ("a" * 64) / f"0-{'00' * 12}")  # of a daemon that was killed
     remove(cache, "a" * 64)
     assert (aside.exists(), own.exists()) == (False, True)
+    assert os.listdir(devices) == ["b" * 64]
     pulled = snapshots / "1" / "fs" / "image.boot"
     pulled.write_bytes(image.bootstrap.read_bytes())
     assert orphans(cache, snapshots) == []

@@ -167,6 +167,19 @@ async def test_bodies_no_client_should_send_are_refused_without_a_trace_of_inter
 
 
 @pytest.mark.trio
+async def test_half_a_surrogate_pair_in_a_body_is_answered() -> None:
+    """JSON may hold one; it is no text, and to say so ended the daemon."""
+    bodies = [
+        ("POST", "mount?mountpoint=/q", r'{"source":"/b","fs_type":"\ud800","config":"{}"}'),
+        ("PUT", "cache", r'{"store":"\ud800","blob_id":"b","drop":[]}'),
+    ]
+    for method, target, body in bodies:
+        answer = await ask(method, target, body)
+        assert answer.status == 500
+        assert "\ud800" in json.loads(answer.body.decode())["message"]
+
+
+@pytest.mark.trio
 async def test_daemon_information_has_upstreams_shape() -> None:
     info = json.loads((await ask("GET", "daemon")).body)
     assert info["version"].keys() == {"package_ver", "git_commit", "build_time", "profile", "rustc"}

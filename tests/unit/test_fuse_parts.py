@@ -33,6 +33,7 @@ from nydusfs.drivers.operations import FuseError, ImageOperations, RequestLoop
 from nydusfs.drivers.stats import Fop, FsStats
 from nydusfs.drivers.volume import (
     INDEX_SHIFT,
+    MAX_INDEX,
     ImageVolume,
     MountExistsError,
     MountMissingError,
@@ -146,7 +147,52 @@ def test_tree_of_mountpoints() -> None:
     assert tree.root_image is two
 
 
-@pytest.mark.parametrize("path", ["", "a", "a/b", "/a/../b", "/./a", "/\0", "/" + "n" * 256])
+@pytest.mark.trio
+async def test_no_number_is_used_before_the_next_worker_knows_of_it() -> None:
+    """A worker may die between the moment an image is shown and the one in which it is saved."""
+    driver = FuseDriver("/nowhere")
+    driver.numbering = MAX_INDEX - 100, 0  # the numbers begin anew meanwhile
+    saved = [driver.numbering]
+    driver.promise = lambda: saved.append(driver.numbering)
+    used = set[tuple[int, int]]()
+    for turn in range(200):
+        image = TinyImage(b"a")
+        shown = await driver.mount(f"/{turn}", image, image, FsStats("/x"), serve_xattrs=True)
+        used.add((shown.generation, shown.index))
+        after = FuseDriver("/nowhere")
+        after.numbering = saved[-1]
+        following = await after.mount("/x", image, image, FsStats("/x"), serve_xattrs=True)
+        assert (following.generation, following.index) > max(used)
+    assert len(used) == 200
+    assert len(saved) < 6, "all of the state is written each time"
+
+
+def test_directories_of_a_worker_that_died_give_their_numbers_to_no_others() -> None:
+    tree = PseudoTree()
+    tree.attach(split_mountpoint("/a"), volume(1))
+    left = tree.numbers()
+    tree.attach(split_mountpoint("/b/c"), volume(2))
+    known = {number for _, number in tree.numbers()[0]}
+    again = PseudoTree()
+    again.restore_numbers(*left)
+    again.attach(split_mountpoint("/x/y"), volume(2))
+    assert known.isdisjoint({number for path, number in again.numbers()[0] if path != "/a"})
+
+
+def test_a_mountpoint_as_deep_as_a_path_can_be() -> None:
+    """What is kept for the next worker, and where the next image may be, is found without recursion."""
+    tree, path = PseudoTree(), split_mountpoint("/a" * 2000)
+    tree.attach(path, volume(1))
+    numbers, following = tree.numbers()
+    assert len(numbers) == 2000
+    with pytest.raises(MountExistsError, match="below"):
+        tree.check_free([b"a"])
+    again = PseudoTree()
+    again.restore_numbers(numbers, following)
+    assert again.numbers()[0] == numbers
+
+
+@pytest.mark.parametrize("path", ["", "a", "a/b", "/a/../b", "/./a", "/\0", "/" + "n" * 256, "/a" * 2048])
 def test_mountpoints_that_are_none(path: str) -> None:
     with pytest.raises(ValueError, match="mountpoint"):
         split_mountpoint(path)
