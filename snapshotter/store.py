@@ -394,7 +394,9 @@ class Store:
         highest = max(found, default=0)
 
         def write(writer: sqlite3.Connection) -> None:
-            if self._database.created and highest:
+            sequence = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
+            # one without a sequence is new as well: who made it died, or found the disk full, before this was written
+            if (self._database.created or sequence is None) and highest:
                 log.warning(
                     "%s holds snapshots up to %d that this database does not know; they are left alone. If the "
                     "database was lost, stop this program and run containerd-nydus-grpc --repair with the same flags",
@@ -406,10 +408,9 @@ class Store:
             floor = int(row[0]) if row else 0
             left = [(identity,) for identity in found - known if identity > floor]
             writer.executemany("INSERT OR IGNORE INTO gone VALUES (?)", left)
-            row = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
-            if row is None:
+            if sequence is None:
                 writer.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', ?)", (highest,))
-            elif row[0] < highest:
+            elif sequence[0] < highest:
                 writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (highest,))
 
         self._database.apply(write)

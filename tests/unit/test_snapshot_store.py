@@ -200,6 +200,18 @@ def test_a_lost_database_never_reuses_or_deletes_what_lies_there(store: Store, t
     assert again.gone() == [4]
 
 
+def test_a_death_right_after_a_new_database_was_made_costs_nobody_his_directories(tmp_path: Path) -> None:
+    """Of a database that was lost, or of another implementation's root."""
+    (tmp_path / "snapshots" / "7" / "fs").mkdir(parents=True)
+    Database(tmp_path / NAME).close()  # killed here
+    store = open_store(tmp_path)
+    assert store.gone() == []
+    assert open_store(tmp_path).gone() == []
+    assert store.create(Kind.ACTIVE, "k", "", {}).id == 8
+    store.remove("k")
+    assert store.gone() == [8]
+
+
 def test_a_directory_of_a_rolled_back_transaction_is_a_leftover(store: Store, tmp_path: Path) -> None:
     store.create(Kind.ACTIVE, "k", "", {})
     os.makedirs(tmp_path / "snapshots" / "2" / "fs")  # killed between the rename and the commit
