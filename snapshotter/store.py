@@ -144,6 +144,10 @@ class Store:
             value = equals[next(field for field in _INDEXED if field in equals)]
             if column == "p.key" and not value:
                 return self.all()
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                continue  # bytes that are no UTF-8, which a quoted value may spell: no snapshot has such a text
             for row in self._database.query(f"{_SELECT} WHERE {column} = ?", (value,)):
                 found[row[0]] = _snapshot(row)
         return sorted(found.values(), key=lambda snapshot: snapshot.key.encode("utf-8", "surrogatepass"))

@@ -29,6 +29,7 @@ from snapshotter.errors import (
     SnapshotterError,
     StartError,
 )
+from snapshotter.filters import parse
 from snapshotter.labels import SNAPSHOT_REF
 from snapshotter.store import Kind, Store, record_of
 
@@ -167,6 +168,12 @@ def test_update_masks(store: Store) -> None:
     with pytest.raises(InvalidArgument):
         store.update("k", {"p": "q"}, ["labels.p", "parent"])
     assert dict(store.stat("k").labels) == {"x": "y"}
+
+
+def test_a_filter_for_bytes_that_are_no_text_finds_nothing(store: Store) -> None:
+    store.create(Kind.ACTIVE, "k", "", {SNAPSHOT_REF: "x"})
+    for text in ('name=="\\xff"', 'parent=="\\xff"', f'labels."{SNAPSHOT_REF}"=="\\377"'):
+        assert store.candidates(parse([text]).alternatives) == []
 
 
 def test_rebase_only_where_there_was_no_parent(store: Store) -> None:
