@@ -305,7 +305,8 @@ class Snapshotter:
 
     def _undo(self, snapshot: Snapshot) -> None:
         try:
-            self._store.remove(snapshot.key)
+            # by its number: who gave up on this call may have removed it and used the key again
+            self._store.remove(snapshot.key, snapshot.id)
             self._trash.empty(0)
         except SnapshotterError as error:
             log.warning("snapshot %s cannot be taken back: %s", snapshot.key, error)

@@ -281,19 +281,22 @@ class Store:
         self._changes += 1
         return made
 
-    def remove(self, key: str) -> None:
-        """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
+    def remove(self, key: str, identity: int | None = None) -> None:
+        """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children).
+
+        `identity`: of the one that is meant, should the key be another one's by now.
+        """
         need(key, "key")
 
         def delete(writer: sqlite3.Connection) -> Kind:
             row = writer.execute(_TO_REMOVE, (key,)).fetchone()
-            if row is None:
+            if row is None or identity not in (None, row[0]):
                 raise NotFound(f"snapshot {key} not found")
-            identity, kind, children = row
+            found, kind, children = row
             if children:
                 raise FailedPrecondition(f"cannot remove snapshot with child: {key}")
-            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (identity,))
-            writer.execute("DELETE FROM snapshots WHERE id = ?", (identity,))
+            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (found,))
+            writer.execute("DELETE FROM snapshots WHERE id = ?", (found,))
             return Kind(kind)
 
         self._changes += self._database.apply(delete, whole=True) is Kind.COMMITTED
