@@ -8,14 +8,21 @@ from typing import Any, NoReturn
 
 import pytest
 
+from snapshotter import leftovers
+from snapshotter.auth.chain import Chain
 from snapshotter.auth.vault import Vault
+from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import Unavailable
 from snapshotter.flow import Snapshotter
+from snapshotter.images import Images
 from snapshotter.labels import META_LAYER
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.settings import LazySettings
 from snapshotter.mounts import Layout
+from snapshotter.nydusd_config import NO_TEMPLATE
+from snapshotter.records import Records
+from snapshotter.serving import ImageSettings
 from snapshotter.store import Kind, Store
 
 
@@ -42,3 +49,32 @@ def test_a_prepare_that_fails_late_leaves_alone_who_has_its_key_by_then(tmp_path
     assert store.upper(again.id).is_dir()
     assert store.ids() == {1, again.id}
     assert not store.path(2).exists()
+
+
+def images_of(root: Path, *, shared: bool) -> Images:
+    database = Database(root / NAME)
+    settings = ImageSettings(DaemonSettings("/bin/false", root, root / "logs"), shared, NO_TEMPLATE, root / "cache")
+    return Images(settings, Store(root, database), Records(database), Chain([]))
+
+
+def test_a_nydusd_that_begins_during_the_sweep_of_the_start_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its socket is gone, and who waits for it waits half a minute for nothing."""
+    places = [tmp_path / name for name in ("config", "socket", "logs")]
+    for place in places:
+        (place / ("0" * 20)).mkdir(parents=True)
+    images = images_of(tmp_path, shared=False)
+    begun: list[Daemon] = []
+    look = leftovers._names
+
+    def names(place: Path) -> list[str]:
+        if not begun:
+            begun.append(images._new_daemon(7, None))
+            for folder in places:
+                (folder / begun[0].id).mkdir()
+        return look(place)
+
+    monkeypatch.setattr(leftovers, "_names", names)
+    images._recover()
+    assert [[path.name for path in place.iterdir()] for place in places] == [[begun[0].id]] * 3
