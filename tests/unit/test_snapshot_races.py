@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
+from nydusfs.registry.reference import Reference
 from snapshotter import leftovers
 from snapshotter.auth.chain import Chain
 from snapshotter.auth.vault import Vault
@@ -19,6 +24,7 @@ from snapshotter.images import Images
 from snapshotter.labels import META_LAYER
 from snapshotter.lazy.finder import LazyFinder
 from snapshotter.lazy.settings import LazySettings
+from snapshotter.lazy.tarfs import Tarfs
 from snapshotter.mounts import Layout
 from snapshotter.nydusd_config import NO_TEMPLATE
 from snapshotter.records import Records
@@ -78,3 +84,30 @@ def test_a_nydusd_that_begins_during_the_sweep_of_the_start_keeps_its_files(
     monkeypatch.setattr(leftovers, "_names", names)
     images._recover()
     assert [[path.name for path in place.iterdir()] for place in places] == [[begun[0].id]] * 3
+
+
+def test_two_images_wait_for_one_tarfs_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waited first tidies up while the other has only asked."""
+    none: Any = None
+    layers, ready, image = Tarfs(none, 1), threading.Event(), Reference.parse("r.example/a:b")
+
+    def convert(image: Reference, labels: Mapping[str, str], folder: Path, below: str | None) -> None:
+        assert ready.wait(10)
+        (folder / "layer-00.tar").touch()
+
+    monkeypatch.setattr(layers, "_convert", convert)
+    first = threading.Thread(target=lambda: layers.finish(image, {}, tmp_path, below=""))
+    first.start()
+    begin = layers.begin
+
+    def slowly(image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None) -> Future[None]:
+        begun = begin(image, labels, folder, below=below)
+        ready.set()
+        first.join(10)
+        return begun
+
+    while not layers._running:
+        time.sleep(0.001)
+    monkeypatch.setattr(layers, "begin", slowly)
+    assert layers.finish(image, {}, tmp_path, below="")[1] == tmp_path / "layer-00.tar"
+    layers.close()
