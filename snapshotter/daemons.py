@@ -32,6 +32,7 @@ ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 LONGEST_PAUSE = 0.03  # seconds between two looks at one that starts: containers wait for it
 STOP_SECONDS = 10.0
+DEATH_SECONDS = 0.5  # between the end of its connections and its own
 KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 # Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
 LOCK_SECONDS = 60.0
@@ -117,6 +118,11 @@ class Daemon:
         """Alive, by a look at its process; False for a moment where only the keeper died."""
         life = self._life
         return self._alive and not (life is not None and life.ended())
+
+    def died(self) -> bool:
+        """Whether one that did not answer has ended; its connections end a moment before."""
+        life = self._life
+        return life is not None and life.ended(DEATH_SECONDS)
 
     @property
     def record(self) -> DaemonRecord:

@@ -223,7 +223,8 @@ class Serving:
                 try:
                     mount(daemon.api, Wanted(record, config, prefetch), later=later)
                 except ApiUnreachable:
-                    if attempt == 2 or daemon.alive:
+                    # its watcher, who would say so, waits for the lock that is held here
+                    if attempt == 2 or not daemon.died():
                         raise
                     continue
                 self._serving.add(record.name)
