@@ -111,3 +111,33 @@ def test_two_images_wait_for_one_tarfs_layer(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(layers, "begin", slowly)
     assert layers.finish(image, {}, tmp_path, below="")[1] == tmp_path / "layer-00.tar"
     layers.close()
+
+
+def test_an_image_that_was_released_is_mounted_again_by_one_caller(tmp_path: Path) -> None:
+    """One waited for the release to end, another comes behind it: two would start a nydusd each at one mount point."""
+    images = images_of(tmp_path, shared=False)
+    inside, most = 0, 0
+    go = threading.Event()
+
+    def mount() -> None:
+        nonlocal inside, most
+        with images._one("7"):
+            inside += 1
+            most = max(most, inside)
+            go.wait(0.5)
+            inside -= 1
+
+    with images._one("7"):
+        first = threading.Thread(target=mount)
+        first.start()
+        time.sleep(0.1)
+        released = threading.Thread(target=images._release, args=("7", lambda: False))
+        released.start()
+        time.sleep(0.1)
+    callers = [first, *(threading.Thread(target=mount) for _ in range(3))]
+    for caller in callers[1:]:
+        caller.start()
+        time.sleep(0.3)
+    for caller in (*callers, released):
+        caller.join(20)
+    assert most == 1
