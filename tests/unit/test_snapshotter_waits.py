@@ -16,6 +16,7 @@ import pytest
 from nydusfs.trees import remove_tree
 from snapshotter import daemons, images
 from snapshotter.auth.chain import Chain
+from snapshotter.controller import Controller
 from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -248,3 +249,24 @@ def test_a_socket_that_accepts_and_never_answers(tmp_path: Path) -> None:
         with pytest.raises(SnapshotterError):
             NydusdApi(path).umount("/1", timeout=0.3)
         assert time.monotonic() - began < 5
+
+
+def test_the_list_of_daemons_costs_one_timeout_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_images = all_images_of(tmp_path)
+    one = all_images._shared_daemon()
+    asked: list[str] = []
+
+    def silent(method: str, url: str, body: object = None, timeout: float = 0) -> None:
+        asked.append(url)
+        raise ApiUnreachable(f"{method} {url}: timed out")
+
+    monkeypatch.setattr(one.api, "call", silent)
+    for number in range(1, 30):
+        record = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
+        all_images._instances[record.name] = record
+    none: Any = None
+    described = Controller(none, all_images, none)._describe(one)
+    assert (len(described["instances"]), described["read_data_kb"]) == (29, 0)
+    assert len(asked) == 1
