@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
@@ -27,6 +28,7 @@ from snapshotter.nydusd_config import load_template
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.serving import ImageSettings
 from snapshotter.store import Store
+from snapshotter.supervisor import Supervisor
 from snapshotter.system import start_time
 from snapshotter.trash import Trash
 
@@ -270,3 +272,29 @@ def test_the_list_of_daemons_costs_one_timeout_for_one_that_hangs(
     described = Controller(none, all_images, none)._describe(one)
     assert (len(described["instances"]), described["read_data_kb"]) == (29, 0)
     assert len(asked) == 1
+
+
+def test_a_state_without_an_answer_leaves_no_descriptor(tmp_path: Path) -> None:
+    """nydusd sent it and died, or hung: an open connection to the kernel would keep its mount and all readers."""
+    kept, device = Supervisor(tmp_path / "s.sock"), tmp_path / "fuse"
+    device.touch()
+
+    def open_here() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{one}") == str(device) for one in os.listdir("/proc/self/fd"))
+
+    def send(then: Exception | None) -> None:
+        with socket.socket(socket.AF_UNIX) as client, device.open() as file:
+            client.connect(str(kept.path))
+            socket.send_fds(client, [b"state"], [file.fileno()])
+        time.sleep(0.2)
+        if then is not None:
+            raise then
+
+    with pytest.raises(ApiUnreachable):
+        kept.save(lambda: send(ApiUnreachable("no answer")))
+    assert not kept.has_state
+    assert open_here() == 0
+    kept.save(lambda: send(None))
+    assert kept.has_state and open_here() == 1
+    kept.close()
+    assert open_here() == 0
