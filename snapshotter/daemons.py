@@ -391,11 +391,12 @@ class Daemon:
             delay = min(delay * 1.5, LONGEST_PAUSE)
 
     def _live(self, process: subprocess.Popen[bytes] | None) -> None:
+        """Raises OSError where it is dead again: nobody would watch it, so it must not count as alive."""
+        life = self._life = Life(self._record.pid)
         self._alive = True
         self._born = time.monotonic()
         if self._settings.group is not None:
             self._settings.group.add(self._processes())
-        life = self._life = Life(self._record.pid)
         threading.Thread(target=self._watch, args=(life, process), name=f"watch-{self.id}", daemon=True).start()
 
     def _measure(self, pid: int) -> None:

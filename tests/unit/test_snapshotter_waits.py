@@ -298,3 +298,20 @@ def test_a_state_without_an_answer_leaves_no_descriptor(tmp_path: Path) -> None:
     assert kept.has_state and open_here() == 1
     kept.close()
     assert open_here() == 0
+
+
+def test_a_nydusd_that_dies_while_it_is_adopted_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, resumed = daemon(tmp_path), threading.Event()
+    process = subprocess.Popen(["true"])
+    process.wait()  # nobody has its number now
+    monkeypatch.setattr(one.api, "info", lambda timeout=0: {"state": "RUNNING", "keeper_pid": process.pid})
+    monkeypatch.setattr(daemons, "mountpoints", lambda: [str(one.mountpoint)])
+    monkeypatch.setattr(one, "_resume", resumed.set)
+    with pytest.raises(ProcessLookupError):
+        one.adopt()
+    assert not one.alive
+    one.ensure()
+    assert resumed.is_set()
+    one.unwatch()
