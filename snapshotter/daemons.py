@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -443,12 +443,13 @@ class Daemon:
             keeper = info.get("keeper_pid")
             if not keeper:
                 return False
-            if keeper != pid and info.get("state") == "RUNNING":
+            if keeper != pid and info.get("state") == "RUNNING" and start_time(keeper):
                 self._record = replace(self._record, pid=keeper, started=start_time(keeper))
                 self._records.save_daemon(self._record)
                 log.warning("the keeper of nydusd %s (pid %d) died, it has another one: pid %d", self.id, pid, keeper)
-                self._live(None)
-                return True
+                with suppress(ProcessLookupError):  # that one too
+                    self._live(None)
+                    return True
             time.sleep(0.05)
         return False
 

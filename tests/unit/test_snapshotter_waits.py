@@ -315,3 +315,25 @@ def test_a_nydusd_that_dies_while_it_is_adopted_is_started_again(
     one.ensure()
     assert resumed.is_set()
     one.unwatch()
+
+
+def test_a_keeper_that_dies_right_behind_the_last_one_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the watcher ends with an error, and nobody starts nydusd again before it is asked for."""
+    one, resumed = daemon(tmp_path), threading.Event()
+    monkeypatch.setattr(daemons, "KEEPER_SECONDS", 0.3)
+    other = subprocess.Popen(["true"])
+    other.wait()  # nobody has its number now
+    monkeypatch.setattr(one.api, "info", lambda timeout=0: {"state": "RUNNING", "keeper_pid": other.pid})
+    monkeypatch.setattr(one, "_resume", resumed.set)
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        one._record = replace(one.record, pid=process.pid, started=start_time(process.pid))
+        one._live(process)
+        process.kill()
+        assert resumed.wait(10)
+    finally:
+        process.kill()
+        process.wait()
+        one.unwatch()
