@@ -428,7 +428,10 @@ class Store:
         if snapshot is None or (snapshot.kind is Kind.COMMITTED and snapshot.inodes):
             return False
         parent = self.stat(snapshot.parent).id if snapshot.parent else None
-        mapping = id_mapping(snapshot.labels)
+        try:
+            mapping = id_mapping(snapshot.labels) if snapshot.kind is not Kind.COMMITTED else None
+        except InvalidArgument:
+            mapping = None  # an update made them so; Mounts says it
         try:
             with Fresh(self._path, record_of(snapshot), work=snapshot.kind is Kind.ACTIVE) as fresh:
                 fresh.settle(identity, parent, mapping[1] if mapping else None)

@@ -30,7 +30,7 @@ from snapshotter.errors import (
     StartError,
 )
 from snapshotter.filters import parse
-from snapshotter.labels import SNAPSHOT_REF
+from snapshotter.labels import GID_MAPPING, SNAPSHOT_REF, UID_MAPPING
 from snapshotter.store import Kind, Store, record_of
 
 
@@ -444,3 +444,17 @@ def test_directories_that_a_power_cut_took_are_made_again_where_they_were_empty(
     shutil.rmtree(again.path(1))  # what it held is gone: no container may start on an empty one
     assert open_store(tmp_path).missing == [1]
     assert not again.path(1).exists()
+
+
+def test_labels_that_map_no_user_namespace_do_not_stop_the_start_after_a_power_cut(
+    store: Store, tmp_path: Path
+) -> None:
+    """An image's author writes what he likes on layers that are skipped, and anybody with an update."""
+    store.commit_skipped("x", "", "sha256:s", {SNAPSHOT_REF: "sha256:s", UID_MAPPING: "bad"})
+    store.create(Kind.ACTIVE, "container", "sha256:s", {})
+    store.update("container", {UID_MAPPING: "0:9:x", GID_MAPPING: "0:9:x"}, [])
+    for identity in (1, 2):
+        shutil.rmtree(store.path(identity))
+    again = open_store(tmp_path)
+    assert again.missing == []
+    assert (again.upper(1).stat().st_uid, again.upper(2).stat().st_uid) == (os.geteuid(),) * 2
