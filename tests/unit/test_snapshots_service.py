@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import grpc
+import pytest
 
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
 from snapshotter.flow import Snapshotter
+from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.service import Service, serve
 from snapshotter.store import Kind, Snapshot
 
@@ -33,3 +35,21 @@ def test_list_answers_whatever_labels_images_brought(tmp_path: Path) -> None:
     assert [info.name for infos in messages for info in infos] == [one.key for one in there]
     assert max(map(len, messages)) <= 100
     assert len(messages[-1]) == 50  # no more messages than are needed
+
+
+def test_a_nydusd_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
+    """Worth another try, which unknown errors are not."""
+
+    def prepare(*_: object) -> NoReturn:
+        raise ApiUnreachable("POST /api/v1/mount on api.sock: timed out")
+
+    server = serve(Service(cast(Snapshotter, SimpleNamespace(prepare=prepare))), tmp_path / "s.sock")
+    try:
+        with grpc.insecure_channel(f"unix:{tmp_path}/s.sock") as channel:
+            stub: Any = rpc.SnapshotsStub(channel)  # type: ignore[no-untyped-call]
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.Prepare(pb.PrepareSnapshotRequest(key="k"), timeout=30)
+    finally:
+        server.stop(0)
+    error: Any = failed.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
