@@ -24,10 +24,10 @@ def sweep(root: Path, log_dir: Path, served: Callable[[], Mapping[str, set[str]]
     if (root / "nydus.db").exists():
         return
     # looked at before `served` is asked: daemons and images that come now are on record before they have files
-    found = {
-        place: {daemon: _names(place / daemon) for daemon in _names(place)}
-        for place in (root / "config", root / "socket", log_dir)
-    }
+    places = [root / "config", root / "socket"]
+    if log_dir.resolve().is_relative_to(root):  # elsewhere another snapshotter may keep its logs too
+        places.append(log_dir)
+    found = {place: {daemon: _names(place / daemon) for daemon in _names(place)} for place in places}
     known = served()
     for place, daemons in found.items():
         for daemon, names in daemons.items():

@@ -141,3 +141,13 @@ def test_an_image_that_was_released_is_mounted_again_by_one_caller(tmp_path: Pat
     for caller in (*callers, released):
         caller.join(20)
     assert most == 1
+
+
+def test_the_sweep_of_the_start_leaves_the_logs_of_another_snapshotter(tmp_path: Path) -> None:
+    """Both have the same log directory."""
+    root, logs = tmp_path / "root", tmp_path / "logs"
+    for place in (root / "config", root / "logs", logs):
+        (place / ("0" * 20)).mkdir(parents=True)
+    for folder in (logs, root / "logs"):
+        leftovers.sweep(root, folder, dict)
+    assert [len(list(place.iterdir())) for place in (root / "config", root / "logs", logs)] == [0, 0, 1]
