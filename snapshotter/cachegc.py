@@ -20,6 +20,7 @@ from typing import Protocol
 from bootstrap.errors import RafsError
 from snapshotter.bootstrapfile import PLACES, begins_like_one, is_plain_file
 from snapshotter.errors import SnapshotterError
+from snapshotter.nydusd_api import ApiUnreachable
 from snapshotter.tally import tally
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,10 @@ class Collector:
                         continue
                     remove(self._cache, blob)
                     tally.count("snapshotter_cache_blobs_deleted_total")
-                except SnapshotterError as error:
+                except (SnapshotterError, OSError) as error:
                     tally.count("snapshotter_cache_blob_deletion_errors_total")
                     log.warning("blob %s stays in the cache: %s", blob, error)
+                    if isinstance(error, ApiUnreachable):
+                        again = again or YOUNG
+                        break  # one that hangs costs one wait, not one for each blob
         return again

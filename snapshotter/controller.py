@@ -21,7 +21,7 @@ from snapshotter.daemons import Daemon
 from snapshotter.errors import NotFound, SnapshotterError
 from snapshotter.httpd import Reply, Request, as_json, as_text, failure
 from snapshotter.images import Images
-from snapshotter.nydusd_api import ApiError
+from snapshotter.nydusd_api import ApiError, ApiUnreachable
 from snapshotter.records import Records
 from snapshotter.settings import Settings
 from snapshotter.tally import tally
@@ -74,6 +74,8 @@ class Controller:
         for one in instances:
             try:
                 read += daemon.api.metrics(identity=f"/{one.name}" if daemon.shared else None)["data_read"]
+            except ApiUnreachable:
+                break  # one that hangs costs one wait, not one for each of its images
             except (SnapshotterError, TypeError, KeyError):
                 pass
         return {

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 LONGEST_PAUSE = 0.03  # seconds between two looks at one that starts: containers wait for it
 STOP_SECONDS = 10.0
+DEATH_SECONDS = 0.5  # between the end of its connections and its own
 KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 # Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
 LOCK_SECONDS = 60.0
@@ -117,6 +118,11 @@ class Daemon:
         """Alive, by a look at its process; False for a moment where only the keeper died."""
         life = self._life
         return self._alive and not (life is not None and life.ended())
+
+    def died(self) -> bool:
+        """Whether one that did not answer has ended; its connections end a moment before."""
+        life = self._life
+        return life is not None and life.ended(DEATH_SECONDS)
 
     @property
     def record(self) -> DaemonRecord:
@@ -385,11 +391,12 @@ class Daemon:
             delay = min(delay * 1.5, LONGEST_PAUSE)
 
     def _live(self, process: subprocess.Popen[bytes] | None) -> None:
+        """Raises OSError where it is dead again: nobody would watch it, so it must not count as alive."""
+        life = self._life = Life(self._record.pid)
         self._alive = True
         self._born = time.monotonic()
         if self._settings.group is not None:
             self._settings.group.add(self._processes())
-        life = self._life = Life(self._record.pid)
         threading.Thread(target=self._watch, args=(life, process), name=f"watch-{self.id}", daemon=True).start()
 
     def _measure(self, pid: int) -> None:
@@ -436,12 +443,13 @@ class Daemon:
             keeper = info.get("keeper_pid")
             if not keeper:
                 return False
-            if keeper != pid and info.get("state") == "RUNNING":
+            if keeper != pid and info.get("state") == "RUNNING" and start_time(keeper):
                 self._record = replace(self._record, pid=keeper, started=start_time(keeper))
                 self._records.save_daemon(self._record)
                 log.warning("the keeper of nydusd %s (pid %d) died, it has another one: pid %d", self.id, pid, keeper)
-                self._live(None)
-                return True
+                with suppress(ProcessLookupError):  # that one too
+                    self._live(None)
+                    return True
             time.sleep(0.05)
         return False
 

@@ -6,6 +6,7 @@ by the next (`apply`): 64 clients then wait for the disk a few times, not 64 tim
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import queue
@@ -27,9 +28,11 @@ READERS = 4  # connections: queries take 20 µs, most of it under Python's lock
 CACHE_KIB = 128  # pages of one connection; the kernel caches the file anyway
 MOST_TOGETHER = 128  # callers of one commit
 CLOSE_SECONDS = 5.0
+RESERVED = 4608 << 10  # bytes; SQLite begins the log anew after 1000 pages
 # A full or failing disk, a damaged file: no statement of one caller's own
 _FOR_ALL = (sqlite3.OperationalError, sqlite3.InternalError)
 T = TypeVar("T")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _FIRST = """
 -- One row per snapshot of any kind; active keys, view keys and committed names share one key space.
@@ -295,6 +298,23 @@ class Database:
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return SnapshotterError(f"snapshot database {self.path}: {error}: stop this program, then {_WAY_OUT}")
         return SnapshotterError(f"snapshot database {self.path}: {error}")
+
+    def reserve(self) -> None:
+        """Room on the disk for the log, as much as it grows to in time: where the disk is full, snapshots can still be
+        removed. What cannot be had is done without."""
+        keep_size = 1  # FALLOC_FL_KEEP_SIZE
+        try:
+            # no locks of SQLite are on this file, which closing it would take away
+            descriptor = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            log.debug("snapshot database %s: no room is reserved: %s", self.path, error.strerror)
+            return
+        try:
+            if _libc.fallocate(descriptor, keep_size, ctypes.c_int64(0), ctypes.c_int64(RESERVED)) != 0:
+                reason = os.strerror(ctypes.get_errno())
+                log.debug("snapshot database %s: no room is reserved: %s", self.path, reason)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """After the last call; one under way is waited for. The last to close folds the log into the file."""

@@ -305,7 +305,8 @@ class Snapshotter:
 
     def _undo(self, snapshot: Snapshot) -> None:
         try:
-            self._store.remove(snapshot.key)
+            # by its number: who gave up on this call may have removed it and used the key again
+            self._store.remove(snapshot.key, snapshot.id)
             self._trash.empty(0)
         except SnapshotterError as error:
             log.warning("snapshot %s cannot be taken back: %s", snapshot.key, error)
@@ -359,12 +360,15 @@ class Snapshotter:
 
     def _needed_names(self) -> set[str]:
         """Of images and of layers above them as containers in user namespaces need them."""
-        return {
-            instance_name(layer.id, mapping)
-            for chain in self._store.mapped()
-            if (mapping := id_mapping(chain[0].labels)) is not None
-            for layer in chain[1:]
-        }
+        names = set()
+        for chain in self._store.mapped():
+            try:
+                mapping = id_mapping(chain[0].labels)
+            except InvalidArgument:
+                continue  # an update made them so; the clean-up of all others goes on
+            if mapping is not None:
+                names |= {instance_name(layer.id, mapping) for layer in chain[1:]}
+        return names
 
     def _unpack(self, chain: Sequence[Snapshot], depth: int) -> None:
         """A layer whose directory is empty as the image it came with runs lazily, while this one does not."""

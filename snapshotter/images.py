@@ -178,21 +178,27 @@ class Images(Serving):
             if record is not None:
                 self._forget(record)
                 log.info("image %s unmounted from %s", record.image, self.mountpoint(record))
-        with self._lock:
-            self._image_locks.pop(name, None)
+            with self._lock:
+                self._image_locks.pop(name, None)
         return record is not None
 
     @contextmanager
     def _one(self, name: str) -> Iterator[None]:
         """One caller per image: the others find it mounted."""
-        with self._lock:
-            lock = self._image_locks.setdefault(name, threading.Lock())
-        if not lock.acquire(timeout=IMAGE_SECONDS):
-            raise Unavailable(f"image of snapshot {name} is being mounted for more than {IMAGE_SECONDS:.0f} s")
-        try:
-            yield
-        finally:
-            lock.release()
+        deadline = time.monotonic() + IMAGE_SECONDS
+        while True:
+            with self._lock:
+                lock = self._image_locks.setdefault(name, threading.Lock())
+            if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise Unavailable(f"image of snapshot {name} is being mounted for more than {IMAGE_SECONDS:.0f} s")
+            try:
+                with self._lock:
+                    in_force = self._image_locks.get(name) is lock
+                if in_force:  # else it was released meanwhile, and who comes now takes another lock
+                    yield
+                    return
+            finally:
+                lock.release()
 
     # ---- what operators ask
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from nydusfs.unixhttp import UnixConnection
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import SnapshotterError, Unavailable
 
 DIAL_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
@@ -39,7 +39,7 @@ class ApiError(SnapshotterError):
             return self.message
 
 
-class ApiUnreachable(SnapshotterError):
+class ApiUnreachable(Unavailable):
     """Nobody answers on the socket."""
 
 

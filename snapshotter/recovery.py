@@ -71,6 +71,7 @@ class Program:
         self._template = template
         self._database = Database(root / NAME)
         store = self._store = Store(root, self._database)
+        self._database.reserve()
         for identity in store.missing:
             log.error("snapshot %d has no directory any more: remove its image in containerd, pull it again", identity)
         if (root / "metadata.db").exists():
@@ -226,7 +227,8 @@ def _make_root(path: Path) -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(path, 0o700)
         root = path.resolve(strict=True)
-        for name in ("mnt", "socket", "config"):
+        # trash: a full disk has no room for a directory, and none is freed without it
+        for name in ("mnt", "socket", "config", "trash"):
             # mnt may be a mount whose server is dead: it must not be touched
             try:
                 (root / name).mkdir(mode=0o700 if name != "mnt" else 0o750)

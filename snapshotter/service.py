@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 THREADS = 512  # made when needed; calls that wait for a mount occupy one each, and others must not wait for them
 MAX_MESSAGE = 16 << 20  # containerd's own limit
 LIST_BATCH = 100
+LIST_BYTES = 4 << 20  # what clients take that set no limit of their own
 GRACE_SECONDS = 5.0
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ class Service(rpc.SnapshotsServicer):
     def List(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         found = _answer(context, "List", lambda: self._snapshotter.find(list(request.filters)))
         for at in range(0, len(found), LIST_BATCH):
-            yield _listed(found[at : at + LIST_BATCH])
+            yield from _listed(found[at : at + LIST_BATCH])
 
     def Usage(self, request: Any, context: grpc.ServicerContext) -> Any:
         size, inodes = _answer(context, "Usage", lambda: self._snapshotter.usage(request.key))
@@ -133,11 +134,17 @@ def _mount(mount: Mount) -> Any:
     return mount_pb2.Mount(type=mount.type, source=mount.source, options=mount.options)
 
 
-def _listed(snapshots: Sequence[Snapshot]) -> Any:
+def _listed(snapshots: Sequence[Snapshot]) -> Iterator[Any]:
+    """One message, or more where labels are many: an image's manifest may bring thousands."""
     response = pb.ListSnapshotsResponse()
     for snapshot in snapshots:
         _fill(response.info.add(), snapshot)
-    return response
+    if len(snapshots) > 1 and response.ByteSize() > LIST_BYTES:
+        half = len(snapshots) // 2
+        yield from _listed(snapshots[:half])
+        yield from _listed(snapshots[half:])
+    else:
+        yield response
 
 
 def _info(snapshot: Snapshot) -> Any:

@@ -116,14 +116,17 @@ class Serving:
         log.info("found %d nydusd running, %d were not", len(lived), len(daemons) - len(lived))
         for instance in lost:
             self._records.forget_instance(instance)
-        with self._lock:
-            served: dict[str, set[str]] = {daemon: set() for daemon in self._daemons}
-            for instance in self._instances.values():
-                served[instance.daemon].add(instance.name)
-        leftovers.sweep(self._root, self._settings.daemon.log_dir, served)
+        leftovers.sweep(self._root, self._settings.daemon.log_dir, self._on_record)
         if self._settings.daemon.restart:
             for daemon in lived:  # last: nobody waits for this
                 daemon.upgrade_if_older()
+
+    def _on_record(self) -> dict[str, set[str]]:
+        """Names of the images of each daemon. Others may come and go meanwhile."""
+        served: dict[str, set[str]] = {daemon.id: set() for daemon in self.daemons()}
+        for instance in list(self._instances.values()):
+            served.setdefault(instance.daemon, set()).add(instance.name)
+        return served
 
     def _recover_daemon(self, daemon: Daemon) -> bool:
         """True: it lived. What fails is tried again by whoever asks for its images."""
@@ -170,10 +173,10 @@ class Serving:
     def _settle(self, daemon: Daemon) -> None:
         """A living daemon serves exactly the images on record."""
         if not daemon.shared:
-            self._serving |= {one.name for one in self._instances.values() if one.daemon == daemon.id}
+            self._serving |= {one.name for one in list(self._instances.values()) if one.daemon == daemon.id}
             return
         mounted = daemon.api.mounted()
-        wanted = {f"/{one.name}": one for one in self._instances.values() if one.daemon == daemon.id}
+        wanted = {f"/{one.name}": one for one in list(self._instances.values()) if one.daemon == daemon.id}
         for path in (mounted or set()) - set(wanted) - {"/"}:
             try:
                 daemon.api.umount(path)
@@ -220,7 +223,8 @@ class Serving:
                 try:
                     mount(daemon.api, Wanted(record, config, prefetch), later=later)
                 except ApiUnreachable:
-                    if attempt == 2 or daemon.alive:
+                    # its watcher, who would say so, waits for the lock that is held here
+                    if attempt == 2 or not daemon.died():
                         raise
                     continue
                 self._serving.add(record.name)

@@ -198,7 +198,8 @@ def load(flags: Mapping[str, Any]) -> Settings:
     chosen = {**toml, **values}
 
     def get(name: str) -> Any:
-        return chosen.get(name, KEYS[name].default)
+        value = chosen.get(name, "")
+        return KEYS[name].default if value == "" else value  # as upstream: what is left empty is not said
 
     for name in chosen:
         if (inert := KEYS[name].inert) and chosen[name] != KEYS[name].default:
@@ -235,7 +236,8 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise SettingsError(f"log.format {get('log.format')!r}: use text or json")
     if not 0 <= get("daemon.threads_number") <= 1024:
         raise SettingsError(f"daemon.threads_number {get('daemon.threads_number')} is outside 0..1024")
-    if get("log.level") not in LEVELS:
+    level = get("log.level").lower()  # upstream takes INFO too
+    if level not in LEVELS:
         raise SettingsError(f"log level {get('log.level')!r}: use one of {', '.join(LEVELS)}")
     return Settings(
         root=root,
@@ -280,7 +282,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
             interval=max(1.0, duration("metrics.collect_interval", get("metrics.collect_interval"))),
         ),
         log_to_stdout=get("log.log_to_stdout"),
-        log_level=get("log.level"),
+        log_level=level,
         log_dir=Path(get("log.dir") or root / "logs").absolute(),
         log_rotation_size=get("log.log_rotation_max_size"),
         log_rotation_backups=get("log.log_rotation_max_backups"),

@@ -144,6 +144,10 @@ class Store:
             value = equals[next(field for field in _INDEXED if field in equals)]
             if column == "p.key" and not value:
                 return self.all()
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                continue  # bytes that are no UTF-8, which a quoted value may spell: no snapshot has such a text
             for row in self._database.query(f"{_SELECT} WHERE {column} = ?", (value,)):
                 found[row[0]] = _snapshot(row)
         return sorted(found.values(), key=lambda snapshot: snapshot.key.encode("utf-8", "surrogatepass"))
@@ -277,19 +281,22 @@ class Store:
         self._changes += 1
         return made
 
-    def remove(self, key: str) -> None:
-        """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children)."""
+    def remove(self, key: str, identity: int | None = None) -> None:
+        """Deletes the row; the directory is `gone` for a clean-up. Raises NotFound, FailedPrecondition (children).
+
+        `identity`: of the one that is meant, should the key be another one's by now.
+        """
         need(key, "key")
 
         def delete(writer: sqlite3.Connection) -> Kind:
             row = writer.execute(_TO_REMOVE, (key,)).fetchone()
-            if row is None:
+            if row is None or identity not in (None, row[0]):
                 raise NotFound(f"snapshot {key} not found")
-            identity, kind, children = row
+            found, kind, children = row
             if children:
                 raise FailedPrecondition(f"cannot remove snapshot with child: {key}")
-            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (identity,))
-            writer.execute("DELETE FROM snapshots WHERE id = ?", (identity,))
+            writer.execute("INSERT OR IGNORE INTO gone VALUES (?)", (found,))
+            writer.execute("DELETE FROM snapshots WHERE id = ?", (found,))
             return Kind(kind)
 
         self._changes += self._database.apply(delete, whole=True) is Kind.COMMITTED
@@ -394,7 +401,9 @@ class Store:
         highest = max(found, default=0)
 
         def write(writer: sqlite3.Connection) -> None:
-            if self._database.created and highest:
+            sequence = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
+            # one without a sequence is new as well: who made it died, or found the disk full, before this was written
+            if (self._database.created or sequence is None) and highest:
                 log.warning(
                     "%s holds snapshots up to %d that this database does not know; they are left alone. If the "
                     "database was lost, stop this program and run containerd-nydus-grpc --repair with the same flags",
@@ -406,10 +415,9 @@ class Store:
             floor = int(row[0]) if row else 0
             left = [(identity,) for identity in found - known if identity > floor]
             writer.executemany("INSERT OR IGNORE INTO gone VALUES (?)", left)
-            row = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
-            if row is None:
+            if sequence is None:
                 writer.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', ?)", (highest,))
-            elif row[0] < highest:
+            elif sequence[0] < highest:
                 writer.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (highest,))
 
         self._database.apply(write)
@@ -420,7 +428,10 @@ class Store:
         if snapshot is None or (snapshot.kind is Kind.COMMITTED and snapshot.inodes):
             return False
         parent = self.stat(snapshot.parent).id if snapshot.parent else None
-        mapping = id_mapping(snapshot.labels)
+        try:
+            mapping = id_mapping(snapshot.labels) if snapshot.kind is not Kind.COMMITTED else None
+        except InvalidArgument:
+            mapping = None  # an update made them so; Mounts says it
         try:
             with Fresh(self._path, record_of(snapshot), work=snapshot.kind is Kind.ACTIVE) as fresh:
                 fresh.settle(identity, parent, mapping[1] if mapping else None)

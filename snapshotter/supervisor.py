@@ -38,7 +38,14 @@ class Supervisor:
     def save(self, ask: Callable[[], None]) -> None:
         """`ask` has nydusd send its state. If that fails what was kept stays. Raises Unavailable, and as `ask`."""
         received: list[tuple[bytes, list[int]]] = []
-        self._exchange(lambda client: received.append(_receive(client)), ask)
+        try:
+            self._exchange(lambda client: received.append(_receive(client)), ask)
+        except BaseException:
+            # it came, and the answer that it was sent did not: kept open, it would keep a dead mount busy for ever
+            for _, fds in received:
+                for fd in fds:
+                    os.close(fd)
+            raise
         if not received:
             raise Unavailable(f"{self.path}: nydusd sent no state")
         self.forget()

@@ -64,11 +64,12 @@ class Tarfs:
             self._hints[key] = isinstance(annotations, dict) and TARFS_HINT in annotations
         return self._hints[key]
 
-    def begin(self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None) -> None:
+    def begin(self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None) -> Future[None]:
         """Has a layer fetched and indexed in the background. `below`: as for `content.check`."""
         with self._lock:
             if folder not in self._running:
                 self._running[folder] = self._pool.submit(self._convert, image, labels, folder, below)
+            return self._running[folder]
 
     def finish(
         self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None
@@ -79,9 +80,7 @@ class Tarfs:
                 raise SnapshotterError(
                     f"image {image}: layer {labels.get(LAYER_DIGEST)} cannot be part of a tarfs image"
                 )
-            self.begin(image, labels, folder, below=below)
-            with self._lock:
-                running = self._running[folder]
+            running = self.begin(image, labels, folder, below=below)
             try:
                 running.result()
             finally:

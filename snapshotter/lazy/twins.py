@@ -64,7 +64,8 @@ class TwinFinder:
             try:
                 with self._registries.open(image, labels) as client:
                     found = self._look(client, image, manifest)
-            except NydusError as error:
+            except (NydusError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                # also of documents that are of another form than manifests
                 log.warning("image %s: no look for a Nydus image of it: %s", image, error)
             if found is not None:
                 way = "in its index" if found.by_index else "among its referrers"

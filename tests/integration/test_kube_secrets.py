@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import os
 import shutil
+import ssl
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -226,3 +230,39 @@ def test_kubectl_finds_the_lab_server_real(cluster: KubeApi, source: SecretsSour
     )
     run("delete", "secret", "pull", "-n", "team")
     soon(lambda: password(source, "r.example/x") == "")
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"type":"BOOKMARK"}\n', b"[1]\n", b'{"type":"ADDED","object":{}}\n'])
+def test_a_server_that_is_none_is_not_asked_all_the_time_and_not_given_up(answer: bytes) -> None:
+    """As of a proxy between: whatever a watch gets, the next one begins, a moment later."""
+    watches = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            watch = "watch=1" in self.path
+            watches.extend([self.path] if watch else [])
+            body = answer if watch else b'{"metadata":{"resourceVersion":"5"},"items":[]}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reach = access.Access(f"http://127.0.0.1:{server.server_port}", "", ssl.create_default_context, lambda: "")
+        source = SecretsSource(reach)
+        source.start()
+        try:
+            soon(lambda: len(watches) > 1)
+            before = len(watches)
+            time.sleep(1)
+            assert len(watches) - before < 10
+            soon(lambda: len(watches) > before)
+        finally:
+            source.close()
+            server.shutdown()

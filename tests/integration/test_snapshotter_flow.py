@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,23 @@ def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
             assert Path(option(again.mounts(f"default/9/{first}")[0], "lowerdir")) == roots[0]
         for root in roots:
             check(root)
+
+
+@nydusds(*OURS, UPSTREAM)
+def test_a_container_that_is_prepared_while_nydusd_dies_gets_its_mount(ours: Snapshotter) -> None:
+    with Client(ours.socket) as client, ThreadPoolExecutor(1) as pool:
+        first = pull(client, case(), ours.work, IMAGE)
+        second = pull(client, case(), ours.work, IMAGE, tag="b")
+        client.prepare("first", first)
+        old = ours.daemons()
+        for pid in old:
+            os.kill(pid, signal.SIGSTOP)  # it has the request and does not answer
+        asked = pool.submit(client.prepare, "second", second)
+        time.sleep(1)
+        kill_together(old)
+        root = Path(option(asked.result(60)[0], "lowerdir"))
+        assert read(root / some_file())
+        assert not set(ours.daemons()) & set(old)
 
 
 def served(roots: list[Path]) -> bool:

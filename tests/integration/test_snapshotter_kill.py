@@ -181,6 +181,38 @@ def test_a_full_disk_is_said_so_and_nothing_is_lost() -> None:
         remove_tree(work)
 
 
+def test_a_full_disk_is_emptied_by_removing_snapshots() -> None:
+    """Else nothing that containerd or kubelet does makes room."""
+    work = work_dir()
+    root = work / "s" / "r"
+    root.mkdir(parents=True)
+    run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", root])
+    try:
+        with (
+            Snapshotter(work / "s", daemon_config(prefetch=False), arguments=("--log-dir", str(work / "logs"))) as ours,
+            Client(ours.socket) as client,
+        ):
+            for number in range(10):
+                layer = Path(client.prepare(f"k{number}")[0].source)
+                (layer / "data").write_bytes(bytes(100_000))
+                client.commit(f"n{number}", f"k{number}")
+            for size in (1 << 20, 4096):
+                filler = root / f"filler-{size}"
+                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(b"x" * size)
+            assert os.statvfs(root).f_bavail == 0
+            for number in range(10):
+                client.remove(f"n{number}")
+            client.cleanup()
+            assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 1_000_000
+            client.prepare("after")
+            agree(root)
+    finally:
+        unmount_below(work)
+        remove_tree(work)
+
+
 def test_without_dev_fuse_plain_images_work() -> None:
     work = work_dir()
     hidden = work / "dev"

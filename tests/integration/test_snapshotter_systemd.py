@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,22 @@ def test_the_unit_under_a_running_container(work: Path) -> None:
             follow(system, installed, reader, meta)
         finally:
             reader.close()
+
+
+def test_what_is_in_the_way_at_the_start_is_not_for_ever(work: Path) -> None:
+    """A disk that is full, a configuration that is late: systemd alone gives a unit up after a few tries."""
+    installed = Installed(work)
+    config, later = work / "config.json", work / "later.json"
+    config.rename(later)
+    with Systemd(work) as system:
+        (system.units / UNIT).write_text(installed.unit())
+        system.ctl("daemon-reload")
+        system.ctl("start", UNIT)
+        wait_until(lambda: int(system.ctl("show", "-p", "NRestarts", "--value", UNIT)) >= 4, 60, "four restarts")
+        time.sleep(3)
+        assert system.ctl("is-active", UNIT) in ("activating", "active")
+        later.rename(config)
+        wait_until(lambda: can_connect(installed.socket), 30, "the snapshotter")
 
 
 def follow(system: Systemd, installed: Installed, reader: Reader, meta: str) -> None:

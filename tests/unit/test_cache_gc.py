@@ -17,6 +17,7 @@ from nydusfs.cachetools.gather import remember
 from nydusfs.config import Config, load_config
 from nydusfs.services import Services, open_services
 from snapshotter.cachegc import KEPT, Collector, look, orphans, remove
+from snapshotter.nydusd_api import ApiUnreachable
 from tests.integration.test_sources_faults import config_text
 from tests.lab.faulty import faulty_server
 from tests.lab.tiny import noise, tiny_image
@@ -189,3 +190,36 @@ def test_removing_an_image_frees_what_nothing_else_uses(tmp_path: Path) -> None:
         assert (cache / ".worker-2" / own.blob_id).exists()
     assert collector._collect() == 0
     assert sorted(path.name for path in cache.rglob("*") if len(path.name) == 64) == [shared.blob_id]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_cannot_be_removed_ends_no_clean_up_but_a_nydusd_that_hangs_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    """The one at an interval goes on; and nobody waits half a minute for each of a thousand blobs."""
+    cache, snapshots = tmp_path / "cache", tmp_path / "snapshots"
+    snapshots.mkdir()
+    blobs = [digit * 64 for digit in "abc"]
+    old = time.time() - 3600
+    for blob in blobs:
+        (cache / blob).mkdir(parents=True)
+        os.utime(cache / blob, (old, old))
+    asked: list[str] = []
+
+    class Nydusd:
+        def drop_blob(self, blob_id: str) -> bool:
+            asked.append(blob_id)
+            if hangs:
+                raise ApiUnreachable("DELETE /api/v2/blobs: timed out")
+            return True
+
+    def refuse(cache: Path, blob: str) -> None:
+        if blob == blobs[0]:
+            raise PermissionError(1, "Operation not permitted", str(cache / blob))
+        remove(cache, blob)
+
+    monkeypatch.setattr("snapshotter.cachegc.remove", refuse)
+    again = Collector(cache, snapshots, lambda: [Nydusd()], set, enabled=True, period=0)._collect()
+    assert (again > 0) == hangs
+    assert asked == (blobs[:1] if hangs else blobs)
+    assert sorted(path.name for path in cache.iterdir()) == (blobs if hangs else blobs[:1])

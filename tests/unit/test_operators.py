@@ -132,6 +132,19 @@ def test_the_environment_of_zero_values(tmp_path: Path) -> None:
     assert (found.log_rotation_backups, found.log_rotation_compress, found.log_rotation_local_time) == (0, False, True)
 
 
+def test_what_is_left_empty_is_the_default_and_levels_may_be_capitals(tmp_path: Path) -> None:
+    """As upstream has it: files are made of templates, and logrus takes INFO."""
+    file = tmp_path / "s.toml"
+    file.write_text("version = 1\n")
+    default = settings.load({"config": str(file)})
+    for key, known in settings.KEYS.items():
+        if known.kind is str:
+            table, _, last = key.rpartition(".")
+            file.write_text("version = 1\n" + (f"[{table}]\n" if table else "") + f'{last} = ""\n')
+            assert settings.load({"config": str(file)}) == default, key
+    assert settings.load({"log.level": "WARN"}).log_level == "warn"
+
+
 @pytest.mark.parametrize(
     ("text", "limit"),
     [("", 0), ("209715200", 200 << 20), ("200MiB", 200 << 20), ("200Mi", 200 << 20), ("200mb", 200_000_000),

@@ -29,7 +29,8 @@ from snapshotter.errors import (
     SnapshotterError,
     StartError,
 )
-from snapshotter.labels import SNAPSHOT_REF
+from snapshotter.filters import parse
+from snapshotter.labels import GID_MAPPING, SNAPSHOT_REF, UID_MAPPING
 from snapshotter.store import Kind, Store, record_of
 
 
@@ -169,6 +170,12 @@ def test_update_masks(store: Store) -> None:
     assert dict(store.stat("k").labels) == {"x": "y"}
 
 
+def test_a_filter_for_bytes_that_are_no_text_finds_nothing(store: Store) -> None:
+    store.create(Kind.ACTIVE, "k", "", {SNAPSHOT_REF: "x"})
+    for text in ('name=="\\xff"', 'parent=="\\xff"', f'labels."{SNAPSHOT_REF}"=="\\377"'):
+        assert store.candidates(parse([text]).alternatives) == []
+
+
 def test_rebase_only_where_there_was_no_parent(store: Store) -> None:
     for name in ("p", "q"):
         store.create(Kind.ACTIVE, "tmp", "", {})
@@ -198,6 +205,18 @@ def test_a_lost_database_never_reuses_or_deletes_what_lies_there(store: Store, t
     assert again.create(Kind.ACTIVE, "k", "", {}).id == 4
     again.remove("k")
     assert again.gone() == [4]
+
+
+def test_a_death_right_after_a_new_database_was_made_costs_nobody_his_directories(tmp_path: Path) -> None:
+    """Of a database that was lost, or of another implementation's root."""
+    (tmp_path / "snapshots" / "7" / "fs").mkdir(parents=True)
+    Database(tmp_path / NAME).close()  # killed here
+    store = open_store(tmp_path)
+    assert store.gone() == []
+    assert open_store(tmp_path).gone() == []
+    assert store.create(Kind.ACTIVE, "k", "", {}).id == 8
+    store.remove("k")
+    assert store.gone() == [8]
 
 
 def test_a_directory_of_a_rolled_back_transaction_is_a_leftover(store: Store, tmp_path: Path) -> None:
@@ -425,3 +444,17 @@ def test_directories_that_a_power_cut_took_are_made_again_where_they_were_empty(
     shutil.rmtree(again.path(1))  # what it held is gone: no container may start on an empty one
     assert open_store(tmp_path).missing == [1]
     assert not again.path(1).exists()
+
+
+def test_labels_that_map_no_user_namespace_do_not_stop_the_start_after_a_power_cut(
+    store: Store, tmp_path: Path
+) -> None:
+    """An image's author writes what he likes on layers that are skipped, and anybody with an update."""
+    store.commit_skipped("x", "", "sha256:s", {SNAPSHOT_REF: "sha256:s", UID_MAPPING: "bad"})
+    store.create(Kind.ACTIVE, "container", "sha256:s", {})
+    store.update("container", {UID_MAPPING: "0:9:x", GID_MAPPING: "0:9:x"}, [])
+    for identity in (1, 2):
+        shutil.rmtree(store.path(identity))
+    again = open_store(tmp_path)
+    assert again.missing == []
+    assert (again.upper(1).stat().st_uid, again.upper(2).stat().st_uid) == (os.geteuid(),) * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import pytest
 from nydusfs.trees import remove_tree
 from snapshotter import daemons, images
 from snapshotter.auth.chain import Chain
+from snapshotter.controller import Controller
 from snapshotter.daemons import Daemon, DaemonSettings
 from snapshotter.database import NAME, Database
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -26,6 +28,7 @@ from snapshotter.nydusd_config import load_template
 from snapshotter.records import DaemonRecord, InstanceRecord, Records
 from snapshotter.serving import ImageSettings
 from snapshotter.store import Store
+from snapshotter.supervisor import Supervisor
 from snapshotter.system import start_time
 from snapshotter.trash import Trash
 
@@ -248,3 +251,89 @@ def test_a_socket_that_accepts_and_never_answers(tmp_path: Path) -> None:
         with pytest.raises(SnapshotterError):
             NydusdApi(path).umount("/1", timeout=0.3)
         assert time.monotonic() - began < 5
+
+
+def test_the_list_of_daemons_costs_one_timeout_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_images = all_images_of(tmp_path)
+    one = all_images._shared_daemon()
+    asked: list[str] = []
+
+    def silent(method: str, url: str, body: object = None, timeout: float = 0) -> None:
+        asked.append(url)
+        raise ApiUnreachable(f"{method} {url}: timed out")
+
+    monkeypatch.setattr(one.api, "call", silent)
+    for number in range(1, 30):
+        record = InstanceRecord(number, one.id, "127.0.0.1:5000/a/b:c", tmp_path / "image.boot")
+        all_images._instances[record.name] = record
+    none: Any = None
+    described = Controller(none, all_images, none)._describe(one)
+    assert (len(described["instances"]), described["read_data_kb"]) == (29, 0)
+    assert len(asked) == 1
+
+
+def test_a_state_without_an_answer_leaves_no_descriptor(tmp_path: Path) -> None:
+    """nydusd sent it and died, or hung: an open connection to the kernel would keep its mount and all readers."""
+    kept, device = Supervisor(tmp_path / "s.sock"), tmp_path / "fuse"
+    device.touch()
+
+    def open_here() -> int:
+        return sum(os.path.realpath(f"/proc/self/fd/{one}") == str(device) for one in os.listdir("/proc/self/fd"))
+
+    def send(then: Exception | None) -> None:
+        with socket.socket(socket.AF_UNIX) as client, device.open() as file:
+            client.connect(str(kept.path))
+            socket.send_fds(client, [b"state"], [file.fileno()])
+        time.sleep(0.2)
+        if then is not None:
+            raise then
+
+    with pytest.raises(ApiUnreachable):
+        kept.save(lambda: send(ApiUnreachable("no answer")))
+    assert not kept.has_state
+    assert open_here() == 0
+    kept.save(lambda: send(None))
+    assert kept.has_state and open_here() == 1
+    kept.close()
+    assert open_here() == 0
+
+
+def test_a_nydusd_that_dies_while_it_is_adopted_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, resumed = daemon(tmp_path), threading.Event()
+    process = subprocess.Popen(["true"])
+    process.wait()  # nobody has its number now
+    monkeypatch.setattr(one.api, "info", lambda timeout=0: {"state": "RUNNING", "keeper_pid": process.pid})
+    monkeypatch.setattr(daemons, "mountpoints", lambda: [str(one.mountpoint)])
+    monkeypatch.setattr(one, "_resume", resumed.set)
+    with pytest.raises(ProcessLookupError):
+        one.adopt()
+    assert not one.alive
+    one.ensure()
+    assert resumed.is_set()
+    one.unwatch()
+
+
+def test_a_keeper_that_dies_right_behind_the_last_one_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the watcher ends with an error, and nobody starts nydusd again before it is asked for."""
+    one, resumed = daemon(tmp_path), threading.Event()
+    monkeypatch.setattr(daemons, "KEEPER_SECONDS", 0.3)
+    other = subprocess.Popen(["true"])
+    other.wait()  # nobody has its number now
+    monkeypatch.setattr(one.api, "info", lambda timeout=0: {"state": "RUNNING", "keeper_pid": other.pid})
+    monkeypatch.setattr(one, "_resume", resumed.set)
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        one._record = replace(one.record, pid=process.pid, started=start_time(process.pid))
+        one._live(process)
+        process.kill()
+        assert resumed.wait(10)
+    finally:
+        process.kill()
+        process.wait()
+        one.unwatch()

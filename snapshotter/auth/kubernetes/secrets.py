@@ -13,6 +13,7 @@ import logging
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ FIRST_SECONDS = 5.0  # how long a question waits for the first list after the st
 WATCH_SECONDS = 240  # the server ends a watch then; it is also how late a silent connection is found out
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
+SHORT_SECONDS = 1.0  # a watch without an event that ends so soon is none
 MAX_LINE = 4 << 20
 
 Keys = dict[str, Credentials]  # key of `auths` -> credentials
@@ -92,14 +94,22 @@ class SecretsSource:
                     self._client = self._open()
                 if not version:
                     version = self._list(self._client)
+                began, quiet = time.monotonic(), True
                 for seen in self._watch(self._client, version):
-                    version, pause = seen, FIRST_PAUSE
-                pause = FIRST_PAUSE
+                    version, pause, quiet = seen, FIRST_PAUSE, False
+                if quiet and time.monotonic() - began < SHORT_SECONDS:
+                    # a proxy that knows no streams, or a server on its way down: not as often as they answer
+                    self._closing.wait(pause * random.uniform(0.5, 1.0))
+                    pause = min(pause * 2, MAX_PAUSE)
+                else:
+                    pause = FIRST_PAUSE
                 continue
             except _Gone:
                 log.debug("secrets: the watch fell behind: listing again")
                 version = ""
                 continue
+            except (KeyError, TypeError, AttributeError) as error:
+                self._fail(f"an answer is not of the API's form: {error!r}")
             except (httpx.HTTPError, AccessError, ssl.SSLError, OSError, ValueError) as error:
                 if self._closing.is_set():
                     return
