@@ -144,4 +144,12 @@ def report(
         "fs_version": str(fs_version),
         "compressor": compressor,
     }
-    Path(output_json).write_text(json.dumps(document, indent=2))
+    write_json(output_json, json.dumps(document, indent=2))
+
+
+def write_json(path: str, text: str) -> None:
+    """The result that -J asks for; an OSError names `path`."""
+    from bootstrap.cli.output import output_file
+
+    with output_file(Path(path), pipes=True) as out:
+        out.write(text.encode())
