@@ -7,6 +7,10 @@ do not fit together (`merge`).
 from __future__ import annotations
 
 import importlib
+import signal
+import threading
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -31,7 +35,17 @@ class _Listed(click.Command):
         super().__init__(name, short_help=_COMMANDS[name])
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 class _Commands(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half written is removed
+            if signal.getsignal(number) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+                signal.signal(number, _terminated)
+        return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 

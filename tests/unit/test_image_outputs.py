@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
+import os
+import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.lab.tiny import TinyImage, noise, tiny_image
+from tests.unit.test_build_tar import member, pack
 
 PROGRAM = [sys.executable, "-c", "from bootstrap.cli import main; main(prog_name='nydus-image')", "-l", "warn"]
 
@@ -73,3 +80,27 @@ def test_a_result_on_a_full_disk_names_its_file(command: str, image: TinyImage, 
     done = subprocess.run([*PROGRAM, command, "-J", "/dev/full", *arguments], capture_output=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.decode().endswith(" /dev/full: No space left on device\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(tmp_path / "layer")
+    command = ["create", "-t", "tar-rafs", "-b", str(out / "blob"), "-B", str(out / "boot"), str(tmp_path / "layer")]
+    build = subprocess.Popen([*PROGRAM, *command], stderr=subprocess.PIPE)
+    try:
+        with open(tmp_path / "layer", "wb", buffering=0) as layer:
+            layer.write(pack(member("f", noise(6_000_000)))[:5_000_000])
+            left, until = array.array("i", [1]), time.monotonic() + 30
+            while left[0] and time.monotonic() < until:
+                fcntl.ioctl(layer, termios.FIONREAD, left)
+                time.sleep(0.2)  # a signal between two reads would wait for the end of the second
+            assert (out / "blob").exists()
+            build.send_signal(number)
+            text = build.communicate(timeout=30)[1].decode()
+    finally:
+        build.kill()
+        build.wait()
+    assert (build.returncode, text.strip()) == (1, "Aborted!")
+    assert list(out.iterdir()) == []
