@@ -104,3 +104,10 @@ def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: 
         build.wait()
     assert (build.returncode, text.strip()) == (1, "Aborted!")
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-V"], ["create", "--help"]])
+def test_help_that_finds_no_room_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
