@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +39,20 @@ def output_file(path: Path, *, pipes: bool = False) -> Iterator[BinaryIO]:
         if error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
+
+
+class LogFile(logging.FileHandler):
+    """A log file that takes any name of a file; that it cannot be written is said once and stops nothing."""
+
+    _said = False
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._path = path
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._said:
+            self._said = True
+            reason = getattr(error, "strerror", None) or error
+            print(f"log file {self._path}: {reason}; lines are lost", file=sys.stderr)

@@ -111,3 +111,24 @@ def test_help_that_finds_no_room_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run([*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+def test_a_log_file_takes_any_name_and_its_full_disk_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    boot = os.fsencode(tmp_path) + b"/\xff.boot"
+    command = ["create", "-l", "info", "-D", str(tmp_path), "-B", os.fsdecode(boot), str(tmp_path / "src"), "-L"]
+    done = subprocess.run([*PROGRAM, *command, str(tmp_path / "log")], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "udcff.boot" in (tmp_path / "log").read_text()
+    done = subprocess.run([*PROGRAM, *command, "/dev/full"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"log file /dev/full: No space left on device; lines are lost\n")
+
+
+def test_nydusify_has_such_a_log_file(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from nydusfs.convert.cli import main; main()"]
+    command = ["build", "--source-dir", str(tmp_path), "--name", "a", "-o", str(tmp_path / "out")]
+    for log in ("/dev/full", str(tmp_path / "log")):
+        options = ["-D", "--log-file", log]
+        done = subprocess.run([*program, *options, *command], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert (tmp_path / "log").stat().st_size
