@@ -26,6 +26,7 @@ from bootstrap.layout.common import (
     super_flags,
 )
 from bootstrap.load import blob_info, load_tree
+from bootstrap.outputs import replaceable
 from bootstrap.overlay import overlay
 from bootstrap.reader import Bootstrap, open_bootstrap
 from bootstrap.tree import clean_patterns
@@ -302,13 +303,14 @@ def _digest(text: str) -> bytes:
 def write_file(out: Path, data: bytes | bytearray) -> None:
     """Write a bootstrap so that a reader never sees half of it; pipes and devices are written directly."""
     try:
-        if out.exists() and not out.is_file():
+        target = replaceable(out)
+        if target is None:
             out.write_bytes(data)
             return
-        partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             partial.write_bytes(data)
-            partial.replace(out)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:

@@ -7,6 +7,11 @@ do not fit together (`merge`).
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -31,7 +36,21 @@ class _Listed(click.Command):
         super().__init__(name, short_help=_COMMANDS[name])
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 class _Commands(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half written is removed
+            if signal.getsignal(number) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+                signal.signal(number, _terminated)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # a full disk below standard output
+            click.echo(f"Error: {error.strerror or error}", err=True)
+            sys.exit(1)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -74,7 +93,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def main(ctx: click.Context, log_file: str | None, log_level: str | None) -> None:
     """Build, check and look at RAFS images (Nydus), versions 5 and 6."""
     given = {key: value for key, value in (("log_file", log_file), ("log_level", log_level)) if value}
-    ctx.default_map = {name: {**given, "generate": given} for name in _COMMANDS}  # also of chunkdict's command
+    ctx.default_map = dict.fromkeys(_COMMANDS, given)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

@@ -39,8 +39,10 @@ def log_options(command: F) -> F:
 def set_up_logging(level: str, log_file: str | None) -> None:
     """Messages of this command to stderr or `log_file`; ClickException if that cannot be opened."""
     names = {"trace": logging.DEBUG, "debug": logging.DEBUG, "warn": logging.WARNING, "error": logging.ERROR}
+    from bootstrap.cli.output import LogFile
+
     try:
-        handler: logging.Handler = logging.FileHandler(log_file) if log_file else logging.StreamHandler()
+        handler: logging.Handler = LogFile(log_file) if log_file else logging.StreamHandler()
     except OSError as error:
         raise click.ClickException(f"cannot write the log file {log_file}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
@@ -144,4 +146,12 @@ def report(
         "fs_version": str(fs_version),
         "compressor": compressor,
     }
-    Path(output_json).write_text(json.dumps(document, indent=2))
+    write_json(output_json, json.dumps(document, indent=2))
+
+
+def write_json(path: str, text: str) -> None:
+    """The result that -J asks for; an OSError names `path`."""
+    from bootstrap.cli.output import output_file
+
+    with output_file(Path(path), pipes=True) as out:
+        out.write(text.encode())

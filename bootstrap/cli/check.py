@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging, version
+from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging, version, write_json
 
 if TYPE_CHECKING:
     from bootstrap.reader import Blob, Bootstrap
@@ -89,7 +88,7 @@ def _run(path: str, blob_dir: str | None, verbose: bool, output_json: str | None
             click.echo(_describe(blob))
         if output_json is not None:
             document = report(image, path, time.perf_counter() - started)
-            Path(output_json).write_text(json.dumps(document, separators=(",", ":")))
+            write_json(output_json, json.dumps(document, separators=(",", ":")))
 
 
 def report(image: Bootstrap, path: str, seconds: float) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from bootstrap.cli.building import CommandError, clear_errors, log_options, repo
 
 
 @click.group("chunkdict", context_settings={"help_option_names": ["-h", "--help"]})
-def chunkdict() -> None:
+@log_options
+def chunkdict(**given: Any) -> None:
     """Find chunks that many images have, for --chunk-dict of create and merge."""
+    click.get_current_context().default_map = {"generate": given}
 
 
 @chunkdict.command("generate", context_settings={"help_option_names": ["-h", "--help"]})

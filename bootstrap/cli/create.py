@@ -22,6 +22,7 @@ from bootstrap.cli.building import (
 )
 from bootstrap.cli.conflicts import InOrder, check_config, check_conflicts, check_source, dictionary_path
 from bootstrap.cli.params import Number
+from bootstrap.outputs import replaceable
 
 if TYPE_CHECKING:
     from bootstrap.build import BuildOptions, BuildResult
@@ -269,8 +270,9 @@ def _write_external(result: BuildResult, options: BuildOptions, given: dict[str,
     if options.inline_meta:
         if data is not None:
             from bootstrap.blobfile import BlobFile
+            from bootstrap.cli.output import output_file
 
-            with open(target, "wb") as out:
+            with output_file(Path(target), pipes=True) as out:
                 blob = BlobFile(out, framed=True)
                 blob.add_bootstrap(data, packed=options.blob_toc)
                 if options.blob_toc:
@@ -324,6 +326,8 @@ class _Output:
         if self.file is not None:
             with suppress(OSError):
                 self.file.close()
-        if not self._kept and not self._discard and os.path.isfile(self.path):
-            with suppress(OSError):
-                os.unlink(self.path)
+        if self._kept or self._discard:
+            return
+        with suppress(OSError):
+            if target := replaceable(Path(self.path)):
+                target.unlink(missing_ok=True)

@@ -54,10 +54,11 @@ def _run(path: str, given: dict[str, Any]) -> None:
     from bootstrap.cli.output import output_file
     from bootstrap.cli.progress import bar
     from bootstrap.export import export_block
+    from bootstrap.outputs import replaceable
     from bootstrap.verity import append_tree
 
     out = Path(given["output"] or Path(given["localfs_dir"] or ".") / f"{Path(path).name}.disk")
-    if out.exists() and not out.is_file():
+    if replaceable(out) is None:
         raise CommandError(f"{out} is no regular file: the disk image is not written front to back")
     options = None
     with opened(path) as image:

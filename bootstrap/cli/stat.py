@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging
+from bootstrap.cli.building import CommandError, clear_errors, log_options, set_up_logging, write_json
 
 
 @click.command("stat", context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,7 +67,7 @@ def stat(
                 numbers.add(image, target=True)
         numbers.finish()
         if output_json is not None:
-            Path(output_json).write_text(json.dumps(numbers.as_json(), separators=(",", ":")))
+            write_json(output_json, json.dumps(numbers.as_json(), separators=(",", ":")))
         else:
             click.echo("\n".join(numbers.as_text()))
 

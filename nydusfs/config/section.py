@@ -60,6 +60,8 @@ class Section:
             return default
         if not isinstance(value, str):
             raise self._wrong(self._key(key), value, "string")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self.error(key, "has a NUL or half a character (\\ud800 to \\udfff): no path or address can")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

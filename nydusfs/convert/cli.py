@@ -10,6 +10,7 @@ from types import FrameType
 
 import click
 
+from bootstrap.cli.output import LogFile
 from nydusfs.levels import LEVELS
 
 _COMMANDS = {
@@ -74,7 +75,10 @@ def cli(debug: bool, log_level: str, log_file: str | None) -> None:
     level = logging.DEBUG if debug else LEVELS[log_level.lower()]
     try:
         logging.basicConfig(
-            level=level, filename=log_file, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+            level=level,
+            handlers=[LogFile(log_file)] if log_file and not mine else None,
+            format="%(asctime)s %(levelname)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S",
         )
     except OSError as error:
         raise click.ClickException(f"log file {log_file} cannot be written: {error.strerror}") from error

@@ -27,7 +27,7 @@ class Client:
     def call(self, method: str, path: str, body: Any = None, **query: str) -> Any:
         from urllib.parse import urlencode
 
-        target = f"/api/v1/{path}" + (f"?{urlencode(query)}" if query else "")
+        target = f"/api/v1/{path}" + (f"?{urlencode(query, errors='surrogateescape')}" if query else "")
         connection = UnixConnection(self.sock, TIMEOUT)
         try:
             connection.request(method, target, body=None if body is None else json.dumps(body))
@@ -247,7 +247,11 @@ def _print_sources(sources: list[dict[str, Any]]) -> None:
 @click.pass_obj
 def mount(obj: tuple[Client, bool], source: str, config: Any, mountpoint: str, kind: str, raw_too: bool) -> None:
     """Mount one more image."""
-    body = {"source": source, "fs_type": kind, "config": config.read()}
+    try:
+        text = config.read()
+    except UnicodeDecodeError:
+        raise click.ClickException(f"configuration {config.name} is not UTF-8 text") from None
+    body = {"source": source, "fs_type": kind, "config": text}
     obj[0].call("POST", "mount", body, mountpoint=mountpoint)
 
 
@@ -321,6 +325,10 @@ def main() -> None:
         cli(prog_name="nydusctl")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a full disk below standard output
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -149,3 +149,14 @@ def test_upstream_builds_with_our_dictionary(version: int, tmp_path: Path) -> No
     assert ours("check", "-D", blobs, tmp_path / "new.boot").exit_code == 0
     upstream("unpack", "-D", blobs, "--output", tmp_path / "tar", tmp_path / "new.boot")
     assert SHARED in (tmp_path / "tar").read_bytes()
+
+
+def test_log_options_may_stand_before_generate(tmp_path: Path) -> None:
+    alone = image(tmp_path, "a:1", {"s": SHARED}).bootstrap
+    rest = ["-B", tmp_path / "dict.boot", alone]
+    assert "the dictionary is empty" in ours("chunkdict", "-l", "warn", "generate", *rest).output
+    for words in (["chunkdict", "-l", "error", "generate"], ["-l", "warn", "chunkdict", "generate", "-l", "error"]):
+        done = ours(*words, *rest)
+        assert (done.exit_code, done.output) == (0, "")
+    assert ours("chunkdict", "-L", tmp_path / "log", "generate", *rest).output == ""
+    assert "the dictionary is empty" in (tmp_path / "log").read_text()

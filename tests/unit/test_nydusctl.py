@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,24 @@ def test_upstreams_syntax_is_what_it_was(commands: CliRunner) -> None:
         assert told.exit_code == (2 if words == ["mount"] else 1)
     listed = commands.invoke(ctl.cli, ["--help"]).output
     assert all(f"  {name} " in listed for name in (*COMMANDS, "info", "set", "metrics", "mount", "umount"))
+
+
+def test_what_is_no_utf8_ends_with_one_line(commands: CliRunner, tmp_path: Path) -> None:
+    config = tmp_path / "nydusd.json"
+    config.write_bytes(b"\xff\xfe{")
+    sock = ["--sock", "/nowhere"]
+    told = commands.invoke(ctl.cli, [*sock, "mount", "-s", "b", "-c", str(config), "-m", "/x", "-t", "rafs"])
+    assert (told.exit_code, told.output) == (1, f"Error: configuration {config} is not UTF-8 text\n")
+    for words in (["umount", "/\udcff"], ["metrics", "fsstats", "--id", "\udcff"]):
+        told = commands.invoke(ctl.cli, [*sock, *words])
+        assert (told.exit_code, told.output) == (1, "Error: no nydusd answers at /nowhere: No such file or directory\n")
+
+
+def test_an_answer_that_finds_no_room_is_one_line() -> None:
+    program = [sys.executable, "-c", "from snapshotter.nydusctl import main; main()", "--help"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
 
 SOCKET = "/run/n/g.sock"
