@@ -400,7 +400,7 @@ def test_a_redirect_that_cannot_be_followed_is_named_without_its_secrets(server:
     origin = server(redirect="ftp://user:hush@h")
 
     async def scenario(hub: SourceHub) -> None:
-        with pytest.raises(SourceError, match="redirect to 'ftp://.*@h/signed/") as caught:
+        with pytest.raises(SourceError, match=r"redirect to 'ftp://.*@h/signed/") as caught:
             await read(open_source(backend(origin), hub))
         assert "hush" not in str(caught.value)
 
