@@ -13,6 +13,7 @@ import trio
 from nydusfs.errors import AuthError
 from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.registry.challenge import choose, parse_challenges
+from nydusfs.registry.reference import is_loopback
 from nydusfs.sources.tokens import TokenKey, TokenLate, TokenStore
 
 # The first request to a registry nothing is known of goes alone: else each of a hundred readers would get a 401. One
@@ -33,7 +34,9 @@ class Authenticator:
         connect_timeout: float,
         timeout: float,
         through: Origin | None = None,
+        plain_allowed: bool = False,
     ) -> None:
+        """`through`: the mirror that tokens are had from. `plain_allowed`: user and password may go over plain HTTP."""
         self._client = client
         self._tokens = tokens
         self._basic = f"Basic {auth}" if auth else ""
@@ -43,6 +46,7 @@ class Authenticator:
         # A token server that hangs, with hundreds waiting for it, must not hold a reader longer than this.
         self._limit = connect_timeout + 2 * timeout
         self.through = through
+        self._plain_allowed = plain_allowed
         # What is sent when there is no bearer token: nothing, the configured token, or user and password.
         self._fixed = f"Bearer {registry_token}" if registry_token else ""
         self._key: TokenKey | None = None
@@ -139,6 +143,9 @@ class Authenticator:
             return await self._answer(sent, refusal, where, timeout, scope)
         raise TokenLate(f"{where}: no token within {limit:g} s", url=str(where))
 
+    def _may_be_plain(self, realm: Url) -> bool:
+        return self._plain_allowed or is_loopback(realm.origin.netloc)
+
     async def _answer(
         self, sent: str, refusal: Callable[[], Awaitable[Response]], where: Url, timeout: float, scope: str | None
     ) -> str:
@@ -165,6 +172,12 @@ class Authenticator:
                 raise AuthError(f"token realm {challenge.get('realm')[:80]!r}: {error}") from None
             if self.through is not None:
                 realm = Url(self.through, realm.target)
+            elif self._basic and realm.origin.scheme == "http" and not self._may_be_plain(realm):
+                raise AuthError(
+                    f"token server {realm.origin} of {where} would get user and password over plain HTTP: refused, "
+                    "unless `skip_verify` allows it",
+                    url=str(where),
+                )
             scope = challenge.get("scope") if scope is None else scope
             self._key = TokenKey(realm, challenge.get("service"), scope, self._basic)
         # outside: readers of one repository meet again at the token's own lock

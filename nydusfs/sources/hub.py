@@ -101,6 +101,7 @@ class SourceHub:
                 connect_timeout=seconds(connection.connect_timeout),
                 timeout=seconds(connection.timeout),
                 through=through,
+                plain_allowed=registry.scheme == "http" or connection.skip_verify,
             )
             self._recall(key)
         return self._authenticators[key]

@@ -336,7 +336,7 @@ class Racer:
         standing.latency.observe(answer.first, total, wanted.size, now)
         if standing.success(now):
             log.info("Mirror server %s recovered", endpoint.address)
-        if self.sample is None or now - self.sample.taken > SAMPLE_AGE:
+        if check is not None and (self.sample is None or now - self.sample.taken > SAMPLE_AGE):
             size = min(wanted.size, SAMPLE_SIZE)
             self.sample = Sample(Range(wanted.blob_id, wanted.offset, size), bytes(answer.body[:size]), now)
         return answer.body

@@ -524,6 +524,20 @@ def test_a_probe_that_gets_wrong_bytes_is_not_believed() -> None:
     virtual(main)
 
 
+def test_what_nobody_verified_is_not_held_against_a_source() -> None:
+    """A whole tar is verified at its end: a part that a liar gave must not keep honest sources down."""
+    liar, honest = FakeSource("liar", lies), FakeSource("honest", answers(0.05), rank=1)
+
+    async def main() -> None:
+        race = Racer([liar, honest], "lab", extras=ExtraBudget())
+        assert await race.read(WANTED, None) != 8 * GOOD
+        assert race.sample is None
+        assert await race.read(WANTED, check) == 8 * GOOD
+        assert race.sample is not None and race.sample.data == 8 * GOOD
+
+    virtual(main)
+
+
 @pytest.mark.parametrize("origin", ["healthy", "dead"])
 def test_one_good_source_among_four(origin: str) -> None:
     """Dead, hanging, lying and failing sources beside a healthy one at 200 ms, which is the origin or a mirror."""
