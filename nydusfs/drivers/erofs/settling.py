@@ -33,7 +33,7 @@ class Settling:
         self._images = images
         self._users = users
         self._target = target
-        self._later: list[tuple[DeviceFiles, str]] = []
+        self._later: dict[str, DeviceFiles] = {}  # one that is evicted and comes again is there once
         self._changed = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
 
@@ -45,7 +45,7 @@ class Settling:
         """Nothing needs to be asked about it, unless reads are of interest. From any thread."""
         images = self._users(device)
         if any(image.curious(device) for image in images):
-            self._later.append((images[0].devices, device))
+            self._later[device] = images[0].devices
         else:
             self._let_be(device, fd)
         if not self._changed.is_set():
@@ -63,8 +63,7 @@ class Settling:
             await self._settle()  # apart from what sleeps: an image that goes meanwhile goes at once
 
     async def _settle(self) -> None:
-        batch, self._later = self._later, []
-        await trio.to_thread.run_sync(self._ignore, batch)
+        await trio.to_thread.run_sync(self._ignore, list(self._later.items()))
         for image in list(self._images.values()):
             # those of an earlier worker only once they are asked about: many never are
             if image.files and (wanted := image.direct_now()) != image.direct:
@@ -88,13 +87,13 @@ class Settling:
         except OSError as error:
             log.debug("image %s: %s", image.where, error)
 
-    def _ignore(self, batch: Sequence[tuple[DeviceFiles, str]]) -> None:
+    def _ignore(self, batch: Sequence[tuple[str, DeviceFiles]]) -> None:
         """Drop the marks of devices that were complete before anybody read them, once that is of no interest."""
-        for devices, device in batch:
+        for device, devices in batch:
             users = self._users(device)
             if any(image.reader.recorder is not None or image.volume.stats.watched for image in users):
-                self._later.append((devices, device))
                 continue
+            self._later.pop(device, None)  # before it is opened: who says so again meanwhile is heard
             _, blob_id, name = device.split("/")
             fd = devices.open(blob_id, name, os.O_RDONLY)
             if fd >= 0:
