@@ -114,6 +114,7 @@ class Keeper:
         self.deaths = 0  # in a row, before they were ready
         self.crashes: list[float] = []
         self.last = ""  # how the last worker ended
+        self.gone = -1  # its pid: a busy zygote may say so when the next one is on its way
         self.told_to_stop = 0.0
         self.last_one = False  # the worker that follows one which died before it stopped: it removes the mount
         self.start_at: float | None = None
@@ -228,10 +229,13 @@ class Keeper:
         if message["op"] == "started" and worker is not None:
             if self._watch(worker, int(message["pid"])) and self.told_to_stop:
                 self._kill(signal.SIGTERM)
-        elif message["op"] == "exited" and worker is not None and worker.pid in (0, message["pid"]):
+        elif message["op"] == "exited" and worker is not None and self._is_of(message["pid"], worker):
             worker.status = int(message["status"])
             if worker.pidfd < 0:  # gone before it could be watched
                 self._worker_died(None)
+
+    def _is_of(self, pid: int, worker: Worker) -> bool:
+        return pid == worker.pid or (not worker.pid and pid != self.gone)
 
     def _zygote_died(self, sock: socket.socket) -> None:
         self.selector.unregister(sock)
@@ -347,6 +351,7 @@ class Keeper:
                 self._await_status(worker)
         self._close_control(worker)
         self.worker = None
+        self.gone = worker.pid or self.gone
         status = worker.status
         if worker.stopping or not self.served or (self.told_to_stop and self.last_one):
             self.exit_status = _exit_code(status)

@@ -53,3 +53,21 @@ def test_the_end_of_the_other_side_and_silence_are_told_apart() -> None:
         theirs.close()
         with pytest.raises(EOFError):
             receive(ours)
+
+
+def test_the_end_of_the_last_worker_is_not_taken_for_that_of_the_next() -> None:
+    """A busy zygote tells of it after the keeper has asked for the next one, whose number it does not know yet."""
+    ours, zygote = pair()
+    with ours, zygote:
+        keeper = Keeper({})
+        keeper.served = True
+        keeper.worker, other = Worker(pair()[0]), Worker(pair()[0])
+        keeper.worker.pid = 5
+        keeper._worker_died(None)
+        keeper.worker = other
+        send(zygote, "exited", pid=5, status=9)
+        keeper._from_zygote(ours)
+        assert keeper.worker is other and other.status is None
+        send(zygote, "exited", pid=0, status=1 << 8)  # it could not be started
+        keeper._from_zygote(ours)
+        assert keeper.worker is None
