@@ -234,8 +234,8 @@ def test_a_profile_of_something_else_is_given_up(tmp_path: Path) -> None:
         free = server.data_requests
         (tmp_path / "kept").rename(saved)
         shutil.rmtree(work)
-        with start(image, server, work) as daemon:
-            with all_but(server, free), ThreadPoolExecutor(8) as readers:
+        with all_but(server, free), start(image, server, work) as daemon:
+            with ThreadPoolExecutor(8) as readers:
                 list(readers.map(lambda name: read(daemon, [name]), names))
             wait_until(lambda: "does not follow its profile" in daemon.log_text(), 20, "the end of the replay")
 

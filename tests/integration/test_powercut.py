@@ -19,9 +19,13 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(can_mount_fuse() != "", reaso
 
 
 def cut(folder: Path, *options: str, timeout: float = 280.0) -> dict[str, Any]:
-    words = [sys.executable, "-m", "tests.lab.powercut", *options, str(folder)]
-    report: dict[str, Any] = json.loads(run(words, timeout=timeout).stdout)
-    assert (report["wrong"], report["failed"]) == (0, 0), report
+    for seed in range(3):  # a slow disk has next to nothing when its power goes
+        (at := folder / str(seed)).mkdir()
+        words = [sys.executable, "-m", "tests.lab.powercut", *options, "--seed", str(seed), str(at)]
+        report: dict[str, Any] = json.loads(run(words, timeout=timeout).stdout)
+        assert (report["wrong"], report["failed"]) == (0, 0), report
+        if report["segments_found"] > report["states"] / 4:
+            break
     assert report["segments_found"] > report["states"] / 4, "nothing survived: nothing was looked at"
     assert report["segments_lost"] > report["states"], "everything survived: nothing was cut"
     return report
