@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -35,7 +36,7 @@ from nydusfs.cache.devices import DeviceFiles, usable, write_whole
 from nydusfs.cache.leaving import Leaving
 from nydusfs.cache.quota import Limit
 from nydusfs.config import load_config
-from nydusfs.drivers.erofs import selftest
+from nydusfs.drivers.erofs import fanotify, selftest
 from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.erofs.filemap import FileMap
 from nydusfs.drivers.erofs.filling import ErofsImage as MountedImage
@@ -341,6 +342,27 @@ def test_the_image_of_the_self_test_is_what_our_writer_makes(tmp_path: Path) -> 
         writer.write(memoryview(made), [Device("d", 2)], lambda found: (0 * found.blobs, found.offsets))
     image.close()
     assert made == selftest.tiny_image()
+
+
+def test_what_a_self_test_makes_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def look() -> int:
+        seen.update((path.name, stat.filemode(path.stat().st_mode)) for path in tmp_path.rglob("*/*"))
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(fanotify, "init", look)
+    for name, age in ((".selftest-dead", 600), (".selftest-busy", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    before = os.umask(0)
+    try:
+        with pytest.raises(selftest.UnsupportedError, match="no such call"):
+            selftest.run(tmp_path)
+    finally:
+        os.umask(before)
+    assert seen == {"image": "-rw-------", "files": "drwx------", "d": "-rw-------"}
+    assert [path.name for path in tmp_path.iterdir()] == [".selftest-busy"]
 
 
 class Told:

@@ -8,11 +8,14 @@ kernels seem to), and filled data comes out right.
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import os
 import select
+import shutil
 import tempfile
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from nydusfs.drivers.erofs import fanotify, mount
 from nydusfs.errors import NydusError
 
 SECONDS = 5.0
+PREFIX = ".selftest-"
 NEEDED = "Linux 6.15 or newer with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS is needed"
 DATA = bytes(range(256)) * 32  # two blocks
 MTIME = 1_700_000_000
@@ -38,12 +42,21 @@ class UnsupportedError(NydusError):
 def run(folder: Path) -> None:
     """Raises `UnsupportedError`. `folder`: on the file system of cache and metadata; nothing stays in it."""
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".selftest-") as scratch:
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=PREFIX) as scratch:
             _Test(Path(scratch)).run()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UnsupportedError("the disk of the cache is full") from None
         raise UnsupportedError(f"{error.strerror or error}: {NEEDED}, and a cache on ext4, xfs or btrfs") from None
+
+
+def _sweep(folder: Path) -> None:
+    """What a worker left that was killed in its test. Younger ones may be another daemon's, at work."""
+    for left in folder.glob(PREFIX + "*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime > 10 * SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def tiny_image() -> bytes:
@@ -71,9 +84,10 @@ class _Test:
         self._fds: list[int] = []
 
     def run(self) -> None:
+        for file in (self._image, self._device):
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            file.touch(mode=0o600)
         self._image.write_bytes(tiny_image())
-        self._files.mkdir()
-        self._device.touch()
         try:
             self._check()
         finally:
