@@ -194,8 +194,9 @@ def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:
         nonlocal text, families
         text = lab.fetch(lab.metrics, "/v1/metrics")
         families = {family.name: family for family in text_string_to_metric_families(text)}
+        # maybe less than all: the kernel itself reads what came before its mount (auto: once nobody waited)
         return (
-            total(families.get("nydusd_total_read_bytes")) >= 8 << 20
+            total(families.get("nydusd_total_read_bytes")) > 4 << 20
             and total(families.get("snapshotter_cache_usage_kilobytes")) > 8 << 10
         )
 
@@ -208,7 +209,7 @@ def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:
         (sample,) = [one for one in families[name].samples if one.name == name and labels.items() <= one.labels.items()]
         return sample.value
 
-    assert value("nydusd_total_read_bytes", image_ref=lab.ref) >= 8 << 20
+    assert value("nydusd_total_read_bytes", image_ref=lab.ref) > 4 << 20
     assert value("nydusd_up") == 1
     assert value("snapshotter_cache_usage_kilobytes") > 8 << 10
     assert lab.stack.mirror is not None
@@ -229,12 +230,16 @@ def explained(lab: Lab, name: str) -> dict[str, Any]:
     return dict(json.loads(run(command, timeout=60).stdout))
 
 
+def cached(found: dict[str, Any]) -> int:
+    return sum(layer["cached"] for layer in found["layers"])
+
+
 def test_explain_a_lazy_container(lab: Lab) -> None:
     stack = lab.stack
     stack.containerd.ctr("run", "-d", "--net-host", "--snapshotter", "nydus", lab.ref, "explained",
                          "sh", "-c", "sha256sum < /payload; sleep 100")  # fmt: skip
     try:
-        wait_until(lambda: explained(lab, "expl")["reads"]["bytes"] >= 8 << 20, 60, "the payload read")
+        wait_until(lambda: cached(explained(lab, "expl")) >= 8 << 20, 60, "the payload read")
         found = explained(lab, "explained")
     finally:
         stack.containerd.ctr("tasks", "kill", "-s", "KILL", "explained")
@@ -244,7 +249,7 @@ def test_explain_a_lazy_container(lab: Lab) -> None:
     assert (found["kind"], found["image"], found["lazy"]) == ("container", lab.ref, True)
     assert found["driver"] in ("FUSE", "EROFS, by the kernel")  # auto: by whether somebody rested already
     assert [layer["state"] for layer in found["layers"]] == ["lazy", "lazy", "lazy", "bootstrap"]
-    assert sum(layer["cached"] for layer in found["layers"]) >= 8 << 20
+    assert found["reads"]["bytes"] > 4 << 20
     assert found["reads"]["errors"] == 0
     phases = {phase["name"]: phase for phase in found["phases"]}
     assert {"pull", "prepare", "first read"} <= set(phases)
