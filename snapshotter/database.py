@@ -23,6 +23,7 @@ from snapshotter.errors import ResourceExhausted, SnapshotterError, StartError
 log = logging.getLogger(__name__)
 
 NAME = "metadata.sqlite"
+SPARE = "metadata.spare"  # the log's room while no snapshotter runs: SQLite takes the log away when it is closed
 BUSY_SECONDS = 10.0
 READERS = 4  # connections: queries take 20 µs, most of it under Python's lock
 CACHE_KIB = 128  # pages of one connection; the kernel caches the file anyway
@@ -148,6 +149,7 @@ class Database:
             self._idle.put(None)  # connected when first needed
         try:
             _make_private(path)
+            path.with_name(SPARE).unlink(missing_ok=True)
         except OSError as error:
             raise StartError(f"snapshot database {path}: {error.strerror}") from None
         try:
@@ -155,8 +157,9 @@ class Database:
             self.created = self._migrate()
             (verdict,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise StartError(f"snapshot database {path}: {error}: free some space") from None
+            # the log's index is written through a map, whose pages that cannot be had are an "I/O error"
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL or not os.statvfs(path).f_bavail:
+                raise StartError(f"snapshot database {path}: {error}: the disk is full, free some space") from None
             raise StartError(f"snapshot database {path}: {error}. If it is damaged, {_WAY_OUT}") from None
         if verdict != "ok":
             self._writer.close()
@@ -303,18 +306,8 @@ class Database:
         """Room on the disk for the log, as much as it grows to in time: where the disk is full, snapshots can still be
         removed. What cannot be had is done without."""
         keep_size = 1  # FALLOC_FL_KEEP_SIZE
-        try:
-            # no locks of SQLite are on this file, which closing it would take away
-            descriptor = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            log.debug("snapshot database %s: no room is reserved: %s", self.path, error.strerror)
-            return
-        try:
-            if _libc.fallocate(descriptor, keep_size, ctypes.c_int64(0), ctypes.c_int64(RESERVED)) != 0:
-                reason = os.strerror(ctypes.get_errno())
-                log.debug("snapshot database %s: no room is reserved: %s", self.path, reason)
-        finally:
-            os.close(descriptor)
+        # no locks of SQLite are on this file, which closing it would take away
+        _allocate(Path(f"{self.path}-wal"), os.O_RDWR, keep_size, RESERVED)
 
     def close(self) -> None:
         """After the last call; one under way is waited for. The last to close folds the log into the file."""
@@ -326,6 +319,22 @@ class Database:
             if connection is not None:
                 connection.close()
         self._writer.close()
+        if not os.path.exists(f"{self.path}-wal"):
+            _allocate(self.path.with_name(SPARE), os.O_RDWR | os.O_CREAT, 0, RESERVED + (64 << 10))  # and its index
+
+
+def _allocate(path: Path, flags: int, mode: int, size: int) -> None:
+    """Blocks for a file. What cannot be had is done without."""
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        log.debug("snapshot database: no room is reserved in %s: %s", path, error.strerror)
+        return
+    try:
+        if _libc.fallocate(descriptor, mode, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+            log.debug("snapshot database: no room is reserved in %s: %s", path, os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(descriptor)
 
 
 def _first_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -61,7 +62,7 @@ class Program:
         claim_address(settings.address)
         userxattr = in_user_namespace()
         overlay_options = "userxattr" if userxattr else ""
-        if not overlay_works(root, overlay_options):
+        if not _overlay_works(root, overlay_options):
             raise StartError(
                 "this kernel cannot mount overlayfs (or not on the file system of "
                 f"{root}): containers need it. Try modprobe overlay, or another --root"
@@ -220,6 +221,17 @@ def _say_driver(template: Template, cache: Path) -> None:
         return
     level = logging.WARNING if template.fs_driver == "erofs" != driver else logging.INFO
     log.log(level, "fs_driver %s: images are served by %s: %s", template.fs_driver, driver, reason)
+
+
+def _overlay_works(root: Path, options: str) -> bool:
+    """True where the disk is too full to try it: who removes images then makes room."""
+    try:
+        return overlay_works(root, options)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("the disk of %s is full: remove images or free some space", root)
+        return True
 
 
 def _make_root(path: Path) -> Path:

@@ -147,6 +147,13 @@ def test_without_root_or_overlayfs_one_line_says_so() -> None:
         remove_tree(work)
 
 
+def fill(folder: Path) -> None:
+    for size in (1 << 20, 4096):
+        with contextlib.suppress(OSError), (folder / f"filler-{size}-{time.monotonic_ns()}").open("wb", 0) as file:
+            while True:
+                file.write(b"x" * size)
+
+
 def test_a_full_disk_is_said_so_and_nothing_is_lost() -> None:
     work = work_dir()
     root = work / "s" / "r"
@@ -181,12 +188,18 @@ def test_a_full_disk_is_said_so_and_nothing_is_lost() -> None:
         remove_tree(work)
 
 
-def test_a_full_disk_is_emptied_by_removing_snapshots() -> None:
-    """Else nothing that containerd or kubelet does makes room."""
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_a_full_disk_is_emptied_by_removing_snapshots(kind: str) -> None:
+    """Else nothing that containerd or kubelet does makes room. Also by a snapshotter that was started meanwhile."""
     work = work_dir()
     root = work / "s" / "r"
     root.mkdir(parents=True)
-    run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", root])
+    if kind == "tmpfs":
+        run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", root])
+    else:
+        run(["truncate", "-s", "48M", work / "disk"])
+        run(["mkfs.ext4", "-q", "-m", "0", "-b", "4096", work / "disk"])
+        run(["mount", "-o", "loop", work / "disk", root])
     try:
         with (
             Snapshotter(work / "s", daemon_config(prefetch=False), arguments=("--log-dir", str(work / "logs"))) as ours,
@@ -196,16 +209,19 @@ def test_a_full_disk_is_emptied_by_removing_snapshots() -> None:
                 layer = Path(client.prepare(f"k{number}")[0].source)
                 (layer / "data").write_bytes(bytes(100_000))
                 client.commit(f"n{number}", f"k{number}")
-            for size in (1 << 20, 4096):
-                filler = root / f"filler-{size}"
-                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                    while True:
-                        file.write(b"x" * size)
+            fill(root)
             assert os.statvfs(root).f_bavail == 0
-            for number in range(10):
+            for number in range(5):
                 client.remove(f"n{number}")
             client.cleanup()
-            assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 1_000_000
+            ours.stop()  # and the database's log goes, which had room of its own
+            fill(root)
+            assert os.statvfs(root).f_bavail == 0
+            ours.start()
+            for number in range(5, 10):
+                client.remove(f"n{number}")
+            client.cleanup()
+            assert os.statvfs(root).f_bavail * os.statvfs(root).f_frsize > 500_000
             client.prepare("after")
             agree(root)
     finally:
