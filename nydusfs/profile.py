@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -126,7 +127,9 @@ def _course(value: Any) -> Course:
     for blob, number, weight in value["segments"][:MAX_ENTRIES]:
         if not isinstance(blob, str) or not isinstance(number, int) or not 0 <= number < 1 << 32:
             raise ValueError("a segment is not [blob id, number, weight]")
-        segments[blob, number] = min(max(float(weight), 0.0), 2.5)
+        if math.isnan(weight := float(weight)):
+            raise ValueError(f"segment {number} of blob {blob} has no weight")
+        segments[blob, number] = min(max(weight, 0.0), 2.5)
     inodes = tuple(int(ino) for ino in value["inodes"][:MAX_ENTRIES])
     return Course(min(max(int(value["runs"]), 0), 1 << 30), segments, inodes)
 

@@ -51,6 +51,7 @@ bad: list[Any] = [
     {**good, "segments": [["a", 1 << 40, 1]]}, {**good, "segments": [[1, 1, 1]]}, {**good, "segments": [["a", 1]]},
     {**good, "commands": []}, {**good, "commands": {"x": 1}}, {**good, "commands": {"x": {**good, "inodes": 1}}},
     {**good, "inodes": ["x"]}, {**good, "inodes": None}, {**good, "segments": [["a", 1, "many"]]},
+    {**good, "segments": [["a", 1, "nan"]]}, {**good, "segments": [["a", 1, float("nan")]]},
 ]  # fmt: skip
 
 
