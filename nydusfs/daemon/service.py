@@ -84,7 +84,7 @@ class Daemon:
         self._started = trio.Event()  # RUNNING: requests are answered
         self._ready = trio.Event()  # and readers' too
         self._refused = ""
-        self._retired = trio.Event()  # the keeper's answer to `upgrade`
+        self._retired: trio.Event | None = None  # set by the keeper's answer to `upgrade`; None: it was not asked
         self._unmount = True
         self._retiring = False
         self._successor = False  # somebody else has the connection and answers what this one leaves unanswered
@@ -151,12 +151,16 @@ class Daemon:
             raise UnsupportedError()
         if self._machine.state is not State.RUNNING:
             raise ApiError("DaemonAbnormal(NotReady)", 503)
-        self._refused, self._retired = "", trio.Event()
-        self._link.upgrade()
+        if self._retired is None:  # who asks meanwhile is told the same
+            self._refused, self._retired = "no answer of the keeper in time", trio.Event()
+            self._link.upgrade()
+        asked = self._retired
         with trio.move_on_after(UPGRADE_SECONDS):
-            await self._retired.wait()
-        if self._refused or not self._retired.is_set():
-            log.error("upgrade refused: %s", self._refused or f"no answer of the keeper in {UPGRADE_SECONDS:.0f} s")
+            await asked.wait()
+        if self._retired is asked:
+            self._retired = None
+        if self._refused:
+            log.error("upgrade refused: %s", self._refused)
             raise ApiError("DaemonAbnormal(Upgrade)")
         return self._retire
 
@@ -457,11 +461,15 @@ class Daemon:
         self._stopping.set()  # not where it was cancelled, for a bug in any task: another worker follows then
 
     def _agree(self) -> None:
-        self._retired.set()
+        self._answered("")
 
     def _refuse_upgrade(self, why: str) -> None:
-        self._refused = why or "refused"
-        self._retired.set()
+        self._answered(why or "refused")
+
+    def _answered(self, refused: str) -> None:
+        self._refused = refused
+        if self._retired is not None:
+            self._retired.set()
 
     def _retire(self) -> None:
         log.info("making room for another worker")

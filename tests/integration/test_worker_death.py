@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -287,7 +288,15 @@ def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
         before = info(daemon)
         with (daemon.mnt / "a" / some_file(CASE)).open("rb") as held:
             expected = held.read()
-            assert daemon.call("PUT", "daemon/upgrade").status == 204
+            # who asks while another's is under way gets that one's answer
+            os.kill(before["keeper_pid"], signal.SIGSTOP)
+            with ThreadPoolExecutor(3) as pool:
+                try:
+                    asked = [pool.submit(daemon.call, "PUT", "daemon/upgrade") for _ in range(3)]
+                    time.sleep(2)
+                finally:
+                    os.kill(before["keeper_pid"], signal.SIGCONT)
+            assert [answer.result().status for answer in asked] == [204] * 3
             after = settled(daemon, before, "worker_pid")
             assert after["keeper_pid"] == before["keeper_pid"]
             held.seek(0)
