@@ -51,6 +51,7 @@ from nydusfs.drivers.erofs.image import (
     write_image,
 )
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
+from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.image_reader import ImageReader
 from nydusfs.keeper.jobs import Jobs
@@ -148,6 +149,41 @@ def test_a_cache_whose_images_come_together_has_one_set_of_devices(
     trio.run(come)
     assert len(made) == 1
     assert found == [False] * 8 + [True]
+
+
+@pytest.mark.parametrize("how", ["given up", "stopped"])
+def test_a_mount_that_is_given_up_in_the_making_leaves_nothing(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes it is a thread, which hears nothing of that: devices stayed for good, and a stop was an error."""
+
+    async def go() -> None:
+        driver = ErofsDriver(str(tmp_path / "mnt"), None, "auto", Jobs())
+        reader, prepared = create_autospec(ImageReader, instance=True), create_autospec(PreparedMount, instance=True)
+        prepared.store = create_autospec(CacheStore, instance=True)
+        cleaned: list[object] = []
+
+        async def end() -> None:
+            if how == "stopped":
+                await driver.stop(successor=False)
+                assert cleaned == [prepared]
+            else:
+                scope.cancel()
+
+        async def prepare(*_: object) -> None:
+            driver._prepared[reader] = prepared
+            nursery.start_soon(end)
+            await trio.to_thread.run_sync(time.sleep, 0.2)
+
+        monkeypatch.setattr(driver, "_prepare", prepare)
+        monkeypatch.setattr(driver, "_clean", cleaned.append)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                with trio.CancelScope() as scope:
+                    await driver.attach("/1", create_autospec(ImageVolume), reader, None, xattrs=True)
+        assert (cleaned, driver._prepared, driver._images) == ([prepared], {}, {})
+
+    trio.run(go)
 
 
 def test_auto_leaves_images_to_fuse_where_devices_take_much_memory(

@@ -10,7 +10,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,6 +71,8 @@ class ErofsDriver:
         self._opening = threading.Lock()
         self._trees: dict[CacheStore, int] = {}
         self._lock = trio.Lock()
+        self._turn = trio.CancelScope()  # of who has it and makes a mount
+        self._over = False
         self._grouping = trio.Lock()
         self._making = trio.Lock()  # not a process for each of a hundred images
         self._left: set[str] | None = None  # mounts of the last worker; the table is long where there are many
@@ -143,7 +146,11 @@ class ErofsDriver:
                 image.give_up()
             self._answers.end()
             self._events = None
+        self._over = True
+        self._turn.cancel()
         if not successor:
+            async with self._lock:
+                pass  # the mount that was in the making is given up, or there
             for where in list(self._images):
                 image = self._forget(where)
                 await trio.to_thread.run_sync(self._clean, image)
@@ -224,7 +231,7 @@ class ErofsDriver:
         choice = choice or self._choice
         if choice == "fuse" or where in self._images:
             return
-        async with self._lock:
+        async with self._making_mounts():
             if where in self._images:
                 return
             try:
@@ -280,7 +287,7 @@ class ErofsDriver:
         if not await self.at_hand("", reader, choice, xattrs=xattrs):
             return
         self._ahead.add(reader)
-        async with self._lock:
+        async with self._making_mounts():
             if any(image.reader is reader for image in self._images.values()):
                 return
             try:
@@ -298,14 +305,27 @@ class ErofsDriver:
         if prepared is not None:
             await _in_thread(lambda: self._clean(prepared))
 
+    @asynccontextmanager
+    async def _making_mounts(self) -> AsyncIterator[None]:
+        """One at a time; `stop` ends who is at it, and who comes later before he begins."""
+        async with self._lock:
+            with trio.CancelScope() as self._turn:
+                if self._over:
+                    self._turn.cancel()
+                yield
+
     async def _attach(self, where: str, volume: ImageVolume, reader: ImageReader, xattrs: bool, must: bool) -> None:
         if reader not in self._prepared:
             await self._prepare(reader, xattrs, must)
         prepared = self._prepared[reader]
-        if not await _in_thread(prepared.store.keep_reserve) and not must:
-            del self._prepared[reader]
-            await _in_thread(lambda: self._clean(prepared))
-            raise UnsuitableError("the disk of its cache is nearly full, and the kernel reads nothing else")
+        try:
+            if not await _in_thread(prepared.store.keep_reserve) and not must:
+                raise UnsuitableError("the disk of its cache is nearly full, and the kernel reads nothing else")
+        except BaseException:  # given up, too, while the mount was made, which no thread hears of
+            self._prepared.pop(reader, None)  # `stop` may have had it first
+            with trio.CancelScope(shield=True):
+                await _in_thread(lambda: self._clean(prepared))
+            raise
         image = ErofsImage(where, volume, reader, prepared.devices, prepared.files, prepared.mark)
         image.direct = prepared.direct
         self._remember(where, image)
