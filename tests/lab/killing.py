@@ -37,6 +37,7 @@ from hashlib import blake2b
 files, seen = [], 0
 stop, rng = sys.argv[2], random.Random(int(sys.argv[3]))
 pause = float(sys.argv[4]) if sys.argv[4:] else 0.002
+told = sys.argv[5] if sys.argv[5:] else ""
 reads = wrong = errors = 0
 slow, said = [], []
 def timed(call, *words):
@@ -51,6 +52,8 @@ while not os.path.exists(stop):
         continue
     if (changed := os.stat(sys.argv[1]).st_mtime_ns) != seen:
         files, seen = list(json.load(open(sys.argv[1])).items()), changed
+        if told:
+            with open(told, "w") as out: out.write(str(seen))
     path, expected = rng.choice(files)
     try:
         fd = timed(os.open, path, os.O_RDONLY)
@@ -70,6 +73,8 @@ while not os.path.exists(stop):
     time.sleep(pause)
 print(json.dumps({"reads": reads, "wrong": wrong, "errors": errors, "slow": slow, "said": said[:5]}))
 """
+"""Arguments: the list of files with what they hold, the file whose presence ends it, a seed; if wanted a pause, and
+where it writes which list (its mtime) it has read, so that nobody reads any more what that list is without."""
 _HASH_ALL = """
 import json, sys
 from hashlib import blake2b
@@ -133,7 +138,7 @@ class _Mounts:
         self._live: list[int] = []
         self._shown: set[int] = set()  # by FUSE at first
         self.replaced: set[int] = set()
-        self._leaving: list[tuple[int, float]] = []
+        self._leaving: list[tuple[int, int]] = []  # and the list of files from which on nobody is sent there
         self._next = 0
 
     def add(self, count: int, *, cold: bool) -> None:
@@ -147,7 +152,7 @@ class _Mounts:
             self._live.append(number)
             if not is_erofs(self._daemon.mnt / str(number)):
                 self._shown.add(number)
-        self._leaving += [(number, time.monotonic() + 5) for number in self._live[:-MOUNTS]]
+        old = self._live[:-MOUNTS]
         del self._live[:-MOUNTS]
         files = {
             str(self._daemon.mnt / str(number) / name): value
@@ -155,13 +160,31 @@ class _Mounts:
             for name, value in self._images[number % len(self._images)][1].items()
         }
         (self._base / "files.new").write_text(json.dumps(files))
+        self._leaving += [(number, (self._base / "files.new").stat().st_mtime_ns) for number in old]
         (self._base / "files.new").rename(self._base / "files.json")
-        self.replaced.update(number for number in self._shown if is_erofs(self._daemon.mnt / str(number)))
-        while self._leaving and self._leaving[0][1] < time.monotonic():
+        self.look()
+        known = self._known()
+        while self._leaving and self._leaving[0][1] <= known:
             number, _ = self._leaving.pop(0)
             self._shown.discard(number)
             assert self._daemon.umount(f"/{number}").status == 204
             remove_tree(self._base / f"cache{number}")
+
+    def told(self, reader: int) -> Path:
+        """Where a reader says which list he has read."""
+        return self._base / f"told{reader}"
+
+    def _known(self) -> int:
+        """The list that all readers have read, or a later one."""
+        try:
+            return min((int(path.read_text()) for path in matching(self._base, "told*")), default=0)
+        except ValueError:
+            return 0  # it is being written
+
+    def look(self) -> bool:
+        """Whether `replaced` has any by now."""
+        self.replaced.update(number for number in self._shown if is_erofs(self._daemon.mnt / str(number)))
+        return bool(self.replaced)
 
 
 def kill_workers(
@@ -220,9 +243,14 @@ def kill_workers(
                 config["device"]["backend"] = {"type": "localfs", "config": {"dir": str(base / "blobs")}}
             mounts = _Mounts(daemon, images, base, config)
             mounts.add(12 if cold else 3, cold=cold)
+            for number in range(readers):
+                mounts.told(number).write_text("0")
             processes = [
                 subprocess.Popen(
-                    [sys.executable, "-c", READER, base / "files.json", base / "stop", str(seed + number)],
+                    [
+                        *(sys.executable, "-c", READER, base / "files.json", base / "stop", str(seed + number)),
+                        *("0.002", mounts.told(number)),
+                    ],
                     stdout=subprocess.PIPE,
                     text=True,
                 )
@@ -248,9 +276,13 @@ def kill_workers(
                     os.kill(pid, signal.SIGKILL)
                     resting.unlink(missing_ok=True)
                     # the next one answers, before it may be killed as well
-                    wait_until(lambda pid=pid: daemon.running() and daemon.worker_pid != pid, 20, "the next worker")
+                    wait_until(lambda pid=pid: daemon.running() and daemon.worker_pid != pid, 60, "the next worker")
                     if number % 100 == 99:
                         print(f"{number + 1} kills", file=sys.stderr, flush=True)
+                if fs_driver == "auto":  # on a slow machine no rest was long enough until now
+                    resting.touch()
+                    wait_until(mounts.look, 60, "a mount of the kernel's")
+                    resting.unlink()
                 time.sleep(0.3)
             except LabError as error:
                 raise LabError(f"{error}; the end of its log:\n{daemon.log_text()[-4000:]}") from None
@@ -259,7 +291,7 @@ def kill_workers(
             results, stuck = [], 0
             for process in processes:
                 try:
-                    results.append(json.loads(process.communicate(timeout=20)[0]))
+                    results.append(json.loads(process.communicate(timeout=60)[0]))
                 except subprocess.TimeoutExpired:
                     stuck += 1
                     process.kill()
@@ -341,10 +373,10 @@ def kill_everything(rounds: int, readers: int = 4, seed: int = 1) -> Report:
                     assert answer.status == 204, answer
                     stop.touch()
                     for process in processes:
-                        result = json.loads(process.communicate(timeout=20)[0])
+                        result = json.loads(process.communicate(timeout=60)[0])
                         report.reads += result["reads"]
                         report.wrong += result["wrong"]
-                    found = json.loads(run([sys.executable, "-c", _HASH_ALL, base / "files.json"], timeout=30).stdout)
+                    found = json.loads(run([sys.executable, "-c", _HASH_ALL, base / "files.json"], timeout=60).stdout)
                     bad = [f"round {number}: {path}: {found[path]}" for path in files if found[path] != files[path]]
                     report.errors += len(bad)
                     report.said += bad[:5]
