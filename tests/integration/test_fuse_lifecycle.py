@@ -88,8 +88,8 @@ def reads(pid: int, folder: Path) -> bool:
 
 def blocked(daemon: Nydusd, count: int = 1, *readers: subprocess.Popen[str]) -> None:
     """`count` requests wait, and all these processes wait for bytes: several wait for one page."""
-    wait_until(lambda: len(daemon.get("metrics/inflight").body or []) >= count, 20, f"{count} blocked readers")
-    wait_until(lambda: all(reads(one.pid, daemon.mnt) for one in readers), 20, "readers in read(2)")
+    wait_until(lambda: len(daemon.get("metrics/inflight").body or []) >= count, 60, f"{count} blocked readers")
+    wait_until(lambda: all(reads(one.pid, daemon.mnt) for one in readers), 60, "readers in read(2)")
 
 
 def first_file(case: Path) -> str:
@@ -237,16 +237,16 @@ def test_umount_ends_blocked_readers_with_an_error_and_spares_the_others(tmp_pat
         config = silent_config(port, tmp_path / "cache")
         began = time.monotonic()
         assert daemon.mount("/dead", case / "image.boot", config).status == 204
-        assert time.monotonic() - began < 15, "a mount does not wait for the network"
+        assert time.monotonic() - began < 60, "a mount does not wait for the network"
         assert daemon.mount("/good", case / "image.boot", localfs_config(case)).status == 204
         readers = [start_reader(daemon.mnt / "dead" / first_file(case)[1:]) for _ in range(4)]
         blocked(daemon, 1, *readers)
         assert check_mount(case, daemon.mnt / "good") == []
         began = time.monotonic()
         assert daemon.umount("/dead").status == 204
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60, "nor does a umount"
         for waiting in readers:
-            output, _ = waiting.communicate(timeout=10)
+            output, _ = waiting.communicate(timeout=60)
             assert int(output) in (errno.EIO, errno.ESTALE)
         assert check_mount(case, daemon.mnt / "good") == []
         assert daemon.get("metrics/inflight").status == 204
@@ -265,16 +265,19 @@ def test_the_end_of_the_daemon_ends_blocked_readers(tmp_path: Path, how: str) ->
         if how == "exit":
             assert daemon.call("PUT", "daemon/exit").status == 204
             assert daemon.child is not None
-            assert daemon.child.process.wait(15) == 0
+            assert daemon.child.process.wait(60) == 0
         elif how == "SIGKILL":
             daemon.kill_all()
         else:
-            assert daemon.stop(getattr(signal, how), 15)[0] == 0
-        for waiting in readers:
-            output, _ = waiting.communicate(timeout=10)
-            dead = (errno.ENOTCONN, errno.ECONNABORTED)
-            assert int(output) in (dead if how == "SIGKILL" and not erofs else (errno.EIO,))
-        assert time.monotonic() - began < 10
+            assert daemon.stop(getattr(signal, how), 60)[0] == 0
+        seen = {int(waiting.communicate(timeout=60)[0]) for waiting in readers}
+        dead = {errno.ENOTCONN, errno.ECONNABORTED}
+        if erofs or how != "SIGKILL":
+            assert errno.EIO in seen
+            seen.remove(errno.EIO)
+        # who waited for a page that another one had asked for asks himself then, perhaps when nobody is there any more
+        assert seen <= (set() if erofs else dead), seen
+        assert time.monotonic() - began < 60
         left = mounts_below(daemon.mnt)
         if how in ("exit", "SIGKILL"):  # the kernel keeps the mount, for a successor
             kept = [str(daemon.mnt)]
@@ -306,7 +309,7 @@ def test_umount_from_outside_ends_the_daemon_also_when_idle() -> None:
     with Nydusd() as daemon:
         subprocess.run(["umount", "-l", str(daemon.mnt)], check=True, timeout=10)
         assert daemon.child is not None
-        assert daemon.child.process.wait(10) == 0
+        assert daemon.child.process.wait(60) == 0
         assert not daemon.sock.exists()
 
 
@@ -371,7 +374,7 @@ def test_missing_fuse_device_and_missing_root_are_said(tmp_path: Path) -> None:
     program = f"{sys.executable} -m nydusfs.daemon.cli fuse -M {mnt}"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec {program}"],
-        capture_output=True, text=True, timeout=20,
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
     assert "/dev/fuse does not exist" in done.stderr
@@ -382,7 +385,7 @@ def test_missing_fuse_device_and_missing_root_are_said(tmp_path: Path) -> None:
         "from nydusfs.daemon.cli import main",
         "os.setgid(65534); os.setuid(65534); main()",
     ])  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done
     assert "must run as root" in done.stderr
 
@@ -467,9 +470,9 @@ def test_four_hundred_blocked_readers_of_one_image_do_not_slow_another(tmp_path:
         began = time.monotonic()
         assert daemon.mount("/good", other / "image.boot", localfs_config(other)).status == 204
         assert check_mount(other, daemon.mnt / "good") == []
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         assert daemon.umount("/dead").status == 204
-        output, _ = crowd.communicate(timeout=20)
+        output, _ = crowd.communicate(timeout=60)
         count, *errors = map(int, output.split())
         assert count == 400
         assert set(errors) <= {-errno.EIO, -errno.ESTALE}

@@ -83,7 +83,7 @@ def settled(daemon: Nydusd, before: dict[str, int], *names: str) -> dict[str, in
     """Once these have other pids."""
     try:
         wait_until(
-            lambda: daemon.running() and all(info(daemon)[name] != before[name] for name in names), 20, "the successor"
+            lambda: daemon.running() and all(info(daemon)[name] != before[name] for name in names), 60, "the successor"
         )
     except LabError as error:
         raise LabError(f"{error}; the end of its log:\n{daemon.log_text()[-3000:]}") from None
@@ -134,18 +134,19 @@ def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
                 os.kill(first["worker_pid"], signal.SIGKILL)
                 second = settled(daemon, first, "worker_pid")
                 assert second["keeper_pid"] == first["keeper_pid"]
-                wait_until(lambda: not hurried(second["worker_pid"]), 10, "the end of its haste")
+                wait_until(lambda: not hurried(second["worker_pid"]), 60, "the end of its haste")
                 os.kill(second["keeper_pid"], signal.SIGKILL)
                 third = settled(daemon, second, "keeper_pid")
                 assert third["worker_pid"] == second["worker_pid"]
-                wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 30, "the new keeper's start")
+                wait_until(lambda: oom_score(third["keeper_pid"]) == hidden, 60, "the new keeper's start")
                 assert oom_score(third["worker_pid"]) == 0
-                wait_until(lambda: hurried(third["keeper_pid"]) == first_in_line, 10, "its haste")
+                wait_until(lambda: hurried(third["keeper_pid"]) == first_in_line, 60, "its haste")
                 assert not hurried(third["worker_pid"])
                 # the new keeper keeps as well as the old one; and without its zygote too
                 helpers = set(processes_mentioning(str(daemon.sock))) - set(third.values())
                 for pid in helpers:
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # one that made an image has ended
+                        os.kill(pid, signal.SIGKILL)
                 os.kill(third["worker_pid"], signal.SIGKILL)
                 fourth = settled(daemon, third, "worker_pid")
                 assert sorted(os.listdir(f"/proc/{inside.pid}/cwd/")) == listed
@@ -176,7 +177,7 @@ def test_a_worker_that_dies_before_its_new_keeper_is_there_is_followed_too(tmp_p
             for pid in helpers:
                 with suppress(ProcessLookupError):  # it ends with its keeper
                     os.kill(pid, signal.SIGKILL)
-            wait_until(lambda before=before: info(daemon)["keeper_pid"] != before["keeper_pid"], 20, "a keeper's start")
+            wait_until(lambda before=before: info(daemon)["keeper_pid"] != before["keeper_pid"], 60, "a keeper's start")
             time.sleep(pause)
             os.kill(before["worker_pid"], signal.SIGKILL)
             settled(daemon, before, "worker_pid", "keeper_pid")
@@ -192,7 +193,7 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
         try:
             if which == "first":
                 daemon.start(ready=False)
-                wait_until(lambda daemon=daemon: len(processes_mentioning(str(daemon.sock))) >= 2, 20, "the zygote")
+                wait_until(lambda daemon=daemon: len(processes_mentioning(str(daemon.sock))) >= 2, 60, "the zygote")
                 time.sleep(number * 0.04)
             else:
                 daemon.start()
@@ -200,7 +201,7 @@ def test_a_signal_at_any_moment_of_a_workers_start_ends_all_processes(tmp_path: 
                 os.kill(daemon.worker_pid, signal.SIGKILL)
                 time.sleep(number * 0.008)
             assert daemon.stop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3])[0] == 0
-            wait_until(lambda daemon=daemon: not processes_mentioning(str(daemon.sock)), 5, "the end of all")
+            wait_until(lambda daemon=daemon: not processes_mentioning(str(daemon.sock)), 60, "the end of all")
             assert mounts_below(daemon.dir) == []
         finally:
             daemon.__exit__()
@@ -220,13 +221,14 @@ def test_a_node_without_room_for_a_process_has_its_readers_wait_and_not_for_ever
         group.limit_processes(1)
         if who == "zygote":
             for pid in {*pids} - {*before.values()}:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.5)
         os.kill(before["worker_pid"], signal.SIGKILL)
         time.sleep(1)
         group.limit_processes(None)
         code = "import sys; print(open(sys.argv[1]).read())"
-        assert reader(code, daemon.mnt / "a" / "f", timeout=20).stdout == "content\n"
+        assert reader(code, daemon.mnt / "a" / "f", timeout=60).stdout == "content\n"
         assert settled(daemon, before, "worker_pid")["keeper_pid"] == before["keeper_pid"]
 
 
@@ -240,7 +242,7 @@ def test_a_node_without_room_for_a_process_gets_its_next_keeper_later(tmp_path: 
         group.add(processes_mentioning(str(daemon.sock)))
         group.limit_processes(1)
         os.kill(before["keeper_pid"], signal.SIGKILL)
-        wait_until(lambda: "no new keeper" in daemon.log.read_text(), 20, "the first attempt")
+        wait_until(lambda: "no new keeper" in daemon.log.read_text(), 60, "the first attempt")
         group.limit_processes(None)
         after = settled(daemon, before, "keeper_pid")
         os.kill(after["worker_pid"], signal.SIGKILL)
@@ -266,7 +268,7 @@ def test_what_a_worker_showed_and_did_not_save_is_taken_for_no_other_image(tmp_p
 
         thread = threading.Thread(target=mount)
         thread.start()
-        wait_until(lambda: (daemon.mnt / "a" / "f").exists(), 20, "the first image")
+        wait_until(lambda: (daemon.mnt / "a" / "f").exists(), 60, "the first image")
         assert (daemon.mnt / "a" / "f").read_bytes() == b"one" * 9
         os.kill(before["worker_pid"], signal.SIGKILL)
         thread.join()
@@ -343,7 +345,7 @@ def test_devices_of_a_mount_that_never_came_go_with_their_blob(tmp_path: Path) -
 
     with Nydusd("--fs-driver", "erofs") as daemon:
         assert daemon.call("POST", "mount/expected?mountpoint=/a", body).status == 204
-        wait_until(lambda: bool(devices()), 20, "devices of the mount to come")
+        wait_until(lambda: bool(devices()), 60, "devices of the mount to come")
         before = info(daemon)
         os.kill(before["worker_pid"], signal.SIGKILL)
         settled(daemon, before, "worker_pid")
@@ -435,15 +437,15 @@ def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
             with subprocess.Popen(["sleep", "60"], cwd=first.mnt / "a") as inside:
                 try:
                     assert first.call("PUT", "daemon/fuse/sendfd").status == 204
-                    wait_until(lambda: bool(kept), 30, "the state at the supervisor")
+                    wait_until(lambda: bool(kept), 60, "the state at the supervisor")
                     second = Nydusd("--supervisor", path, "--id", "d1", "--upgrade", directory=first.dir)
                     second.sock = first.dir / "b.sock"
                     second.start(ready=False)
-                    wait_until(lambda: state(second) == "INIT", 20, "the second daemon")
+                    wait_until(lambda: state(second) == "INIT", 60, "the second daemon")
                     assert second.call("PUT", "daemon/start").status == 400
                     assert first.call("PUT", "daemon/exit").status == 204
                     assert first.child is not None
-                    assert first.child.process.wait(15) == 0
+                    assert first.child.process.wait(60) == 0
                     assert second.call("PUT", "daemon/fuse/takeover").status == 204
                     assert state(second) == "READY"
                     assert second.call("PUT", "daemon/fuse/sendfd").status == 204
@@ -455,7 +457,7 @@ def test_a_supervisor_moves_the_mount_to_another_daemon(tmp_path: Path) -> None:
                     third = Nydusd("--supervisor", path, "--id", "d1", "--upgrade", directory=first.dir)
                     third.sock = first.dir / "c.sock"
                     third.start(ready=False)
-                    wait_until(lambda: state(third) == "INIT", 20, "the third daemon")
+                    wait_until(lambda: state(third) == "INIT", 60, "the third daemon")
                     assert third.call("PUT", "daemon/fuse/takeover").status == 204
                     assert third.call("PUT", "daemon/start").status == 204
                     assert check_mount(case, third.mnt / "a") == []
@@ -482,7 +484,7 @@ def test_what_is_mounted_in_a_moment_is_complete_at_the_supervisor(tmp_path: Pat
             wanted = {"source": str(image.bootstrap), "fs_type": "rafs", "config": config}
             assert daemon.call("POST", "mount?mountpoint=/0&attach=later", wanted).status == 204
             assert daemon.call("PUT", "daemon/fuse/sendfd").status == 204
-            wait_until(lambda: bool(kept), 30, "the state at the supervisor")
+            wait_until(lambda: bool(kept), 60, "the state at the supervisor")
             data, fds = kept[0]
             held = decode(data).held
             assert {"fuse", "fanotify", "journal"} <= set(held) and len(held) == len(fds)
@@ -508,7 +510,7 @@ def test_systemds_store_outlives_every_process(tmp_path: Path, fs_driver: str) -
         command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m"]
         done = subprocess.run(
             [*command, "tests.lab.fakesystemd", directory, image.bootstrap, tmp_path / "config", "f", "g"],
-            capture_output=True, text=True, timeout=90,
+            capture_output=True, text=True, timeout=115,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + (directory / "log").read_text()
         seen = json.loads(done.stdout)
@@ -541,12 +543,19 @@ def test_secrets_of_configurations_stay_out_of_files_and_logs(tmp_path: Path) ->
         answers = [str(daemon.get(path).body) for path in ("daemon", "metrics/backend", "daemon/events", "config?id=c")]
         texts = [daemon.log_text(), *answers]
         for pid in (*after.values(), *processes_mentioning(str(daemon.sock))):
-            for name in ("cmdline", "environ"):
-                texts.append(Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace"))
-        for folder in (tmp_path, daemon.dir):
-            texts += [
-                file.read_bytes().decode(errors="replace") for file in folder.rglob("*")
-                if file.is_file() and not str(file).startswith(str(daemon.mnt))
-            ]  # fmt: skip
+            texts += [content(Path(f"/proc/{pid}/{name}")) for name in ("cmdline", "environ")]
+        for top in (tmp_path, daemon.dir):
+            for folder, folders, files in os.walk(top):
+                if Path(folder) == daemon.dir:
+                    folders.remove(daemon.mnt.name)
+                paths = [Path(folder, name) for name in files]
+                texts += [content(path) for path in paths if path.is_file()]
         for text in texts:
             assert not any(word in text for word in planted)
+
+
+def content(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):  # it is at work: temporary files, short-lived processes
+        return ""

@@ -102,9 +102,9 @@ class Nydusd:
         """SIGKILL to every process of this daemon at one moment, so that none sees the others die."""
         kill_together(processes_mentioning(str(self.sock)))
         assert self.child is not None
-        self.child.process.wait(10)
+        self.child.process.wait(60)
 
-    def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> Answer:
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Answer:
         """`path`: below /api/v1/, or a whole one."""
         path = path if path.startswith("/") else f"/api/v1/{path}"
         data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
@@ -159,7 +159,7 @@ class Nydusd:
     def log_text(self) -> str:
         return tail(self.log, 1 << 20)
 
-    def stop(self, sig: int = signal.SIGTERM, timeout: float = 12.0) -> tuple[int, float]:
+    def stop(self, sig: int = signal.SIGTERM, timeout: float = 30.0) -> tuple[int, float]:
         """Exit status and the seconds it took."""
         assert self.child is not None
         began = time.monotonic()
@@ -194,7 +194,7 @@ def can_mount_fuse() -> str:
     return ""
 
 
-def reader(code: str, *args: str | Path, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
+def reader(code: str, *args: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run Python code that touches a mount, in a process that can be left behind."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=timeout

@@ -84,7 +84,7 @@ def ask(directory: Path, method: str, target: str, body: str | None = None) -> t
 
 def wait_running(directory: Path, not_pid: int = 0) -> int:
     """The worker's pid."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             info = json.loads(ask(directory, "GET", "daemon")[1])
@@ -104,7 +104,7 @@ def main() -> None:
     first = wait_running(directory)
     body = json.dumps({"source": bootstrap, "fs_type": "rafs", "config": config})
     status, _ = ask(directory, "POST", "mount?mountpoint=/a", body)
-    wait_until(lambda: store.knows(bootstrap), 20, "the state in the store")
+    wait_until(lambda: store.knows(bootstrap), 60, "the state in the store")
     path = directory / "m" / "a" / name
     seen = {
         "mount": status,
