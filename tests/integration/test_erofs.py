@@ -52,7 +52,7 @@ def digests(image: TinyImage) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in image.files.items()}
 
 
-def read_all(path: Path, timeout: float = 30.0) -> dict[str, str]:
+def read_all(path: Path, timeout: float = 60.0) -> dict[str, str]:
     done = reader(READ_ALL, path, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -60,7 +60,10 @@ def read_all(path: Path, timeout: float = 30.0) -> dict[str, str]:
 
 def is_stopped(pid: int) -> bool:
     """All its threads: they do not stop at one moment."""
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    try:
+        states = [one.read_text().rpartition(")")[2].split()[0] for one in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # a thread that ends for want of work
+        return False
     return set(states) == {"T"}
 
 
@@ -85,13 +88,13 @@ def test_an_expected_mount_is_made_before_it_is_asked_for(daemon: Nydusd, tmp_pa
     assert daemon.umount("/first").status == 204
     for wanted in (config, json.dumps({**json.loads(config), "fs_driver": "fuse"})):
         assert daemon.call("POST", "mount/expected?mountpoint=/soon", body).status == 204
-        wait_until(lambda: _unattached(daemon, disk), 20, "a mount attached nowhere")
+        wait_until(lambda: _unattached(daemon, disk), 60, "a mount attached nowhere")
         (ready,) = _unattached(daemon, disk)
         assert daemon.mount("/soon", case / "image.boot", wanted).status == 204
         assert is_erofs(daemon.mnt / "soon") == (wanted == config)
         assert ((daemon.mnt / "soon").stat().st_dev == ready) == (wanted == config)
         if wanted != config:
-            wait_until(lambda: not marked_devices(tmp_path), 20, "no device of it")
+            wait_until(lambda: not marked_devices(tmp_path), 60, "no device of it")
         assert not _unattached(daemon, disk)
         assert check_mount(case, daemon.mnt / "soon") == []
         assert daemon.umount("/soon").status == 204
@@ -125,8 +128,8 @@ def test_devices_are_read_directly_once_nothing_is_written(tmp_path: Path) -> No
         assert daemon.mount("/i", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
         for name in ("a", "b"):
             assert reader(READ_ONE, mnt / name).stdout.strip() == digests(image)[name]
-            wait_until(lambda: not direct(), 20, "reads through the page cache")
-            wait_until(direct, 40, "direct reads")
+            wait_until(lambda: not direct(), 60, "reads through the page cache")
+            wait_until(direct, 60, "direct reads")
             assert reader(READ_ONE, mnt / name).stdout.strip() == digests(image)[name]
         assert daemon.umount("/i").status == 204
 
@@ -221,7 +224,7 @@ def test_complete_images_need_no_process(tmp_path: Path, again: bool) -> None:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             try:
-                wait_until(lambda: all(is_stopped(pid) for pid in pids), 20, "the stop of all")
+                wait_until(lambda: all(is_stopped(pid) for pid in pids), 60, "the stop of all")
                 before = sum(map(cpu_seconds, pids))
                 expected = read_all(held)
                 assert expected
@@ -262,8 +265,14 @@ def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
     for entry in wanted:
         path = daemon.mnt / "k" / entry["path"][1:]
         assert reader("import sys; open(sys.argv[1], 'rb').read()", path).returncode == 0
-        ino = image.resolve(entry["path"].encode())
-        assert daemon.get("metrics/files?id=/k").body[str(ino)]["data_read"] == entry["size"]
+        ino = str(image.resolve(entry["path"].encode()))
+
+        def counted(ino: str = ino) -> int:
+            return int(daemon.get("metrics/files?id=/k").body.get(ino, {}).get("data_read", 0))
+
+        # who waits for data has it a moment before it is counted
+        wait_until(lambda size=entry["size"]: counted() >= size, 60, "the count")  # type: ignore[misc]
+        assert counted() == entry["size"]
     assert daemon.umount("/k").status == 204
     with silent_registry() as port:
         assert daemon.mount("/s", case / "image.boot", silent_config(port, tmp_path / "other")).status == 204
@@ -273,7 +282,7 @@ def test_reads_are_known_by_file(daemon: Nydusd, tmp_path: Path) -> None:
         ino = image.resolve(wanted[0]["path"].encode())
         assert {one["inode"] & mask for one in daemon.get("metrics/inflight").body} == {ino}
         assert daemon.umount("/s").status == 204
-        assert waiting.communicate(timeout=10)[0].strip() == "5"
+        assert waiting.communicate(timeout=60)[0].strip() == "5"
     image.close()
 
 
@@ -401,10 +410,10 @@ def test_death_of_every_process_gives_errors_and_never_zeros(tmp_path: Path) -> 
                 ) as waiting:
                     time.sleep(0.5)
                     if waiting.poll() is not None:
-                        assert b"Input/output error" in waiting.communicate(timeout=10)[1]
+                        assert b"Input/output error" in waiting.communicate(timeout=60)[1]
                         continue
                     running.kill_all()
-                    assert b"Input/output error" in waiting.communicate(timeout=10)[1]
+                    assert b"Input/output error" in waiting.communicate(timeout=60)[1]
                     break
             else:
                 raise AssertionError(f"no reader waits for a source that hangs: {running.log_text()[-3000:]}")
@@ -430,15 +439,15 @@ def test_cut_readers_errors_that_pass_and_umount(tmp_path: Path) -> None:
         def start(name: str) -> subprocess.Popen[bytes]:
             path = running.mnt / "a" / name
             process = subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE)
-            wait_until(lambda: "fanotify" in Path(f"/proc/{process.pid}/wchan").read_text(), 20, "the reader to wait")
+            wait_until(lambda: "fanotify" in Path(f"/proc/{process.pid}/wchan").read_text(), 60, "the reader to wait")
             return process
 
         with start("f0") as process:
             process.kill()
-            process.wait(5)
+            process.wait(20)
         with start("f2") as process:
             assert running.umount("/a").status == 204
-            assert b"Input/output error" in process.communicate(timeout=10)[1]
+            assert b"Input/output error" in process.communicate(timeout=60)[1]
         server.mode = "500"
         assert running.mount("/a", image.bootstrap, registry_config(server, tmp_path / "cache")).status == 204
         assert set(read_all(running.mnt / "a").values()) == {"EIO"}
@@ -457,7 +466,7 @@ def test_prefetched_and_followed_segments_raise_no_events(tmp_path: Path) -> Non
         assert running.mount("/a", image.bootstrap, registry_config(server, work, **extra)).status == 204
         devices = marked_devices(work)
         assert devices
-        wait_until(lambda: all(path.stat().st_size for path in devices), 20, "the prefetch")
+        wait_until(lambda: all(path.stat().st_size for path in devices), 60, "the prefetch")
         settle(work)
         with bound(running.mnt / "a", tmp_path / "held") as held:
             time.sleep(0.2)  # the mark goes at the sync
@@ -497,5 +506,5 @@ def test_upgrade_and_keepers_death_under_a_cold_mount(tmp_path: Path) -> None:
         assert is_erofs(running.mnt / "a")
         assert read_all(running.mnt / "a") == expected
         os.kill(running.get("daemon").body["keeper_pid"], signal.SIGTERM)
-        wait_until(lambda: not os.path.ismount(running.mnt), 30, "the umount")
-        wait_until(lambda: not processes_mentioning(str(running.sock)), 30, "the end of all its processes")
+        wait_until(lambda: not os.path.ismount(running.mnt), 60, "the umount")
+        wait_until(lambda: not processes_mentioning(str(running.sock)), 60, "the end of all its processes")

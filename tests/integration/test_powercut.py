@@ -31,12 +31,12 @@ def cut(folder: Path, *options: str, timeout: float = 280.0) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.timeout(300)  # each state a file system: on a busy machine 2 s instead of 0.2
+@pytest.mark.timeout(900)  # each state a file system: on a busy machine 2 s instead of 0.2, and up to three runs
 def test_file_systems_that_promise_nothing_but_fsync(tmp_path: Path) -> None:
     cut(tmp_path, "--disk", "files", "--states", "80")
 
 
-@pytest.mark.timeout(300)  # each state a file system: on a busy machine 2 s instead of 0.2
+@pytest.mark.timeout(900)  # each state a file system: on a busy machine 2 s instead of 0.2, and up to three runs
 def test_ext4_on_a_disk_that_reorders_its_writes(tmp_path: Path) -> None:
     if cannot_mount_erofs():
         cut(tmp_path, "--disk", "ext4", "--states", "20", "--daemons", "1")

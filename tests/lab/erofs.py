@@ -35,7 +35,7 @@ def marked_devices(cache: Path) -> list[Path]:
 
 def settle(cache: Path) -> None:
     """Wait until all that a cache holds is durable: from then on mounts ask nobody about it."""
-    wait_until(lambda: not any(path.suffix for path in matching(cache, "*/*-*")), 20, "durable segments")
+    wait_until(lambda: not any(path.suffix for path in matching(cache, "*/*-*")), 60, "durable segments")
 
 
 READ_ALL = """

@@ -168,7 +168,7 @@ def work(images: list[Image], disk: Path, driver: str, server: FaultyServer, wri
         mount(second, limit=1_700_000)  # of 2.7 MB: segments are evicted from here on
         read(second, "d0", "d1")
         os.kill(daemon.worker_pid, 9)
-        wait_until(daemon.running, 20, "the next worker")
+        wait_until(daemon.running, 60, "the next worker")
         read(second, "d0")
         time.sleep(1.2)
         write_out()
