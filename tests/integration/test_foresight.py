@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path
@@ -58,10 +59,13 @@ def test_the_program_of_the_image_is_on_its_way_before_anybody_reads(tmp_path: P
 
 
 def settled(server: FaultyServer) -> int:
-    """Bytes asked for, once nothing is asked for any more."""
-    seen = [-1, asked(server)]
-    wait_until(lambda: seen.append(asked(server)) or (len(seen) > 12 and seen[-1] == seen[-12]), 20, "silence")
-    return seen[-1]
+    """Bytes asked for, once something was and nothing is any more."""
+
+    def silent() -> bool:
+        return bool(server.data_requests) and time.monotonic() - server.data_requests[-1].when > 1.0
+
+    wait_until(silent, 60, "silence")
+    return asked(server)
 
 
 def test_a_program_that_is_started_has_its_libraries_fetched(

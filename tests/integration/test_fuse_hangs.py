@@ -83,8 +83,8 @@ def test_stacks_of_all_threads_and_tasks_by_signal_and_api() -> None:
     with Nydusd() as daemon:
         os.kill(daemon.worker_pid, signal.SIGUSR1)
         # faulthandler writes piece by piece, the innermost frame first; tasks come after it
-        wait_until(lambda: "most recent call first" in daemon.log_text(), 30, "stacks in the log")
-        wait_until(lambda: "_watch_signals" in daemon.log_text(), 30, "tasks in the log")
+        wait_until(lambda: "most recent call first" in daemon.log_text(), 60, "stacks in the log")
+        wait_until(lambda: "_watch_signals" in daemon.log_text(), 60, "tasks in the log")
         assert daemon.running()
         told = daemon.get("daemon/stacks").body
         assert told["pid"] == daemon.worker_pid
@@ -102,7 +102,7 @@ def test_a_log_level_set_at_run_time_outlives_the_worker() -> None:
         assert daemon.call("PUT", "daemon", {"log_level": "error"}).status == 204
         first = daemon.worker_pid
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: daemon.running() and daemon.worker_pid != first, 30, "another worker")
+        wait_until(lambda: daemon.running() and daemon.worker_pid != first, 60, "another worker")
         assert daemon.log_text().count("Fuse daemon started!") == 1
         assert "died" in daemon.log_text() or "killed" in daemon.log_text()
 
@@ -119,7 +119,7 @@ def test_stop_ends_although_nobody_reads_the_log(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: os.path.ismount(mountpoint), 20, "the mount")
+        wait_until(lambda: os.path.ismount(mountpoint), 60, "the mount")
         os.set_blocking(sending, False)
         with pytest.raises(BlockingIOError):
             while True:
@@ -129,7 +129,7 @@ def test_stop_ends_although_nobody_reads_the_log(tmp_path: Path) -> None:
                 os.write(sending, b"x")
         os.set_blocking(sending, True)
         daemon.send_signal(signal.SIGTERM)
-        daemon.wait(20)
+        daemon.wait(60)
         assert not os.path.ismount(mountpoint)
     finally:
         daemon.kill()
@@ -171,10 +171,10 @@ def test_a_registry_that_hangs_holds_up_nobody_but_who_waits_for_it(tmp_path: Pa
             for chunk in (1, 5, 9, 13)
         ]
         try:
-            wait_until(lambda: len(server.data_requests) >= len(known) + 2, 20, "requests that hang")
+            wait_until(lambda: len(server.data_requests) >= len(known) + 2, 60, "requests that hang")
             # other pages of what is cached: these come to the daemon
             code = _PAGE.replace("+ 4096)", "+ 8192)")
-            assert len(reader(code, file, *map(str, known), timeout=20).stdout.split()) == len(known)
+            assert len(reader(code, file, *map(str, known)).stdout.split()) == len(known)
             waiting[0].kill()
             waiting[0].wait(20)
             server.mode = "ok"

@@ -120,7 +120,7 @@ def test_the_snapshotter_and_its_nydusd(mode: str, policy: str) -> None:
                 client.remove("default/5/v")
                 client.cleanup()
             # a reader has its bytes before the cache has them
-            wait_until(lambda: any((work / "cache").glob("[0-9a-f]*/*-*")), 20, "a cached segment")
+            wait_until(lambda: any((work / "cache").glob("[0-9a-f]*/*-*")), 60, "a cached segment")
             names = {path.relative_to(work).as_posix() for path in paths(work)}
             sockets = {name for name in names if (work / name).is_socket()}
             assert {"run/g.sock", "sys/system.sock", "r/system.sock"} < sockets
@@ -160,7 +160,7 @@ def test_a_nydusd_by_itself() -> None:
             os.kill(before, 9)  # what its successor makes
             done = reader("import sys; print(len(open(sys.argv[1]+'/f','rb').read()))", daemon.mnt)
             assert done.stdout.strip() == "300000" and daemon.worker_pid != before
-            wait_until(lambda: any((work / "cache").glob("[0-9a-f]*/*-*")), 20, "a cached segment")
+            wait_until(lambda: any((work / "cache").glob("[0-9a-f]*/*-*")), 60, "a cached segment")
             names = {path.name for path in paths(work)}
             assert {"a.sock", "d.log", made.blob_id, ".maps"} <= names, names
             assert not (lines := too_open(work, ("run", "logs", "cache", "cache.profiles"))), "\n".join(lines)

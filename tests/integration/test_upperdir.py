@@ -34,11 +34,11 @@ class Overlay:
         self.options = f"lowerdir={self.lower},upperdir={self.upper},workdir={work / 'work'},{options}"
 
     def __enter__(self) -> Overlay:
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", self.options, self.merged], check=True, timeout=20)
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", self.options, self.merged], check=True, timeout=60)
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", self.merged], check=True, timeout=20)
+        subprocess.run(["umount", self.merged], check=True, timeout=60)
 
 
 def fill(lower: Path) -> None:
@@ -66,7 +66,7 @@ def change(merged: Path) -> None:
     os.link(merged / "keep" / "made", merged / "hard")
     os.chmod(merged / "hard", 0o4711)
     os.chown(merged / "hard", 0x123456, 0x654321)
-    subprocess.run(["rm", "-r", merged / "gone", merged / "opaque", merged / "was-dir"], check=True, timeout=20)
+    subprocess.run(["rm", "-r", merged / "gone", merged / "opaque", merged / "was-dir"], check=True, timeout=60)
     (merged / "opaque").mkdir(mode=0o1777)
     (merged / "opaque" / "fresh").write_text("fresh")
     (merged / "was-file").unlink()
@@ -99,7 +99,7 @@ def layer(overlay: Overlay, choice: Choice | None = None) -> bytes:
 
 def plain_tar(folder: Path) -> io.BytesIO:
     command = ["tar", "--xattrs", "--xattrs-include=*", "--format=pax", "-C", folder, "-cf", "-", "."]
-    return io.BytesIO(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=30).stdout)
+    return io.BytesIO(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout)
 
 
 @pytest.fixture(params=["", "redirect_dir=on,metacopy=on"], ids=["usual", "redirect-metacopy"])
@@ -150,7 +150,7 @@ def test_a_folder_with_mounts_below(overlay: Overlay, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
     (volume / "v").write_text("from the volume")
-    subprocess.run(["mount", "--bind", volume, overlay.merged / "data"], check=True, timeout=20)
+    subprocess.run(["mount", "--bind", volume, overlay.merged / "data"], check=True, timeout=60)
     top = os.open(overlay.merged, os.O_RDONLY)
     try:
         with tarfile.open(fileobj=PieceStream(folder_layer(top, b"data", Choice())), mode="r|") as archive:
@@ -162,7 +162,7 @@ def test_a_folder_with_mounts_below(overlay: Overlay, tmp_path: Path) -> None:
                 list(folder_layer(top, path, Choice()))
     finally:
         os.close(top)
-        subprocess.run(["umount", overlay.merged / "data"], check=True, timeout=20)
+        subprocess.run(["umount", overlay.merged / "data"], check=True, timeout=60)
 
 
 def test_a_file_that_grows_is_noticed_and_reserved_names_are_refused(tmp_path: Path) -> None:
