@@ -30,7 +30,9 @@ def test_every_scenario_is_what_it_says(tmp_path: Path) -> None:
     }
     cold, seen = found["ours", "cold"], found["ours", "learned"]
     assert 0 < cold.data_bytes < found["oci", "oci"].bytes
-    assert seen.data_bytes >= 0.95 * cold.data_bytes and seen.data_requests <= cold.data_requests
+    assert seen.data_bytes >= 0.95 * cold.data_bytes
+    # of a busy machine's cold start more readers wait together, for fewer requests
+    assert seen.data_requests <= cold.data_requests + 2
     assert found["ours", "dragonfly"].data_bytes >= 0.95 * cold.data_bytes
     # A peer has it: the registry is asked for manifests and metadata, and for what a busy machine's peer was late with.
     for name in ("remote", "local", "local-image", "cache"):
