@@ -60,7 +60,7 @@ def ctl(*words: object, status: int = 0) -> dict[str, Any]:
 
 
 def mount(daemon: Nydusd, image: TinyImage, netloc: str, work: Path, at: str = "/i", **cache: Any) -> None:
-    backend = {"scheme": "http", "host": netloc, "repo": "a/b", "timeout": 2, "connect_timeout": 2, "retry_limit": 0}
+    backend = {"scheme": "http", "host": netloc, "repo": "a/b", "timeout": 30, "connect_timeout": 30}  # one request each
     device = {
         "backend": {"type": "registry", "config": backend},
         "cache": {"type": "blobcache", "config": {"work_dir": str(work), **cache}},
@@ -80,8 +80,8 @@ def durable(work: Path, image: TinyImage) -> list[Path]:
     folder = work / image.blob_id
     with open_image(image.bootstrap, []) as known:
         names = {segment.name for blob in known.bootstrap.blobs for segment in known.segments(blob)}
-    wait_until(lambda: set(os.listdir(folder)) >= names, 20, "the cache on the disk")
-    wait_until(lambda: all("." not in name for name in os.listdir(folder)), 20, "the rest of it")
+    wait_until(lambda: set(os.listdir(folder)) >= names, 60, "the cache on the disk")
+    wait_until(lambda: all("." not in name for name in os.listdir(folder)), 60, "the rest of it")
     return sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
 
 
@@ -216,7 +216,7 @@ def test_gc_beside_a_reader(image: TinyImage, tmp_path: Path, short: Path) -> No
         drop_caches()
         reader = subprocess.Popen(["cat", *[daemon.mnt / "i" / name for name in FILES]], stdout=subprocess.DEVNULL)
         done = ctl("gc", *where)
-        assert reader.wait(30) == 0
+        assert reader.wait(60) == 0
         assert {**planned, "dry_run": False} == done
         assert {one["blob"] for one in done["blobs"]} == {other.blob_id, "d" * 64}
         assert [one["segments"] for one in done["segments"]] == [[part.name]]
@@ -319,7 +319,7 @@ def test_an_import_killed_at_any_moment_leaves_no_wrong_byte(
         for fraction in (0.0, 0.1, 0.3):
             child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             staged = work / ".staged"
-            wait_until(lambda: staged.exists() or child.poll() is not None, 30, "the import")  # noqa: B023
+            wait_until(lambda: staged.exists() or child.poll() is not None, 60, "the import")  # noqa: B023
             time.sleep(fraction)
             child.send_signal(signal.SIGKILL)
             child.wait(10)

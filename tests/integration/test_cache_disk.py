@@ -106,7 +106,7 @@ def test_a_full_disk_and_room_again(image: TinyImage, server: FaultyServer, tmp_
             filler.write_bytes(bytes(8 * MIB))
         remount(disk, "size=32m")
         filler.unlink()
-        wait_until(lambda: kept(daemon, image, server) and written_again(daemon), 20, "the cache")
+        wait_until(lambda: kept(daemon, image, server) and written_again(daemon), 80, "the cache")
         assert len(said(daemon, " WARN ")) == 1
 
 
@@ -142,7 +142,7 @@ def test_a_full_disk_below_an_erofs_mount_where_nothing_can_go(
         reserve = disk / "cache" / ".erofs" / "reserve"
         mount(daemon, image, server, disk / "cache")
         assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
-        wait_until(lambda: all_durable(disk / "cache"), 10, "a file on the disk")
+        wait_until(lambda: all_durable(disk / "cache"), 60, "a file on the disk")
         assert daemon.umount("/i").status == 204
         assert not reserve.exists()
         mount(daemon, image, server, disk / "cache")
@@ -158,7 +158,7 @@ def test_a_full_disk_below_an_erofs_mount_where_nothing_can_go(
         assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
         assert len(server.data_requests) == requests, "what a mount has by its plain path stays"
         (disk / "filler").unlink()
-        wait_until(lambda: wrong(daemon, image) == {} and reserve.stat().st_size == whole, 20, "the reserve")
+        wait_until(lambda: wrong(daemon, image) == {} and reserve.stat().st_size == whole, 60, "the reserve")
         assert daemon.umount("/i").status == 204
         assert not reserve.exists()
 
@@ -169,13 +169,13 @@ def test_a_nearly_full_disk_keeps_an_image_with_fuse(image: TinyImage, server: F
         fill(disk, 6 * MIB)
         mount(daemon, image, server, disk / "cache")
         assert wrong(daemon, image) == {}
-        wait_until(lambda: bool(said(daemon, "fs_driver fuse, as erofs is not possible: .*nearly full")), 20, "auto")
+        wait_until(lambda: bool(said(daemon, "fs_driver fuse, as erofs is not possible: .*nearly full")), 60, "auto")
         assert wrong(daemon, image) == {}
         assert not (disk / "cache" / ".erofs" / "reserve").exists()
         (disk / "filler").unlink()
         assert daemon.umount("/i").status == 204
         mount(daemon, image, server, disk / "cache")
-        wait_until(lambda: (disk / "cache" / ".erofs" / "reserve").exists(), 20, "the kernel's mount")
+        wait_until(lambda: (disk / "cache" / ".erofs" / "reserve").exists(), 60, "the kernel's mount")
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def test_a_disk_that_turns_read_only_and_back(image: TinyImage, server: FaultySe
     with tmpfs(tmp_path / "disk", "64m") as disk, Nydusd() as daemon:
         mount(daemon, image, server, disk / "cache")
         assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
-        wait_until(lambda: all_durable(disk / "cache"), 20, "the cache to be on the disk")
+        wait_until(lambda: all_durable(disk / "cache"), 60, "the cache to be on the disk")
         remount(disk, "ro")
         mount(daemon, image, server, disk / "cache", "/other")
         assert wrong(daemon, image) == {}
@@ -212,7 +212,7 @@ def test_a_disk_that_turns_read_only_and_back(image: TinyImage, server: FaultySe
         assert len(said(daemon, " WARN .*cannot be written .read-only")) == 1
         assert len(said(daemon, " WARN ")) == 1
         remount(disk, "rw")
-        wait_until(lambda: kept(daemon, image, server) and written_again(daemon), 40, "the cache")
+        wait_until(lambda: kept(daemon, image, server) and written_again(daemon), 80, "the cache")
         assert len(said(daemon, " WARN ")) == 1
 
 
@@ -245,7 +245,7 @@ def test_a_disk_that_fails(driver: str, image: TinyImage, server: FaultyServer, 
         with Nydusd("--fs-driver", driver) as daemon:
             mount(daemon, image, server, disk.mountpoint / "cache")
             assert (daemon.mnt / "i" / "a40000").read_bytes() == FILES["a40000"]
-            wait_until(lambda: all_durable(disk.mountpoint / "cache"), 20, "the cache to be on the disk")
+            wait_until(lambda: all_durable(disk.mountpoint / "cache"), 60, "the cache to be on the disk")
             disk.fs.fail("write")
             # The file system takes it, until the kernel writes out: at once, if somebody on this machine calls sync.
             assert set(wrong(daemon, image, drop=False).values()) <= allowed

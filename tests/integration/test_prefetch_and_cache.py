@@ -142,7 +142,7 @@ def test_the_rest_waits_for_the_start_of_an_image_that_nobody_has_read(
             await trio.sleep(1)
             assert not origin.data_requests
             await reader.read(reader.bootstrap.resolve(b"d/data"), 0, 4096)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while reader.cache_counters.prefetch_data_amount < 4 * MIB:  # noqa: ASYNC110
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
@@ -165,13 +165,15 @@ def test_the_rest_lets_a_program_go_first_that_reads_what_is_here(
             await reader.read(ino, 0, 4096)
             await services.scheduler.idle()
             nursery.start_soon(reader.prefetch)
-            begin = trio.current_time()
-            while trio.current_time() < begin + 1.5:
+            begin = last = trio.current_time()
+            rests = 0
+            while (now := trio.current_time()) < begin + 1.5:
+                rests, last = rests + (now - last > 0.05), now  # a machine that stalls: prefetch may take it for rest
                 assert reader.read_now(ino, 0, 4096) is not None
                 await trio.sleep(0.02)
             # one a second
-            assert reader.cache_counters.prefetch_requests_count <= 3
-            with trio.fail_after(20):
+            assert reader.cache_counters.prefetch_requests_count <= 2 + (now - begin) + rests
+            with trio.fail_after(60):
                 while reader.cache_counters.prefetch_data_amount < 8 * MIB:  # noqa: ASYNC110
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
@@ -209,10 +211,10 @@ def test_demand_reads_do_not_wait_for_prefetch(image: TinyImage, origin: FaultyS
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reader.prefetch)
                 # The first request to a source goes alone; then all that prefetch has begun is on its way.
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     while len(origin.data_requests) < 8:  # noqa: ASYNC110
                         await trio.sleep(0.01)
-                before = len(origin.data_requests)
+                before = services.scheduler.courtesy.running  # maybe sent and not yet seen by the server
                 ino = reader.bootstrap.resolve(b"d/data")
                 names: list[int] = []
                 for offset in range(0, 3 * MIB, 512 * 1024):
@@ -221,7 +223,7 @@ def test_demand_reads_do_not_wait_for_prefetch(image: TinyImage, origin: FaultyS
                     names.append(len(origin.data_requests) - mark)
                 # Each demand read caused its own request (and read-ahead none: the reads are not in sequence); beside
                 # it at most one of prefetch was begun.
-                assert all(count <= 2 for count in names), (before, names)
+                assert names[0] <= 2 + before and all(count <= 2 for count in names[1:]), (before, names)
                 nursery.cancel_scope.cancel()
             reader.close()
 
@@ -238,7 +240,7 @@ def test_demand_makes_a_waiting_prefetch_urgent(image: TinyImage, origin: Faulty
                 nursery.start_soon(reader.prefetch)
                 await trio.sleep(0.1)
                 assert not origin.data_requests
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     assert await read_file(reader, "c/data") == FILES["c/data"]
                 nursery.cancel_scope.cancel()
             reader.close()
@@ -246,7 +248,9 @@ def test_demand_makes_a_waiting_prefetch_urgent(image: TinyImage, origin: Faulty
     trio.run(main)
 
 
-def test_prefetch_goes_on_beside_a_reader(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
+def test_prefetch_goes_on_beside_a_reader(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slowly; what it is at comes at full speed when somebody wants it."""
 
     async def main() -> None:
@@ -258,16 +262,17 @@ def test_prefetch_goes_on_beside_a_reader(image: TinyImage, origin: FaultyServer
             courtesy.rate = 20e6
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reader.prefetch, [b"/d/data"])
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     while reader.cache_counters.entries_count < 1:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 before = reader.cache_counters.entries_count
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     while reader.cache_counters.entries_count == before:  # noqa: ASYNC110
                         await trio.sleep(0.01)
-                courtesy.rate = 1.0  # from here on it would take 8 s a request
+                monkeypatch.setattr("nydusfs.courtesy._SLOWEST", 1024.0)
+                courtesy.rate = 1.0  # from here on it would take a quarter of an hour a request
                 await trio.sleep(0.2)
-                with trio.fail_after(5):
+                with trio.fail_after(40):
                     assert await read_file(reader, "d/data") == FILES["d/data"]
                 nursery.cancel_scope.cancel()
             reader.close()
@@ -276,7 +281,7 @@ def test_prefetch_goes_on_beside_a_reader(image: TinyImage, origin: FaultyServer
 
 
 def test_a_sequential_reader_is_read_ahead_of(image: TinyImage, origin: FaultyServer, tmp_path: Path) -> None:
-    origin.latency = 0.2
+    origin.latency = 0.5
 
     async def main() -> None:
         async with open_services() as services:
@@ -284,7 +289,8 @@ def test_a_sequential_reader_is_read_ahead_of(image: TinyImage, origin: FaultySe
             assert await read_file(reader, "b/data") == FILES["b/data"]
             times = [request.when for request in origin.data_requests]
             assert len(times) >= 3
-            assert any(second - first < 0.15 for first, second in itertools.pairwise(times))  # overlapping round trips
+            # overlapping round trips: no answer to the one was there yet
+            assert any(second - first < origin.latency for first, second in itertools.pairwise(times))
             reader.close()
 
     trio.run(main)
@@ -375,7 +381,7 @@ def test_modules_are_followed_where_an_answer_is_waited_for(tmp_path: Path, monk
             assert here("one") and not here("far")
             monkeypatch.setattr(remote, "INSTANT", 0.0)
             await read(f"{lib}/__pycache__/other.{tag}.pyc")
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while not here("away"):  # noqa: ASYNC110 - guesses tell nobody
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
@@ -390,7 +396,7 @@ def test_a_reader_does_not_wait_for_the_cache_to_be_written(
     write, go_on = BlobCache.write, threading.Event()
 
     def hang(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
-        assert go_on.wait(20)
+        assert go_on.wait(90)
         return write(cache, segment, plain)
 
     monkeypatch.setattr(BlobCache, "write", hang)
@@ -399,7 +405,7 @@ def test_a_reader_does_not_wait_for_the_cache_to_be_written(
         async with open_services() as services:
             reader = await open_reader(services, image, config_text(tmp_path, origin))
             ino = reader.bootstrap.resolve(b"b/data")
-            with trio.fail_after(10):
+            with trio.fail_after(40):
                 assert await reader.read(ino, 0, 2 * MIB) == FILES["b/data"][: 2 * MIB]
                 assert await reader.read(ino, 4096, 4096) == FILES["b/data"][4096:8192]  # not fetched again
             assert len({request.span for request in origin.data_requests}) == len(origin.data_requests)
@@ -410,7 +416,7 @@ def test_a_reader_does_not_wait_for_the_cache_to_be_written(
                 await reader.whole(segment)  # a kernel mount's: it must be in the file
                 pytest.fail("not in the cache, and said to be")
             go_on.set()
-            with trio.fail_after(10):
+            with trio.fail_after(40):
                 assert bytes(await reader.whole(segment)) == FILES["b/data"][: segment.size]
             assert reader.is_ready(segment)
             reader.close()
@@ -426,7 +432,7 @@ def test_what_is_fetched_ahead_is_read_before_it_is_written(
 
     def hang(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(90)
         return write(cache, segment, plain)
 
     monkeypatch.setattr(BlobCache, "write", hang)
@@ -438,15 +444,15 @@ def test_what_is_fetched_ahead_is_read_before_it_is_written(
             jobs = [reader.job(segment) for segment in dict.fromkeys(reader.segments_of(ino, 0, 2 * MIB))]
             assert len(jobs) == 2
             nursery.start_soon(partial(services.scheduler.fetch, jobs, Priority.LEARNED, 4 * MIB))
-            with trio.fail_after(10):
-                await trio.to_thread.run_sync(begun.wait, 10)
+            with trio.fail_after(40):
+                await trio.to_thread.run_sync(begun.wait, 40)
                 parts = await trio.to_thread.run_sync(reader.read_now, ino, 4096, 4096)
                 assert [bytes(part) for part in parts or ()] == [FILES["b/data"][4096:8192]], "by a thread of FUSE's"
                 assert await reader.read(ino, 0, 4096) == FILES["b/data"][:4096], "by the event loop"
             assert not reader.is_ready(jobs[0].segment)
             assert len({request.span for request in origin.data_requests}) == len(origin.data_requests)
             go_on.set()
-            with trio.fail_after(10):
+            with trio.fail_after(40):
                 await services.scheduler.idle()
             assert all(reader.is_ready(job.segment) for job in jobs)
             reader.close()

@@ -238,7 +238,8 @@ def test_a_mirror_comes_back(
         assert await read_file(reader, "small") == FILES["small"]
         assert len(mirror.requests) == 1
         await read_file(reader, "data.bin")
-        assert len(mirror.requests) == 1  # down: not asked
+        # down: not asked for a second, which a slow machine may need for that read
+        assert all(request.when >= mirror.requests[0].when + 1 for request in mirror.requests[1:])
         mirror.mode = "ok"
         await trio.sleep(1.2)  # it is tried again by the first use after its pause
         await check_all(reader)
