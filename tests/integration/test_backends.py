@@ -19,6 +19,7 @@ from nydusfs.errors import ConfigError, ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.objects import credentials
 from nydusfs.services import open_services
+from nydusfs.sources import race, registry
 from nydusfs.sources.gpt import GptError, read_partitions
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.disk import write_disk
@@ -34,6 +35,14 @@ FILES = {"hello": b"hello, world\n", "data.bin": noise(700_000), **{f"f{n}": noi
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> TinyImage:
     return tiny_image(tmp_path_factory.mktemp("image"), FILES)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines under test stall for seconds: no hedge shall be taken for a choice."""
+    monkeypatch.setattr(registry, "MIRROR_PATIENCE", 20.0)
+    monkeypatch.setattr(race, "UNKNOWN", 20.0)
+    monkeypatch.setattr(race, "ORIGIN_HEDGE", 20.0)
 
 
 def document(kind: str, options: dict[str, Any]) -> str:

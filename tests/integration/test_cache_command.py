@@ -60,7 +60,8 @@ def ctl(*words: object, status: int = 0) -> dict[str, Any]:
 
 
 def mount(daemon: Nydusd, image: TinyImage, netloc: str, work: Path, at: str = "/i", **cache: Any) -> None:
-    backend = {"scheme": "http", "host": netloc, "repo": "a/b", "timeout": 30, "connect_timeout": 30}  # one request each
+    # no request is sent again: they are counted
+    backend = {"scheme": "http", "host": netloc, "repo": "a/b", "timeout": 30, "connect_timeout": 30}
     device = {
         "backend": {"type": "registry", "config": backend},
         "cache": {"type": "blobcache", "config": {"work_dir": str(work), **cache}},

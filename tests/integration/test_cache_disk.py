@@ -48,7 +48,9 @@ def tmpfs(folder: Path, size: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
-    run(["mount", "-o", f"remount,{options}", folder])
+    """To "ro" not before the last file is closed, which is a moment after it has its name."""
+    words = ["mount", "-o", f"remount,{options}", folder]
+    wait_until(lambda: run(words, check=False).returncode == 0, 30, f"the disk to be {options}")
 
 
 def mount(daemon: Nydusd, image: TinyImage, server: FaultyServer, work: Path, at: str = "/i") -> None:

@@ -148,12 +148,14 @@ def test_two_nodes_start_an_image_and_the_registry_sees_each_range_once(lab: Lab
     classic Dragonfly finds only the very same ranges. The totals it invents are no trouble."""
     image = lab.image(5)
     with lab.node(image, 0, prefetch=True) as first, lab.node(image, 1, proxy=True) as second:
-        for reader in [lab.read(first, image, 1), lab.read(second, image, 2)]:
-            right(reader.figures())
+        found = [reader.figures() for reader in [lab.read(first, image, 1), lab.read(second, image, 2)]]
+    for figures in found:
+        right(figures)
     theirs, ours = lab.asked(image)
     assert not twice(theirs)
     assert volume(theirs) > 0.9 * len(image.blob)
-    assert len(ours) <= len(theirs) // 10  # a loaded machine is helped out by the registry
+    # a loaded machine is helped out by the registry
+    assert len(ours) <= len(theirs) // 10 + sum(figures.late for figures in found)
 
 
 @pytest.mark.parametrize("lab", [MODERN], indirect=True)
@@ -166,10 +168,11 @@ def test_a_second_node_gets_from_peers_what_the_first_fetched(lab: Lab) -> None:
     before = volume(lab.asked(image)[0])
     assert before <= 1.1 * len(image.blob)
     with lab.node(image, 1, proxy=True) as second:
-        right(lab.read(second, image, 2).figures())
+        figures = lab.read(second, image, 2).figures()
+        right(figures)
         theirs, ours = lab.asked(image)
         assert volume(theirs) - before <= 2 * PIECE + KIB
-        assert len(ours) <= 10, lab.complaints(second)
+        assert len(ours) <= 10 + figures.late, lab.complaints(second)
 
 
 # -- what goes wrong
@@ -193,7 +196,7 @@ def test_a_frozen_scheduler(lab: Lab) -> None:
         right(lab.read(node, image, files=half).figures())
         lab.dragonfly.scheduler.thaw()
         before, _ = lab.asked(image)
-        wait_until(lambda: lab.peer_state(node) != "down", 30, "the peer")
+        wait_until(lambda: lab.peer_state(node) != "down", 60, "the peer")
         right(lab.read(node, image, 1, files=rest).figures())
         after, _ = lab.asked(image)
         if lab.dragonfly.flavor == CLASSIC:  # the other has all pieces by now
@@ -208,7 +211,7 @@ def test_a_dfdaemon_killed_in_mid_read_comes_back_with_a_damaged_cache(lab: Lab)
     lab.registry.latency = 0.03
     with lab.node(image) as node:
         reader = lab.read(node, image)
-        wait_until(lambda: bool(peer.alive() and set(peer.stored()) - known), 20, "the first request")
+        wait_until(lambda: bool(peer.alive() and set(peer.stored()) - known), 60, "the first request")
         time.sleep(0.3)
         assert reader.running()
         peer.kill()

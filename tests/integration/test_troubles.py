@@ -17,11 +17,11 @@ import pytest
 from bootstrap.options import BuildOptions
 from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader
 from tests.lab.drivers import both
+from tests.lab.faulty import dead_port
 from tests.lab.images import ImageLayout, entry, fetch_manifest
 from tests.lab.process import (
     Child,
     can_connect,
-    free_port,
     mounts_below,
     processes_mentioning,
     remove_tree,
@@ -65,7 +65,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def run(name: str, *arguments: str | Path, pre: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     words = [*pre, str(program(name)), *map(str, arguments)]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -233,7 +233,7 @@ def test_snapshotter_goes_on_with_unknown_keys_and_a_full_log_disk(work: Path) -
             with Client(work / "g.sock") as client:
                 client.prepare("a")
         finally:
-            assert child.stop() == 0
+            assert child.stop(60) == 0
     said = (work / "out").read_text()
     assert "unknown key fs_prefech is ignored; did you mean 'fs_prefetch'?" in said
     assert said.count("No space left on device; lines are lost") == 1
@@ -285,12 +285,12 @@ def registry() -> Iterator[Registry]:
 
 
 def test_nydusify_check_and_mount_say_what_is_wrong(work: Path, registry: Registry) -> None:
-    dead = f"127.0.0.1:{free_port()}"
     there = f"{registry.host}/lab/app"
     place = ("--work-dir", work / "w", "--mount-path", work / "m")
     options: tuple[str | Path, ...]
     for command, options in (("check", place[:2]), ("mount", place)):
-        fails(run("nydusify", command, "--target", f"{dead}/a/b:c", *options), dead, "cannot be reached")
+        with dead_port() as dead:
+            fails(run("nydusify", command, "--target", f"{dead}/a/b:c", *options), dead, "cannot be reached")
         fails(run("nydusify", command, "--target", f"{there}:none", *options), "app:none", "does not exist")
         fails(run("nydusify", command, "--target", "Not A Name", *options), "Not A Name")
     fails(run("nydusify", "mount", "--target", f"{there}:oci", *place), "is not a Nydus image")

@@ -21,18 +21,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SIZE = 64 * 1024
+LATE = 0.4  # seconds, below the daemon's least before it asks an origin as well
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """`wrong`: files that could not be read or have other bytes. `stall`: the longest time this process was not given
-    the processor when it wanted it, by which a loaded machine makes reads longer."""
+    the processor when it wanted it, by which a loaded machine makes reads longer. `late`: reads for which a daemon may
+    have asked a second source."""
 
     reads: int
     seconds: float
     worst: float
     stall: float
     wrong: list[str]
+    late: int
 
 
 class TimedReads:
@@ -73,7 +76,7 @@ def _main(root: str, truth: str, seed: str) -> None:
             stall = max(stall, time.monotonic() - before - 0.02)
 
     threading.Thread(target=watch, daemon=True).start()
-    reads, wrong, begin = 0, [], time.monotonic()
+    reads, late, wrong, begin = 0, 0, [], time.monotonic()
     for name in names:
         hasher, offset = hashlib.sha256(), 0
         file = os.open(os.path.join(root, name), os.O_RDONLY)
@@ -82,7 +85,8 @@ def _main(root: str, truth: str, seed: str) -> None:
             while True:
                 before = time.monotonic()
                 data = os.pread(file, SIZE, offset)
-                worst = max(worst, time.monotonic() - before)
+                taken = time.monotonic() - before
+                worst, late = max(worst, taken), late + (taken > LATE)
                 reads += 1
                 if not data:
                     break
@@ -94,7 +98,7 @@ def _main(root: str, truth: str, seed: str) -> None:
             wrong.append(f"{name} at {offset}: {error}")
         finally:
             os.close(file)
-    print(json.dumps(asdict(Figures(reads, time.monotonic() - begin, worst, stall, wrong))))
+    print(json.dumps(asdict(Figures(reads, time.monotonic() - begin, worst, stall, wrong, late))))
 
 
 if __name__ == "__main__":
