@@ -21,6 +21,8 @@ import grpc
 import pytest
 
 from nydusfs.drivers import kernel
+from snapshotter.errors import SnapshotterError
+from snapshotter.nydusd_api import NydusdApi
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.process import LabError, kill_together, mounts_below, remove_tree, unmount_below, wait_until, work_dir
@@ -59,6 +61,12 @@ class Node:
         self.control.arm(0)
         self.ours.start(timeout=60)
 
+    def disarm(self) -> bool:
+        """Whether it is dead: no step is the last one any more, and one that began to be is over."""
+        self.control.disarm()
+        time.sleep(0.05)
+        return self.dead()
+
     def dead(self) -> bool:
         child = self.ours._child
         return child is None or not child.alive()
@@ -82,11 +90,11 @@ class Node:
             assert file.read() == self.content, died
         client.cleanup()
         try:
-            wait_until(lambda: self.disagreement(client) == "", 20, "agreement")
+            wait_until(lambda: self.disagreement(client) == "", 60, "agreement")
         except LabError:
             raise LabError(f"no agreement after {died}: {self.disagreement(client)}") from None
         expected = 1 if self.mode == "shared" else self.images
-        wait_until(lambda: len(self.ours.services()) == expected, 20, f"{expected} nydusd after {died}")
+        wait_until(lambda: len(self.ours.services()) == expected, 60, f"{expected} nydusd after {died}")
 
     def disagreement(self, client: Client) -> str:
         """Rows, directories, mounts, daemons and their files; "" when each stands for the others."""
@@ -306,8 +314,24 @@ class NydusdDies(Image):
         self.lower = Path(option(client.mounts(self.key)[0], "lowerdir"))
 
     def call(self, node: Node, client: Client) -> None:
-        kill_together([pid for pid in node.ours.daemons() if str(self.lower) in command_line(pid)])
-        wait_until(lambda: node.dead() or os.access(self.lower / node.file, os.R_OK), 20, "the image again")
+        old = self.processes(node)
+        kill_together(old)
+        wait_until(lambda: node.dead() or self.again(node, old), 60, "the image again")
+
+    def processes(self, node: Node) -> list[int]:
+        return [pid for pid in node.ours.daemons() if str(self.lower) in command_line(pid)]
+
+    def again(self, node: Node, old: list[int]) -> bool:
+        """The next one says so itself: the kernel's mount, where it came by now, shows its tree without any."""
+        for pid in set(self.processes(node)) - set(old):
+            words = command_line(pid).split("\0")
+            if "--apisock" in words:
+                try:
+                    state = NydusdApi(Path(words[words.index("--apisock") + 1])).info(timeout=5).get("state")
+                except SnapshotterError:
+                    return False
+                return state == "RUNNING" and os.access(self.lower / node.file, os.R_OK)
+        return False
 
     def after(self, node: Node, client: Client) -> None:
         assert client.mounts(self.key)
@@ -371,13 +395,11 @@ def die(node: Node, kind: type[Call], step: int, *, torn: bool = False) -> bool:
         deadline = time.monotonic() + 0.3
         while not node.dead() and time.monotonic() < deadline:
             time.sleep(0.005)
-    reached = node.dead()
+    reached = node.dead() or node.disarm()  # what goes on behind the answer may have come to it just now
     died = f"{kind.__name__}, step {node.control.last() or step}{' torn' if torn else ''}"
     if reached:
         node.ours.kill()
         node.start()
-    else:
-        node.control.disarm()
     with Client(node.ours.socket) as client:
         try:
             one.after(node, client)
@@ -432,8 +454,7 @@ def die_while_starting(node: Node, every: int) -> int:
             node.ours.start(timeout=60)
             wait_until(node.dead, 0.5, "death")
         died = f"start, step {node.control.last()}"
-        if not node.dead():
-            node.control.disarm()
+        if not node.dead() and not node.disarm():
             return deaths
         node.ours.kill()
         node.start()

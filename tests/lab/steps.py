@@ -21,6 +21,7 @@ from typing import Any
 
 _SIZE = 4096
 _HEAD = struct.Struct("=qqq")  # step to die at, 0: none; steps seen; 1: die in the middle of it
+_SEEN = struct.Struct("=q")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
@@ -53,13 +54,12 @@ class Control:
         return self._page[_HEAD.size : 512].rstrip(b"\0").decode(errors="replace")
 
     def step(self, what: str, tear: Callable[[], object] | None = None) -> None:
-        wanted, seen, torn = _HEAD.unpack_from(self._page)
-        if not wanted:
+        if not _HEAD.unpack_from(self._page)[0]:
             return
         with _lock:
-            _, seen, _ = _HEAD.unpack_from(self._page)
+            wanted, seen, torn = _HEAD.unpack_from(self._page)
             seen += 1
-            _HEAD.pack_into(self._page, 0, wanted, seen, torn)
+            _SEEN.pack_into(self._page, _SEEN.size, seen)  # that alone: it may have been disarmed by now
             if seen != wanted:
                 return
             text = f"{seen} {what}".encode()[: 512 - _HEAD.size]
