@@ -24,7 +24,7 @@ from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
 from tests.lab.process import kill_together, mounts_below, wait_until
 from tests.lab.served import CASE, IMAGE, snapshotter, some_file
-from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
+from tests.lab.snapshots import PREFIX, REF, Client, clean, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
 pytestmark = [
@@ -125,13 +125,13 @@ def test_the_whole_life_of_an_image(ours: Snapshotter) -> None:
                     client.remove(info.name)
         assert str(lower.parent) in mounts_below(ours.root) or str(lower) in mounts_below(ours.root)
         cache = ours.root / "cache"
-        wait_until(lambda: all_durable(cache) or any(cache.glob("*.blob.data")), 20, "the cache to be on the disk")
+        wait_until(lambda: all_durable(cache) or any(cache.glob("*.blob.data")), 60, "the cache to be on the disk")
         cached = [path for path in (ours.root / "cache").iterdir() if len(path.name) >= 64]
         assert cached
         for path in cached:  # what is young is kept
             os.utime(path, (1_000_000_000, 1_000_000_000))
-        client.cleanup()
-        wait_until(lambda: not any(path.exists() for path in cached), 20, "the image's blobs to leave the cache")
+        clean(client, ours.root)
+        wait_until(lambda: not any(path.exists() for path in cached), 60, "the image's blobs to leave the cache")
         assert os.listdir(ours.root / "snapshots") == []
         served = [path for path in mounts_below(ours.root) if path != str(ours.root / "mnt")]
         assert served == []
@@ -178,7 +178,7 @@ def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
         for _ in range(2):
             old = ours.daemons()
             kill_together(old)
-            wait_until(lambda: served(roots), 30, "both images after the death of nydusd")
+            wait_until(lambda: served(roots), 60, "both images after the death of nydusd")
             assert not set(ours.daemons()) & set(old)
         for root in roots:
             check(root)
@@ -187,7 +187,7 @@ def test_a_dead_nydusd_comes_back_by_itself(ours: Snapshotter) -> None:
         ours.kill()
         kill_together(old)
         ours.start()
-        wait_until(lambda: served(roots), 30, "both images after a start")
+        wait_until(lambda: served(roots), 60, "both images after a start")
         with Client(ours.socket) as again:
             assert Path(option(again.mounts(f"default/9/{first}")[0], "lowerdir")) == roots[0]
         for root in roots:

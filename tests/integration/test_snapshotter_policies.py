@@ -19,7 +19,7 @@ from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
 from tests.lab.process import kill_together, wait_until
 from tests.lab.served import CASE, IMAGE, snapshotter
-from tests.lab.snapshots import Client, mounted, option, pull
+from tests.lab.snapshots import Client, clean, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
 pytestmark = [
@@ -108,8 +108,8 @@ def test_failover_keeps_the_mounts(ours: Snapshotter, mode: str) -> None:
         third = Path(option(client.prepare("cc", meta)[0], "lowerdir"))
         client.remove("cb")
         client.remove("default/3/sha256:bmeta")
-        client.cleanup()
-        wait_until(lambda: not (lower[1].is_dir() and os.listdir(lower[1])), 20, "the unmount")
+        clean(client, ours.root)  # which the next nydusd is told behind the unmount
+        wait_until(lambda: not (lower[1].is_dir() and os.listdir(lower[1])), 60, "the unmount")
         kill_together(ours.daemons())
         assert stat_of(third) == "" and right(third) and right(lower[0])
         assert not (lower[1].is_dir() and os.listdir(lower[1]))
@@ -133,7 +133,7 @@ def test_restart_makes_new_mounts(ours: Snapshotter, mode: str, fs_driver: str) 
         with subprocess.Popen(["sleep", "100"], cwd=lower[0]) as inside:
             try:
                 kill_together(ours.daemons())
-                wait_until(lambda: all(stat_of(one) == "" and right(one) for one in lower), 30, "the new mounts")
+                wait_until(lambda: all(stat_of(one) == "" and right(one) for one in lower), 60, "the new mounts")
                 if fs_driver == "fuse":  # an EROFS mount shows its tree, and EIO for what is not here
                     assert ENOTCONN in stat_of(Path(f"/proc/{inside.pid}/cwd"))
             finally:
@@ -151,7 +151,7 @@ def test_none_leaves_it_to_who_comes_next(ours: Snapshotter, mode: str) -> None:
         assert ENOTCONN in stat_of(lower[0])
         # a new container is not refused
         client.prepare("new", "default/3/sha256:ameta")
-        wait_until(lambda: stat_of(lower[0]) == "", 20, "the new mount")
+        wait_until(lambda: stat_of(lower[0]) == "", 60, "the new mount")
         assert right(lower[0])
 
 
@@ -164,7 +164,7 @@ def test_a_take_over_that_fails_is_a_restart(ours: Snapshotter, mode: str) -> No
         boots = sorted((ours.root / "snapshots").glob("*/fs/image/image.boot"), key=lambda path: int(path.parts[-4]))
         boots[0].unlink()
         kill_together(ours.daemons())
-        wait_until(lambda: stat_of(lower[1]) == "" and right(lower[1]), 30, "the other image")
+        wait_until(lambda: stat_of(lower[1]) == "" and right(lower[1]), 60, "the other image")
         assert len(ours.services()) == 1, "each attempt has ended, its worker and all"
         with pytest.raises(grpc.RpcError, match="holds no image"):
             ours.kill()

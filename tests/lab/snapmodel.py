@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
-from tests.lab.snapshots import CALL_SECONDS, PREFIX, REF, Client, option
+from tests.lab.snapshots import CALL_SECONDS, PREFIX, REF, Client, clean, option
 from tests.lab.stack import Snapshotter
 
 VIEW, ACTIVE, COMMITTED = 1, 2, 3
@@ -425,8 +425,7 @@ class Comparison:
             snap.files += 1
 
     def _cleanup(self) -> None:
-        self.client.cleanup()
-        names = os.listdir(self.ours.root / "snapshots")
+        names = clean(self.client, self.ours.root)
         assert all(name.isdecimal() for name in names), names
         assert len(names) == len(self.model.snaps), f"{names}, the model: {self.model.snaps}"
         assert {str(snap.id) for snap in self.model.snaps.values() if snap.id} <= set(names)

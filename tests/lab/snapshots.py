@@ -15,6 +15,7 @@ import grpc
 from nydusfs.containerd.chain import chain_ids
 from protos.containerd.services.snapshots.v1 import snapshots_pb2 as pb
 from protos.containerd.services.snapshots.v1 import snapshots_pb2_grpc as rpc
+from tests.lab.process import wait_until
 
 CALL_SECONDS = 60.0
 PREFIX = "containerd.io/snapshot/"
@@ -79,6 +80,17 @@ class Client:
 
     def cleanup(self) -> None:
         self.stub.Cleanup(pb.CleanupRequest(), timeout=CALL_SECONDS)
+
+
+def clean(client: Client, root: Path) -> list[str]:
+    """Cleanup, and all that it does: it answers after two seconds, whatever is left for later. What stays of
+    `snapshots`."""
+    client.cleanup()
+    rows = len(client.list())
+    wait_until(
+        lambda: len(os.listdir(root / "snapshots")) <= rows and not os.listdir(root / "trash"), 60, "what was removed"
+    )
+    return os.listdir(root / "snapshots")
 
 
 class _Metadata(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
