@@ -16,10 +16,10 @@ import pytest
 from bootstrap.reader import open_bootstrap
 from nydusfs.containerd.chain import chain_ids
 from tests.lab.cases import case as image_case
-from tests.lab.daemon import can_mount_fuse
+from tests.lab.daemon import all_durable, can_mount_fuse
 from tests.lab.drivers import both
 from tests.lab.process import remove_tree, unmount_below, wait_until, work_dir
-from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
+from tests.lab.snapshots import PREFIX, REF, Client, clean, mounted, option, pull
 from tests.lab.stack import Snapshotter
 
 pytestmark = [
@@ -48,7 +48,7 @@ def running(case: str) -> Iterator[tuple[Snapshotter, Client]]:
 def blocks(path: Path) -> int:
     # it fails, and counts the rest, where the cache gives a file its final name meanwhile
     done = subprocess.run(["du", "-s", "-B512", path], capture_output=True, check=False, timeout=60)
-    return int(done.stdout.split()[0])
+    return int((done.stdout.split() or [b"0"])[0])  # or is gone itself
 
 
 def held(ours: Snapshotter) -> tuple[int, int]:
@@ -56,6 +56,11 @@ def held(ours: Snapshotter) -> tuple[int, int]:
     cache = [path for path in (ours.root / "cache").iterdir() if len(path.name) == 64]
     layers = (ours.root / "snapshots").glob("*/fs")
     return 512 * sum(map(blocks, cache)), 512 * sum(map(blocks, layers))
+
+
+def written(ours: Snapshotter) -> None:
+    """Readers go on before what they have is in the cache, and it gets other names when the disk has it."""
+    wait_until(lambda: held(ours)[0] > 100_000 and all_durable(ours.root / "cache"), 60, "the cache to be on the disk")
 
 
 def told(client: Client) -> dict[str, int]:
@@ -107,8 +112,8 @@ def test_every_cached_byte_counts_once(case: str) -> None:
         read_all(Path(option(mount, "lowerdir")))
         with mounted([mount], ours.work / "c") as rootfs:
             (rootfs / "written").write_bytes(os.urandom(100_000))
-        assert held(ours)[0] > 100_000
-        wait_until(lambda: agree(ours, client), 20, "figures that agree")
+        written(ours)
+        wait_until(lambda: agree(ours, client), 60, "figures that agree")
         # layers with data account for it, not the one with the metadata
         sizes = told(client)
         assert sizes[meta] < 100_000 < max(sizes.values())
@@ -118,7 +123,8 @@ def test_blobs_of_two_images_count_once() -> None:
     with running("v6-merged3") as (ours, client):
         metas = [pull(client, image_case("v6-merged3"), ours.work, IMAGE, tag=tag) for tag in ("a", "b")]
         read_all(Path(option(client.prepare("default/4/c", metas[1])[0], "lowerdir")))
-        wait_until(lambda: agree(ours, client), 20, "figures that agree")
+        written(ours)
+        wait_until(lambda: agree(ours, client), 60, "figures that agree")
         cached, _ = held(ours)
         parents = {info.name: info.parent for info in client.list()}
 
@@ -135,6 +141,6 @@ def test_blobs_of_two_images_count_once() -> None:
         while name:
             client.remove(name)
             name = parents[name]
-        client.cleanup()
-        wait_until(lambda: agree(ours, client), 20, "figures that agree")
+        clean(client, ours.root)
+        wait_until(lambda: agree(ours, client), 60, "figures that agree")
         assert chain(metas[1]) > cached
