@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.lab.authority import Authority
+from tests.lab.process import free_port
 
 Object = dict[str, Any]
 _VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
@@ -153,8 +154,9 @@ class KubeApi:
         return path
 
     def start(self) -> KubeApi:
+        # none that the kernel gives to others between `stop` and `start`
+        self.port = self.port or free_port()
         server = self._server = self._server_class(("127.0.0.1", self.port), self._handler)
-        self.port = server.server_port
         server.socket = self._context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
