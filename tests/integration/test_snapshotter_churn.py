@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from tests.lab.cases import case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.drivers import both
 from tests.lab.mounted import load_manifest
+from tests.lab.process import wait_until
 from tests.lab.served import CASE, IMAGE, snapshotter
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, pull
 from tests.lab.stack import Snapshotter
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(480),
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
 
@@ -111,10 +111,7 @@ def churn(workers: int, lives: int) -> str:
         with Client(ours.socket) as client:
             client.cleanup()
             assert client.list() == []
-            deadline = time.monotonic() + 30
-            while os.listdir(ours.root / "mnt") and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert os.listdir(ours.root / "mnt") == [], "images that nobody has are mounted"
+            wait_until(lambda: os.listdir(ours.root / "mnt") == [], 60, "the unmount of images that nobody has")
         return ours.nydusd_log(100_000)
 
 

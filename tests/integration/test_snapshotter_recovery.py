@@ -50,7 +50,7 @@ def reboot(ours: Snapshotter) -> None:
     """All processes and mounts gone, the files there."""
     ours.kill()
     kill_together(ours.daemons())
-    wait_until(lambda: not ours.daemons(), 30, "the end of all daemons")
+    wait_until(lambda: not ours.daemons(), 60, "the end of all daemons")
     unmount_below(ours.root)
     assert mounts_below(ours.root) == []
 
@@ -71,7 +71,7 @@ def test_a_lost_database_costs_one_command(ours: Snapshotter) -> None:
         for name in ("metadata.sqlite-wal", "metadata.sqlite-shm"):
             (ours.root / name).unlink(missing_ok=True)
         path.write_bytes(os.urandom(path.stat().st_size))
-        refused = run(ours.argv(), timeout=30, check=False)
+        refused = run(ours.argv(), timeout=60, check=False)
         assert refused.returncode == 1
         assert "--repair" in refused.stderr and "Traceback" not in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
@@ -265,7 +265,7 @@ def test_what_the_unit_sets_for_the_snapshotter_is_not_for_nydusd() -> None:
     config = {"device": {"backend": backend, "cache": {"type": "blobcache"}}, "mode": "direct"}
     try:
         with Snapshotter(work / "s", config, env=unit_environment()) as running:
-            wait_until(lambda: bool(running.services()), 20, "nydusd")
+            wait_until(lambda: bool(running.services()), 60, "nydusd")
             assert b"GLIBC_TUNABLES=" in Path(f"/proc/{running.pid}/environ").read_bytes()
             for pid in running.services():
                 assert b"GLIBC_TUNABLES=" not in Path(f"/proc/{pid}/environ").read_bytes()

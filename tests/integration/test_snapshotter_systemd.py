@@ -31,7 +31,7 @@ from tests.lab.systemd import Systemd, missing
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(480),
     pytest.mark.skipif(missing() != "", reason=missing()),
     pytest.mark.skipif(can_mount_fuse() != "", reason=can_mount_fuse()),
 ]
@@ -149,7 +149,7 @@ def test_the_unit_under_a_running_container(work: Path) -> None:
         (system.units / UNIT).write_text(installed.unit())
         system.ctl("daemon-reload")
         system.ctl("start", UNIT)
-        wait_until(lambda: can_connect(installed.socket), 30, "the snapshotter")
+        wait_until(lambda: can_connect(installed.socket), 60, "the snapshotter")
         with Client(installed.socket) as client:
             meta = pull(client, image_case(CASE), work, IMAGE)
             (mount,) = client.prepare("default/4/c", meta)
@@ -169,11 +169,11 @@ def test_what_is_in_the_way_at_the_start_is_not_for_ever(work: Path) -> None:
         (system.units / UNIT).write_text(installed.unit())
         system.ctl("daemon-reload")
         system.ctl("start", UNIT)
-        wait_until(lambda: int(system.ctl("show", "-p", "NRestarts", "--value", UNIT)) >= 4, 60, "four restarts")
+        wait_until(lambda: int(system.ctl("show", "-p", "NRestarts", "--value", UNIT)) >= 4, 120, "four restarts")
         time.sleep(3)
         assert system.ctl("is-active", UNIT) in ("activating", "active")
         later.rename(config)
-        wait_until(lambda: can_connect(installed.socket), 30, "the snapshotter")
+        wait_until(lambda: can_connect(installed.socket), 60, "the snapshotter")
 
 
 def follow(system: Systemd, installed: Installed, reader: Reader, meta: str) -> None:
@@ -182,7 +182,7 @@ def follow(system: Systemd, installed: Installed, reader: Reader, meta: str) -> 
 
     def served(number: int, keeper: int = first["keeper_pid"]) -> None:
         """The reader goes on, the same nydusd serves it, another container starts."""
-        wait_until(lambda: can_connect(installed.socket), 30, "the snapshotter")
+        wait_until(lambda: can_connect(installed.socket), 60, "the snapshotter")
         reader.check()
         with Client(installed.socket) as client:
             assert client.mounts("default/4/c")
@@ -205,7 +205,7 @@ def follow(system: Systemd, installed: Installed, reader: Reader, meta: str) -> 
 
     before = system.main_pid(UNIT)
     system.ctl("kill", "--signal=KILL", "--kill-who=main", UNIT)
-    wait_until(lambda: system.main_pid(UNIT) not in (0, before), 30, "the unit's restart")
+    wait_until(lambda: system.main_pid(UNIT) not in (0, before), 60, "the unit's restart")
     served(3)
 
     # stopped: nobody is there to talk to, and the container does not notice

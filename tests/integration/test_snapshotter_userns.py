@@ -89,7 +89,7 @@ def test_the_life_of_an_image_in_user_namespaces(ours: Snapshotter) -> None:
         assert owners_below(lower[100_000], 100_000) > 20
         client.remove("default/4/second")
         client.cleanup()
-        wait_until(lambda: not (lower[100_000].is_dir() and os.listdir(lower[100_000])), 20, "the unmount")
+        wait_until(lambda: not (lower[100_000].is_dir() and os.listdir(lower[100_000])), 60, "the unmount")
         assert owners_below(lower[300_000], 300_000) > 20
 
         # deaths of both programs
@@ -112,8 +112,8 @@ def test_the_life_of_an_image_in_user_namespaces(ours: Snapshotter) -> None:
             client.remove(key)
         client.cleanup()
         root = str(ours.root / "mnt")
-        wait_until(lambda: [path for path in mounts_below(ours.root) if path != root] == [], 20, "the unmount")
-        wait_until(lambda: os.listdir(root) == [], 20, "the unmount")
+        wait_until(lambda: [path for path in mounts_below(ours.root) if path != root] == [], 60, "the unmount")
+        wait_until(lambda: os.listdir(root) == [], 60, "the unmount")
 
 
 @pytest.mark.parametrize("ours", ["shared"], indirect=True)

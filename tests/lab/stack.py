@@ -142,7 +142,7 @@ class Snapshotter:
         )
         return [grpc, "--config", str(toml), *self.arguments]
 
-    def start(self, timeout: float = 20.0, longest_pause: float = 0.1) -> Snapshotter:
+    def start(self, timeout: float = 60.0, longest_pause: float = 0.1) -> Snapshotter:
         self.work.mkdir(parents=True, exist_ok=True)
         self.socket.unlink(missing_ok=True)
         (self.work / "docker").mkdir(exist_ok=True)
@@ -187,12 +187,13 @@ class Snapshotter:
     def services(self) -> list[int]:
         """Those of them that none of the others started: one for each nydusd."""
         pids = self.daemons()
-        return [pid for pid in pids if parent_of(pid) not in pids]
+        parents = {pid: parent_of(pid) for pid in pids}
+        return [pid for pid in pids if parents[pid] and parents[pid] not in pids]  # 0: a helper that has just ended
 
     def stop(self) -> None:
         """SIGTERM to the snapshotter alone: by design its daemons live on."""
         if self._child is not None:
-            self._child.stop()
+            self._child.stop(60)  # what is asserted behind it is what it does last
             self._child = None
 
     def kill(self) -> None:
