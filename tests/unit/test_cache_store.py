@@ -243,10 +243,11 @@ def test_close_does_not_wait_for_a_disk_that_takes_its_time(tmp_path: Path, monk
     store = CacheStore(tmp_path)
     for number in range(200):
         keep(store, number)
-    began = time.monotonic()
+    began, before = time.monotonic(), len(synced)
     store.close()
-    assert time.monotonic() - began < 5, "200 files of 0.1 s each"
-    assert 0 < len(synced) < 50
+    assert time.monotonic() - began < 15, "200 files of 0.1 s each"
+    assert synced
+    assert len(synced) - before < 50
     again = CacheStore(tmp_path)
     assert [number for number in range(200) if found(again, number) != content(number)] == []
     again.close()

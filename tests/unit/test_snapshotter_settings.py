@@ -183,7 +183,8 @@ def test_derived_config(template: Path) -> None:
         derived("Bad Name", None)
 
 
-def test_only_loopback_registries_are_asked_for_their_protocol() -> None:
+def test_only_loopback_registries_are_asked_for_their_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapshotter.nydusd_config.PROBE_SECONDS", 20.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:

@@ -50,12 +50,12 @@ def test_small_trees_are_gone_when_the_call_returns_and_big_ones_behind_it(
 ) -> None:
     bin_ = Trash(tmp_path / "trash")
     bin_.put(tree(tmp_path / "7"))
-    bin_.empty(10)
+    bin_.empty(60)
     assert list((tmp_path / "trash").iterdir()) == []
     may_delete, real = threading.Event(), remove_tree
 
     def slow(path: str) -> None:
-        assert may_delete.wait(10)
+        assert may_delete.wait(60)
         real(path)
 
     monkeypatch.setattr("snapshotter.trash.remove_tree", slow)
@@ -67,7 +67,7 @@ def test_small_trees_are_gone_when_the_call_returns_and_big_ones_behind_it(
     bin_.put(tree(tmp_path / "9"))  # beside the one under way
     bin_.empty(0)
     may_delete.set()
-    bin_.empty(10)
+    bin_.empty(60)
     assert list((tmp_path / "trash").iterdir()) == []
     with pytest.raises(FileNotFoundError):
         bin_.put(tmp_path / "9")
@@ -75,7 +75,7 @@ def test_small_trees_are_gone_when_the_call_returns_and_big_ones_behind_it(
 
 def test_what_a_killed_program_left_in_the_trash_goes_with_the_next(tmp_path: Path) -> None:
     Trash(tmp_path / "trash").put(tree(tmp_path / "7"))  # killed here
-    Trash(tmp_path / "trash").empty(10)
+    Trash(tmp_path / "trash").empty(60)
     assert list((tmp_path / "trash").iterdir()) == []
 
 
@@ -84,15 +84,17 @@ def test_a_nydusd_busy_for_others_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr(daemons, "LOCK_SECONDS", 0.2)
     one = daemon(tmp_path)
-    release = threading.Event()
+    release, inside = threading.Event(), threading.Event()
 
     def hold() -> None:
         with one.lock:
-            release.wait(10)
+            inside.set()
+            release.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
     try:
+        assert inside.wait(20)
         with pytest.raises(Unavailable, match="is busy"):
             one.ensure()
     finally:
@@ -227,7 +229,7 @@ def test_callers_for_one_image_are_bounded(tmp_path: Path, monkeypatch: pytest.M
     def hold() -> None:
         with all_images._one(5):
             inside.set()
-            release.wait(10)
+            release.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
