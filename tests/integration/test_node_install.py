@@ -12,7 +12,7 @@ import pytest
 from tests.lab.paths import ref_bin
 from tests.lab.process import remove_tree, run, work_dir
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("kind", ["debian", "newer", "k3s"])
@@ -26,7 +26,7 @@ def test_a_node_is_installed_used_and_left_as_it_was(kind: str) -> None:
     try:
         apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [*apart, sys.executable, "-m", "tests.lab.installing", work, containerd, kind]
-        done = run(command, timeout=440, check=False)
+        done = run(command, timeout=840, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         seen = json.loads(done.stdout)
     finally:

@@ -81,7 +81,7 @@ class Lab:
         for path in bin.iterdir():
             path.chmod(0o755)
         os.environ["PATH"] = f"{bin}:{self.containerd.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        default = run([self.containerd, "config", "default"], timeout=20).stdout
+        default = run([self.containerd, "config", "default"], timeout=60).stdout
         for quote in ("'", '"'):
             default = default.replace(f"root = {quote}/var/lib/containerd{quote}", f'root = "{self.work}/c"', 1)
             imports = f'["{self.edited.parent}/*.toml"]' if self.k3s else "[]"
@@ -102,7 +102,7 @@ class Lab:
         )
 
     def ctr(self, *words: str) -> str:
-        done = run([self.ctr_program, "-a", self.socket, *words], timeout=60, check=False)
+        done = run([self.ctr_program, "-a", self.socket, *words], timeout=180, check=False)
         return done.stdout + done.stderr
 
     def reads(self, number: str) -> str:
@@ -114,7 +114,7 @@ class Lab:
 
     def node(self, *words: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "snapshotter.nydusctl", "node", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
     def state(self) -> dict[str, str]:
@@ -149,7 +149,7 @@ class Lab:
         see = self.seen
         self.prepare()
         before = self.state()
-        run(["systemctl", "start", self.unit], timeout=40)
+        run(["systemctl", "start", self.unit], timeout=120)
         see["dry"] = self.node("install", "--dry-run")
         see["dry changed"] = self.state() != before
         see["install"] = self.node("install")
@@ -183,7 +183,7 @@ class Lab:
         see["purge left"] = sorted(path.name for path in DATA.iterdir()) if DATA.is_dir() else []
         see["purge state"] = self.state() == before
         for unit in (self.unit, "containerd-nydus-grpc.service"):
-            run(["systemctl", "stop", unit], timeout=40)
+            run(["systemctl", "stop", unit], timeout=120)
 
     def break_containerd(self, before: dict[str, str]) -> None:
         """One that does not start any more with our lines."""
@@ -211,7 +211,7 @@ class Lab:
     def container(self) -> None:
         ref = f"{self.host}/lab/app:nydus"
         rpull = [program("ctr-remote"), "-a", self.socket, "images", "rpull", "--plain-http", ref]
-        self.seen.setdefault("rpull", []).append(run(rpull, timeout=60, check=False).stdout)
+        self.seen.setdefault("rpull", []).append(run(rpull, timeout=180, check=False).stdout)
         words = ("run", "-d", "--net-host", "--snapshotter", "nydus", ref, "app", "sleep", "600")
         self.seen.setdefault("run", []).append(self.ctr(*words))
 
@@ -223,7 +223,7 @@ class Lab:
             convert = [program("nydusify"), "convert", "--source", f"{self.host}/lab/app:oci", "--target",
                        f"{self.host}/lab/app:nydus", "--source-insecure", "--target-insecure",
                        "--work-dir", self.work / "nydusify"]  # fmt: skip
-            run(convert, timeout=60)
+            run(convert, timeout=180)
             then()
 
 

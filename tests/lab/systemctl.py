@@ -20,7 +20,7 @@ from pathlib import Path
 STATE = Path("/run/standin")
 UNITS = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"))
 WANTS = UNITS[0] / "multi-user.target.wants"
-SECONDS = 30.0
+SECONDS = 90.0
 
 
 def unit_file(unit: str) -> Path:

@@ -55,7 +55,7 @@ class Systemd:
         script = _START.format(group=self._group, mount_groups=mount_groups, units=self.units, systemd=SYSTEMD)
         self._child = Child("systemd", ["sh", "-c", script], self._log)
         try:
-            self._child.wait_ready(lambda: self.pid > 0 and self.ctl("is-system-running") == "running", 30)
+            self._child.wait_ready(lambda: self.pid > 0 and self.ctl("is-system-running") == "running", 90)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -108,7 +108,7 @@ class Systemd:
             return subprocess.run(["rmdir", self._group], capture_output=True, check=False, timeout=10).returncode == 0
 
         try:
-            wait_until(gone, 30, f"the removal of {self._group}")
+            wait_until(gone, 60, f"the removal of {self._group}")
         except LabError as failure:
             if error is None:
                 raise failure from None
