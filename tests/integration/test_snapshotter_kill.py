@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.lab.process import can_connect, remove_tree, run, unmount_below, work_dir
+from tests.lab.process import can_connect, remove_tree, run, unmount_below, wait_until, work_dir
 from tests.lab.snapshots import Client, clean
 from tests.lab.stack import Snapshotter, daemon_config, program
 
@@ -205,6 +205,9 @@ def test_a_full_disk_is_emptied_by_removing_snapshots(kind: str) -> None:
             Snapshotter(work / "s", daemon_config(prefetch=False), arguments=("--log-dir", str(work / "logs"))) as ours,
             Client(ours.socket) as client,
         ):
+            said = work / "logs" / "nydus-snapshotter.log"
+            # the last of a start that writes to the disk, and removes it
+            wait_until(lambda: "images are served by" in said.read_text(), 60, "the self-test of fs_driver")
             for number in range(10):
                 layer = Path(client.prepare(f"k{number}")[0].source)
                 (layer / "data").write_bytes(bytes(100_000))

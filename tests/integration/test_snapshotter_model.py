@@ -25,6 +25,7 @@ def compare(steps: int, seed: int, kill_every: int) -> Comparison:
         remove_tree(work)
 
 
+@pytest.mark.timeout(600)
 def test_some_calls_and_deaths() -> None:
     done = compare(1500, random.randrange(1 << 32), 250)
     assert done.done == 1500

@@ -108,7 +108,7 @@ def test_failover_keeps_the_mounts(ours: Snapshotter, mode: str) -> None:
         third = Path(option(client.prepare("cc", meta)[0], "lowerdir"))
         client.remove("cb")
         client.remove("default/3/sha256:bmeta")
-        clean(client, ours.root)  # which the next nydusd is told behind the unmount
+        clean(client, ours.root)
         wait_until(lambda: not (lower[1].is_dir() and os.listdir(lower[1])), 60, "the unmount")
         kill_together(ours.daemons())
         assert stat_of(third) == "" and right(third) and right(lower[0])
