@@ -22,7 +22,7 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import all_durable, can_mount_fuse
 from tests.lab.mounted import check_mount
 from tests.lab.paths import ref_bin
-from tests.lab.process import kill_together, mounts_below, wait_until
+from tests.lab.process import kill_together, mounts_below, signal_all, wait_until
 from tests.lab.served import CASE, IMAGE, snapshotter, some_file
 from tests.lab.snapshots import PREFIX, REF, Client, clean, mounted, option, pull
 from tests.lab.stack import Snapshotter
@@ -146,7 +146,7 @@ def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
         lower = Path(option(mounts[0], "lowerdir"))
         name = some_file()
         with mounted(mounts, ours.work / "c1") as rootfs:
-            before = ours.daemons()
+            before = ours.serving()
             assert len(ours.services()) == 1
             found = "found 1 nydusd running, 0 were not"  # behind the socket: before the next stop, or never
             for times, stop in enumerate((ours.kill, ours.stop), 1):
@@ -159,7 +159,7 @@ def test_sigkill_of_the_snapshotter_changes_nothing(ours: Snapshotter) -> None:
                 new = again.prepare("default/5/c2", meta)
                 with mounted(new, ours.work / "c2") as other:
                     assert read(other / name) == read(rootfs / name)
-                assert ours.daemons() == before
+                assert ours.serving() == before
                 assert ", 1 were not" not in log_of(ours)
                 again.remove("default/5/c2")
                 again.cleanup()
@@ -201,8 +201,7 @@ def test_a_container_that_is_prepared_while_nydusd_dies_gets_its_mount(ours: Sna
         second = pull(client, case(), ours.work, IMAGE, tag="b")
         client.prepare("first", first)
         old = ours.daemons()
-        for pid in old:
-            os.kill(pid, signal.SIGSTOP)  # it has the request and does not answer
+        signal_all(old, signal.SIGSTOP)  # it has the request and does not answer
         asked = pool.submit(client.prepare, "second", second)
         time.sleep(1)
         kill_together(old)

@@ -192,6 +192,13 @@ def parent_of(pid: int) -> int:
         return 0
 
 
+def signal_all(pids: Iterable[int], number: int) -> None:
+    """To those that are there still: of a nydusd some do one thing and end."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def kill_together(pids: Sequence[int]) -> None:
     """SIGKILL to all at one moment: none of them sees another one die. Returns when they are dead."""
     lives = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from snapshotter.nydusd_api import NydusdApi
 from tests.lab import daemon
 from tests.lab.containerd import Containerd
 from tests.lab.interpose import Interposer
@@ -189,6 +190,13 @@ class Snapshotter:
         pids = self.daemons()
         parents = {pid: parent_of(pid) for pid in pids}
         return [pid for pid in pids if parents[pid] and parents[pid] not in pids]  # 0: a helper that has just ended
+
+    def serving(self) -> list[tuple[int, ...]]:
+        """Of each nydusd its keeper and its worker, as it says, and at last their first processes: `daemons` has those
+        as well that do one thing and end."""
+        infos = [NydusdApi(path).info() for path in sorted((self.root / "socket").glob("*/api.sock"))]
+        each = [(int(info.get("keeper_pid") or 0), int(info.get("worker_pid") or 0)) for info in infos]
+        return [*each, tuple(self.services())]
 
     def stop(self) -> None:
         """SIGTERM to the snapshotter alone: by design its daemons live on."""
