@@ -54,6 +54,7 @@ def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(athand, "LIFE", 1000.0)
     monkeypatch.setattr(registry, "SOON_HERE", 1000.0)
     monkeypatch.setattr(registry, "LATE_HERE", 1000.0)
+    monkeypatch.setattr(direct, "PATIENCE", 15.0)
 
 
 Scenario = Callable[["Case"], Awaitable[None]]
@@ -256,8 +257,11 @@ def test_who_waits_may_be_told_to_give_up(image: TinyImage, server: FaultyServer
         direct.PATIENCE = patience
 
 
-def test_a_registry_that_hangs_holds_few_threads(image: TinyImage, server: FaultyServer, tmp_path: Path) -> None:
+def test_a_registry_that_hangs_holds_few_threads(
+    image: TinyImage, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others are told at once to ask the loop."""
+    monkeypatch.setattr(direct, "PATIENCE", 0.5)
 
     async def scenario(case: Case) -> None:
         server.mode = "hang-headers"
@@ -303,6 +307,7 @@ def test_what_a_mirror_has_wrong_the_loop_finds_elsewhere(
     image: TinyImage, server: FaultyServer, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All its answers are so from now on: it is asked again as always, which counts against it, then the registry."""
+    monkeypatch.setattr(direct, "PATIENCE", 0.5)
     monkeypatch.setattr(athand, "PAUSE", 1000.0)
 
     async def scenario(case: Case) -> None:
@@ -428,7 +433,8 @@ def test_where_a_redirect_leads_to_is_asked_until_it_refuses(
 
 @pytest.mark.parametrize("mode", ["ok", "early-close", "wrong-bytes", "hang-body", "503"])
 def test_over_tls(image: TinyImage, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "PATIENCE", 0.5)
+    if mode == "hang-body":
+        monkeypatch.setattr(direct, "PATIENCE", 0.5)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*self_signed(tmp_path))
 

@@ -69,9 +69,9 @@ with open_bootstrap(path) as image:  # whatever first use costs
     ChunkMap.open(image, table).close()
     next(image.walk()), image.attr(image.root), image.extents(image.resolve(b"/big/file-000001"), 0, 1)
 before = anonymous()
-started = time.perf_counter()
+started = time.process_time()
 images = [open_bootstrap(path) for _ in range(2)]
-opened = time.perf_counter() - started
+opened = time.process_time() - started
 maps = [ChunkMap.open(image, table) for image in images]
 for image, chunks in zip(images, maps):
     for _, entry in image.walk():
@@ -99,12 +99,12 @@ def test_resuming_deep_in_a_directory_costs_nothing(big_image: Path) -> None:
         entries = list(image.list_dir(directory))
         assert [entry.name for entry in entries] == [b"file-%06d" % number for number in range(COUNT)]
         assert len({entry.ino for entry in entries}) == COUNT
-        started = time.perf_counter()
+        started = time.process_time()
         for number in range(0, COUNT - 1, 997):
             assert next(image.list_dir(directory, entries[number].cookie)) == entries[number + 1]
             assert image.lookup(directory, b"file-%06d" % number) == entries[number].ino
             assert image.lookup(directory, b"file-%06dx" % number) == 0
-        assert time.perf_counter() - started < 1.0  # 0.02 s; a scan from the start would take 10 s
+        assert time.process_time() - started < 1.0  # 0.02 s; a scan from the start would take 10 s
         assert list(image.list_dir(directory, entries[-1].cookie)) == []
 
 
