@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from tests.lab.process import Child, LabError, can_connect, free_port
+from tests.lab.process import Child, LabError, can_connect, free_port, wait_until
 
 # "GET /v2/lab/py/blobs/sha256:… HTTP/1.1" 206 1048576
 _ACCESS = re.compile(rb'"(?P<method>[A-Z]+) (?P<path>\S+) HTTP/[0-9.]+" (?P<status>\d{3}) (?P<bytes>\d+|-)')
+PROBE = "/v2/?probe="
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,43 @@ class Registry:
         except OSError:
             return False
 
+    def _written(self) -> None:
+        """Returns when the log has what was answered before: lines come behind their answers (on a busy machine one in
+        three was not there yet for who had the answer), and a slow disk keeps them longer. The line of a request from
+        here comes behind those that are being written, and at second sight also behind those that were not yet."""
+        if self.tls is not None or self._child is None or not self._child.alive():
+            return
+        for pause in (0.1, 0.0):
+            path = f"{PROBE}{secrets.token_hex(8)}"
+            try:
+                urllib.request.urlopen(f"{self.url}{path}", timeout=20).close()
+            except urllib.error.HTTPError:
+                pass  # it wants a token
+            except OSError:
+                return
+            wait_until(lambda path=path: path.encode() in self._end(), 20, "the registry's log")  # type: ignore[misc]
+            time.sleep(pause)
+
+    def _end(self) -> bytes:
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - (64 << 10)))
+            return log.read()
+
     def mark(self) -> int:
         """A place in the access log; give it to `since`."""
+        self._written()
         return self.log.stat().st_size if self.log.exists() else 0
 
     def since(self, mark: int = 0) -> Traffic:
         """What was asked since `mark`, without the bare `/v2/` probes of readiness checks."""
+        self._written()
         with self.log.open("rb") as log:
             log.seek(mark)
             text = log.read()
         requests = []
         for match in _ACCESS.finditer(text):
+            if match["path"].startswith(PROBE.encode()):
+                continue
             size = 0 if match["bytes"] == b"-" else int(match["bytes"])
             requests.append(Request(match["method"].decode(), match["path"].decode(), int(match["status"]), size))
         return Traffic(requests)
