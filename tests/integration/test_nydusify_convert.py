@@ -30,6 +30,7 @@ from tests.lab.httpd import Handler, body_of, reply
 from tests.lab.images import Image, ImageLayout, entry, fetch_manifest
 from tests.lab.nydusify import failed, nydusify, start_nydusify, upstream_nydusify
 from tests.lab.objects import object_server
+from tests.lab.process import wait_until
 from tests.lab.registry import Registry, find_program
 
 pytestmark = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
@@ -429,7 +430,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
             puts.append(handler.path)
             if len(puts) == 2:
                 hanging.set()
-                go.wait(30)
+                go.wait(100)
                 handler.close_connection = True
                 return True
         return False
@@ -467,13 +468,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
 
 
 def _until_stored(client: RegistryClient, repository: str) -> None:
-    import time
-
-    for _ in range(100):
-        if client.manifest_digest(repository, "c") is not None:
-            return
-        time.sleep(0.1)
-    pytest.fail("the first layer was not remembered")
+    wait_until(lambda: client.manifest_digest(repository, "c") is not None, 50, "the first layer's record")
 
 
 def test_a_registry_that_fails_midway_leaves_no_image(registry: Registry, large: Image, tmp_path: Path) -> None:

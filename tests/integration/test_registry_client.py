@@ -22,7 +22,7 @@ from tests.lab.tokens import TokenServer
 
 pytestmark = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
 
-QUICK = ClientOptions(retries=2, retry_delay=0.01, connect_timeout=5, read_timeout=10)
+QUICK = ClientOptions(retries=2, retry_delay=0.01, connect_timeout=30, read_timeout=60)
 DATA = bytes(range(256)) * 40_000
 DIGEST = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
 

@@ -23,7 +23,7 @@ from tests.lab.registry import Registry, find_program
 
 needs_registry = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
 
-QUICK = ClientOptions(retries=3, retry_delay=0.01, connect_timeout=5, read_timeout=10)
+QUICK = ClientOptions(retries=3, retry_delay=0.01, connect_timeout=30, read_timeout=60)
 DATA = bytes(range(256)) * 20_000
 DIGEST = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
 
