@@ -113,7 +113,7 @@ def nothing_stays(stack: Stack) -> None:
         return [*mounts, *map(str, [*devices, *(root / "snapshots").iterdir(), *(root / "mnt").glob("*")])]
 
     try:
-        wait_until(lambda: not left(), 20, "removal of everything")
+        wait_until(lambda: not left(), 60, "removal of everything")
     except LabError:
         pytest.fail(f"left behind: {left()}")
 

@@ -118,13 +118,13 @@ def two_pods(stack: Stack, cri: Cri, ref: str, runtime: str) -> None:
         try:
             pulled = cri.pull(ref, config, runtime=runtime)
             container, _ = cri.start(pod, config, pulled, "sh", "-c", f"echo {number} > /mine; sleep 600")
-            wait_until(lambda: cri.exec(container, "cat", "/mine")[0] == 0, 20, "the container's first write")
+            wait_until(lambda: cri.exec(container, "cat", "/mine")[0] == 0, 60, "the container's first write")
             check = "cat /marker /mine; sha256sum < /payload; cat /payload.sha256; exit 7"
             said = cri.exec(container, "sh", "-c", check)
             assert cri.stats(container).memory.working_set_bytes.value > 0
             if not runtime:  # containerd collects it once a second here, and of the default snapshotter alone
                 # (what it counted before the container's first write stays until its next round)
-                wait_until(lambda: cri.stats(container).writable_layer.inodes_used.value >= 2, 30, "statistics")
+                wait_until(lambda: cri.stats(container).writable_layer.inodes_used.value >= 2, 60, "statistics")
                 assert cri.stats(container).writable_layer.used_bytes.value > 0
             cri.stop(container)
             return said
@@ -144,14 +144,14 @@ def two_pods(stack: Stack, cri: Cri, ref: str, runtime: str) -> None:
     cri.remove_image(ref)
     assert cri.image(ref) is None
     root = stack.snapshotter.root
-    wait_until(lambda: not [one for one in mounts_below(root) if Path(one).name.isdecimal()], 20, "umount")
+    wait_until(lambda: not [one for one in mounts_below(root) if Path(one).name.isdecimal()], 60, "umount")
 
 
 def test_two_pods_of_one_image_at_once(clients: Clients) -> None:
     two_pods(clients.stack, clients.cri, clients.ref, clients.runtime)
     # by whichever of its names containerd has first: with the tag or with the digest
     named = re.compile(rf"is of image {re.escape(clients.ref.rpartition(':')[0])}[:@]")
-    wait_until(lambda: any(map(named.search, clients.stack.snapshotter.log_lines())), 20, "the image's name")
+    wait_until(lambda: any(map(named.search, clients.stack.snapshotter.log_lines())), 60, "the image's name")
 
 
 def test_snippet_of_1_7_in_2_x() -> None:
@@ -211,7 +211,7 @@ def test_compose(clients: Clients, nerdctl: Path) -> None:
     def said() -> list[str]:
         return containerd.nerdctl(nerdctl, *compose, "logs", "--no-color", "--no-log-prefix").stdout.split()
 
-    wait_until(lambda: len(said()) == 20, 30, "five services' output")
+    wait_until(lambda: len(said()) == 20, 60, "five services' output")
     words = said()
     assert words.count("hello") == 5
     assert len({word for word in words if len(word) == 64}) == 1

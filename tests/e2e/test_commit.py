@@ -166,9 +166,9 @@ def test_the_container_runs_on_whatever_ends_the_commit(stack: Stack, tmp_path: 
         argv = commit_argv(stack, name, f"{stack.host}/lab/never:1", "--with-path", "/data")
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            wait_until(lambda: status(stack, name) == "PAUSED", 30, "the pause")
+            wait_until(lambda: status(stack, name) == "PAUSED", 60, "the pause")
             os.kill(process.pid, end)
-            wait_until(lambda: status(stack, name) == "RUNNING", 30, "the container to go on")
+            wait_until(lambda: status(stack, name) == "RUNNING", 60, "the container to go on")
         finally:
             process.kill()
             process.wait(30)

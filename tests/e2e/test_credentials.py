@@ -183,7 +183,7 @@ def test_what_a_kubelet_sends_is_what_reads_use(node: Node) -> None:
                         raise
                 return bool(done)
 
-            wait_until(runs, 20, "containerd, to ask the snapshotter again")
+            wait_until(runs, 60, "containerd, to ask the snapshotter again")
             ((code, text),) = done
             assert (code, text.split()[0]) == (0, text.split()[2])
         finally:
@@ -208,7 +208,7 @@ def test_a_plugins_credentials_are_renewed_in_running_images(node: Node) -> None
         node.answer_plugin(tokens.password)
         log = stack.snapshotter.root / "logs" / "nydus-snapshotter.log"
         said = f"credentials of image {ref} renewed from kubelet"
-        wait_until(lambda: said in log.read_text(), 30, "the renewal")
+        wait_until(lambda: said in log.read_text(), 60, "the renewal")
         tokens.granted.clear()
         (payload,) = (
             path / "payload"
@@ -236,7 +236,7 @@ def test_a_clusters_secrets(node: Node) -> None:
     assert "secrets has a key for this image" in json.dumps(node.explain(ref))
     auth = base64.b64encode(f"{tokens.user}:{tokens.password}".encode()).decode()
     node.cluster.put("team", "pull", {f"{stack.host}/team/kube": {"auth": auth}})
-    wait_until(lambda: node.explain(ref)["source"] == "kubernetes", 20, "the watch")
+    wait_until(lambda: node.explain(ref)["source"] == "kubernetes", 60, "the watch")
     sums = node.read(ref, "sha256sum < /payload; cat /payload.sha256").split()
     assert sums[0] == sums[2]
     told = subprocess.run(
@@ -253,12 +253,15 @@ def test_secrets_lie_in_private_files_alone(node: Node) -> None:
     """After all of the above: not in the database, logs or command lines; where they are, only root can read."""
     root, password = node.stack.snapshotter.root, node.tokens.password.encode()
     basic = base64.b64encode(f"{node.tokens.user}:".encode() + password)
-    for path in root.rglob("*"):
-        if path.is_file() and not path.is_relative_to(root / "mnt") and not path.is_relative_to(root / "cache"):
-            data = path.read_bytes()
-            if password in data or basic in data:
-                assert oct(path.stat().st_mode)[-3:] == "600", path
-                assert path.suffix == ".json", path
+    for folder, folders, names in os.walk(root):  # programs work in it: what goes meanwhile is passed over
+        if Path(folder) == root:
+            folders[:] = set(folders) - {"mnt", "cache"}
+        for path in (Path(folder, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                data = path.read_bytes() if path.is_file() else b""
+                if password in data or basic in data:
+                    assert oct(path.stat().st_mode)[-3:] == "600", path
+                    assert path.suffix == ".json", path
     for log in (node.stack.snapshotter.log, node.stack.containerd.log):
         assert password not in log.read_bytes()
     for pid in (node.stack.snapshotter.pid, *node.stack.snapshotter.daemons()):
@@ -288,7 +291,7 @@ def test_a_runtime_that_is_not_there(node: Node) -> None:
                 return False
             return True
 
-        wait_until(answers, 30, "the runtime")
+        wait_until(answers, 60, "the runtime")
     finally:
         if moved.exists():
             shutil.move(moved, socket)

@@ -212,7 +212,7 @@ def everything_killed(lab: Lab) -> Iterator[dict[str, Any]]:
         yield {}
     finally:
         lab.stack.snapshotter.start()
-        wait_until(lambda: any(lab.root.glob("mnt/*/marker")), 30, "the image mounted again")
+        wait_until(lambda: any(lab.root.glob("mnt/*/marker")), 60, "the image mounted again")
 
 
 @contextlib.contextmanager
@@ -243,7 +243,7 @@ def reads_hang(lab: Lab) -> Iterator[dict[str, Any]]:
     services.HUNG_SECONDS, remote.SECONDS = 0.5, 1.0
     try:
         socket_path = Path(lab.call("GET", "/api/v1/daemons")[1][0]["api_socket"])
-        wait_until(lambda: bool(NydusdApi(socket_path).metrics("inflight")), 30, "a read that waits")
+        wait_until(lambda: bool(NydusdApi(socket_path).metrics("inflight")), 60, "a read that waits")
         time.sleep(1.6)  # inflight says when by whole seconds
         yield {}
     finally:

@@ -46,12 +46,12 @@ def test_containers_live_on_when_every_nydusd_was_killed(stack: Stack) -> None:
     ref, ctr = f"{stack.host}/lab/small:nydus", stack.containerd.ctr
     stack.rpull(ref)
     stack.ctr_run(ref, "sh", "-c", "sleep 0; sha256sum < /marker; cat /marker")
-    wait_until(lambda: len(erofs_mounts(stack)) == 1, 30, "the kernel's mount, which the first start does not wait for")
+    wait_until(lambda: len(erofs_mounts(stack)) == 1, 60, "the kernel's mount, which the first start does not wait for")
     ctr("run", "-d", "--net-host", "--snapshotter", "nydus", ref, "lives", "sleep", "600")
     try:
         before = stack.snapshotter.daemons()
         kill_together(before)
-        wait_until(lambda: len(erofs_mounts(stack)) == 1 and bool(stack.snapshotter.services()), 30, "the next nydusd")
+        wait_until(lambda: len(erofs_mounts(stack)) == 1 and bool(stack.snapshotter.services()), 60, "the next nydusd")
 
         def right() -> bool:
             command = ("sh", "-c", "sha256sum < /payload; cat /payload.sha256")
@@ -59,9 +59,9 @@ def test_containers_live_on_when_every_nydusd_was_killed(stack: Stack) -> None:
             words = done.stdout.split()
             return len(words) > 2 and words[0] == words[2]
 
-        wait_until(right, 30, "the container's data")
+        wait_until(right, 60, "the container's data")
     finally:
         ctr("tasks", "kill", "-s", "KILL", "lives", check=False)
-        wait_until(lambda: "RUNNING" not in ctr("tasks", "ls").stdout, 20, "the end of the container")
+        wait_until(lambda: "RUNNING" not in ctr("tasks", "ls").stdout, 60, "the end of the container")
         ctr("tasks", "rm", "lives", check=False)
         ctr("containers", "rm", "lives", check=False)

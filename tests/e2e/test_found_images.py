@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,7 +343,7 @@ def test_tarfs(pods: Pods) -> None:
     assert "does not name its directory tmp" in log_of(pods)
     for tag in ("named", "oci"):
         pods.cri.remove_image(f"{stack.host}/lab/tarfs:{tag}")
-    wait_until(lambda: mounts() == [], 20, "the unmount")
+    wait_until(lambda: mounts() == [], 60, "the unmount")
 
 
 @no_nydusd
@@ -401,7 +402,7 @@ def test_tarfs_as_block_devices_for_virtual_machines(pods: Pods, mode: str) -> N
             assert client.stat(top).labels[PREFIX + "nydus-image-block"] == label
         client.remove(f"k8s.io/1/{mode}")
     pods.cri.remove_image(f"{stack.host}/lab/disks:{mode}")
-    wait_until(lambda: not served.exists(), 20, "the unmount")
+    wait_until(lambda: not served.exists(), 60, "the unmount")
 
 
 def restart(pods: Pods, *arguments: str) -> None:
@@ -414,8 +415,15 @@ def restart(pods: Pods, *arguments: str) -> None:
 def connected(pods: Pods) -> None:
     """containerd goes on to think for up to 3 s that a snapshotter that was restarted is away."""
     ctr, probe = pods.stack.containerd.ctr, ("snapshots", "--snapshotter", "nydus")
-    wait_until(lambda: ctr(*probe, "prepare", "probe", check=False).returncode == 0, 20, "containerd's connection")
-    ctr(*probe, "rm", "probe")
+    keys: list[str] = []
+
+    def prepared() -> bool:
+        keys.append(f"probe-{time.monotonic_ns()}")  # one that failed may be there all the same
+        return ctr(*probe, "prepare", keys[-1], check=False).returncode == 0
+
+    wait_until(prepared, 60, "containerd's connection")
+    for key in keys:
+        ctr(*probe, "rm", key, check=key == keys[-1])
 
 
 @nodes(NODES[0])  # about what is mounted, not how

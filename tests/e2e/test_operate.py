@@ -104,7 +104,7 @@ def test_all_processes_of_nydusd_share_a_memory_limit(lab: Lab) -> None:
 
 def test_stacks_of_the_snapshotter_by_signal(lab: Lab) -> None:
     os.kill(lab.stack.snapshotter.pid, signal.SIGUSR1)
-    wait_until(lambda: "most recent call first" in lab.stack.snapshotter.log.read_text(), 30, "stacks on stderr")
+    wait_until(lambda: "most recent call first" in lab.stack.snapshotter.log.read_text(), 60, "stacks on stderr")
     assert lab.call("GET", "/api/v1/log")[0] == 200
 
 
@@ -163,6 +163,7 @@ def test_reads_that_hang_are_counted_as_long_as_they_do(lab: Lab) -> None:
     assert (hung(lab), api.metrics("inflight")) == (0, None)
     servers = [one._child.pid for one in (lab.stack.registry, lab.stack.mirror) if one._child is not None]
     code = "import os,sys; print(len(os.pread(os.open(sys.argv[1], 0), 4096, int(sys.argv[2]))))"
+    began = time.time()
     for pid in servers:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -171,11 +172,18 @@ def test_reads_that_hang_are_counted_as_long_as_they_do(lab: Lab) -> None:
                              stdout=subprocess.PIPE, text=True)
             for at in (3, 6)
         ]  # fmt: skip
-        wait_until(lambda: hung(lab) >= 2, 30, "the metric to count two reads")
-        reported = api.metrics("inflight")
+        wait_until(lambda: hung(lab) >= 2, 60, "the metric to count two reads")
+        reported: list[dict[str, Any]] = []
+
+        def all_hang() -> bool:
+            """One of the readers, or what the kernel reads ahead, may have come later."""
+            reported[:] = api.metrics("inflight")
+            return all(time.time() - one["timestamp_secs"] >= 1 for one in reported)
+
+        wait_until(all_hang, 30, "reads that hang for a second")
         assert len({one["unique"] for one in reported}) == len(reported) >= 2
         assert {one["opcode"] for one in reported} == {15}
-        assert all(1 <= time.time() - one["timestamp_secs"] < 60 for one in reported)
+        assert all(began < one["timestamp_secs"] + 1 for one in reported)
         readers[0].kill()  # what the kernel reads ahead for it goes on waiting
         readers[0].communicate(timeout=30)
     finally:
@@ -200,7 +208,7 @@ def test_metrics_have_upstreams_names_and_true_values(lab: Lab) -> None:
             and total(families.get("snapshotter_cache_usage_kilobytes")) > 8 << 10
         )
 
-    wait_until(collected, 30, "the figures of what was read")
+    wait_until(collected, 60, "the figures of what was read")
     # the parser of today takes `_total` off the names of counters
     missing = [name for name in UPSTREAM if name not in families and name.removesuffix("_total") not in families]
     assert missing == []
@@ -243,7 +251,7 @@ def test_explain_a_lazy_container(lab: Lab) -> None:
         found = explained(lab, "explained")
     finally:
         stack.containerd.ctr("tasks", "kill", "-s", "KILL", "explained")
-        wait_until(lambda: "STOPPED" in stack.containerd.ctr("tasks", "ls").stdout, 20, "the container to end")
+        wait_until(lambda: "STOPPED" in stack.containerd.ctr("tasks", "ls").stdout, 60, "the container to end")
         stack.containerd.ctr("tasks", "rm", "explained")
         stack.containerd.ctr("containers", "rm", "explained")
     assert (found["kind"], found["image"], found["lazy"]) == ("container", lab.ref, True)

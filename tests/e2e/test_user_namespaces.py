@@ -57,7 +57,7 @@ def test_root_of_the_container_owns_its_files(stack: Stack, form: str) -> None:
     assert not (upper.parent / "payload").exists() and not (upper.parent / "marker").exists()
     ctr("containers", "rm", name)
     ctr("content", "prune", "references", check=False)
-    wait_until(lambda: not upper.exists(), 30, "the removal of the container's snapshot")
+    wait_until(lambda: not upper.exists(), 60, "the removal of the container's snapshot")
     no_mapping_is_left(stack)
     assert stack.ctr_run(ref, "cat", "/marker").strip() == "hello"
 
@@ -96,7 +96,7 @@ def test_commit_names_owners_as_the_container_does(stack: Stack) -> None:
     ctr("run", "-d", *options, ref, name, "sh", "-c", "echo changed >/marker; mkdir /made; sleep 600")
     try:
         upper = stack.snapshotter.root / "snapshots"
-        wait_until(lambda: bool(list(upper.glob("*/fs/made"))), 20, "what the container does")
+        wait_until(lambda: bool(list(upper.glob("*/fs/made"))), 60, "what the container does")
         commit(stack, name, target)
     finally:
         ctr("tasks", "rm", "-f", name)
@@ -110,5 +110,5 @@ def test_commit_names_owners_as_the_container_does(stack: Stack) -> None:
 
 def no_mapping_is_left(stack: Stack) -> None:
     root = stack.snapshotter.root
-    wait_until(lambda: not [path for path in mounts_below(root) if "-userns-" in path], 30, "the unmount")
-    wait_until(lambda: not [*root.glob("mnt/*-userns-*"), *root.glob("idmapped/*")], 20, "the unmount")
+    wait_until(lambda: not [path for path in mounts_below(root) if "-userns-" in path], 60, "the unmount")
+    wait_until(lambda: not [*root.glob("mnt/*-userns-*"), *root.glob("idmapped/*")], 60, "the unmount")
