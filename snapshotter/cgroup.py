@@ -51,23 +51,27 @@ class MemoryGroup:
 
     def __init__(self, limit: int, root: Path = ROOT) -> None:
         self.path: Path | None = None
-        second = (root / "cgroup.controllers").exists()
-        path = root / NAME if second else root / "memory" / NAME
+        self._limit, self._root = limit, root
+        self._second = (root / "cgroup.controllers").exists()
+        path = root / NAME if self._second else root / "memory" / NAME
         try:
-            if second:
-                _delegate(root, path)
-            elif not (root / "memory").is_dir():
-                raise FileNotFoundError(f"{root}/memory does not exist")
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            if second:
-                (path / "memory.max").write_text(str(limit) if limit else "max")
-            else:
-                (path / "memory.limit_in_bytes").write_text(str(limit or -1))
+            self._make(path)
         except OSError as error:
             log.warning("cgroup %s: %s: nydusd runs without a memory limit", path, error.strerror or error)
             return
         self.path = path
         log.info("nydusd runs in %s, limited to %s", path, f"{limit} bytes" if limit else "nothing")
+
+    def _make(self, path: Path) -> None:
+        if self._second:
+            _delegate(self._root, path)
+        elif not (self._root / "memory").is_dir():
+            raise FileNotFoundError(f"{self._root}/memory does not exist")
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if self._second:
+            (path / "memory.max").write_text(str(self._limit) if self._limit else "max")
+        else:
+            (path / "memory.limit_in_bytes").write_text(str(self._limit or -1))
 
     def add(self, pids: Iterable[int]) -> None:
         """Moves processes there; their later children are born in it."""
@@ -75,7 +79,11 @@ class MemoryGroup:
             return
         for pid in pids:
             try:
-                (self.path / "cgroup.procs").write_text(str(pid))
+                try:
+                    (self.path / "cgroup.procs").write_text(str(pid))
+                except FileNotFoundError:  # as long as nobody is in it others may remove it
+                    self._make(self.path)
+                    (self.path / "cgroup.procs").write_text(str(pid))
             except ProcessLookupError:
                 pass
             except OSError as error:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -160,6 +161,17 @@ def test_memory_limits_that_are_none() -> None:
     for text in ("0", "-1", "many", "0%", "101%", "x%", "200 MiBs"):
         with pytest.raises(SettingsError, match=r"cgroup\.memory_limit"):
             cgroup.parse_limit(text)
+
+
+def test_a_group_that_was_removed_while_it_was_empty_is_made_again(tmp_path: Path) -> None:
+    """By another snapshotter of this machine that ended, before this one has its first nydusd."""
+    (tmp_path / "memory").mkdir()
+    made = cgroup.MemoryGroup(200 << 20, tmp_path)
+    assert made.path is not None
+    shutil.rmtree(made.path.parent)
+    made.add([7])
+    files = {path.name: path.read_text() for path in made.path.iterdir()}
+    assert files == {"memory.limit_in_bytes": str(200 << 20), "cgroup.procs": "7"}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("10s", 10), ("24h", 86400), ("1h30m", 5400), ("500ms", 0.5), ("0", 0)])
