@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import secrets
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +108,7 @@ class Containerd:
         beside = found.with_name("ctr")
         self.ctr_binary = beside if beside.exists() else Path(shutil.which("ctr") or "ctr")
         self._child: Child | None = None
+        self._others = -1
 
     def start(self) -> Containerd:
         """Starts it; a proxy snapshotter must already answer: containerd backs off up to 3 s from one that does not."""
@@ -119,6 +123,9 @@ class Containerd:
         config.write_text(self._config())
         path = f"{self.binary.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         env = {"PATH": path, "HOME": str(self.work), "DOCKER_CONFIG": str(self.work), **(self.env or {})}
+        if self._others < 0:  # else it was started before
+            self._others = os.open("/run", os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._others, fcntl.LOCK_SH)
         self._child = Child("containerd", [self.binary, "-c", config], self.log, env=env)
         self._child.wait_ready(lambda: self.ctr("version", check=False).returncode == 0)
         return self
@@ -298,13 +305,19 @@ class Containerd:
             for base in ("/run/containerd/runc", "/run/containerd/fifo"):
                 if space != "default" and space != "k8s.io":
                     shutil.rmtree(f"{base}/{space}", ignore_errors=True)
-        if not Path("/run/containerd/containerd.sock").exists():
-            # Made for our shims; a system containerd keeps its own here.
-            for name in ("s", "fifo", "runc/k8s.io", "runc/default", "runc", ""):
-                try:
-                    Path("/run/containerd", name).rmdir()
-                except OSError:
-                    pass
+        try:
+            # Another instance may have made one of these this moment, for what it is about to put there.
+            fcntl.flock(self._others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not Path("/run/containerd/containerd.sock").exists():
+                # Made for our shims; a system containerd keeps its own here.
+                for name in ("s", "fifo", "runc/k8s.io", "runc/default", "runc", ""):
+                    with suppress(OSError):
+                        Path("/run/containerd", name).rmdir()
+        except BlockingIOError:
+            pass  # the last one removes them
+        finally:
+            os.close(self._others)
+            self._others = -1
         self._child = None
 
     def __enter__(self) -> Containerd:
