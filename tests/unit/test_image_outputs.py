@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.lab.process import wait_until
 from tests.lab.tiny import TinyImage, noise, tiny_image
 from tests.unit.test_build_tar import member, pack
 
@@ -82,6 +82,13 @@ def test_a_result_on_a_full_disk_names_its_file(command: str, image: TinyImage, 
     assert done.stderr.decode().endswith(" /dev/full: No space left on device\n")
 
 
+def at_rest(pid: int) -> str:
+    """How often it gave up the processor, where it sleeps: one that is kept from running does not. "" otherwise."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    asleep = any(line.startswith("State:\tS") for line in lines)
+    return " ".join(line for line in lines if "ctxt_switches" in line) if asleep else ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -94,13 +101,19 @@ def test_a_signal_leaves_nothing_half_written(number: signal.Signals, tmp_path: 
     try:
         with open(tmp_path / "layer", "wb", buffering=0) as layer:
             layer.write(pack(member("f", noise(6_000_000)))[:5_000_000])
-            left, until = array.array("i", [1]), time.monotonic() + 30
-            while left[0] and time.monotonic() < until:
+            left, before = array.array("i", [1]), ""
+
+            def waits() -> bool:
+                """A signal between two reads would wait for the end of the second."""
+                nonlocal before
                 fcntl.ioctl(layer, termios.FIONREAD, left)
-                time.sleep(0.2)  # a signal between two reads would wait for the end of the second
+                last, before = before, at_rest(build.pid) if not left[0] else ""
+                return bool(before) and before == last
+
+            wait_until(waits, 60, "a build that waits for more", lambda: build.poll() is None, longest_pause=0.5)
             assert (out / "blob").exists()
             build.send_signal(number)
-            text = build.communicate(timeout=30)[1].decode()
+            text = build.communicate(timeout=60)[1].decode()
     finally:
         build.kill()
         build.wait()
