@@ -32,7 +32,7 @@ ADOPT_SECONDS = 30.0
 START_SECONDS = 30.0  # normal: 0.03 s upstream's, 0.5 s ours on a busy machine
 LONGEST_PAUSE = 0.03  # seconds between two looks at one that starts: containers wait for it
 STOP_SECONDS = 10.0
-DEATH_SECONDS = 0.5  # between the end of its connections and its own
+DEATH_SECONDS = 5.0  # between the end of its connections and its own, or the answer of its next worker
 KEEPER_SECONDS = 3.0  # for a worker to start a new keeper
 # Others may be starting this nydusd or mounting with it, each bounded; who waits longer is told to try again.
 LOCK_SECONDS = 60.0
@@ -120,9 +120,22 @@ class Daemon:
         return self._alive and not (life is not None and life.ended())
 
     def died(self) -> bool:
-        """Whether one that did not answer has ended; its connections end a moment before."""
-        life = self._life
-        return life is not None and life.ended(DEATH_SECONDS)
+        """Whether one that did not answer has ended."""
+        return self._life is not None and self._life.ended()
+
+    def back(self) -> bool:
+        """Behind a connection that broke off: whether it has ended, or answers again, which is another worker. Its
+        connections end before it does, by seconds where a thread of it waits for a disk."""
+        deadline = time.monotonic() + DEATH_SECONDS
+        while not self.died():
+            try:
+                self.api.info(timeout=DEATH_SECONDS)
+                return True
+            except SnapshotterError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.02)
+        return True
 
     @property
     def record(self) -> DaemonRecord:

@@ -40,7 +40,11 @@ class ApiError(SnapshotterError):
 
 
 class ApiUnreachable(Unavailable):
-    """Nobody answers on the socket."""
+    """Nobody answers on the socket. `hung`: somebody is there, and says nothing."""
+
+    def __init__(self, message: str, *, hung: bool = False) -> None:
+        super().__init__(message)
+        self.hung = hung
 
 
 def _mount(bootstrap: Path, config: str, prefetch: Sequence[str] = ()) -> dict[str, Any]:
@@ -147,7 +151,8 @@ class NydusdApi:
             response = connection.getresponse()
             text = response.read(MAX_REPLY)
         except (OSError, http.client.HTTPException) as error:
-            raise ApiUnreachable(f"{what}: {error or type(error).__name__}") from None
+            hung = isinstance(error, TimeoutError)
+            raise ApiUnreachable(f"{what}: {error or type(error).__name__}", hung=hung) from None
         finally:
             connection.close()
         if response.status == 204 or (response.status == 200 and not text):

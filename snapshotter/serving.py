@@ -222,9 +222,9 @@ class Serving:
                 later = later and self._settings.template.fs_driver != "fuse"
                 try:
                     mount(daemon.api, Wanted(record, config, prefetch), later=later)
-                except ApiUnreachable:
+                except ApiUnreachable as error:
                     # its watcher, who would say so, waits for the lock that is held here
-                    if attempt == 2 or not daemon.died():
+                    if attempt == 2 or not (daemon.died() if error.hung else daemon.back()):
                         raise
                     continue
                 self._serving.add(record.name)

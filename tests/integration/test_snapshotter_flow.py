@@ -210,6 +210,23 @@ def test_a_container_that_is_prepared_while_nydusd_dies_gets_its_mount(ours: Sna
         assert not set(ours.daemons()) & set(old)
 
 
+@nydusds(*OURS)
+def test_containers_that_are_prepared_while_a_worker_dies_get_their_mounts(ours: Snapshotter) -> None:
+    """The keeper has another one at once, which knows nothing of a request that the last one had begun."""
+    with Client(ours.socket) as client, ThreadPoolExecutor(1) as pool:
+        images = [pull(client, case(), ours.work, IMAGE, tag=f"t{number}") for number in range(12)]
+        client.prepare("first", images.pop())
+        for number, image in enumerate(images):
+            before = ours.serving()
+            asked = pool.submit(client.prepare, f"c{number}", image)
+            time.sleep(0.003 * number)
+            os.kill(before[0][1], signal.SIGKILL)
+            root = Path(option(asked.result(60)[0], "lowerdir"))
+            assert read(root / some_file())
+            wait_until(lambda before=before: ours.serving()[0][1] != before[0][1], 60, "the next worker")  # type: ignore[misc]
+            assert ours.serving()[0][0] == before[0][0]
+
+
 def served(roots: list[Path]) -> bool:
     """Files read before are in the page cache, also of a dead mount: statfs always asks the daemon. An EROFS mount has
     none to ask; what it lies on has."""
