@@ -44,9 +44,11 @@ class Learner:
 
     async def run(self) -> None:
         """Until the run is over or this is cancelled; what was learned is saved either way."""
-        profile = await trio.to_thread.run_sync(self._store.load, self._name)
+        # first: readers do not wait for a slow disk, and who reads before it is here says which command this is
         recorder = self._reader.recorder = Recorder()
+        profile: Profile | None = None
         try:
+            profile = await trio.to_thread.run_sync(self._store.load, self._name)
             async with trio.open_nursery() as nursery:
                 if profile is not None and profile.all.segments:
                     nursery.start_soon(self._follow, recorder, profile, nursery)

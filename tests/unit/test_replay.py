@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from nydusfs.command import command_of
 from nydusfs.courtesy import UNKNOWN_WINDOW, Courtesy, ReplayPace
 from nydusfs.learning import FIRST_REQUESTS, MERGE, REQUESTS, Learner
 from nydusfs.profile import Course, Profile, Recorder
@@ -100,6 +103,36 @@ def replay(node: Node, numbers: list[int], *, reads: bool = True) -> float:
 
     trio.run(start, clock=trio.testing.MockClock(autojump_threshold=0))
     return seconds
+
+
+def test_what_is_read_while_the_profile_is_loaded_counts() -> None:
+    """A disk may take longer for it than a container for its start. Nothing else tells which command runs."""
+    node, mine = Node([1000] * 4), command_of(os.getpid())
+    go, saved = threading.Event(), list[Profile]()
+    commands = {name: Course(1, {("b", number): 1.0 for number in numbers}) for name, numbers in
+                ((mine, (0, 1, 2)), ("another", (0, 3)))}  # fmt: skip
+    known = Profile(Course(1, {("b", number): 1.0 for number in range(4)}), commands)
+
+    def load(name: str) -> Profile:
+        assert go.wait(30)
+        return known
+
+    async def start() -> None:
+        store: Any = SimpleNamespace(load=load, save=lambda name, profile: saved.append(profile))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Learner(node, node, store).run)  # type: ignore[arg-type]
+            await trio.testing.wait_all_tasks_blocked()
+            recorder: Any = node.recorder
+            recorder.command.seen(os.getpid())
+            recorder.note(5, [node.segments[0]])
+            go.set()
+            with trio.fail_after(30):
+                while node.here.keys() != {0, 1, 2}:  # noqa: ASYNC110 - the node tells nobody
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    trio.run(start)
+    assert saved[-1].commands[mine].runs == 2
 
 
 @pytest.mark.parametrize("seed", range(4))
