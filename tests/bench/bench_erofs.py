@@ -204,6 +204,8 @@ def main() -> None:
             for _ in range(0 if options.incomplete else options.rounds):
                 sides.setdefault("ext4", []).append(measure(trees["large"], trees["small"]))
                 sides.setdefault("plain erofs", []).append(measure(plain["large"], plain["small"]))
+                drop_caches()  # the kernel tells nydusd which inodes of the FUSE mount it forgets
+                time.sleep(1)
                 before = sum(map(cpu_seconds, pids))
                 ours = measure(daemon.mnt / "erofs-large", daemon.mnt / "erofs-small")
                 spent += sum(map(cpu_seconds, pids)) - before

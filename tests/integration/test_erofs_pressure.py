@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from nydusfs.drivers.erofs.metadata import MAX_IMAGES
 from nydusfs.segments import SEGMENT_SIZE
 from tests.integration.test_erofs import ON, bound, digests, marked_devices, read_all, registry_config
 from tests.lab.cgroups import Group, no_groups
@@ -355,3 +356,27 @@ def test_hundreds_of_mounts_share_one_group_and_leave_nothing(tmp_path: Path) ->
             assert running.umount(f"/{number}").status == 204
         assert marked_devices(work) == []
         assert os.listdir(running.mnt) == []
+
+
+def test_more_images_than_are_kept_and_the_death_of_their_worker(tmp_path: Path) -> None:
+    """What an old mount's devices are is still known when many images came after it: others let go of theirs."""
+    files = {f"f{n}": noise(SEGMENT_SIZE, n) for n in range(2)}
+    images = []
+    for number in range(MAX_IMAGES + 4):
+        (tmp_path / f"i{number}").mkdir()
+        images.append(tiny_image(tmp_path / f"i{number}", {**files, f"only-in-{number}": b""}))
+    first, work = images[0], tmp_path / "cache"
+    assert {image.blob_id for image in images} == {first.blob_id}, "they share their devices"
+    with faulty_server({first.blob_id: first.blob}) as server, Nydusd(*ON) as running:
+        config = registry_config(server, work)
+        for number, image in enumerate(images):
+            assert running.mount(f"/{number}", image.bootstrap, config).status == 204
+        worker = running.worker_pid
+        kill_together([worker])
+        wait_until(lambda: running.running() and running.worker_pid != worker, 60, "the next worker")
+        for number in range(1, len(images)):
+            assert running.umount(f"/{number}").status == 204
+        assert marked_devices(work), "the devices of the mount that stays"
+        assert read_all(running.mnt / "0") == digests(first)
+        assert running.umount("/0").status == 204
+        assert marked_devices(work) == []

@@ -41,6 +41,7 @@ from nydusfs.drivers.erofs.driver import ErofsDriver
 from nydusfs.drivers.erofs.filemap import FileMap
 from nydusfs.drivers.erofs.filling import ErofsImage as MountedImage
 from nydusfs.drivers.erofs.image import (
+    PARTIAL,
     DeviceFile,
     fingerprint,
     is_scattered,
@@ -51,6 +52,7 @@ from nydusfs.drivers.erofs.image import (
     write_image,
 )
 from nydusfs.drivers.erofs.journal import ENTRIES, MAX_THREADS, Journal
+from nydusfs.drivers.erofs.metadata import MAX_IMAGES, prune
 from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.volume import ImageVolume
 from nydusfs.image_reader import ImageReader
@@ -583,3 +585,16 @@ def test_journal_outlives_its_writer(tmp_path: Path) -> None:
         Journal(other)
     os.close(other)
     os.close(fd)
+
+
+def test_metadata_images_make_room_by_their_last_use_and_those_of_mounts_stay(tmp_path: Path) -> None:
+    names = [f"{number:064x}" for number in range(MAX_IMAGES + 3)]
+    for when, name in enumerate(names):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (when, when))
+    old, new = (tmp_path / f"{PARTIAL}{name}" for name in ("old", "new"))
+    new.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    prune(tmp_path, lambda: {names[1]})
+    assert {path.name for path in tmp_path.iterdir()} == {names[1], *names[3:], new.name}

@@ -32,7 +32,7 @@ from nydusfs.drivers.erofs.filling import ErofsImage
 from nydusfs.drivers.erofs.image import DeviceFile, UnsuitableError, most_devices
 from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.erofs.maker import Making
-from nydusfs.drivers.erofs.metadata import MetadataImage, check_suitable
+from nydusfs.drivers.erofs.metadata import MetadataImage, check_suitable, prune
 from nydusfs.drivers.erofs.prepared import PreparedMount
 from nydusfs.drivers.erofs.settling import Settling
 from nydusfs.drivers.fuse import InFlightInfo
@@ -220,6 +220,7 @@ class ErofsDriver:
             metadata = await MetadataImage.of(reader, devices.images, xattrs=xattrs)
             async with self._making:
                 await metadata.made_apart(self._jobs, _no_hurry, patient=True)
+                await self._prune(devices)
         except (NydusError, RafsError, OSError) as error:
             log.debug("image %s is not made ready for erofs: %s", reader.name, error)
 
@@ -368,6 +369,7 @@ class ErofsDriver:
             files = files if files is not None else await metadata.made_here()
             written = time.monotonic() - began
             await self._open_all(prepared, store, files)
+            self._nursery.start_soon(self._prune, devices)
             await _in_thread(lambda: prepared.make(self._tree(store, devices), self._group))
             log.info(
                 "image %s: %d devices for erofs: %.3f s for the metadata image, %.3f for files, %.3f for the mount",
@@ -378,6 +380,15 @@ class ErofsDriver:
             with trio.CancelScope(shield=True):
                 await _in_thread(lambda: self._clean(prepared))
             raise
+
+    async def _prune(self, devices: DeviceFiles) -> None:
+        """Metadata images that no mount uses."""
+        mounts: list[ErofsImage | PreparedMount] = [*self._images.values(), *self._prepared.values()]
+        users = [one for one in mounts if one.devices is devices]
+        try:
+            await _in_thread(lambda: prune(devices.images, lambda: set().union(*(one.image_names() for one in users))))
+        except (OSError, ValueError) as error:  # one was unmounted meanwhile, and its bootstrap closed
+            log.debug("metadata images in %s are not looked through: %s", devices.images, error)
 
     async def _open_all(self, prepared: PreparedMount, store: CacheStore, files: list[DeviceFile]) -> None:
         await self._need_group()

@@ -87,6 +87,12 @@ class ErofsImage:
                     break
         return self.files
 
+    def image_names(self) -> set[str]:
+        """Of its metadata image in the cache; both that it may have while that is not known. For a thread. Raises
+        ValueError once the image is closed."""
+        marks = [self.mark] if self.mark else [fingerprint(self.reader.bootstrap, xattrs) for xattrs in (True, False)]
+        return {mark.hex() for mark in marks}
+
     def direct_now(self) -> bool:
         """Whether devices are better read past their page cache now: nothing was written to them for a while. What is
         not on the disk yet would be written out before each read."""

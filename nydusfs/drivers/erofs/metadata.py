@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -55,7 +56,7 @@ class MetadataImage:
         `made_here` can tell. `listed` is given the devices while the rest is made, and they may prove wrong. `patient`:
         that process lets everybody else go first. Raises `UnsuitableError`."""
         path, mark, enable = self.path, self.mark, self._reader.config.enable_xattr
-        files = await trio.to_thread.run_sync(open_image, path, mark)
+        files = await trio.to_thread.run_sync(_open_used, path, mark)
         if files is not None:
             return files
         making = making or await trio.to_thread.run_sync(
@@ -66,7 +67,6 @@ class MetadataImage:
         if making is not None:
             with closing(making):
                 files = await making.finish(path, mark, listed)
-        await trio.to_thread.run_sync(_prune, path.parent)
         return files
 
     async def made_here(self) -> list[DeviceFile]:
@@ -90,10 +90,31 @@ def check_suitable(reader: ImageReader) -> None:
         raise UnsuitableError(f"its metadata of {len(reader.bootstrap.data) >> 20} MiB is more than 1024")
 
 
-def _prune(folder: Path) -> None:
-    """Images used longest ago make room; a mount keeps its own open. Also what an image was to become when its writer
-    was killed."""
-    images = sorted((path.stat().st_mtime, path) for path in folder.iterdir())
-    for at, (when, path) in enumerate(images):
-        if at < len(images) - MAX_IMAGES or (path.name.startswith(PARTIAL) and when < time.time() - ABANDONED):
+def _open_used(path: Path, mark: bytes) -> list[DeviceFile] | None:
+    files = open_image(path, mark)
+    if files is not None:
+        try:
+            os.utime(path)
+        except OSError:
+            pass  # `prune` takes it for older than it is
+    return files
+
+
+def prune(folder: Path, used: Callable[[], set[str]]) -> None:
+    """Images used longest ago make room, but none of those `used` by mounts, of which a next worker must know what
+    devices they have. Also what an image was to become when its writer was killed."""
+    found: list[tuple[float, str]] = []
+    for path in folder.iterdir():
+        try:
+            when = path.stat().st_mtime
+        except FileNotFoundError:
+            continue  # it is what it was to become now
+        if not path.name.startswith(PARTIAL):
+            found.append((when, path.name))
+        elif when < time.time() - ABANDONED:
             path.unlink(missing_ok=True)
+    if len(found) > MAX_IMAGES:
+        kept = used()
+        for _, name in sorted(found)[:-MAX_IMAGES]:
+            if name not in kept:
+                (folder / name).unlink(missing_ok=True)

@@ -43,6 +43,10 @@ class PreparedMount:
         self._names: list[str] = []  # what the kernel is to open for `files`
         self._mounted = -1
 
+    def image_names(self) -> set[str]:
+        """Of its metadata image in the cache."""
+        return {self.mark.hex()}
+
     def open_devices(self, files: list[DeviceFile], tree: int, group: int) -> None:
         """See that all of them are there. What is opened by the clone is asked about: the clone's mark must be there
         before the mount is. Raises OSError."""
