@@ -12,6 +12,7 @@ from functools import partial
 import trio
 
 from bootstrap.base import Blob, Bootstrap
+from bootstrap.errors import DigestMismatch
 from bootstrap.layout.common import DIGEST_SIZE
 from bootstrap.tarmap import PIECE_SIZE, TarDigests, TarMap
 from nydusfs.cache import BlobCache, CacheStore
@@ -55,9 +56,11 @@ async def read_tar(bootstrap: Bootstrap, blob: Blob, source: Source, store: Cach
             await trio.to_thread.run_sync(partial(take, part))
     if failed is not None:
         raise failed
-    whole = digests.finish()
-    keeper.add()
-    return whole
+    try:
+        return digests.finish()
+    except DigestMismatch:
+        await trio.to_thread.run_sync(keeper.drop)
+        raise
 
 
 def _cache(blob: Blob, source: Source, store: CacheStore | None) -> BlobCache | None:
@@ -91,11 +94,13 @@ class _Keeper:
         for number in range(first, len(digests)):
             segment = make_segment(self._map, self._blob, number)
             at = (number - first) * PIECE_SIZE
-            if self._cache.write(segment, bytearray(part[at : at + segment.size])):
+            # Of a read that ended early they stay: the next one finds them here.
+            if segment.key not in self._cache and self._cache.write(segment, bytearray(part[at : at + segment.size])):
+                self._cache.add(segment)
                 self._written.append(segment)
 
-    def add(self) -> None:
-        """They are what the image is made of."""
+    def drop(self) -> None:
+        """They are of no image. For a worker thread."""
         for segment in self._written:
             assert self._cache is not None
-            self._cache.add(segment)
+            self._cache.drop(segment)
