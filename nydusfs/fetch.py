@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -93,22 +94,25 @@ class FetchScheduler:
             return None
         now = trio.current_time()
         if now >= self._keep_again and job.cache is not None and job.cache.store.health.usable():
-            self._keep_again = now + KEEP_PAUSE
+            self._keep_again = math.inf  # one at a time: the disk may be slow still
             self._nursery.start_soon(self._keep, [job.identity, *self._recent])
         return found[2]
 
     async def _keep(self, identities: list[Identity]) -> None:
         """Give the disk what it did not take before, in this order, until it refuses again."""
-        for identity in dict.fromkeys(identities):
-            if (found := self._recent.get(identity)) is None:
-                continue
-            segment, cache, plain = found
-            if cache is not None and cache.current():
-                if not await trio.to_thread.run_sync(cache.write, segment, plain):
-                    return
-                cache.add(segment)
-            if self._recent.pop(identity, None) is not None:
-                self._recent_bytes -= len(plain)
+        try:
+            for identity in dict.fromkeys(identities):
+                if (found := self._recent.get(identity)) is None:
+                    continue
+                segment, cache, plain = found
+                if cache is not None and cache.current():
+                    if not await trio.to_thread.run_sync(cache.write, segment, plain):
+                        return
+                    cache.add(segment)
+                if self._recent.pop(identity, None) is not None:
+                    self._recent_bytes -= len(plain)
+        finally:
+            self._keep_again = trio.current_time() + KEEP_PAUSE
 
     async def fetch(
         self,

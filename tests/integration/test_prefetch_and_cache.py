@@ -461,6 +461,48 @@ def test_what_is_fetched_ahead_is_read_before_it_is_written(
     trio.run(main)
 
 
+def test_what_a_disk_did_not_take_is_given_to_it_once(
+    image: TinyImage, origin: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is slow when it has room again: the next attempt is made when the last one is over, or both write the
+    same segments, and who comes second finds the file gone that he was writing and takes the disk for broken."""
+    write, go_on, lock = BlobCache.write, threading.Event(), threading.Lock()
+    begun: list[str] = []
+
+    def hang(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
+        with lock:
+            begun.append(segment.name)
+        assert go_on.wait(40)
+        return write(cache, segment, plain)
+
+    monkeypatch.setattr("nydusfs.fetch.KEEP_PAUSE", 0.0)
+
+    async def main() -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path, origin))
+            ino = reader.bootstrap.resolve(b"b/data")
+            segments = list(dict.fromkeys(reader.segments_of(ino, 0, 2 * MIB)))
+            monkeypatch.setattr(BlobCache, "write", lambda cache, segment, plain: False)
+            with trio.fail_after(40):
+                assert await reader.read(ino, 0, 2 * MIB) == FILES["b/data"][: 2 * MIB]
+                await services.scheduler.idle()
+                monkeypatch.setattr(BlobCache, "write", hang)
+                for _ in range(10):
+                    assert await reader.read(ino, 0, 2 * MIB) == FILES["b/data"][: 2 * MIB]
+                    await trio.sleep(0.01)
+                tries = len(begun)
+                go_on.set()
+                assert tries == 1
+                while not all(map(reader.is_ready, segments)):
+                    assert await reader.read(ino, 0, 2 * MIB) == FILES["b/data"][: 2 * MIB]
+                    await trio.sleep(0.01)
+                assert len(begun) == len(set(begun)) == len(segments)
+            assert reader.store is not None and reader.store.health.well()
+            reader.close()
+
+    trio.run(main)
+
+
 @pytest.mark.root
 def test_a_full_disk_costs_speed_only(
     image: TinyImage, origin: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
