@@ -22,6 +22,9 @@ NEEDED, PLTRELSZ, HASH, STRTAB, SYMTAB, RELATAB, RELASZ, STRSZ, JMPREL = 1, 2, 4
 INIT_ARRAY, INIT_ARRAYSZ, RUNPATH, RPATH = 25, 27, 29, 15
 GNU_HASH, VERSYM, RELACOUNT, VERNEED = 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFF9, 0x6FFFFFFE
 _TABLES = (HASH, GNU_HASH, SYMTAB, VERSYM, VERNEED)
+# What a hostile file may claim: ten times what the largest libraries have.
+MAX_NAME = 4096  # bytes: a path
+MAX_DYNAMIC = 16 << 10  # 1024 tags
 MULTIARCH = {62: b"x86_64-linux-gnu", 183: b"aarch64-linux-gnu", 243: b"riscv64-linux-gnu"}
 
 Range = tuple[int, int]  # offset in the file, size
@@ -62,9 +65,9 @@ def layout(head: bytes) -> Layout | None:
             if flags & _WRITE:
                 written.append((offset, size))
         elif tag == _INTERP:
-            interpreter = (offset, size)
+            interpreter = (offset, min(size, MAX_NAME))
         elif tag == _DYN:
-            dynamic = (offset, size)
+            dynamic = (offset, min(size, MAX_DYNAMIC))
     return Layout(machine, entry, tuple(loads), interpreter, dynamic, tuple(written))
 
 
@@ -97,5 +100,5 @@ def tables(shape: Layout, tags: dict[int, list[int]]) -> list[Range]:
 
 
 def string(data: bytes, offset: int) -> bytes:
-    """A name of the string table; b"" for what lies outside."""
-    return data[offset : max(offset, data.find(b"\0", offset))] if 0 <= offset < len(data) else b""
+    """A name of the string table; b"" for what lies outside, or is none."""
+    return data[offset : max(offset, data.find(b"\0", offset, offset + MAX_NAME))] if 0 <= offset < len(data) else b""

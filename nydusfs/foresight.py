@@ -59,6 +59,7 @@ SMALL = 192 * 1024  # compressed bytes of a segment of small files; larger ones 
 INLINE = 32 << 10  # bytes of a module that is looked into at once: less than two switches to a thread cost
 MAX_PROGRAMS = 2000  # files followed per mount: nobody starts more, and a scanner of all files is not helped
 MAX_TABLES = 64 << 20
+MAX_NAMES = 16 << 20  # bytes in which the names of a program's libraries lie, among those of its symbols
 MAX_CONSTRUCTORS = 4096
 ALWAYS = (b"/etc/passwd", b"/etc/group")  # which user a container runs as
 LOADERS = (b"/etc/ld.so.cache",)  # what every glibc loader reads
@@ -242,9 +243,10 @@ class Foresight:
             wanted = [*tags.get(elf.NEEDED, []), *tags.get(elf.RUNPATH, tags.get(elf.RPATH, []))]
             if place is not None and wanted:
                 low, high = min(wanted), min(max(wanted) + 256, size)
-                names = await reader.peek(ino, place + low, high - low)
+                names = await reader.peek(ino, place + low, min(high - low, MAX_NAMES))
                 paths = b":".join(elf.string(names, at - low) for at in wanted[len(tags.get(elf.NEEDED, [])) :])
                 for at in tags.get(elf.NEEDED, []):
+                    await trio.lowlevel.checkpoint()  # a thousand names are not to keep all others from the loop
                     found = await self._library(ino, elf.string(names, at - low), paths, shape.machine)
                     self._start(nursery, found)
             for start, length in shape.written:

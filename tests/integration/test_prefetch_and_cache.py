@@ -20,10 +20,11 @@ import pytest
 import trio
 
 from bootstrap.options import BuildOptions
-from nydusfs import prefetch, pyc
+from nydusfs import elf, prefetch, pyc
 from nydusfs.cache import BlobCache
 from nydusfs.config import load_config
 from nydusfs.flights import MERGE
+from nydusfs.foresight import Foresight
 from nydusfs.image_reader import ImageReader
 from nydusfs.segments import SEGMENT_SIZE, Plain, Segment
 from nydusfs.services import Services, open_services
@@ -389,6 +390,46 @@ def test_modules_are_followed_where_an_answer_is_waited_for(tmp_path: Path, monk
 
     with faulty_server({image.blob_id: image.blob}, latency=0.005) as origin:
         trio.run(main, origin)
+
+
+def test_what_a_program_claims_of_itself_is_no_reason_to_hold_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loader, dynamic section and names of libraries as long as a file of one chunk many times over."""
+    size = 96 * MIB
+    head = elf._HEADER.pack(elf.MAGIC + b"\2\1", 3, 62, 1, 0, 64, 0, 0, 64, 56, 3, 0, 0, 0)
+    for tag in (1, 2, 3):  # what is mapped, dynamic, loader
+        head += elf._PROGRAM.pack(tag, 4, 0 if tag == 1 else 4096, 0, 0, size, size, 0)
+    tags = ((elf.NEEDED, 1), (elf.NEEDED, size - 8192), (elf.STRTAB, 8192), (elf.STRSZ, size))
+    dynamic = b"".join(elf._DYNAMIC.pack(*one) for one in tags)
+    rest = b"".join(elf._DYNAMIC.pack(1, 1 + number) for number in range(MIB // 16))  # no end of it
+    program = head.ljust(4096, b"\0") + dynamic + rest[4096 + len(dynamic) :]
+    image = tiny_image(tmp_path, {"program": program + rest * (size // MIB - 1)})
+    held: list[int] = []
+    peek = ImageReader.peek
+
+    async def look(reader: ImageReader, ino: int, offset: int, wanted: int) -> bytes:
+        found = await peek(reader, ino, offset, wanted)
+        held.append(len(found))
+        return found
+
+    monkeypatch.setattr(ImageReader, "peek", look)
+
+    async def main(origin: FaultyServer) -> None:
+        async with open_services() as services, trio.open_nursery() as nursery:
+            reader = await open_reader(services, image, config_text(tmp_path / "cache", origin))
+            foresight = Foresight(reader, services.scheduler)
+            nursery.start_soon(foresight.run)
+            monkeypatch.setattr(reader.source, "instant", lambda: False)
+            foresight.opened(reader.bootstrap.resolve(b"program"), program[:4])
+            with trio.fail_after(60):
+                while len(held) < 4:  # noqa: ASYNC110 - head, loader, dynamic section, names
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    with faulty_server({image.blob_id: image.blob}, latency=0.005) as origin:
+        trio.run(main, origin)
+    assert max(held) <= 16 * MIB and sum(held) <= 17 * MIB
 
 
 def test_a_reader_does_not_wait_for_the_cache_to_be_written(
