@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -82,16 +83,17 @@ class CacheStore:
         self.devices: DeviceFiles | None = None  # segment files that kernel mounts have as devices
         self.nowait = bool(RWF_NOWAIT)
         self.quota: Quota | None = None
-        self._making_room = threading.Lock()
+        self._counting = threading.Lock()  # over who looks at all files
         self.disk = Speed()
         self.health = Health(self.path)
 
     def set_limit(self, limit: Limit) -> None:
         """From now on; what is too much goes at once. For a worker thread: it looks at every file."""
-        if self.quota is not None:
-            self.quota.limit = limit
-        elif limit.size or limit.floor:
-            self.quota = self._counted(limit, lambda slot, _: self.files.in_use(slot))
+        with self._counting:  # a second count would not know what is written under the first
+            if self.quota is not None:
+                self.quota.limit = limit
+            elif limit.size or limit.floor:
+                self.quota = self._counted(limit, lambda slot, _: self.files.in_use(slot))
         self.count_beside()
         if self.quota is not None:
             if limit.size and self.devices is not None:
@@ -104,11 +106,9 @@ class CacheStore:
             if folder.name.startswith(".") or not folder.is_dir(follow_symlinks=False):
                 continue
             blob_id = folder.name.removesuffix(SEGMENTS_SUFFIX)
-            for entry in os.scandir(folder):
-                match = NAME.fullmatch(entry.name)
-                if match is not None and match[3] in (None, self.boot):
-                    facts = entry.stat(follow_symlinks=False)
-                    name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
+            for path, match in _segment_files(folder.path):
+                name, key = f"{match[1]}-{match[2]}", bytes.fromhex(match[2])
+                if match[3] in (None, self.boot) and (facts := _facts(path, f"{folder.path}/{name}")) is not None:
                     quota.found((blob_id, key), name, facts.st_size, max(facts.st_atime, facts.st_mtime))
         return quota
 
@@ -128,7 +128,7 @@ class CacheStore:
     def make_room(self, size: int) -> bool:
         """The disk is full and so many bytes must be written: what was used longest ago goes, also where the cache has
         no limit, or else something of the reserve. False when nothing can go. For a worker thread."""
-        with self._making_room:
+        with self._counting:
             try:
                 if has_room(self.path, size + LEAST_ROOM // 4):
                     return True  # somebody made it meanwhile
@@ -323,6 +323,24 @@ class CacheStore:
             blob.abandon()
         self.files.close()
         os.close(self.claim)
+
+
+def _segment_files(folder: str) -> list[tuple[str, re.Match[str]]]:
+    """None of a folder that goes meanwhile. Raises OSError."""
+    try:
+        return [(entry.path, match) for entry in os.scandir(folder) if (match := NAME.fullmatch(entry.name))]
+    except FileNotFoundError:
+        return []
+
+
+def _facts(path: str, durable: str) -> os.stat_result | None:
+    """Of a segment's file, which may get its durable name this moment; None: it went. Raises OSError."""
+    for name in (path, durable):
+        try:
+            return os.lstat(name)
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def _allocated(folder: Path) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -274,4 +276,64 @@ def test_no_file_escapes_the_count_of_a_cache_that_evicts_while_it_writes(tmp_pa
     syncing.join(60)
     assert store.quota is not None
     assert store.quota.total == sum(path.stat().st_size for path in (tmp_path / "b").iterdir()) <= 24 * BLOCK
+    store.close()
+
+
+def test_files_that_get_their_name_or_go_while_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written last is renamed each second. Of a cache without a limit all files are counted when its disk is
+    full and a kernel mount waits for room: a failure is its reader's error."""
+    store = CacheStore(tmp_path)
+    for blob_id in ("b", "c"):
+        for number in range(3):
+            data = noise(BLOCK, number)
+            assert store.blob(blob_id).write(segment(number, data), data)
+            store.blob(blob_id).add(segment(number, data))
+    listed = os.scandir
+
+    def look(path: Path) -> list[os.DirEntry[str]]:
+        entries = list(listed(path))
+        if Path(path) == tmp_path:
+            store.remove_blob("c")
+        elif Path(path).name == "b":
+            store.sync()
+            (tmp_path / "b" / segment(1, noise(BLOCK, 1)).name).unlink()
+        return entries
+
+    monkeypatch.setattr(os, "scandir", look)
+    quota = store._counted(Limit(), lambda slot, _: False)
+    assert quota.total == 2 * BLOCK
+    monkeypatch.undo()
+    store.close()
+
+
+def test_two_images_at_once_have_one_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first two images with a limit; what the first writes meanwhile must not be unknown to the second's."""
+    store, begun, go_on = CacheStore(tmp_path), threading.Event(), threading.Event()
+    count = CacheStore._counted
+
+    def slow(self: CacheStore, *args: Any) -> Quota:
+        quota = count(self, *args)
+        if threading.current_thread().name == "second":
+            begun.set()
+            assert go_on.wait(60)
+        return quota
+
+    monkeypatch.setattr(CacheStore, "_counted", slow)
+    second = threading.Thread(target=store.set_limit, args=(Limit(24 * BLOCK),), name="second")
+    first = threading.Thread(target=store.set_limit, args=(Limit(24 * BLOCK),), name="first")
+    second.start()
+    assert begun.wait(60)
+    first.start()
+    first.join(0.5)
+    if first.is_alive():  # it waits for the other's count
+        go_on.set()
+        first.join(60)
+    data = noise(BLOCK, 1)
+    assert store.blob("b").write(segment(1, data), data)
+    go_on.set()
+    second.join(60)
+    assert store.quota is not None
+    assert store.quota.total == sum(path.stat().st_size for path in tmp_path.glob("b/*"))
     store.close()
