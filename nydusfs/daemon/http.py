@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """`then` runs after the answer was sent."""
+    """`then` runs after the answer was sent, or found nobody who takes it."""
 
     status: int = 204
     body: bytes = b""
@@ -108,7 +108,7 @@ async def serve(listener: socket.socket, handler: Handler) -> None:
         async with limit:
             try:
                 await _Connection(stream, handler).run()
-            except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError, trio.TooSlowError):
+            except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError):
                 pass  # the client went away
             finally:
                 with trio.move_on_after(1) as scope:
@@ -139,10 +139,10 @@ class _Connection:
                 if self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     await self._send(Response(error.error_status_hint, b'{"code":"UNDEFINED","message":"BadRequest"}'))
                 return
-            await self._send(response)
+            sent = await self._send(response)
             if response.then is not None:
                 response.then()
-            if self.http.our_state is h11.MUST_CLOSE or self.http.their_state is not h11.DONE:
+            if not sent or self.http.our_state is h11.MUST_CLOSE or self.http.their_state is not h11.DONE:
                 return
             self.http.start_next_cycle()
 
@@ -177,7 +177,8 @@ class _Connection:
             raise h11.RemoteProtocolError("too many query fields", error_status_hint=400) from None
         return Request(head.method.decode("latin-1"), unquote(path), values, bytes(body))
 
-    async def _send(self, response: Response) -> None:
+    async def _send(self, response: Response) -> bool:
+        """False: the client went away, or takes nothing."""
         headers = [("Server", "Nydus API"), ("Connection", "keep-alive")]
         if response.status != 204:
             headers += [("Content-Type", "application/json"), ("Content-Length", str(len(response.body)))]
@@ -185,5 +186,9 @@ class _Connection:
         if response.status != 204 and not self.bodiless:
             data += self.http.send(h11.Data(data=response.body)) or b""
         data += self.http.send(h11.EndOfMessage()) or b""
-        with trio.fail_after(WRITE_TIMEOUT):
-            await self.stream.send_all(data)
+        try:
+            with trio.fail_after(WRITE_TIMEOUT):
+                await self.stream.send_all(data)
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            return False
+        return True

@@ -110,6 +110,25 @@ async def test_a_slow_request_does_not_hold_up_another(tmp_path: Path) -> None:
     await with_server(tmp_path / "s", handler, client)
 
 
+@pytest.mark.trio
+async def test_what_follows_an_answer_follows_for_a_client_that_went_away_too(tmp_path: Path) -> None:
+    gone, ended = trio.Event(), trio.Event()
+
+    async def handler(request: Request) -> Response:
+        await gone.wait()
+        return Response(204, then=ended.set)
+
+    async def client(path: str) -> None:
+        stream = await trio.open_unix_socket(path)
+        await stream.send_all(b"PUT /exit HTTP/1.1\r\nHost: a\r\n\r\n")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await stream.aclose()
+        gone.set()
+        await ended.wait()
+
+    await with_server(tmp_path / "s", handler, client)
+
+
 def test_socket_path_rules(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with http.bind_socket(path):
