@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from nydusfs.keeper import fdstore
@@ -65,13 +66,15 @@ class Zygote:
             stdin=subprocess.DEVNULL,
             start_new_session=False,
         )
-        process.returncode = 0  # reaped in `end`; Popen must not complain about it
+        process.returncode = 0  # nobody asks for it; Popen must not complain about that
         theirs.close()
         return cls(ours, process.pid)
 
     def wait_hello(self, seconds: float) -> bool:
         readable, _, _ = select.select([self.sock], [], [], seconds)
         if not readable:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # it hangs and would not see its socket close
             return False
         try:
             message, _ = receive(self.sock)
@@ -81,12 +84,8 @@ class Zygote:
         return message.get("op") == "hello"
 
     def end(self) -> None:
-        """It ends by itself when its socket closes."""
+        """It ends by itself when its socket closes, and leaves no zombie: see `Keeper.run`."""
         self.sock.close()
-        try:
-            os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
 
 
 class Worker:
@@ -128,6 +127,8 @@ class Keeper:
         """The exit status for the process."""
         receiving, sending = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # Of zygotes that ended nobody wants to know how: the kernel buries them.
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
         self.selector.register(receiving, selectors.EVENT_READ, self._signals)
         try:

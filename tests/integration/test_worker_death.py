@@ -301,6 +301,9 @@ def test_upgrade_replaces_the_worker_under_the_mount(tmp_path: Path) -> None:
             assert [answer.result().status for answer in asked] == [204] * 3
             after = settled(daemon, before, "worker_pid")
             assert after["keeper_pid"] == before["keeper_pid"]
+            # of the process that forked the old worker nothing is left
+            children = Path(f"/proc/{after['keeper_pid']}/task/{after['keeper_pid']}/children")
+            wait_until(lambda: len(children.read_text().split()) == 1, 30, "the end of the old zygote")
             held.seek(0)
             assert held.read() == expected
         assert check_mount(case, daemon.mnt / "a") == []

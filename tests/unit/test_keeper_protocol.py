@@ -6,11 +6,12 @@ import gc
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from nydusfs.keeper.keeper import Keeper, Worker
+from nydusfs.keeper.keeper import Keeper, Worker, Zygote
 from nydusfs.keeper.protocol import pair, receive, send
 
 
@@ -71,3 +72,15 @@ def test_the_end_of_the_last_worker_is_not_taken_for_that_of_the_next() -> None:
         send(zygote, "exited", pid=0, status=1 << 8)  # it could not be started
         keeper._from_zygote(ours)
         assert keeper.worker is None
+
+
+def test_code_that_hangs_while_it_is_imported_is_not_left_running() -> None:
+    ours, theirs = pair()
+    with theirs, subprocess.Popen(["sleep", "600"]) as hanging:
+        zygote = Zygote(ours, hanging.pid)
+        try:
+            assert not zygote.wait_hello(0)
+            zygote.end()
+            assert hanging.wait(30) == -9
+        finally:
+            hanging.kill()
