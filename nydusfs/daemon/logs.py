@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import collections
+import glob
 import gzip
 import json
 import logging
 import os
+import shutil
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,6 +78,7 @@ class RotatingFile(logging.Handler):
         super().__init__()
         self.path = path
         self.limit = limit
+        self._packing = threading.Lock()
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._file = self._open()
 
@@ -91,21 +96,36 @@ class RotatingFile(logging.Handler):
             pass  # a full disk must not stop the daemon, and there is no other place to say so
 
     def _rotate(self) -> None:
-        self._file.close()
         stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime()) + f".{time.time_ns() % 10**9:09d}"
-        moved = self.path.with_name(f"{self.path.name}.{stamp}")
-        try:
-            os.replace(self.path, moved)
-        finally:
-            self._file = self._open()
-        packed = moved.with_name(moved.name + ".gz")
+        with suppress(FileNotFoundError):  # moved already, when there was no room for the next one
+            os.replace(self.path, self.path.with_name(f"{self.path.name}.{stamp}"))
+        full, self._file = self._file, self._open()
+        threading.Thread(target=self._pack, name="log-rotation", daemon=True).start()
+        full.close()
+
+    def _pack(self) -> None:
+        """Behind the back of who logs, which is the task that answers readers: a second for 100 MB. What fails, or is
+        cut off by the end of the process, is tried again after the next rotation."""
+        with self._packing:
+            names = glob.glob(f"{glob.escape(str(self.path))}.[0-9]*T[0-9]*.[0-9]*")
+            for number, name in enumerate(sorted({name.removesuffix(".gz") for name in names}, reverse=True)):
+                moved, packed = Path(name), Path(name + ".gz")
+                with suppress(OSError):
+                    if number >= KEPT_FILES:
+                        packed.unlink(missing_ok=True)
+                        moved.unlink(missing_ok=True)
+                    elif moved.exists():
+                        _compress(moved, packed)
+
+
+def _compress(moved: Path, packed: Path) -> None:
+    try:
         with moved.open("rb") as source, gzip.open(packed, "wb", compresslevel=3) as target:
-            while block := source.read(1 << 20):
-                target.write(block)
-        moved.unlink()
-        old = sorted(self.path.parent.glob(self.path.name + ".*.gz"))
-        for extra in old[:-KEPT_FILES]:
-            extra.unlink()
+            shutil.copyfileobj(source, target, 1 << 20)
+    except OSError:
+        packed.unlink(missing_ok=True)
+        raise
+    moved.unlink()
 
 
 class ErrorRing(logging.Handler):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import re
 import socket
 import stat
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import pytest
 import trio
@@ -42,6 +44,7 @@ from nydusfs.drivers.volume import (
 )
 from nydusfs.errors import ReadError
 from nydusfs.hands import Hands
+from tests.lab.process import wait_until
 
 
 class Attr(NamedTuple):
@@ -530,17 +533,60 @@ def test_log_lines_look_like_upstreams() -> None:
     assert "] DEBUG [file.py:7] x" in UpstreamFormatter().format(record("x", logging.DEBUG))
 
 
-def test_log_rotation_keeps_ten_compressed_files(tmp_path: object) -> None:
-    from pathlib import Path
-
-    path = Path(str(tmp_path)) / "nydusd.log"
-    handler = RotatingFile(path, 200)
+def rotated(path: Path, limit: int = 200) -> RotatingFile:
+    handler = RotatingFile(path, limit)
     handler.setFormatter(UpstreamFormatter())
-    for number in range(60):
+    return handler
+
+
+def fill(handler: RotatingFile, lines: int) -> None:
+    for number in range(lines):
         handler.emit(record(f"line {number} " + "x" * 100))
-    packed = sorted(path.parent.glob("nydusd.log.*.gz"))
-    assert len(packed) == 10
+
+
+def test_log_rotation_keeps_ten_compressed_files(tmp_path: Path) -> None:
+    path = tmp_path / "nydusd.log"
+    (tmp_path / "nydusd.log.1").write_text("of somebody else")
+    fill(rotated(path), 60)
+    wait_until(lambda: len(list(tmp_path.glob("nydusd.log.*T*"))) == 10, 30, "the end of the packing")
+    assert all(gzip.decompress(packed.read_bytes()).endswith(b"x\n") for packed in tmp_path.glob("nydusd.log.*T*"))
     assert path.stat().st_size < 400
+    assert (tmp_path / "nydusd.log.1").exists()
+
+
+def test_who_logs_does_not_wait_for_a_full_file_to_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packers = set[threading.Thread]()
+
+    def pack(*_: object, **_options: object) -> None:
+        packers.add(threading.current_thread())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nydusfs.daemon.logs.gzip.open", pack)
+    handler = rotated(tmp_path / "nydusd.log")
+    fill(handler, 60)
+    wait_until(lambda: packers and not any(packer.is_alive() for packer in packers), 30, "the end of the packing")
+    assert threading.current_thread() not in packers
+    wait_until(lambda: len(list(tmp_path.glob("nydusd.log.*"))) <= 10, 30, "the end of what is too old")
+    monkeypatch.undo()
+    fill(handler, 4)
+    wait_until(lambda: {path.suffix for path in tmp_path.glob("nydusd.log.*")} == {".gz"}, 30, "the packing")
+
+
+def test_a_log_file_that_cannot_be_made_anew_is_no_error_of_who_logs(tmp_path: Path) -> None:
+    """A disk without room for one more file, when the full one was moved aside."""
+    path = tmp_path / "nydusd.log"
+    handler = rotated(path)
+    make = handler._open
+
+    def full() -> IO[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler._open = full  # type: ignore[method-assign]
+    fill(handler, 5)
+    handler._open = make  # type: ignore[method-assign]
+    handler.emit(record("there is room again"))
+    handler.emit(record("and it goes on"))
+    assert "it goes on" in path.read_text()
 
 
 def test_error_ring_is_bounded() -> None:
