@@ -267,13 +267,21 @@ class MountTable:
         self._restored.append(mounted)
 
     async def begin(self) -> None:
-        """FUSE answers, so that kernel mounts can be made for images that are there already. Raises `NydusError`."""
+        """FUSE answers, so that kernel mounts can be made for images that are there already. Raises `NydusError` when
+        one that was not `restore`d must be EROFS and cannot be."""
         self._serving = True
-        for mounted in self._restored:
+        restored, self._restored = self._restored, []
+        for mounted in restored:
             self._start(mounted)
-        self._restored.clear()
         for mounted in list(self.images.values()):
-            await self._attach(mounted)
+            try:
+                await self._attach(mounted)
+            except NydusError as error:
+                if mounted not in restored:
+                    raise
+                # the worker goes on: it has other images, and the next one would fare no better
+                log.error("%s: it is served by FUSE", error)
+                mounted.refused = str(error)
 
     async def _attach(self, mounted: MountedImage) -> None:
         if not await self._patiently(mounted):

@@ -333,6 +333,28 @@ def test_what_the_last_worker_cached_can_be_removed_although_nothing_is_mounted(
         assert [store["path"] for store in daemon.get("cache").body["stores"]] == [str(cache)]
 
 
+def test_an_image_that_must_be_erofs_and_cannot_be_costs_the_others_nothing(tmp_path: Path) -> None:
+    """FUSE shows it until it is umounted. The next worker cannot make that mount either."""
+    image = tiny_image(tmp_path, {"f": b"content"})
+    (tmp_path / image.blob_id).write_bytes(image.blob)
+    config = {**json.loads(localfs_config(tmp_path)), "fs_driver": "erofs"}
+    config["device"]["cache"] = {"type": "dummycache"}
+    body = {"source": str(image.bootstrap), "fs_type": "rafs", "config": json.dumps(config)}
+    with Nydusd() as daemon:
+        assert daemon.mount("/a", image.bootstrap, localfs_config(tmp_path)).status == 204
+        assert daemon.call("POST", "mount?mountpoint=/b&attach=later", body).status == 204
+        refused = daemon.call("POST", "mount/attached?mountpoint=/b")
+        assert (refused.status, "has no cache directory" in refused.message) == (500, True)
+        before = info(daemon)
+        os.kill(before["worker_pid"], signal.SIGKILL)
+        settled(daemon, before, "worker_pid")
+        for where in ("a", "b"):
+            read = reader("import sys; print(open(sys.argv[1]).read())", daemon.mnt / where / "f")
+            assert (read.stdout, read.stderr) == ("content\n", "")
+        assert daemon.call("POST", "mount/attached?mountpoint=/b") == refused
+        assert daemon.umount("/b").status == 204
+
+
 def test_devices_of_a_mount_that_never_came_go_with_their_blob(tmp_path: Path) -> None:
     """They are links to what the cache has: as long as they are there no byte is freed."""
     if reason := cannot_mount_erofs():
