@@ -269,12 +269,13 @@ class LoaderV6(Loader):
         ) if table.chunk_table_size else no_chunks()
         index, blob = records["index"].astype(np.uint64), records["blob"].astype(np.uint64) + np.uint64(1)
         at = records["uncompressed_offset"] // np.uint64(self._block)
-        named = (blob <= np.uint64(len(self._blobs))) & (index < np.uint64(1 << 24)) & (at < np.uint64(1 << 32))
         keys = index & np.uint64(0xFFFF) | blob << np.uint64(16) | (index >> np.uint64(16)) << np.uint64(24)
         keys |= at << np.uint64(32)
-        usable = np.flatnonzero(named)
-        usable = usable[np.argsort(keys[usable], kind="stable")]
-        keys = keys[usable]
+        # No file can mean the others, and the blob they name need not be there.
+        named = (blob <= np.uint64(len(self._blobs))) & (index < np.uint64(1 << 24)) & (at < np.uint64(1 << 32))
+        records, keys = records[named], keys[named]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
         found = np.searchsorted(keys, addresses, side="right") - 1
         missing = found < 0
         if len(keys):
@@ -287,7 +288,7 @@ class LoaderV6(Loader):
                 int(places[row]),
                 f"chunk {low | high >> 8 << 16} of blob {(high & 0xFF) - 1} at block {where} has no record",
             )
-        return usable[found], records.copy()
+        return order[found], records
 
     def _made_up(self, addresses: NDArray[np.uint64], sizes: Ints, counts: Ints) -> tuple[Ints, NDArray[np.void]]:
         """Tarfs keeps no records: the address says where, the file how much (1.13)."""

@@ -21,7 +21,7 @@ from bootstrap.cli.merge import merge
 from bootstrap.errors import BuildError, RafsError
 from bootstrap.inlined import extract_bootstrap
 from bootstrap.layout import v6
-from bootstrap.layout.common import BlobFeatures, Compressor, Digester
+from bootstrap.layout.common import CHUNK_RECORD, BlobFeatures, Compressor, Digester
 from bootstrap.load import blob_info, load_tree
 from bootstrap.merge import InconsistentError, MergeSource, merge_layers
 from bootstrap.options import BuildOptions
@@ -207,6 +207,24 @@ def test_two_blobs_cannot_have_one_id(tmp_path: Path) -> None:
         merge_layers([replace(one, blob_digest="a" * 64), replace(two, blob_digest="a" * 64)], tmp_path / "out")
     merge_layers([one, one], tmp_path / "out")
     assert names(tmp_path / "out") == [b"f"]
+
+
+def test_a_chunk_record_that_no_file_means_may_name_any_blob(tmp_path: Path) -> None:
+    """Upstream's check takes such an image too, and only looks at records that files refer to."""
+    paths = [layer(tmp_path, pack(member(name, name.encode() * 9000))) for name in ("f", "gg")]
+    data = bytearray(paths[0].read_bytes())
+    with open_bootstrap(paths[0]) as image:
+        assert isinstance(image, BootstrapV6)
+        table, size = image.ext.chunk_table_offset, image.ext.chunk_table_size
+    stray = bytearray(data[table : table + CHUNK_RECORD.size])
+    stray[32:36] = (9).to_bytes(4, "little")
+    data[table + size : table + size + len(stray)] = stray
+    at = v6.EXT_SUPER_OFFSET + 32
+    data[at : at + 8] = (size + len(stray)).to_bytes(8, "little")
+    paths[0].write_bytes(data)
+    for sources in (paths[:1], paths):
+        merge_layers([MergeSource(path) for path in sources], tmp_path / "out")
+        assert names(tmp_path / "out") == [b"f", b"gg"][: len(sources)]
 
 
 def test_a_generated_dictionary_does_not_hide_a_layer_s_own_entry(tmp_path: Path) -> None:
