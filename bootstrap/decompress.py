@@ -19,6 +19,8 @@ from bootstrap.readahead import ReadAhead
 log = logging.getLogger(__name__)
 
 READ_SIZE = 1 << 20
+_ZSTD_STEP = 2 << 10
+"""Compressed bytes decoded at once. The binding gives all that comes of them, and four can be 128 KiB of zeros."""
 _FOREIGN = {
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
@@ -82,22 +84,25 @@ def _inflate(stream: io.BufferedReader[Any]) -> Iterator[bytes]:
 
 def _unzstd(stream: io.BufferedReader[Any]) -> Iterator[bytes]:
     """Blocks of uncompressed data of a zstd file of one or more frames."""
-    data = b""
-    while True:
-        if not data:
-            data = stream.read1(READ_SIZE >> 2)
-            if not data:
-                return
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-        while not frame.eof:
-            try:
-                out = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise BuildError(f"the layer's zstd data is damaged: {error}") from error
-            if out:
-                yield out
-            if not frame.eof:
-                data = stream.read1(READ_SIZE >> 2)
-                if not data:
-                    raise BuildError("the layer's zstd data ends too early: truncated download?")
-        data = frame.unused_data
+    frame: Any = None
+    done = bytearray()
+    while data := stream.read1(READ_SIZE >> 2):
+        for at in range(0, len(data), _ZSTD_STEP):
+            piece = data[at : at + _ZSTD_STEP]
+            while piece:
+                if frame is None:
+                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+                try:
+                    done += frame.decompress(piece)
+                except zstandard.ZstdError as error:
+                    raise BuildError(f"the layer's zstd data is damaged: {error}") from error
+                piece = b""
+                if frame.eof:
+                    piece, frame = frame.unused_data, None
+            while len(done) >= READ_SIZE:
+                yield bytes(memoryview(done)[:READ_SIZE])
+                del done[:READ_SIZE]
+    if frame is not None:
+        raise BuildError("the layer's zstd data ends too early: truncated download?")
+    if done:
+        yield bytes(done)

@@ -8,6 +8,7 @@ import os
 import stat
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +230,25 @@ def test_damaged_compression_is_reported(wrap: str) -> None:
     if wrap != "zstd":  # our zstd sample has no checksum
         with pytest.raises(BuildError, match="damaged"), tar.open_layer(io.BytesIO(bytes(flipped))) as stream:
             build_layer(stream, io.BytesIO(), BuildOptions())
+
+
+def test_zeros_under_zstd_do_not_fill_the_memory() -> None:
+    """16 KB stand for 512 MiB; frames may follow each other, and others than data lie between them."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    zeros = b"".join([packer.compress(bytes(1 << 20)) for _ in range(512)]) + packer.flush()
+    skipped = b"\x51\x2a\x4d\x18" + (5000).to_bytes(4, "little") + bytes(5000)
+    size = 0
+    tracemalloc.start()
+    try:
+        with tar.open_layer(io.BytesIO(skipped + zeros + skipped + zstandard.compress(b"end"))) as stream:
+            while data := stream.read(1 << 20):
+                size += len(data)
+                last = data
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (size, last) == ((512 << 20) + 3, b"end")
+    assert peak < 256 << 20
 
 
 def test_foreign_compression_is_named() -> None:
