@@ -19,7 +19,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bootstrap.chunktable import BlobInfo, ChunkTable
 from bootstrap.errors import BuildError
@@ -158,6 +158,8 @@ class ChunkDatabase:
                 return self._db.total_changes - before
         except sqlite3.Error as error:
             raise BuildError(f"cannot write the chunk database {self._path}: {error}") from error
+        except OverflowError:
+            raise BuildError(f"{image.path}: a chunk or blob lies or ends behind 2^63 bytes") from None
 
     def _rows(
         self, image: Bootstrap, blobs: list[BlobInfo], usable: list[bool], name: str, tag: str
@@ -189,7 +191,7 @@ class ChunkDatabase:
 
     def lonely_images(self) -> list[str]:
         """Images none of whose chunks another image has, as name:tag."""
-        found = self._db.execute(
+        found = self._ask(
             f"SELECT DISTINCT image_reference, version FROM chunk WHERE {_IMAGE} NOT IN "
             f"(SELECT {_IMAGE} FROM chunk WHERE chunk_digest IN (SELECT chunk_digest FROM chunk GROUP BY "
             f"chunk_digest, chunk_uncompressed_size HAVING COUNT(DISTINCT {_IMAGE}) > 1)) ORDER BY 1, 2"
@@ -209,12 +211,18 @@ class ChunkDatabase:
 
     def _picks(self, condition: str, *values: str) -> list[_Pick]:
         query = f"SELECT DISTINCT {_PICK} FROM chunk WHERE {condition} ORDER BY chunk_blob_id, chunk_index"
-        return [_Pick._make(row) for row in self._db.execute(query, values)]
+        return [_Pick._make(row) for row in self._ask(query, *values)]
 
     def blob(self, blob_id: str) -> BlobInfo | None:
         """The entry of a blob; None for one that only upstream's tool saw."""
-        row = self._db.execute("SELECT blob_entry FROM blob WHERE blob_id = ?", (blob_id,)).fetchone()
-        return _unpack_entry(row[0]) if row is not None and row[0] else None
+        rows = self._ask("SELECT blob_entry FROM blob WHERE blob_id = ?", blob_id)
+        return _unpack_entry(rows[0][0]) if rows and rows[0][0] else None
+
+    def _ask(self, query: str, *values: str) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise BuildError(f"cannot read the chunk database {self._path}: {error}") from error
 
     def close(self) -> None:
         self._db.close()

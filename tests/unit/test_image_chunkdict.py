@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 
 from bootstrap.chunkdb import ChunkDatabase, form_of, generate
 from bootstrap.cli import main
+from bootstrap.errors import BuildError
+from bootstrap.layout import v6
 from bootstrap.layout.common import BlobFeatures
 from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.options import BuildOptions
@@ -91,6 +93,26 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         done = ours("chunkdict", "generate", *arguments)
         assert done.exit_code == 1 and text in done.output and len(done.output.splitlines()) == 1, done.output
     assert not (tmp_path / "dict.boot").exists()
+
+
+def test_what_a_database_cannot_hold_or_give_is_one_line(tmp_path: Path) -> None:
+    """Sizes of 64 bits, where SQLite has 63; a file that somebody wrote over meanwhile."""
+    one = image(tmp_path, "a:1", {"s": SHARED})
+    damaged = tmp_path / "huge.boot"
+    data = bytearray(one.bootstrap.read_bytes())
+    at = v6.BLOCK_SIZE + 112  # offset of the blob meta in the first entry of the blob table
+    data[at : at + 8] = (1 << 63).to_bytes(8, "little")
+    damaged.write_bytes(data)
+    done = ours("chunkdict", "generate", "-B", tmp_path / "dict.boot", damaged)
+    assert done.exit_code == 1 and "huge.boot: a chunk or blob lies" in done.output, (done.output, done.exception)
+    assert len(done.output.splitlines()) == 1 and not (tmp_path / "dict.boot").exists()
+
+    path = tmp_path / "chunks.db"
+    with ChunkDatabase(str(path)) as database, open_bootstrap(one.bootstrap) as opened:
+        database.add(opened, "a", "1")
+        path.write_bytes(b"something else" * 5000)
+        with pytest.raises(BuildError, match="cannot read the chunk database"):
+            generate(database, form_of(opened))
 
 
 @pytest.mark.parametrize("version", [5, 6])
