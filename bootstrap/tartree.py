@@ -65,7 +65,7 @@ class LayerTree:
                 self._fill(self.root, entry)
                 return self.root
             last = parts.pop()
-            directory = self._walk(parts, entry)
+            directory, _ = self._walk(parts, entry)
             self._last_head, self._last = head if last == name else None, directory
             name = last
         if directory is self.root and name in _LANDMARKS:
@@ -76,7 +76,7 @@ class LayerTree:
         assert children is not None
         old = children.get(name)
         if entry.type == tar.LINK:
-            node = self._link(name, entry)
+            node = self._link(directory, name, entry)
             if node is None:  # a link to itself: nothing changes
                 return None
         elif entry.type == tar.DIRECTORY and old is not None and old.children is not None:
@@ -100,8 +100,9 @@ class LayerTree:
         children[name] = node
         return node
 
-    def _walk(self, parts: list[bytes], entry: tar.Entry) -> Node:
-        """The directory at `parts`, made with default attributes where it is missing, through symbolic links."""
+    def _walk(self, parts: list[bytes], entry: tar.Entry) -> tuple[Node, list[bytes]]:
+        """The directory at `parts`, made with default attributes where it is missing, through symbolic links; and its
+        own path."""
         trail = [self.root]
         names: list[bytes] = []
         todo = list(reversed(parts))
@@ -137,29 +138,27 @@ class LayerTree:
                 self.has_implied = True
             if child.children is None:
                 shown = part.decode("utf-8", "backslashreplace")
-                raise BuildError(f"{entry.shown}: lies below {shown!r}, which is not a directory")
+                raise BuildError(f"{entry.shown}: {shown!r} on the way is not a directory")
             trail.append(child)
             names.append(part)
-        return trail[-1]
+        return trail[-1], names
 
-    def _link(self, name: bytes, entry: tar.Entry) -> Node | None:
+    def _link(self, directory: Node, name: bytes, entry: tar.Entry) -> Node | None:
         """One more name of a node that is already here: its content and attributes, the mode and owner of the entry."""
         shown = entry.linkname.decode("utf-8", "backslashreplace")
-        parts = _split(entry.linkname, entry)
-        target: Node | None = self.root
-        for part in parts:
-            target = target.children.get(part) if target is not None and target.children is not None else None
+        *parts, last = _split(entry.linkname, entry) or [b"."]
+        there, above = self._walk(parts, entry)
+        assert there.children is not None
+        target = there.children.get(last)
         if target is None and self._lower is not None:
-            target = self._lower.copy_up(self.root, parts)
+            target = self._lower.copy_up(self.root, [*above, last])
             if target is not None and target.children is None:
-                children = self._walk(parts[:-1], entry).children
-                assert children is not None
-                children[target.name] = target
+                there.children[last] = target
         if target is None:
             raise BuildError(f"{entry.shown}: hard link to {shown!r}, which is not in this layer before it")
         if target.children is not None:
             raise BuildError(f"{entry.shown}: hard link to {shown!r}, which is a directory")
-        if _split(entry.name, entry) == parts:
+        if there is directory and last == name:
             return None
         if target.group is None:
             target.group = LinkGroup()

@@ -75,7 +75,9 @@ def _add(root: Node, archive: tarfile.TarFile, member: tarfile.TarInfo, what: st
     assert parent.children is not None
     name = parts[-1]
     if member.islnk():
-        target = _lookup(root, _parts(member.linkname, what))
+        *above, last = _parts(member.linkname, what) or [b"."]
+        there = _directory(root, above, member.name, what).children
+        target = there.get(last) if there is not None else None
         if target is None:
             raise ConvertError(
                 f"{what}: hard link {member.name!r} to {member.linkname!r}, which this layer does not have"
@@ -137,16 +139,6 @@ def _parts(name: str, what: str) -> list[bytes]:
     if b".." in parts:
         raise ConvertError(f"{what}: entry {name!r} leads out of the layer")
     return parts
-
-
-def _lookup(root: Node, parts: Iterable[bytes]) -> Node | None:
-    node = root
-    for part in parts:
-        found = node.children.get(part) if node.children is not None else None
-        if found is None:
-            return None
-        node = found
-    return node
 
 
 def _facts(member: tarfile.TarInfo, kind: int) -> Facts:

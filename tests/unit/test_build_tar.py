@@ -133,10 +133,14 @@ def test_paths_through_symbolic_links_land_where_containerd_puts_them() -> None:
             member("up", type=tarfile.SYMTYPE, linkname="/usr/../../lib"),
             member("lib/a", b"a"),
             member("up/b", b"b"),
+            member("lib/c", type=tarfile.LNKTYPE, linkname="./up/a"),  # what merging a package into /usr leaves
+            member("lib/b", type=tarfile.LNKTYPE, linkname="usr/lib/b"),  # itself
         )
     )
     lib = find(root, b"/usr/lib")
-    assert lib is not None and sorted(lib.children or {}) == [b"a", b"b"]
+    assert lib is not None and sorted(lib.children or {}) == [b"a", b"b", b"c"]
+    a, b, c = (lib.children or {}).values()
+    assert a.group is c.group is not None and c.size == 1 and b.group is None
     link = find(root, b"/lib")
     assert link is not None and link.is_symlink
 

@@ -223,6 +223,17 @@ def test_whiteouts_remove_only_what_lies_below() -> None:
     assert root.children[b"a"] is root.children[b"l"]
 
 
+def test_links_lead_through_symbolic_links_of_the_layer() -> None:
+    root = _layer(
+        entry("usr/lib/a", "1"), entry("lib", kind=tarfile.SYMTYPE, link="usr/lib"),
+        entry("lib/b", kind=tarfile.LNKTYPE, link="lib/a"),
+    )  # fmt: skip
+    assert _paths(root) == [b"/lib", b"/usr", b"/usr/lib", b"/usr/lib/a", b"/usr/lib/b"]
+    assert root.children is not None
+    usr = root.children[b"usr"].children
+    assert usr is not None and (files := usr[b"lib"].children) is not None and files[b"a"] is files[b"b"]
+
+
 def test_entries_that_lead_out_are_refused() -> None:
     with pytest.raises(ConvertError, match="leads out"):
         _layer(entry("../x", "1"))
