@@ -181,6 +181,7 @@ class _Packing:
     def _build(self, parent: Path | None) -> PackResult:
         from bootstrap.build import build_directory
         from bootstrap.cli.building import report
+        from bootstrap.cli.output import output_file
         from bootstrap.layout.common import Compressor
         from bootstrap.merge import write_file
         from bootstrap.options import BuildOptions
@@ -195,7 +196,7 @@ class _Packing:
         )
         began = time.monotonic()
         self._progress.say(f"building image from {options.source}")
-        with self._blob.open("wb") as out:
+        with output_file(self._blob) as out:
             built = build_directory(
                 os.fsencode(options.source), out, settings, parent=str(parent) if parent is not None else None
             )

@@ -17,8 +17,11 @@ from bootstrap.reader import open_bootstrap
 from nydusfs.convert.check import can_mount
 from nydusfs.convert.compare import compare
 from nydusfs.convert.nydusd import find_nydusd, mounted
+from nydusfs.convert.pack import PackOptions, pack
+from nydusfs.convert.progress import Progress
 from nydusfs.convert.readerview import reader_view
 from nydusfs.convert.views import MountView
+from nydusfs.errors import ConvertError
 from tests.lab.nydusify import nydusify
 from tests.lab.objects import object_server
 from tests.lab.paths import ref_bin
@@ -185,6 +188,16 @@ def test_the_same_image_as_upstreams(tree: Path, tmp_path: Path) -> None:
     assert (ours / "app.blob").read_bytes() == (theirs / "app.blob").read_bytes()
     checked = subprocess.run([builder, "check", "-B", ours / "app.meta"], capture_output=True, timeout=60)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_failed_build_leaves_the_image_of_an_earlier_one(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(PackOptions(tree, "app", out), Progress())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tree / "more").write_text("changed")
+    with pytest.raises(ConvertError, match="chunk size"):
+        pack(PackOptions(tree, "app", out, chunk_size=0x10000, chunk_dict=out / "app.meta"), Progress())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_wrong_use_is_one_clear_line(tree: Path, tmp_path: Path) -> None:
