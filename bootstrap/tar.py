@@ -221,7 +221,13 @@ class TarStream:
     @staticmethod
     def _apply(entry: Entry, pax: dict[bytes, bytes]) -> None:
         for key, value in pax.items():
-            if key == b"path":
+            if key.startswith(b"SCHILY.xattr."):
+                if entry.xattrs is None:
+                    entry.xattrs = {}
+                entry.xattrs[key[13:]] = value
+            elif not value:
+                continue  # the header's field counts, as for containerd
+            elif key == b"path":
                 entry.name = value
             elif key == b"linkpath":
                 entry.linkname = value
@@ -235,10 +241,6 @@ class TarStream:
                 whole = _whole_seconds(value)
                 if abs(whole - entry.mtime) > 1:  # the header has no place for it; else it only differs by rounding
                     entry.mtime = whole
-            elif key.startswith(b"SCHILY.xattr."):
-                if entry.xattrs is None:
-                    entry.xattrs = {}
-                entry.xattrs[key[13:]] = value
             elif key.startswith(b"GNU.sparse."):
                 raise BuildError(f"{entry.shown}: sparse files are not supported in layers")
 

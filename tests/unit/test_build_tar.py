@@ -99,6 +99,22 @@ def test_pax_records_are_split_by_length_and_foreign_ones_ignored() -> None:
     assert file is not None and file.xattrs == {b"user.odd": value} and file.mtime == 5
 
 
+def test_empty_pax_records_leave_the_header_s_fields() -> None:
+    empty = dict.fromkeys(("path", "linkpath", "uid", "gid", "size", "mtime", "SCHILY.xattr.user.none"), "")
+    root = tree(
+        pack(
+            member("d", type=tarfile.DIRTYPE, mode=0o700, uid=5, gid=6, mtime=77, pax_headers=empty),
+            member("d/f", b"123", pax_headers=empty),
+            member("l", type=tarfile.SYMTYPE, linkname="d/f", pax_headers=empty),
+        )
+    )
+    assert root.mode & 0o7777 == 0o755
+    d, f, link = (find(root, name) for name in (b"d", b"d/f", b"l"))
+    assert d is not None and f is not None and link is not None
+    assert (d.mode & 0o7777, d.uid, d.gid, d.mtime, d.xattrs) == (0o700, 5, 6, 77, {b"user.none": b""})
+    assert (f.size, link.target) == (3, b"d/f")
+
+
 def test_a_global_header_is_no_file() -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "c" * 40}) as archive:
