@@ -74,9 +74,9 @@ class Prober:
     async def _check_forever(self, watched: _Watched, interval: float, idle: float) -> None:
         while True:
             await trio.sleep(interval)
-            if trio.current_time() - watched.racer.last_read > idle:
-                continue
             standing = watched.endpoint.standing
+            if trio.current_time() - standing.last_used > idle:  # by whichever image
+                continue
             if standing.state is State.DOWN:
                 continue  # looked after by `watch`, once somebody reads
             try:

@@ -456,6 +456,21 @@ def test_a_proxy_that_is_not_healthy_is_left_alone_until_it_is(server: Any, capl
     run(scenario)
 
 
+def test_a_proxy_is_looked_after_whichever_image_is_read(server: Any) -> None:
+    origin, proxy = server(), server()
+    settings = {"url": proxy.url, "ping_url": f"{proxy.url}/ping", "check_interval": 1}
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(backend(origin, proxy=settings), hub)
+        open_source(backend(origin, "never/read", proxy=settings), hub)
+        proxy.ping_status = 503
+        while not origin.requests:
+            await read(source)
+            await trio.sleep(0.05)
+
+    run(scenario)
+
+
 # -- tokens
 
 
