@@ -139,6 +139,7 @@ class RegistryEndpoint:
         names = {name.lower() for name, _ in (*way.headers, *extra)}
         self._in_pieces = peer is not None and dragonfly.PIECE_HEADER[0].lower() not in names
         self._says_dragonfly = way.dragonfly or dragonfly.names_dragonfly(way.headers)
+        self._own_credentials = any(name.lower() == "authorization" for name, _ in way.headers)
 
     # -- Endpoint
 
@@ -307,9 +308,7 @@ class RegistryEndpoint:
                 return response
             target = self._redirect_target(url, location)
             here = here and target.origin == url.origin
-            headers: Headers = ()
-            if here and (value := await self.authenticator.header()):
-                headers = (*self.way.headers, ("Authorization", value))
+            headers = self._headers(await self.authenticator.header()) if here else ()
             response = await self._get(target, headers, wanted, patience, progress)
             url = target
             if response.status in (200, 206):
@@ -346,7 +345,7 @@ class RegistryEndpoint:
         else:
             response, sent = first, first.sent
         for _ in range(2):
-            if response.status != 401:
+            if response.status != 401 or self._own_credentials:
                 if response.status == 206 and self._peer is not None and self._peer.generation in _PLAIN:
                     self._put_at_hand(wanted, sent)
                 return response
@@ -377,7 +376,9 @@ class RegistryEndpoint:
             self.authenticator.accepted()
 
     def _headers(self, authorization: str) -> Headers:
-        return (*self.way.headers, ("Authorization", authorization)) if authorization else self.way.headers
+        """Those of this server. One that has credentials of its own gets no token besides."""
+        ours = authorization and not self._own_credentials
+        return (*self.way.headers, ("Authorization", authorization)) if ours else self.way.headers
 
     async def _get_shared(
         self, url: Url, headers: Headers, wanted: Range, patience: float, progress: Progress | None
@@ -417,7 +418,8 @@ class RegistryEndpoint:
         """All that is sent with these."""
         last, merged = self._last_headers
         if last != headers:
-            every = (*headers, *self._extra)
+            names = {name.lower() for name, _ in headers}
+            every = (*headers, *(one for one in self._extra if one[0].lower() not in names))
             given = {name.lower() for name, _ in every}
             ours = (("Accept", "*/*"),) if "user-agent" in given else (("User-Agent", USER_AGENT), ("Accept", "*/*"))
             merged = (*((name, value) for name, value in every if name.lower() not in _OURS), *ours)

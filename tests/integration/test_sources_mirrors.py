@@ -196,6 +196,39 @@ def test_containerds_hosts_are_mirrors_too(server: Any, tmp_path: Path, caplog: 
     run(scenario)
 
 
+@pytest.mark.parametrize("where", ["configuration", "hosts.toml", "environment"])
+def test_there_is_one_authorization(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Two of them are an illegal request, which nginx answers with 400. A mirror's own credentials win, then tokens."""
+    origin, mirror = server(auth="bearer"), server(auth="basic", login="us:them")
+    own = "Basic " + base64.b64encode(b"us:them").decode()
+    settings: dict[str, Any] = {"auth": AUTH}
+    if where == "configuration":
+        settings["mirrors"] = [{"host": mirror.url, "headers": {"authorization": own}}]
+    elif where == "hosts.toml":
+        folder = tmp_path / origin.netloc
+        folder.mkdir()
+        (folder / "hosts.toml").write_text(f'[host."{mirror.url}".header]\nauthorization = "{own}"\n')
+        settings["hosts_dir"] = str(tmp_path)
+    else:
+        monkeypatch.setenv("NYDUS_HEADER_Authorization", own)
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(backend(origin, auth=AUTH), hub))  # there is a token now
+        assert [one.headers["authorization"] for one in origin.data_requests[1:]] == ["Bearer token-2"]
+        source = open_source(backend(origin, **settings), hub)
+        await read(source)
+        if where == "environment":
+            return
+        assert [one.headers["authorization"] for one in mirror.requests] == [own]
+        assert len(origin.data_requests) == 2
+        mirror.login = "us:others"  # it refuses: that is no reason to ask for a token again
+        await read(source, 4096)
+        assert [one.headers["authorization"] for one in mirror.requests] == [own, own]
+        assert len(origin.data_requests) == 3 and len(origin.tokens) == 2
+
+    run(scenario)
+
+
 def test_a_peer_that_says_absurd_sizes_costs_no_read(server: Any) -> None:
     """More digits than Python takes for a number; of a 200 nobody else looks at the range."""
     said = [("X-Dragonfly-Task-Id", "t"), ("Content-Range", f"bytes 0-9/{'9' * 5000}")]

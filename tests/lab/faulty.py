@@ -153,7 +153,8 @@ class FaultyServer:
         headers: dict[str, str] = {}
         while header := file.readline(65536).rstrip(b"\r\n"):  # type: ignore[attr-defined]
             name, _, value = header.decode("latin-1").partition(":")
-            headers[name.lower()] = value.strip()
+            known = headers.get(name.lower())
+            headers[name.lower()] = value.strip() if known is None else f"{known}, {value.strip()}"
         body = file.read(int(headers.get("content-length", 0)))  # type: ignore[attr-defined]
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", ""))
         span = (int(match[1]), int(match[2])) if match else None
