@@ -208,10 +208,11 @@ class Transport:
     def _redirected(self, request: _Request, target: Endpoint, authorization: str | None) -> httpx.Response:
         address = httpx.URL(request.url)
         for _ in range(MAX_REDIRECTS + 1):
-            sent = {"Accept-Encoding": "identity", **request.headers}
+            # hosts.toml says Latin-1, repeats names and writes them as it likes
+            sent = httpx.Headers({"Accept-Encoding": "identity", **request.headers}, encoding="latin-1")
             same = _same_origin(address, target)
             if same:
-                sent.update(target.headers)
+                sent.update(httpx.Headers(target.headers, encoding="latin-1"))
                 if authorization:
                     sent["Authorization"] = authorization
             if request.size is not None:

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from nydusfs.errors import RegistryError, WrongBytesError
 from nydusfs.registry.client import RegistryClient
+from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
 from nydusfs.registry.mediatypes import OCI_INDEX, OCI_MANIFEST
 from tests.lab.authority import Authority
@@ -170,6 +172,32 @@ def test_certificates_of_both_sides(tmp_path: Path) -> None:
         options = ClientOptions(retries=0, hosts_dir=str(tmp_path / "docker"))
         with RegistryClient(registry.host, options, lambda: None) as one, pytest.raises(RegistryError, match=r"\.cert"):
             one.has_blob("r", DIGEST)
+
+
+def test_headers_of_a_mirror_are_sent_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Authorization, a header of several values, and what Latin-1 has."""
+    monkeypatch.setattr("nydusfs.registry.transport.docker_credentials", lambda _: Credentials("user", "secret"))
+
+    seen: list[Message] = []
+
+    def answer(handler: Handler) -> None:
+        seen.append(handler.headers)
+        if "dXNlcj" not in handler.headers.get("Authorization", ""):  # user:secret
+            return reply(handler, 401, WWW_Authenticate="Basic realm=x")
+        return reply(handler, 200, DATA)
+
+    with serve(answer) as server, serve(answer) as mirror:
+        (tmp_path / server.host).mkdir()
+        (tmp_path / server.host / "hosts.toml").write_text(
+            f'server = "http://{server.host}"\n[host."http://{mirror.host}".header]\n'
+            'authorization = "Basic other"\nx-many = ["one", "two"]\nx-name = "Andr\u00e9"\n',
+            encoding="utf-8",
+        )
+        with RegistryClient(server.host, ClientOptions(retries=0, hosts_dir=str(tmp_path)), lambda: None) as client:
+            assert client.blob("r", DIGEST, len(DATA)) == DATA
+    sent = seen[-1]
+    assert sent.get_all("authorization") == ["Basic dXNlcjpzZWNyZXQ="]
+    assert sent.get_all("x-many") == ["one", "two"] and sent["x-name"] == "Andr\u00e9"
 
 
 def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> None:
