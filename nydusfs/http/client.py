@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import TypeAlias
 import trio
 
 from nydusfs.http import wire
-from nydusfs.http.connection import Connection, Progress, Tls, tls_context
+from nydusfs.http.certificates import Certificates
+from nydusfs.http.connection import Connection, Progress, Tls
 from nydusfs.http.direct import Direct
 from nydusfs.http.errors import HttpError, HttpTimeout, ProtocolViolation, StaleConnection
 from nydusfs.http.pacing import PACE
@@ -71,8 +71,7 @@ class HttpClient:
     """
 
     def __init__(self, tls: Tls | None = None) -> None:
-        self._tls = tls or Tls()
-        self._context: ssl.SSLContext | None = None
+        self._certificates = Certificates(tls or Tls())
         self._pools: dict[tuple[Origin, Via | None, bool], _Pool] = {}
 
     async def get_range(
@@ -275,11 +274,10 @@ class HttpClient:
         return Direct(message.removesuffix(b"\r\n"), take, pool.idle.append, patience)
 
     async def _connect(self, origin: Origin, timeout: float, via: Via | None) -> Connection:
-        if self._context is None and (origin.scheme == "https" or (via and via.origin.scheme == "https")):
-            # 20 to 40 ms of CPU for the system's roots: once, away from the loop
-            self._context = await trio.to_thread.run_sync(tls_context, self._tls)
+        secure = origin.scheme == "https" or (via is not None and via.origin.scheme == "https")
+        context = await self._certificates.context() if secure else None
         with trio.move_on_after(timeout):
-            return await Connection.open(origin, self._context, via.origin if via else None, via.auth if via else "")
+            return await Connection.open(origin, context, via.origin if via else None, via.auth if via else "")
         raise HttpTimeout(f"no connection within {timeout:.3g} s")
 
     def close(self) -> None:

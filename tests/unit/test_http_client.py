@@ -14,6 +14,7 @@ import trio
 
 from nydusfs.http import ConnectFailed, HttpClient, Url, client, parse_url
 from nydusfs.http.connection import Tls
+from tests.lab.authority import Authority
 from tests.lab.faulty import FaultyServer, faulty_server, self_signed
 from tests.lab.tiny import noise
 
@@ -101,3 +102,41 @@ def test_connections_to_hosts_that_nobody_asks_any_more_are_closed(monkeypatch: 
 
     with ExitStack() as stack:
         trio.run(main, [stack.enter_context(faulty_server({BLOB_ID: BLOB})) for _ in range(4)])
+
+
+def test_certificates_that_are_replaced_count_for_the_next_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    files = {name: tmp_path / name for name in ("ca.crt", "client.cert", "client.key")}
+
+    def install(authority: Authority) -> None:
+        for path, source in zip(files.values(), (authority.certificate, *authority.issue("client")), strict=True):
+            other = path.with_suffix(".new")
+            other.write_bytes(source.read_bytes())
+            other.replace(path)
+
+    async def main(first: FaultyServer, second: FaultyServer) -> None:
+        tls = Tls((str(files["ca.crt"]),), client=((str(files["client.cert"]), str(files["client.key"])),))
+        http = HttpClient(tls)
+        await get(http, first)
+        install(new)
+        await get(http, second)
+        await get(http, first)  # a connection that is there goes on
+        assert (first.connections, second.connections) == (1, 1)
+        files["client.key"].write_text("half a k")
+        for _ in range(2):
+            http.close()
+            await get(http, second)
+        assert caplog.text.count("going on with") == 1 and str(files["client.cert"]) in caplog.text
+        http.close()
+
+    with ExitStack() as stack:
+        servers = []
+        for authority in (old, new):
+            context = authority.server_context()
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(authority.certificate)
+            servers.append(stack.enter_context(faulty_server({BLOB_ID: BLOB}, tls=context)))
+        install(old)
+        trio.run(main, *servers)
