@@ -1,22 +1,22 @@
 """Where requests for a registry go: scheme, TLS settings and containerd's `certs.d` folders.
 
-`<folder>/<host[:port]>/hosts.toml` (also `host_port_`, then `_default`) may name hosts to pull from before the server
-itself, with `capabilities`, `skip_verify` and `ca`. Without one, plain HTTP is used for the machine's own addresses and
-where it was asked for, HTTPS for everything else.
+`<folder>/<host[:port]>/hosts.toml` (or `host_port_`, or `_default`) may name hosts to pull from first, with
+`capabilities`, `skip_verify` and `ca`, and a `server` to ask in place of the registry. Without one, plain HTTP is used
+for the machine's own addresses and where it was asked for, HTTPS for everything else.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from nydusfs.config.backends import bad_header
 from nydusfs.errors import ConfigError
 from nydusfs.redact import public_url
-from nydusfs.registry.reference import DOCKER_HUB_ENDPOINT, is_loopback
+from nydusfs.registry.reference import DOCKER_HUB, DOCKER_HUB_ENDPOINT, DOCKER_HUB_HOSTS, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One base address (`https://host:port`, maybe with a path) and how to talk to it. `client`: certificate and key
-    files ("": key in the same file) to show; `override_path`: the path stands for `/v2`."""
+    files ("": key in the same file) to show; `override_path`: the path stands for `/v2`; `query`: says which registry
+    is meant to a machine that is another."""
 
     url: str
     verify: bool = True
@@ -32,6 +33,7 @@ class Endpoint:
     client: tuple[tuple[str, str], ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
     override_path: bool = False
+    query: str = ""
     can_pull: bool = True
     can_push: bool = True
 
@@ -41,7 +43,8 @@ class Endpoint:
 
     def address(self, path: str) -> str:
         """`path` starts with /v2/."""
-        return self.url + (path.removeprefix("/v2") if self.override_path else path)
+        bare = self.url + (path.removeprefix("/v2") if self.override_path else path)
+        return f"{bare}{'&' if '?' in path else '?'}{self.query}" if self.query else bare
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,15 @@ class Route:
     server: list[Endpoint]
     mirrors: list[Endpoint] = field(default_factory=list)
 
+    def origin(self, url: str) -> Endpoint:
+        """The server, for who knows that the registry itself would be asked at `url`."""
+        return next((one for one in self.server if one.url == url), self.server[0])
+
 
 def route(endpoint: str, options: ClientOptions) -> Route:
-    """Addresses for host[:port]. Raises ConfigError for a hosts.toml that cannot be used."""
+    """Addresses for host[:port] of an image. Raises ConfigError for a hosts.toml that cannot be used."""
     folder = _folder(endpoint, options.hosts_dir)
+    endpoint = DOCKER_HUB_ENDPOINT if endpoint == DOCKER_HUB else endpoint
     if folder is not None and (folder / "hosts.toml").exists():
         return _from_hosts_toml(endpoint, folder / "hosts.toml", options)
     return Route(_candidates(endpoint, options, *(_docker_files(folder) if folder is not None else ((), ()))))
@@ -96,7 +104,7 @@ def _candidates(
     authorities += options.ca_files
     https = Endpoint(f"https://{endpoint}", verify=not options.insecure, ca_files=authorities, client=client)
     http = Endpoint(f"http://{endpoint}")
-    if options.plain_http and endpoint != DOCKER_HUB_ENDPOINT:  # a flag for private registries
+    if options.plain_http and endpoint not in DOCKER_HUB_HOSTS:  # a flag for private registries
         return [http]
     if is_loopback(endpoint):
         return [https, http] if authorities or client else [http, https]
@@ -107,8 +115,8 @@ def _folder(endpoint: str, hosts_dir: str) -> Path | None:
     if not hosts_dir:
         return None
     host, colon, port = endpoint.rpartition(":")
-    names = [endpoint, f"{host}_{port}_" if colon else endpoint, "_default"]
-    for name in names:
+    whole = DOCKER_HUB if endpoint in DOCKER_HUB_HOSTS else endpoint
+    for name in [f"{host}_{port}_" if colon else whole, whole, "_default"]:
         folder = Path(hosts_dir) / name
         if folder.is_dir():
             return folder
@@ -124,7 +132,9 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
         raise ConfigError("", f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("", f"{path} is not TOML: {error}") from error
-    server = document.get("server")
+    server = document.get("server", "")
+    if not isinstance(server, str):
+        raise ConfigError("server", "must be a string", str(path))
     mirrors: list[Endpoint] = []
     hosts = document.get("host", {})
     if not isinstance(hosts, dict):
@@ -132,20 +142,19 @@ def _from_hosts_toml(endpoint: str, path: Path, options: ClientOptions) -> Route
     for url, entry in hosts.items():
         if not isinstance(entry, dict):
             raise ConfigError(f"host.{public_url(url)}", "must be a table", str(path))
-        mirrors.append(_endpoint(url, entry, path, options))
-    if server is None:
-        servers = _candidates(endpoint, options)
-    elif isinstance(server, str):
-        servers = [_endpoint(server, document, path, options)]
-    else:
-        raise ConfigError("server", "must be a string", str(path))
+        mirrors.append(_endpoint(url, entry, path, options, endpoint))
+    named = _endpoint(server or endpoint, document, path, options, endpoint)
+    servers = [named]
+    if not server:
+        found = _candidates(endpoint, options, named.ca_files, named.client)
+        servers = [replace(one, verify=one.verify and named.verify, headers=named.headers) for one in found]
     # an entry for the server's own address carries its settings
     addresses = {one.url for one in servers}
     own = [mirror for mirror in mirrors if mirror.url.removesuffix("/v2") in addresses]
     return Route(own[:1] or servers, [mirror for mirror in mirrors if mirror not in own and mirror.can_pull])
 
 
-def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOptions) -> Endpoint:
+def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOptions, registry: str) -> Endpoint:
     text = url if "://" in url else f"https://{url}"
     try:
         parts = urlsplit(text)
@@ -167,6 +176,11 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
     for name, one in pairs:
         if reason := bad_header(name, one):
             raise ConfigError(f"host.{public_url(url)}.header.{ascii(name)[1:-1]}", reason, str(path))
+    host = parts.netloc.rpartition("@")[2].lower()
+    if host == DOCKER_HUB:  # as containerd's own examples have it, though nobody answers there
+        host, text = DOCKER_HUB_ENDPOINT, urlunsplit(parts._replace(netloc=DOCKER_HUB_ENDPOINT))
+    hub = registry in DOCKER_HUB_HOSTS
+    itself = host == registry.lower() or (hub and host in DOCKER_HUB_HOSTS)
     return Endpoint(
         text.rstrip("/") if override else text.rstrip("/").removesuffix("/v2"),
         verify=not (entry.get("skip_verify") is True or options.insecure),
@@ -174,6 +188,7 @@ def _endpoint(url: str, entry: dict[str, Any], path: Path, options: ClientOption
         client=_client_pairs(entry.get("client"), url, path),
         override_path=override,
         headers=tuple(pairs),
+        query="" if itself else f"ns={quote(DOCKER_HUB if hub else registry, safe='')}",
         can_pull="pull" in capabilities,
         can_push="push" in capabilities,
     )

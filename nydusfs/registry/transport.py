@@ -26,7 +26,7 @@ from nydusfs.redact import public_url
 from nydusfs.registry.auth import Authenticator
 from nydusfs.registry.credentials import Credentials, docker_credentials
 from nydusfs.registry.hosts import ClientOptions, Endpoint, route
-from nydusfs.registry.reference import DOCKER_HUB, DOCKER_HUB_ENDPOINT, is_loopback
+from nydusfs.registry.reference import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Transport:
     ) -> None:
         self.host = host
         self.options = options or ClientOptions()
-        self._route = route(DOCKER_HUB_ENDPOINT if host == DOCKER_HUB else host, self.options)
+        self._route = route(host, self.options)
         self._lock = threading.Lock()
         self._server: Endpoint | None = self._route.server[0] if len(self._route.server) == 1 else None
         self._clients_lock = threading.Lock()

@@ -210,7 +210,8 @@ class RegistryEndpoint:
         if not self.unsettled:
             await self._client.prepare(self._base.origin, self._times.connect, self.way.via)
             return
-        authenticator, times, url = self.authenticator, self._times, self._v2()
+        authenticator, times = self.authenticator, self._times
+        url = Url(self._base.origin, self._v2().target + self.way.query)
         sent = await authenticator.header()
         response = await self._client.request(
             *("GET", url, self._merged(self._headers(sent))),
@@ -365,7 +366,7 @@ class RegistryEndpoint:
         """A mirror's challenge could name any realm; credentials go only where the registry itself says."""
         origin = self._origin
         assert origin is not None
-        url = Url(origin._base.origin, f"{origin._prefixed(origin._blobs)}sha256:{_part(wanted.blob_id)}")
+        url = origin._url(wanted)
         response = await origin._get(url, origin.way.headers, Range(wanted.blob_id, 0, 1), patience, None)
         if response.status != 401:
             raise AuthError(f"{self.name}: 401, though the registry wants no credentials", url=str(url))
@@ -458,7 +459,7 @@ class RegistryEndpoint:
             plain = self._backend.connection.skip_verify and self.last and url.origin == self.way.base.origin
             if not plain or url.origin.scheme == "http":
                 raise
-            origin = parse_authority("http", self._backend.host)
+            origin = parse_authority("http", url.origin.netloc)
             try:
                 response = await self._get(Url(origin, url.target), headers, wanted, patience, progress, around)
             except HttpError:

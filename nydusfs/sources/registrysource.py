@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from urllib.parse import quote, urlsplit
 
 import trio
@@ -48,7 +49,7 @@ class RegistrySource(RemoteSource, ThreadSource):
             self._endpoints,
             f"{self._origin}/{backend.repo}",
             extras=hub.extras,
-            bucket=hub.bucket(self._origin, float(connection.origin_rate_limit)),
+            bucket=hub.bucket(self._server, float(connection.origin_rate_limit)),
             watcher=hub.prober,
         )
         super().__init__(f"registry {backend.host}/{backend.repo}", "registry", racer)
@@ -134,33 +135,33 @@ class RegistrySource(RemoteSource, ThreadSource):
     def _authenticator(self, auth: str, through: Origin | None = None) -> Authenticator:
         backend = self._backend
         return self._hub.authenticator(
-            backend.connection, self._tls, self._origin, backend.repo, auth, backend.registry_token, through
+            backend.connection, self._tls, self._server, backend.repo, auth, backend.registry_token, through
         )
 
     def _open_endpoints(self) -> list[RegistryEndpoint]:
         backend, connection = self._backend, self._backend.connection
         own, listed = self._hosts_entries()
-        self._tls = Tls(connection.ca_cert_files, connection.skip_verify)
-        if own is not None:
-            ca_files = (*connection.ca_cert_files, *own.ca_files)
-            self._tls = Tls(ca_files, connection.skip_verify or not own.verify, own.client)
+        ca_files = (*connection.ca_cert_files, *own.ca_files)
+        self._tls = Tls(ca_files, connection.skip_verify or not own.verify, own.client)
+        itself = self._listed_way(own, "registry")
+        self._server = itself.base.origin
         shared = self._authenticator(self._auth)
         client = self._hub.client(self._tls)
         patient = Times(seconds(connection.connect_timeout), seconds(connection.timeout))
         brief = patient.brief()
         origin = RegistryEndpoint(
-            Way(f"registry {self._origin}", Url(self._origin, "/"), own.headers if own else ()),
+            itself,
             backend,
             client,
             shared,
-            self._hub.standing(str(self._origin)),
+            self._hub.standing(itself.base.full.rstrip("/") + itself.query),
             patient,
             last=True,
             attempts=1 + connection.retry_limit,
             extra=self._hub.headers,
         )
         if connection.proxy.url:
-            proxy = self._proxy(client, shared, brief if connection.proxy.fallback else patient)
+            proxy = self._proxy(itself, client, shared, brief if connection.proxy.fallback else patient)
             return [proxy, origin] if connection.proxy.fallback else [proxy]
         endpoints: list[RegistryEndpoint] = []
         extra = self._hub.headers
@@ -177,7 +178,7 @@ class RegistrySource(RemoteSource, ThreadSource):
                 )
             )
         for entry in listed:
-            way = self._listed_way(entry)
+            way = replace(self._listed_way(entry, "mirror"), asks_origin=True)
             standing = self._hub.standing(way.base.full + way.query, way.headers)
             client = self._hub.client(Tls(entry.ca_files, not entry.verify, entry.client))
             rank = len(endpoints)
@@ -201,26 +202,25 @@ class RegistrySource(RemoteSource, ThreadSource):
             asks_origin=not mirror.auth_through,
         )
 
-    def _listed_way(self, entry: HostsEntry) -> Way:
-        base = parse_url(entry.url)
+    def _listed_way(self, entry: HostsEntry, kind: str) -> Way:
         return Way(
-            f"mirror {public_url(entry.url)}",
-            base,
+            f"{kind} {public_url(entry.url)}",
+            parse_url(entry.url),
             self._filled(entry.headers),
-            query=self._ns(),
-            asks_origin=True,
+            query=f"?{entry.query}" if entry.query else "",
             api="" if entry.override_path else "/v2",
         )
 
-    def _proxy(self, client: HttpClient, authenticator: Authenticator, times: Times) -> RegistryEndpoint:
+    def _proxy(self, itself: Way, client: HttpClient, authenticator: Authenticator, times: Times) -> RegistryEndpoint:
         proxy = self._backend.connection.proxy
         via = proxy_via(proxy.url)
-        base = Url(self._origin, "/")
-        if proxy.use_http and self._origin.scheme == "https":
-            base = Url(parse_authority("http", self._origin.netloc), "/")
-        way = Way(
-            f"proxy {via.origin}",
-            base,
+        base = itself.base
+        if proxy.use_http and base.origin.scheme == "https":
+            base = Url(parse_authority("http", base.origin.netloc), base.target)
+        way = replace(
+            itself,
+            name=f"proxy {via.origin}",
+            base=base,
             via=via,
             ping=parse_url(proxy.ping_url) if proxy.ping_url else None,
             dragonfly=True,
@@ -261,34 +261,26 @@ class RegistrySource(RemoteSource, ThreadSource):
         return ""
 
     def _ns(self) -> str:
-        host = self._origin.netloc
+        host = self._backend.host
         return f"?ns={quote('docker.io' if host in DOCKER_HUB_HOSTS else host, safe='')}"
 
     # -- containerd's hosts.toml
 
-    def _hosts_entries(self) -> tuple[HostsEntry | None, list[HostsEntry]]:
-        """The registry's own entry and its mirrors. A file that cannot be used costs its mirrors, not the mount."""
+    def _hosts_entries(self) -> tuple[HostsEntry, list[HostsEntry]]:
+        """The registry itself, or what is asked in its place, and mirrors. A file that cannot be used costs these, not
+        the mount."""
         backend = self._backend
+        url = f"{backend.connection.scheme}://{backend.host}"
         if not backend.hosts_dir:
-            return None, []
+            return HostsEntry(url), []
         options = ClientOptions(
             insecure=backend.connection.skip_verify,
-            plain_http=self._origin.scheme == "http",
+            plain_http=backend.connection.scheme == "http",
             hosts_dir=backend.hosts_dir,
         )
-        names = ["docker.io"] if self._origin.netloc in DOCKER_HUB_HOSTS else []
         try:
-            found = route(names[0] if names else self._origin.netloc, options)
+            found = route(backend.host, options)
         except ConfigError as error:
             log.warning("%s: going on without it", error)
-            return None, []
-        own = [entry for entry in found.server if _same_server(entry.url, self._origin)]
-        mirrors = [entry for entry in found.mirrors if not _same_server(entry.url, self._origin)]
-        return (own[0] if own else None), mirrors
-
-
-def _same_server(url: str, origin: Origin) -> bool:
-    try:
-        return parse_url(url).origin == origin
-    except HttpError:
-        return False
+            return HostsEntry(url), []
+        return found.origin(url), found.mirrors

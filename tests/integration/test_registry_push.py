@@ -200,6 +200,20 @@ def test_headers_of_a_mirror_are_sent_as_they_are_written(tmp_path: Path, monkey
     assert sent.get_all("x-many") == ["one", "two"] and sent["x-name"] == "Andr\u00e9"
 
 
+def test_a_server_in_place_of_the_registry_is_told_which_is_meant(tmp_path: Path) -> None:
+    uploads = Uploads([])
+
+    with serve(uploads) as server:
+        (tmp_path / "docker.io").mkdir()
+        (tmp_path / "docker.io" / "hosts.toml").write_text(f'server = "http://{server.host}"\n')
+        options = ClientOptions(retries=0, hosts_dir=str(tmp_path))
+        with RegistryClient("docker.io", options, lambda: None) as client:
+            client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA))
+        assert uploads.blob == DATA
+        assert [path for _, path, _ in server.seen][:2] == [
+            f"/v2/r/blobs/{DIGEST}?ns=docker.io", "/v2/r/blobs/uploads/?ns=docker.io"]  # fmt: skip
+
+
 def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> None:
     def answer(handler: Handler) -> None:
         reply(handler, 200, DATA if "/blobs/" in handler.path else b"")

@@ -23,7 +23,7 @@ from nydusfs.config.model import RegistryBackend
 from nydusfs.errors import SourceError
 from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader, wait_until
-from tests.lab.faulty import FaultyServer, faulty_server
+from tests.lab.faulty import FaultyServer, dead_port, faulty_server
 from tests.lab.tiny import noise, tiny_image
 
 BLOB_ID, BLOB = "ab" * 32, noise(200_000)
@@ -192,6 +192,46 @@ def test_containerds_hosts_are_mirrors_too(server: Any, tmp_path: Path, caplog: 
         (folder / "hosts.toml").write_text("server = [")
         await read(open_source(backend(origin, hosts_dir=listed), hub), 4096)
         assert "hosts.toml is not TOML" in caplog.text and "going on without it" in caplog.text
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("folder", ["{host}", "_default"])
+def test_containerds_server_is_asked_in_place_of_the_registry(server: Any, tmp_path: Path, folder: str) -> None:
+    """Also where the registry itself is out of reach, for tokens too, and by plain HTTP if it says so."""
+    other = server(auth="bearer")
+    with dead_port() as host:
+        (tmp_path / folder.format(host=host)).mkdir()
+        (tmp_path / folder.format(host=host) / "hosts.toml").write_text(f'server = "{other.url}/sub"\n')
+
+        async def scenario(hub: SourceHub) -> None:
+            settings = {"host": host, "scheme": "https", "auth": AUTH, "hosts_dir": str(tmp_path)}
+            source = open_source(backend(other, **settings), hub)
+            await source.greet()
+            await read(source)
+            told = f"?ns={host.replace(':', '%3A')}"
+            targets = [one.target for one in other.requests]
+            assert targets == [f"/sub/v2/{told}", f"/sub/v2/a/b/blobs/sha256:{BLOB_ID}{told}"]
+            with pytest.raises(SourceError, match=f"registry {other.url}/sub: status 404"):
+                await source.read("cd" * 32, 0, 10, Priority.DEMAND)
+
+        run(scenario)
+
+
+def test_a_server_that_is_the_registry_itself_is_told_nothing(server: Any, tmp_path: Path) -> None:
+    """Nor a mirror below another path of the same host, which is one all the same."""
+    origin = server()
+    folder = tmp_path / origin.netloc
+    folder.mkdir()
+    (folder / "hosts.toml").write_text(
+        f'server = "{origin.url}"\n[host."{origin.url}/mirror/v2"]\noverride_path = true\n'
+    )
+
+    async def scenario(hub: SourceHub) -> None:
+        origin.choose = lambda request: "404" if "/mirror/" in request.target else "ok"
+        await read(open_source(backend(origin, hosts_dir=str(tmp_path)), hub))
+        targets = [one.target for one in origin.requests]
+        assert targets == [f"{path}/a/b/blobs/sha256:{BLOB_ID}" for path in ("/mirror/v2", "/v2")]
 
     run(scenario)
 

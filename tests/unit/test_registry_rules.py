@@ -218,6 +218,43 @@ def test_hosts_toml(tmp_path: Path) -> None:
         route("r.io", ClientOptions(hosts_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("host", ["docker.io", "index.docker.io", "registry-1.docker.io"])
+def test_docker_hub_has_one_folder(tmp_path: Path, host: str) -> None:
+    """What containerd's own documentation shows."""
+    (tmp_path / "docker.io").mkdir()
+    file = tmp_path / "docker.io" / "hosts.toml"
+    file.write_text('server = "https://docker.io"\n[host."https://mirror.example"]\n')
+    found = route(host, ClientOptions(hosts_dir=str(tmp_path)))
+    assert [one.address("/v2/") for one in found.mirrors] == ["https://mirror.example/v2/?ns=docker.io"]
+    assert [one.address("/v2/") for one in found.server] == ["https://registry-1.docker.io/v2/"]
+    file.write_text('[host."https://mirror.example"]\n')
+    found = route(host, ClientOptions(hosts_dir=str(tmp_path)))
+    assert [one.host for one in found.server] == ["registry-1.docker.io" if host == "docker.io" else host]
+
+
+def test_who_is_told_which_registry_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "r.io_5000_").mkdir()
+    (tmp_path / "r.io:5000").mkdir()  # containerd looks there last
+    (tmp_path / "r.io_5000_" / "hosts.toml").write_text(
+        'server = "http://other:80/x"\nskip_verify = true\n[host."http://R.io:5000"]\n[host."https://r.io:5001"]\n'
+        '[host."https://r.io:5000/api/v2"]\noverride_path = true\n'
+    )
+    found = route("r.io:5000", ClientOptions(hosts_dir=str(tmp_path)))
+    assert [one.address("/v2/a/manifests/t?x=1") for one in (*found.mirrors, *found.server)] == [
+        "http://R.io:5000/v2/a/manifests/t?x=1", "https://r.io:5001/v2/a/manifests/t?x=1&ns=r.io%3A5000",
+        "https://r.io:5000/api/v2/a/manifests/t?x=1", "http://other:80/x/v2/a/manifests/t?x=1&ns=r.io%3A5000",
+    ]  # fmt: skip
+
+
+def test_settings_of_a_server_that_is_not_named(tmp_path: Path) -> None:
+    (tmp_path / "_default").mkdir()
+    (tmp_path / "_default" / "hosts.toml").write_text('ca = "x.pem"\nclient = "me.pem"\n[header]\nX-A = "b"\n')
+    (one,) = route("r.io", ClientOptions(hosts_dir=str(tmp_path))).server
+    assert (one.url, one.ca_files, one.headers, one.query) == (
+        "https://r.io", (str(tmp_path / "_default" / "x.pem"),), (("X-A", "b"),), "")  # fmt: skip
+    assert one.client == ((str(tmp_path / "_default" / "me.pem"), ""),)
+
+
 def test_a_mirrors_password_is_shown_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nydusfs")
     with dead_port() as host, faulty_server({}, auth="basic") as asking, dead_port() as silent:
