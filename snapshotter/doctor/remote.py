@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,12 @@ import httpx
 
 from nydusfs.config import RegistryBackend, load_config
 from nydusfs.errors import AuthError, NydusError, RegistryError
+from nydusfs.http import ConnectFailed
+from nydusfs.http.connection import Tls, tls_context
+from nydusfs.redact import public_url
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
-from nydusfs.registry.hosts import ClientOptions, route
+from nydusfs.registry.hosts import ClientOptions, Endpoint, route
 from nydusfs.registry.reference import Reference
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.errors import SnapshotterError
@@ -33,8 +35,7 @@ class _Server:
     kind: str  # registry, mirror, proxy
     url: str  # scheme://host:port
     headers: tuple[tuple[str, str], ...] = ()
-    verify: bool = True
-    ca_files: tuple[str, ...] = ()
+    tls: Tls = field(default_factory=Tls)
 
 
 @dataclass
@@ -80,30 +81,46 @@ def _servers(node: Node, images: list[_Image]) -> list[_Server]:
     found: dict[tuple[str, str], _Server] = {}
     for backend in backends:
         connection = backend.connection
-        verify, ca_files = not connection.skip_verify, connection.ca_cert_files
-        for mirror in connection.mirrors:
-            server = _Server("mirror", _base(mirror.host), tuple(mirror.headers.items()), verify, ca_files)
-            found.setdefault((server.kind, server.url), server)
+        tls = Tls(connection.ca_cert_files, connection.skip_verify)
+        servers = [
+            _Server("mirror", _base(mirror.host), tuple(mirror.headers.items()), tls) for mirror in connection.mirrors
+        ]
         if connection.proxy.url:
-            server = _Server("proxy", _base(connection.proxy.url))
-            found.setdefault((server.kind, server.url), server)
+            servers.append(_Server("proxy", _base(connection.proxy.url)))
         if backend.host:
-            options = ClientOptions(
-                insecure=connection.skip_verify, plain_http=connection.scheme == "http", hosts_dir=backend.hosts_dir
-            )
-            try:
-                way = route(backend.host, options)
-            except NydusError:
-                way = None
-            ours = f"{connection.scheme}://{backend.host}"
-            found.setdefault(("registry", ours), _Server("registry", ours, (), verify, ca_files))
-            for endpoint in way.mirrors if way is not None else ():
-                if endpoint.host != backend.host:
-                    server = _Server(
-                        "mirror", _base(endpoint.url), endpoint.headers, endpoint.verify, endpoint.ca_files
-                    )
-                    found.setdefault((server.kind, server.url), server)
+            itself, listed = _listed(backend)
+            tls = Tls((*connection.ca_cert_files, *itself.ca_files), not itself.verify, itself.client)
+            servers.append(_Server("registry", _base(itself.url), itself.headers, tls))
+            servers += [
+                _Server("mirror", _base(one.url), one.headers, Tls(one.ca_files, not one.verify, one.client))
+                for one in listed
+            ]
+        for server in servers:
+            found.setdefault((server.kind, server.url), server)
     return list(found.values())
+
+
+def _options(backend: RegistryBackend) -> ClientOptions:
+    connection = backend.connection
+    return ClientOptions(
+        insecure=connection.skip_verify,
+        plain_http=connection.scheme == "http",
+        hosts_dir=backend.hosts_dir,
+        ca_files=connection.ca_cert_files,
+        connect_timeout=SECONDS,
+        read_timeout=SECONDS,
+        retries=1,
+    )
+
+
+def _listed(backend: RegistryBackend) -> tuple[Endpoint, list[Endpoint]]:
+    """Who is asked for the registry, and the mirrors of hosts.toml."""
+    url = f"{backend.connection.scheme}://{backend.host}"
+    try:
+        found = route(backend.host, _options(backend))
+    except NydusError:
+        return Endpoint(url, verify=not backend.connection.skip_verify), []
+    return found.origin(url), found.mirrors
 
 
 def _base(url: str) -> str:
@@ -113,14 +130,10 @@ def _base(url: str) -> str:
 
 def _ask(server: _Server) -> tuple[float, str]:
     """Milliseconds until it answered anything, and what is wrong."""
-    context: ssl.SSLContext | bool = server.verify
-    if server.verify and server.ca_files:
-        context = ssl.create_default_context()
-        try:
-            for path in server.ca_files:
-                context.load_verify_locations(path)
-        except (OSError, ssl.SSLError) as failure:
-            return 0.0, f"CA file: {failure}"
+    try:
+        context = tls_context(server.tls)
+    except ConnectFailed as failure:
+        return 0.0, str(failure)
     try:
         with httpx.Client(verify=context, timeout=SECONDS, trust_env=False) as client:
             began = time.monotonic()
@@ -140,9 +153,9 @@ def reachability(node: Node, extra: tuple[str, ...] = ()) -> Iterator[Finding]:
         return
     with ThreadPoolExecutor(8) as pool:
         for server, (took, problem) in zip(servers, pool.map(_ask, servers), strict=True):
-            what = f"{server.kind} {server.url}"
+            what = f"{server.kind} {public_url(server.url)}"
             if problem and server.kind == "registry":
-                node.unreachable.add(urlsplit(server.url).netloc)
+                node.unreachable.add(server.url)
                 yield error(
                     "registry.reach",
                     f"{what} cannot be reached: {problem}",
@@ -167,9 +180,9 @@ def reachability(node: Node, extra: tuple[str, ...] = ()) -> Iterator[Finding]:
 def credentials(node: Node, extra: tuple[str, ...] = ()) -> Iterator[Finding]:
     """Each mounted image's manifest is asked for with what its nydusd has been given."""
     node.need()
-    images = [image for image in _images(node, extra) if image.backend.host not in node.unreachable][:MAX_IMAGES]
+    images = [one for one in _images(node, extra) if _base(_listed(one.backend)[0].url) not in node.unreachable]
     with ThreadPoolExecutor(4) as pool:
-        for image, problem, refused in pool.map(_try, images):
+        for image, problem, refused in pool.map(_try, images[:MAX_IMAGES]):
             if refused:
                 yield error(
                     "registry.credentials",
@@ -184,17 +197,9 @@ def credentials(node: Node, extra: tuple[str, ...] = ()) -> Iterator[Finding]:
 
 
 def _try(image: _Image) -> tuple[_Image, str, bool]:
-    connection = image.backend.connection
-    options = ClientOptions(
-        insecure=connection.skip_verify,
-        plain_http=connection.scheme == "http",
-        connect_timeout=SECONDS,
-        read_timeout=SECONDS,
-        retries=1,
-    )
     reference = Reference.parse(image.name)
     try:
-        with RegistryClient(image.backend.host, options, lambda: image.credentials) as client:
+        with RegistryClient(image.backend.host, _options(image.backend), lambda: image.credentials) as client:
             if client.manifest_digest(reference.repository, reference.digest or reference.tag) is None:
                 return image, "it is not there any more", False
     except AuthError as failure:
