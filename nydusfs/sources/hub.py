@@ -117,7 +117,7 @@ class SourceHub:
             if (known := authenticator.known()) is not None:
                 at, (value, renew, expires) = known
                 times = [now + renew if renew < inf else None, now + expires]
-                found[_digest(key)] = {"realm": str(at.realm), "of": [at.service, at.scope], "t": value, "times": times}
+                found[_digest(key)] = {"realm": at.realm.full, "of": [at.service, at.scope], "t": value, "times": times}
         return json.dumps(found).encode()
 
     def take_over(self, left: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,11 +20,12 @@ from nydusfs.daemon.mounted import MountRequest
 from nydusfs.daemon.options import Options
 from nydusfs.daemon.service import Daemon
 from nydusfs.drivers.erofs.answers import Answers
-from nydusfs.http import Origin, Url
+from nydusfs.http import Origin, Response, Url, parse_url
 from nydusfs.http.connection import Tls
 from nydusfs.sources.auth import Authenticator
 from nydusfs.sources.hub import SourceHub
 from tests.lab.daemon import localfs_config
+from tests.lab.httpd import Handler, reply, serve
 
 
 def test_settings_of_the_last_worker_are_taken_over_with_its_mounts() -> None:
@@ -193,3 +195,31 @@ def test_a_token_is_left_for_as_long_as_it_is_good() -> None:
     left = trio.run(live, b"", first)
     assert b"dTpw" not in left
     trio.run(live, trio.run(live, left, idle), third)
+
+
+def test_the_next_worker_renews_a_token_where_the_registry_said() -> None:
+    """Some registries tell in the query of the realm whose tokens they are: account, tenant."""
+
+    def answer(request: Handler) -> None:
+        reply(request, 200, b'{"token": "t", "expires_in": 300}')
+
+    async def live(left: bytes, check: Callable[[Authenticator], Awaitable[object]]) -> bytes:
+        async with trio.open_nursery() as nursery:
+            hub = SourceHub(nursery)
+            hub.take_over(left)
+            with trio.fail_after(30):
+                await check(hub.authenticator(ConnectionConfig(), Tls(), Origin("http", "r", 80), "a", "dTpw", ""))
+            nursery.cancel_scope.cancel()
+        return hub.leave()
+
+    with serve(answer) as server:
+        challenge = Response(401, {"www-authenticate": f'Bearer realm="http://{server.host}/t?account=a"'}, b"")
+
+        async def refusal() -> Response:
+            return challenge
+
+        left = json.loads(trio.run(live, b"", lambda one: one.answer("", refusal, parse_url("http://r/v2/"))))
+        for one in left.values():
+            one["times"][0] = 0  # it is due
+        trio.run(live, json.dumps(left).encode(), lambda one: one.header())
+        assert [path for method, path, _ in server.seen if method == "POST"] == ["/t?account=a"] * 2
