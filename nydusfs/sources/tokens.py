@@ -55,10 +55,19 @@ class _Slot:
     renew_at: float = math.inf
     expires_at: float = -math.inf
     used_at: float = -math.inf
-    fetched_at: float = -math.inf
+    asked_at: float = -math.inf  # by a renewal, or when it came
     pause: float = 0.0
     post_first: bool = True
     lock: trio.Lock = field(default_factory=trio.Lock)
+
+    @property
+    def in_use(self) -> bool:
+        return self.used_at > self.asked_at
+
+    @property
+    def due(self) -> float:
+        """Its renewal; once that is over, and nobody has read since, its end."""
+        return self.renew_at if self.in_use or now() < self.renew_at else self.expires_at
 
 
 class TokenStore:
@@ -91,7 +100,7 @@ class TokenStore:
         if key not in self._slots:
             value, renew, expires = token
             slot = self._slots[key] = _Slot(client, connect_timeout, timeout, value)
-            slot.fetched_at = now()
+            slot.asked_at = now()
             slot.renew_at, slot.expires_at = now() + renew, now() + expires
             self._changed.set()
 
@@ -134,27 +143,29 @@ class TokenStore:
     def retire(self, key: TokenKey) -> None:
         """Its user and password were replaced: the token is good to its end, but nobody asks for another with them."""
         if slot := self._slots.get(key):
-            slot.renew_at = math.inf
+            slot.renew_at, slot.asked_at = slot.expires_at, math.inf
+            self._changed.set()
 
     async def renew_forever(self) -> None:
         """Renew what is used before it ends, one after the other."""
         while True:
             self._changed = trio.Event()
-            due = min((slot.renew_at for slot in self._slots.values()), default=math.inf)
+            due = min((slot.due for slot in self._slots.values()), default=math.inf)
             with trio.move_on_at(due):
                 await self._changed.wait()
                 continue
             for key, slot in list(self._slots.items()):
-                if now() < slot.renew_at:
+                if now() < slot.due:
                     continue
-                if slot.used_at > slot.fetched_at:
+                if slot.in_use:
                     await self._renew(key, slot)
                 else:
-                    del self._slots[key]  # nobody read since: the next reader will ask for one
+                    del self._slots[key]  # the next reader will ask for one
 
     async def _renew(self, key: TokenKey, slot: _Slot) -> None:
         async with slot.lock:
-            if now() < slot.renew_at:
+            began = now()
+            if began < slot.renew_at:
                 return
             try:
                 await self._fetch(key, slot, slot.timeout)
@@ -162,6 +173,8 @@ class TokenStore:
                 log.warning("cannot renew the registry token: %s", error)
                 slot.pause = min(_MAX_PAUSE, slot.pause * 2 or _FIRST_PAUSE)
                 slot.renew_at = now() + slot.pause
+                slot.asked_at = began
+                self._changed.set()
 
     async def _fetch(self, key: TokenKey, slot: _Slot, timeout: float) -> None:
         limiter = self._realms.setdefault(key.realm, trio.CapacityLimiter(_AT_ONCE))
@@ -175,8 +188,8 @@ class TokenStore:
         reply = parse_token_reply(bytes(response.body), str(key.realm))
         life = reply.expires_in
         slot.value = f"Bearer {reply.token}"
-        slot.fetched_at = now()
-        slot.expires_at = slot.fetched_at + life
+        slot.asked_at = now()
+        slot.expires_at = slot.asked_at + life
         jitter = random.random() * min(life / 10, _MAX_JITTER)
         slot.renew_at = slot.expires_at - min(_MARGIN, life / 4) - jitter
         slot.pause = 0.0
