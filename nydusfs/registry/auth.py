@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import httpx
 
 from nydusfs.errors import AuthError, RegistryError
+from nydusfs.redact import public_url
 from nydusfs.registry.challenge import Challenge, choose, parse_challenges, parse_token_reply
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.reference import is_loopback
@@ -20,6 +20,16 @@ log = logging.getLogger(__name__)
 _CLIENT_ID = "nydus-registry-client"
 # a token is renewed this share of its life before it ends, so that a long upload does not start on its last second
 _RENEW_SHARE = 0.2
+
+
+def web_address(text: str, base: httpx.URL | None = None) -> httpx.URL | None:
+    """What a server names, as seen from `base`; None if that is no http or https address."""
+    try:
+        url = base.join(text) if base is not None else httpx.URL(text)
+        usable = url.scheme in ("http", "https") and bool(url.host) and (url.port is None or 0 < url.port < 65536)
+    except (httpx.InvalidURL, ValueError):  # the latter is of host names
+        return None
+    return url if usable else None
 
 
 class Authenticator:
@@ -84,16 +94,14 @@ class Authenticator:
 
     def _token(self, challenge: Challenge, scope: str) -> tuple[str, float]:
         realm = challenge.get("realm")
-        try:
-            parts = urlsplit(realm)
-            usable = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise AuthError(f"registry {self._host}: names {realm!r} as its token server, which is no address")
-        where = f"token server {parts.netloc} of registry {self._host}"
+        address = web_address(realm)
+        if address is None:
+            named = public_url(realm)
+            raise AuthError(f"registry {self._host}: names {named!r} as its token server, which is no address")
+        netloc = address.netloc.decode()
+        where = f"token server {netloc} of registry {self._host}"
         credentials = self.credentials()
-        if credentials and parts.scheme == "http" and not (self._plain_allowed or is_loopback(parts.netloc)):
+        if credentials and address.scheme == "http" and not (self._plain_allowed or is_loopback(netloc)):
             raise AuthError(f"{where} would get the password over plain HTTP: refused", url=realm)
         fields = {"service": challenge.get("service")} if challenge.get("service") else {}
         scopes = _scopes(challenge.get("scope"), scope)
@@ -110,7 +118,7 @@ class Authenticator:
             headers = {"Authorization": f"Basic {credentials.basic}"} if credentials else {}
             query: dict[str, str | list[str]] = {**fields, "scope": scopes}
             response = self._send(
-                httpx.Request("GET", httpx.URL(realm).copy_merge_params(httpx.QueryParams(query)), headers=headers),
+                httpx.Request("GET", address.copy_merge_params(httpx.QueryParams(query)), headers=headers),
                 where,
             )
             if response.status_code in (404, 405) and credentials:  # OAuth2-only servers

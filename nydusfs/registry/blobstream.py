@@ -44,7 +44,7 @@ class BlobStream(io.RawIOBase):
         self._pending = memoryview(b"")
         self._pieces: Iterator[bytes] | None = None
         self._open = ExitStack()
-        self._endpoints = transport.pull_endpoints()
+        self._mirrors = transport.mirrors()  # those left to be asked, before the registry itself
         self._failures = 0
         self._broke_at = 0
         self._done = False
@@ -88,28 +88,33 @@ class BlobStream(io.RawIOBase):
         end = self._size - 1 if self._size else ""
         headers = {"Range": f"bytes={self._position}-{end}"} if self._position else {}
         while True:
-            endpoint = self._endpoints[0]
             try:
-                response = self._open.enter_context(
-                    self._transport.request("GET", self._path, scope=self._scope, endpoint=endpoint, headers=headers)
-                )
-                if response.status_code in (200, 206):
-                    break
-                self._transport.raise_for(response, self._name)
+                endpoint = self._mirrors[0] if self._mirrors else self._transport.server
+                return self._answer(endpoint, headers)
             except RegistryError as error:
-                if len(self._endpoints) == 1:
-                    raise
-                log.warning("%s: mirror %s failed (%s), trying the next", self._name, public_url(endpoint.url), error)
-                self._open.close()
-                self._endpoints.pop(0)
-        pieces = response.iter_raw()
+                self._leave_mirror(error)
+
+    def _answer(self, endpoint: Endpoint, headers: dict[str, str]) -> Iterator[bytes]:
+        response = self._open.enter_context(
+            self._transport.request("GET", self._path, scope=self._scope, endpoint=endpoint, headers=headers)
+        )
+        if response.status_code not in (200, 206):
+            self._transport.raise_for(response, self._name)
         start = 0
         if response.status_code == 206 and self._position:
             text = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
             if not text.isdecimal() or int(text) > self._position:
                 raise RegistryError(f"{self._name}: asked from byte {self._position}, got from byte {text!r}")
             start = int(text)
-        return _skip(pieces, self._position - start)
+        return _skip(response.iter_raw(), self._position - start)
+
+    def _leave_mirror(self, error: RegistryError) -> None:
+        """For the next address; raises `error` where it is not of a mirror."""
+        self._open.close()
+        if not self._mirrors:
+            raise error
+        mirror = public_url(self._mirrors.pop(0).url)
+        log.warning("%s: mirror %s failed (%s), trying the next", self._name, mirror, error)
 
     def _broken(self, reason: str) -> None:
         self._failures = 1 if self._position - self._broke_at >= _PROGRESS else self._failures + 1
@@ -117,7 +122,9 @@ class BlobStream(io.RawIOBase):
         self._pieces = None
         self._open.close()
         if self._failures > self._transport.options.retries:
-            raise RegistryError(f"{self._name}: connection broke at byte {self._position}: {reason}")
+            self._leave_mirror(RegistryError(f"{self._name}: connection broke at byte {self._position}: {reason}"))
+            self._failures = 0
+            return
         log.debug("%s: %s at byte %d, going on", self._name, reason, self._position)
         time.sleep(self._transport.options.retry_delay * 2 ** (self._failures - 1))
 
@@ -131,7 +138,8 @@ class BlobStream(io.RawIOBase):
         self._done = True
 
     def _wrong(self, what: str) -> WrongBytesError:
-        self._transport.distrust(self._endpoints[0])
+        if self._mirrors:
+            self._transport.distrust(self._mirrors[0])
         return WrongBytesError(what)
 
 

@@ -23,7 +23,7 @@ import httpx
 
 from nydusfs.errors import AuthError, NotFoundError, RegistryError
 from nydusfs.redact import public_url
-from nydusfs.registry.auth import Authenticator
+from nydusfs.registry.auth import Authenticator, web_address
 from nydusfs.registry.credentials import Credentials, docker_credentials
 from nydusfs.registry.hosts import ClientOptions, Endpoint, route
 from nydusfs.registry.reference import is_loopback
@@ -34,6 +34,7 @@ RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 30.0
 _ERROR_BODY = 64 * 1024
+_ASKED_BY = "nydus_authenticator"  # among an answer's extensions
 
 Body = Callable[[], Iterator[bytes]]
 
@@ -88,9 +89,14 @@ class Transport:
                 self._server = self._probe()
             return self._server
 
-    def pull_endpoints(self) -> list[Endpoint]:
-        """Mirrors of hosts.toml in order, then the registry itself."""
-        return [*(one for one in self._route.mirrors if one.url not in self._distrusted), self.server]
+    def mirrors(self) -> list[Endpoint]:
+        """Those of hosts.toml in order."""
+        return [one for one in self._route.mirrors if one.url not in self._distrusted]
+
+    def pull_endpoints(self) -> Iterator[Endpoint]:
+        """Mirrors, then the registry itself: it may be out of reach of who has mirrors, and is looked for only then."""
+        yield from self.mirrors()
+        yield self.server
 
     @contextlib.contextmanager
     def request(
@@ -131,7 +137,7 @@ class Transport:
         if status == 404:
             raise NotFoundError(f"{what} does not exist in registry {self.host}{said}", status=status, url=url)
         if status == 403:
-            authenticator = self._authenticator(self.server)
+            authenticator: Authenticator = response.extensions[_ASKED_BY]
             raise AuthError(authenticator.refusal(f"{what}: registry answers 403{said}"), status=status, url=url)
         raise RegistryError(
             f"{what}: registry {self.host} answers {status}{said}",
@@ -147,7 +153,7 @@ class Transport:
         if not location:
             raise RegistryError(f"registry {self.host} names no upload location")
         here = response.request.url
-        there = here.join(location)
+        there = self._led_to(here, location)
         if here.scheme == "https" and there.scheme != "https":
             if there.host == here.host:
                 there = there.copy_with(scheme="https", port=here.port)
@@ -158,11 +164,20 @@ class Transport:
                 )
         return str(there)
 
+    def _led_to(self, here: httpx.URL, location: str) -> httpx.URL:
+        there = web_address(location, here)
+        if there is None:
+            raise RegistryError(
+                f"registry {self.host} leads from {_shown(str(here))} to {_shown(location)[:100]!r}, "
+                "which is no http or https address",
+                url=_shown(str(here)),
+            )
+        return there
+
     def distrust(self, endpoint: Endpoint) -> None:
-        """A mirror that gave wrong bytes is asked no more; the registry itself stays."""
-        if endpoint in self._route.mirrors:
-            log.warning("mirror %s gave wrong bytes: not used any more", _shown(endpoint.url))
-            self._distrusted.add(endpoint.url)
+        """A mirror that gave wrong bytes is asked no more."""
+        log.warning("mirror %s gave wrong bytes: not used any more", _shown(endpoint.url))
+        self._distrusted.add(endpoint.url)
 
     def _attempts(self, request: _Request, target: Endpoint, scope: str, retry: bool) -> httpx.Response:
         tries = self.options.retries + 1 if retry else 1
@@ -171,7 +186,7 @@ class Transport:
             try:
                 response = self._once(request, target, scope)
             except httpx.HTTPError as error:
-                if number == tries or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+                if number == tries:
                     raise RegistryError(
                         f"registry {self.host} cannot be reached at {_shown(target.url)}: {_reason(error)}",
                         url=_shown(request.url),
@@ -192,6 +207,7 @@ class Transport:
         used = authenticator.header(scope)
         for _ in range(2):
             response = self._redirected(request, target, used)
+            response.extensions[_ASKED_BY] = authenticator
             if response.status_code != 401 or not _same_origin(response.request.url, target):
                 return response  # whoever a redirect led to may not ask for credentials
             read_error(response)
@@ -221,14 +237,14 @@ class Transport:
             content = request.body() if request.body else None
             timeout = self._timeout(request.timeout)
             built = client.build_request(request.method, address, headers=sent, content=content, timeout=timeout)
-            response = client.send(built, stream=True, follow_redirects=False)
+            response = _send(client, built, stream=True)
             location = response.headers.get("location")
             # what is sent may be sent again only where the answer says so: 301 to 303 would turn it into a GET
             followed = request.method in ("GET", "HEAD") or response.status_code in (307, 308)
             if not response.is_redirect or location is None or not followed:
                 return response
             response.close()
-            following = address.join(location)
+            following = self._led_to(address, location)
             if address.scheme == "https" and following.scheme != "https" and not self.options.insecure:
                 raise RegistryError(
                     f"registry {self.host} redirects from HTTPS to {_shown(str(following))}: refused",
@@ -265,7 +281,7 @@ class Transport:
                 fresh = client.build_request(
                     request.method, request.url, headers=request.headers, content=request.read() or None
                 )
-                response = client.send(fresh, follow_redirects=False)
+                response = _send(client, fresh)
             except httpx.TransportError:
                 if number > self.options.retries:
                     raise
@@ -295,7 +311,8 @@ class Transport:
         failures: list[str] = []
         for candidate in self._route.server:
             try:
-                response = self._client(candidate).get(candidate.address("/v2/"), follow_redirects=False)
+                client = self._client(candidate)
+                response = _send(client, client.build_request("GET", candidate.address("/v2/")))
             except httpx.HTTPError as error:
                 failures.append(f"{_shown(candidate.url)}: {_reason(error)}")
                 continue
@@ -307,6 +324,14 @@ class Transport:
                 log.info("registry %s is reached at %s (%s)", self.host, _shown(candidate.url), "; ".join(failures))
             return candidate
         raise RegistryError(f"registry {self.host} cannot be reached: {'; '.join(failures)}", url=_shown(candidate.url))
+
+
+def _send(client: httpx.Client, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+    """Follows no redirect. Raises httpx.HTTPError alone."""
+    try:
+        return client.send(request, stream=stream, follow_redirects=False)
+    except (httpx.InvalidURL, UnicodeError) as error:  # httpx looks at where a redirect leads all the same
+        raise httpx.RemoteProtocolError(f"it redirects to what is no address: {error}", request=request) from error
 
 
 def read_error(response: httpx.Response) -> str:

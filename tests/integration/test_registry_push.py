@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from nydusfs.errors import RegistryError, WrongBytesError
+from nydusfs.errors import AuthError, RegistryError, WrongBytesError
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
 from nydusfs.registry.mediatypes import OCI_INDEX, OCI_MANIFEST
 from tests.lab.authority import Authority
 from tests.lab.httpd import Handler, body_of, reply, serve
+from tests.lab.process import free_port
 from tests.lab.registry import Registry, find_program
 
 needs_registry = pytest.mark.skipif(find_program() is None, reason="docker-registry is not installed")
@@ -230,6 +231,101 @@ def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> N
             with pytest.raises(WrongBytesError, match=DIGEST):
                 client.blob("r", DIGEST, len(DATA))
             assert client.blob("r", DIGEST, len(DATA)) == DATA
+
+
+def _with_mirrors(folder: Path, host: str, *mirrors: str, server: str = "") -> ClientOptions:
+    (folder / host).mkdir(parents=True)
+    text = "".join(f'[host."http://{mirror}"]\n' for mirror in mirrors)
+    (folder / host / "hosts.toml").write_text((f'server = "{server}"\n' if server else "") + text)
+    return ClientOptions(retries=1, retry_delay=0.01, hosts_dir=str(folder))
+
+
+@pytest.mark.parametrize("fault", ["breaks", "elsewhere", "nowhere"])
+def test_a_mirror_that_fails_in_mid_blob_is_left_for_the_next_address(fault: str, tmp_path: Path) -> None:
+    def whole(handler: Handler) -> None:
+        start = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        where = {"Content_Range": f"bytes {start}-{len(DATA) - 1}/{len(DATA)}"} if start else {}
+        reply(handler, 206 if start else 200, DATA[start:], **where)
+
+    def broken(handler: Handler) -> None:
+        if (start := handler.headers.get("Range")) is None or fault == "breaks":
+            handler.send_response(206 if start else 200)
+            handler.send_header("Content-Length", str(len(DATA)))
+            handler.send_header("Content-Range", f"bytes 100000-{len(DATA) - 1}/{len(DATA)}")
+            handler.end_headers()
+            handler.wfile.write(b"" if start else DATA[:100_000])
+            handler.close_connection = True
+        elif fault == "elsewhere":
+            reply(handler, 206, DATA[-1:], Content_Range=f"bytes {len(DATA) - 1}-{len(DATA) - 1}/{len(DATA)}")
+        else:
+            reply(handler, 307, Location="http://[::1/")
+
+    for number, second in enumerate((True, False)):
+        with serve(whole) as server, serve(broken) as mirror:
+            hosts = (mirror.host, server.host) if second else (mirror.host,)
+            name = f"127.0.0.1:{free_port()}" if second else server.host
+            options = _with_mirrors(tmp_path / str(number), name, *hosts, server="" if second else f"http://{name}")
+            with RegistryClient(name, options, lambda: None) as client:
+                assert client.blob("r", DIGEST, len(DATA)) == DATA
+            assert len(mirror.seen) > 1
+            assert server.seen[-1][2]["Range"] == "bytes=100000-"
+
+
+def test_a_registry_out_of_reach_is_not_looked_for_while_its_mirrors_serve(tmp_path: Path) -> None:
+    body = _manifest("c")
+
+    def mirror(handler: Handler) -> None:
+        if "secret" in handler.path:
+            return reply(handler, 403)
+        if "/manifests/" in handler.path:
+            return reply(handler, 200, body, Content_Type=OCI_MANIFEST)
+        start, end = (handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")
+        data = DATA[int(start) : int(end or len(DATA)) + 1]
+        return reply(handler, 206, data, Content_Range=f"bytes {start}-{int(start) + len(data) - 1}/{len(DATA)}")
+
+    host = f"127.0.0.1:{free_port()}"
+    with serve(mirror) as one:
+        options = _with_mirrors(tmp_path, host, one.host)
+        with RegistryClient(host, options, lambda: None) as client:
+            assert client.manifest("r", "tag").body == body
+            assert client.blob("r", DIGEST, len(DATA)) == DATA
+            with client.open_blob_ranges("r", DIGEST, len(DATA)) as blob:
+                blob.seek(-100, io.SEEK_END)
+                assert blob.read() == DATA[-100:]
+            path = "/v2/secret/manifests/tag"
+            with (
+                client.transport.request("GET", path, scope="", endpoint=client.transport.mirrors()[0]) as answer,
+                pytest.raises(AuthError, match=f"403.*docker login {one.host}"),
+            ):
+                client.transport.raise_for(answer, "image")
+            with pytest.raises(RegistryError, match=f"{host} cannot be reached"):
+                client.manifest("secret", "tag")
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://[::1/?signature=sEcReT", "ftp://127.0.0.1/x", "http://127.0.0.1:99999/", "http://xn--a/", "mailto:x"],
+)
+def test_odd_locations_are_errors_with_a_text(location: str) -> None:
+    def answer(handler: Handler) -> None:
+        if handler.command == "HEAD":
+            return reply(handler, 404)
+        if handler.path == "/v2/":
+            return reply(handler, 200)
+        if handler.path.startswith("/v2/realm/"):
+            return reply(handler, 401, WWW_Authenticate=f'Bearer realm="{location}"')
+        return reply(handler, 202 if handler.command == "POST" else 307, Location=location)
+
+    with serve(answer) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+        for what in (
+            lambda: client.blob("r", DIGEST, len(DATA)),
+            lambda: client.push_blob("r", DIGEST, len(DATA), lambda: io.BytesIO(DATA)),
+            lambda: client.manifest("realm", "tag"),
+        ):
+            said = rf"{server.host}.*(no (http or https )?address|Invalid URL)"
+            with pytest.raises(RegistryError, match=said) as caught:
+                what()
+            assert "sEcReT" not in str(caught.value)
 
 
 def _manifest(config: str, subject: str = "") -> bytes:

@@ -265,7 +265,7 @@ def test_a_mirrors_password_is_shown_to_nobody(tmp_path: Path, caplog: pytest.Lo
         with Transport(host, ClientOptions(hosts_dir=str(tmp_path), retries=0)) as transport:
             with pytest.raises(RegistryError) as caught:
                 BlobStream(transport, "a/b", SHA, 10).read(1)
-            transport.distrust(transport.pull_endpoints()[0])
+            transport.distrust(transport.mirrors()[0])
     assert "pw-Zq" not in caplog.text + str(caught.value) + str(caught.value.url)
     assert asking.netloc in caplog.text and silent in caplog.text
     assert "gave wrong bytes" in caplog.text and asking.requests
