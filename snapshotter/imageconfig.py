@@ -11,7 +11,7 @@ from snapshotter.auth.chain import Chain, parse
 from snapshotter.auth.renewal import Renewal, Result
 from snapshotter.directories import make_private
 from snapshotter.errors import SnapshotterError
-from snapshotter.nydusd_api import NydusdApi
+from snapshotter.nydusd_api import ApiError, NydusdApi
 from snapshotter.nydusd_config import Template, credentials_of, derive, write_private
 from snapshotter.records import InstanceRecord
 
@@ -76,9 +76,14 @@ class ImageConfigs:
             old = credentials_of(self.path(record).read_text())
             if found.credentials == old or (found.credentials is None and found.failed):
                 return Renewal(record.image, Result.FAILED if found.failed else Result.SAME, found.expires)
-            write_private(self.path(record), self._derive(record, found.credentials))
-            if found.credentials is None or not found.credentials.registry_token:
-                api.set_registry_auth(f"/{record.name}", found.credentials.basic if found.credentials else "")
+            text = self._derive(record, found.credentials)
+            try:
+                if found.credentials is None or not found.credentials.registry_token:
+                    api.set_registry_auth(f"/{record.name}", found.credentials.basic if found.credentials else "")
+            except ApiError:  # an old release, which has them from the file when it starts again
+                write_private(self.path(record), text)
+                raise
+            write_private(self.path(record), text)  # now that they are taken: else they would not be said again
         except (SnapshotterError, OSError, ValueError, KeyError) as error:
             log.warning("credentials of image %s cannot be renewed: %s", record.image, error)
             return Renewal(record.image, Result.FAILED, None)

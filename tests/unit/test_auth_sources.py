@@ -28,7 +28,11 @@ from snapshotter.auth.patterns import matches
 from snapshotter.auth.renewal import Renewal, Renewer, Result
 from snapshotter.auth.vault import CRI, LABELS, Vault
 from snapshotter.errors import InvalidArgument, SettingsError
+from snapshotter.imageconfig import ImageConfigs
 from snapshotter.labels import PULL_SECRET, PULL_USER
+from snapshotter.nydusd_api import ApiError, ApiUnreachable
+from snapshotter.nydusd_config import NO_TEMPLATE, credentials_of
+from snapshotter.records import InstanceRecord
 from snapshotter.tally import tally
 from tests.lab.process import wait_until
 
@@ -368,3 +372,34 @@ def test_renewal_before_the_end_after_failures_and_on_news(monkeypatch: pytest.M
         assert (counted["a", "success"], counted["b", "failure"]) == (2, 1)
     finally:
         renewer.close()
+
+
+def test_credentials_that_nydusd_did_not_take_are_said_again(tmp_path: Path) -> None:
+    """It is written down that it has them when it does. One that cannot take them has them at its next start."""
+    labels = {PULL_USER: "u", PULL_SECRET: "old"}
+    failures: list[Exception] = [ApiUnreachable("no answer"), ApiUnreachable("no answer")]
+    told: list[str] = []
+
+    class Nydusd:
+        def set_registry_auth(self, config_id: str, auth: str) -> None:
+            if failures:
+                raise failures.pop()
+            told.append(base64.b64decode(auth).decode())
+
+    chain = Chain([LabelSource(Vault(tmp_path / "auth"))])
+    configs = ImageConfigs(tmp_path / "config", NO_TEMPLATE, tmp_path / "cache", chain, lambda _: True)
+    record = InstanceRecord(1, "d", "r.example/a:1", tmp_path / "boot")
+    nydusd: Any = Nydusd()
+    configs.write(record, labels)
+
+    def renew() -> Result:
+        return configs.renew(record, lambda: labels, nydusd).result
+
+    assert (renew(), told) == (Result.SAME, [])
+    labels[PULL_SECRET] = "new"
+    assert [renew() for _ in range(4)] == [Result.FAILED, Result.FAILED, Result.RENEWED, Result.SAME]
+    assert told == ["u:new"]
+    labels[PULL_SECRET] = "newer"
+    failures.append(ApiError("PUT /api/v1/config", 404, "no such thing"))
+    assert [renew() for _ in range(2)] == [Result.FAILED, Result.SAME]
+    assert credentials_of(configs.path(record).read_text()) == Credentials("u", "newer")
