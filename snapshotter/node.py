@@ -22,7 +22,7 @@ from snapshotter.containerdfile import SOCKETS, installed_release, read_config, 
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError, SnapshotterError
 from snapshotter.nydusd_config import Template, load_template
-from snapshotter.records import INSTANCES, DaemonRecord, InstanceRecord, instances_of
+from snapshotter.records import INSTANCES, DaemonRecord, InstanceRecord, instances_of, own_mountpoint
 from snapshotter.settings import Settings
 
 CONTAINERD_SOCKET = SOCKETS[0]
@@ -253,3 +253,8 @@ class Node:
         """The nydusd configuration of an image as it was derived last."""
         folder = self.root / "config" / instance.daemon
         return folder / instance.name / "config.json" if shared else folder / "config.json"
+
+    def mountpoint(self, instance: InstanceRecord, shared: bool) -> Path:
+        if shared:
+            return self.root / "mnt" / instance.name
+        return own_mountpoint(self.root / "snapshots", instance.snapshot, instance.mapping)

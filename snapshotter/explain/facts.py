@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -31,7 +32,20 @@ from snapshotter.client.plan import (
 )
 from snapshotter.controller import SOCKET
 from snapshotter.errors import NotFound, SnapshotterError
-from snapshotter.labels import DATA_LAYER, META_LAYER, PREFIX
+from snapshotter.labels import (
+    DATA_LAYER,
+    META_LAYER,
+    PREFIX,
+    STARGZ,
+    TARFS,
+    TWIN,
+    chain_of,
+    id_mapping,
+    is_left_packed,
+    namespace_of,
+    runs_lazily,
+)
+from snapshotter.lazy.plain import DONE
 from snapshotter.node import Node
 from snapshotter.nydusd_api import NydusdApi
 from snapshotter.records import InstanceRecord
@@ -40,11 +54,17 @@ from snapshotter.store import Kind
 PROGRAM = "nydusctl"
 MAX_DOCUMENT = 8 << 20
 ORIGINAL = PREFIX + "nydus-ref"  # a layer whose data is the ordinary layer beside it
+# state of a layer of a plain image that was not unpacked, and why
+PACKED = {
+    TWIN: ("lazy", "of a plain image: the Nydus image found for it is read in its place"),
+    STARGZ: ("lazy", "eStargz, read by ranges"),
+    TARFS: ("tar", "the whole layer is on this node"),
+}
 
 
 @dataclass
 class Layer:
-    """`state`: lazy, bootstrap, unpacked, absent. `cached`: bytes of it in the blob cache, decoded."""
+    """`state`: lazy, bootstrap, unpacked, tar, absent. `cached`: bytes of it in the blob cache, decoded."""
 
     digest: str
     size: int
@@ -84,7 +104,7 @@ class Explanation:
     sources: list[dict[str, Any]] = field(default_factory=list)
     slowest: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
-    others: int = 0  # further mounts of the same image by this nydusd
+    others: int = 0  # further mounts of the same image, each for another user namespace
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,11 +135,13 @@ def explain(node: Node, name: str) -> Explanation:
         chain = chain_ids(diff_ids)
         ours = found.snapshotter == _our_name(node)
         top = _container_row(rows, client.namespace, container) if container is not None and ours else None
-        unpacked = _judge_layers(client, node, found, layers, chain)
-    meta = _meta_of(rows, top) if top is not None else _meta_by_name(rows, chain)
-    _verdict(found, ours, meta is not None, unpacked)
-    if meta is not None:
-        _image(node, found, rows, meta, top)
+        named = _rows_by_chain(rows, client.namespace)
+        unpacked = _judge_layers(client, node, found, layers, chain, named if ours else {})
+    above = top or (named.get(chain[-1]) if chain else None)
+    base = _lazy_layer(node, rows, above) if above is not None else None
+    _verdict(found, ours, base, unpacked)
+    if base is not None and TARFS not in base.labels:
+        _image(node, found, rows, base, top)
     return found
 
 
@@ -177,9 +199,10 @@ def _manifest(client: Containers, image: str, found: Explanation) -> tuple[list[
 
 
 def _judge_layers(
-    client: Containers, node: Node, found: Explanation, layers: list[Descriptor], chain: list[str]
-) -> bool:
-    """Fills `found.layers`; whether the image is unpacked for the snapshotter at all."""
+    client: Containers, node: Node, found: Explanation, layers: list[Descriptor], chain: list[str],
+    named: Mapping[str, _Row],
+) -> bool:  # fmt: skip
+    """Fills `found.layers`; whether the image is unpacked for the snapshotter at all. `named`: ours by chain id."""
     cache = node.need().cache_dir
     unpacked = False
     for layer, name in zip(layers, chain, strict=True):
@@ -191,8 +214,11 @@ def _judge_layers(
         data, meta = DATA_LAYER in layer.annotations, META_LAYER in layer.annotations
         blob = cache / layer.digest.rpartition(":")[2]
         cached = disk_usage(blob)[0] if blob.is_dir() else 0
+        row = named.get(name)
         if not there:
             state, why = "absent", f"not unpacked for snapshotter {found.snapshotter}"
+        elif row is not None and _is_packed(node, row):
+            state, why = next(said for label, said in PACKED.items() if label in row.labels)
         elif meta:
             state, why = "bootstrap", "the image's metadata, always here"
         elif data and client.has_content(layer.digest):
@@ -205,11 +231,13 @@ def _judge_layers(
     return unpacked
 
 
-def _verdict(found: Explanation, ours: bool, mountable: bool, unpacked: bool) -> None:
+def _verdict(found: Explanation, ours: bool, base: _Row | None, unpacked: bool) -> None:
     states = [layer.state for layer in found.layers]
     if not ours:
         found.why.append(f"it uses snapshotter {found.snapshotter}: run it with the one of Nydus (--snapshotter)")
-    elif mountable:
+    elif base is not None and TARFS in base.labels:
+        found.why.append("tarfs: its layers are fetched whole and mounted by the kernel as the tars they are")
+    elif base is not None:
         found.lazy = True
         if "unpacked" in states:
             found.why.append(f"{states.count('unpacked')} ordinary layers above it were unpacked")
@@ -237,11 +265,15 @@ def _container_row(rows: Mapping[int, _Row], namespace: str, container: Containe
     return next((row for row in rows.values() if pattern.fullmatch(row.key)), None)
 
 
-def _meta_by_name(rows: Mapping[int, _Row], chain: list[str]) -> _Row | None:
-    names = set(chain)
-    return next(
-        (row for row in rows.values() if META_LAYER in row.labels and row.key.rpartition("/")[2] in names), None
-    )
+def _rows_by_chain(rows: Mapping[int, _Row], namespace: str) -> dict[str, _Row]:
+    """Layers that were not unpacked are nobody's: the snapshotter itself committed them."""
+    committed = (row for row in rows.values() if row.kind == Kind.COMMITTED)
+    return {chain_of(row.key, row.labels): row for row in committed if namespace_of(row.key) in ("", namespace)}
+
+
+def _is_packed(node: Node, row: _Row) -> bool:
+    """Whether it is a layer of a plain image that was not unpacked, at the pull or since."""
+    return is_left_packed(row.labels) and not (node.root / "snapshots" / str(row.id) / DONE).exists()
 
 
 def _above(rows: Mapping[int, _Row], row: _Row) -> Iterator[_Row]:
@@ -252,8 +284,10 @@ def _above(rows: Mapping[int, _Row], row: _Row) -> Iterator[_Row]:
         current = rows.get(current.parent) if current.parent else None
 
 
-def _meta_of(rows: Mapping[int, _Row], top: _Row) -> _Row | None:
-    return next((row for row in _above(rows, top) if META_LAYER in row.labels), None)
+def _lazy_layer(node: Node, rows: Mapping[int, _Row], top: _Row) -> _Row | None:
+    """The highest one that is an image with all below it, as the snapshotter finds it."""
+    lazy = (row for row in _above(rows, top) if runs_lazily(row.labels))
+    return next((row for row in lazy if not is_left_packed(row.labels) or _is_packed(node, row)), None)
 
 
 # ---- the image at work
@@ -265,31 +299,36 @@ def _image(node: Node, found: Explanation, rows: Mapping[int, _Row], meta: _Row,
     found.phases.append(
         Phase("pull", first, meta.created / 1e9 - first, "from the first layer to the image's metadata unpacked")
     )
-    instance = next((one for one in node.instances() if one.snapshot == meta.id), None)
+    mounted = [one for one in node.instances() if one.snapshot == meta.id]  # one for each user namespace
+    mapping = id_mapping(top.labels) if top is not None else None
+    instance = next((one for one in mounted if one.mapping == mapping), mounted[0] if mounted and top is None else None)
     if instance is None:
         found.why.append("no container used it yet: it is not mounted")
         return
-    controller = NydusdApi(node.root / SOCKET)
-    _times(found, controller, instance, top)
+    found.others = len(mounted) - 1
     daemon = next((one for one in node.daemons() if one.id == instance.daemon), None)
     if daemon is None:
         return
-    where = (
-        str(node.root / "mnt" / str(meta.id)) if daemon.shared else str(node.root / "snapshots" / str(meta.id) / "mnt")
-    )
-    found.mountpoint, found.daemon, found.api_socket = where, daemon.id, str(daemon.socket)
-    kinds = {entry.fstype for entry in kernel.mounts() if entry.mountpoint == where}
+    where = node.mountpoint(instance, daemon.shared)
+    _times(found, NydusdApi(node.root / SOCKET), instance, where.name, top)
+    found.mountpoint, found.daemon, found.api_socket = str(where), daemon.id, str(daemon.socket)
+    kinds = {entry.fstype for entry in kernel.mounts() if entry.mountpoint == str(where)}
     found.driver = "EROFS, by the kernel" if "erofs" in kinds else "FUSE"
-    _numbers(found, NydusdApi(daemon.socket), f"/{meta.id}" if daemon.shared else "/", f"/{meta.id}")
+    api, name = NydusdApi(daemon.socket), f"/{instance.name}"
+    _numbers(found, api, name if daemon.shared else "/", name)
 
 
-def _times(found: Explanation, controller: NydusdApi, instance: InstanceRecord, top: _Row | None) -> None:
+def _times(
+    found: Explanation, controller: NydusdApi, instance: InstanceRecord, mountpoint: str, top: _Row | None
+) -> None:
+    """`mountpoint`: its name, which tells the image's mounts apart."""
     try:
         images = controller.get("images") or []
         prepared = controller.get(f"times?key={quote(top.key, safe='')}") if top is not None else {}
     except SnapshotterError:
         images, prepared = [], {}
-    times = next((one.get("times") or {} for one in images if one.get("snapshot") == instance.snapshot), {})
+    ours = [one for one in images if one.get("snapshot") == instance.snapshot]
+    times = next((one.get("times") or {} for one in ours if Path(one.get("mountpoint", "")).name == mountpoint), {})
     if times:
         waited = f", {times['waited']:.3f} s of waiting for others" if times.get("waited", 0) > 0.001 else ""
         found.phases.append(Phase("mount", times["at"], times.get("mount"), f"nydusd opens the image{waited}"))

@@ -17,6 +17,7 @@ from nydusfs.registry.referrers import add_to_tag, subject_of
 from tests.e2e.conftest import NODES, either, nodes, require_programs
 from tests.lab.cri import Cri
 from tests.lab.images import MANIFEST, Image, ImageLayout, Layer, Member, entry, fetch_manifest, push_image
+from tests.lab.operated import CTL
 from tests.lab.paths import ref_bin
 from tests.lab.process import LabError, mounts_below, remove_tree, run, wait_until, work_dir
 from tests.lab.registry import Registry
@@ -76,6 +77,14 @@ class Pods:
 
     def pull(self, name: str, tag: str) -> str:
         return self.cri.pull(f"{self.stack.host}/lab/{name}:{tag}", self.config)
+
+    def explained(self, name: str, tag: str = "oci") -> tuple[bool, list[str], str]:
+        """What `nydusctl explain` says: lazy, the layers' states, reasons."""
+        ref, where = f"{self.stack.host}/lab/{name}:{tag}", ["-a", self.stack.containerd.socket, "-n", "k8s.io"]
+        told = run([*CTL, "explain", ref, "--json", "--root", self.stack.snapshotter.root, *where], timeout=60).stdout
+        found = json.loads(told)
+        assert found["lazy"] == (found["mountpoint"] != "")
+        return found["lazy"], [layer["state"] for layer in found["layers"]], "; ".join(found["why"])
 
     def read(self, pulled: str) -> list[str]:
         code, text = self.cri.run(self.pod, self.config, pulled, "sh", "-c", READ)
@@ -178,6 +187,7 @@ def referrer_of_the_plain_image(pods: Pods, producer: str) -> None:
             add_to_tag(client, f"lab/{name}", subject_of(found.body), found.media_type, found.body)
     pods.lazy(name)
     assert f"lab/{name}:oci: there is a Nydus image of it among its referrers" in log_of(pods)
+    assert pods.explained(name) == (True, ["lazy"] * 3, "")
 
 
 @either
@@ -202,6 +212,7 @@ def test_estargz_as_it_is(pods: Pods, zstd: bool) -> None:
     name = f"estargz-{zstd}".lower()
     pods.push(name, estargz=4 << 20, zstd=zstd)
     pods.lazy(name)
+    assert pods.explained(name) == (True, ["lazy"] * 3, "")
 
 
 @pytest.mark.interop
@@ -227,6 +238,9 @@ def test_what_nerdctl_converts_runs_as_it_is(pods: Pods, nerdctl: Path, form: st
 def test_estargz_layers_that_do_not_fit_together_are_unpacked(pods: Pods) -> None:
     pods.push("mixed", estargz=1 << 20)
     good(pods.read(pods.pull("mixed", "oci")), "mixed")
+    lazy, states, why = pods.explained("mixed")
+    # the lowest one is an image by itself
+    assert (lazy, states, why) == (True, ["lazy", "unpacked", "unpacked"], "2 ordinary layers above it were unpacked")
     assert "its layers are unpacked instead" in log_of(pods)
 
 
@@ -326,6 +340,8 @@ def test_tarfs(pods: Pods) -> None:
         return [path for path in mounts_below(stack.snapshotter.root / "snapshots") if path.endswith("/mnt")]
 
     (mounted,) = mounts()
+    lazy, states, why = pods.explained("tarfs", "named")
+    assert (lazy, states, why.startswith("tarfs: ")) == (False, ["tar"] * 3, True)
     # the same with the snapshotter gone meanwhile, and after a reboot, which takes mounts away
     stack.snapshotter.kill()
     run(["umount", mounted], timeout=20)
