@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ import pytest
 
 from tests.e2e.conftest import containerd_of, load_image, require_programs
 from tests.e2e.test_commit import commit
-from tests.lab.process import mounts_below, wait_until
+from tests.lab.operated import CTL
+from tests.lab.process import mounts_below, run, wait_until
 from tests.lab.stack import Stack, StackOptions
 
 pytestmark = pytest.mark.timeout(240)
@@ -55,6 +57,12 @@ def test_root_of_the_container_owns_its_files(stack: Stack, form: str) -> None:
     assert os.stat(upper).st_uid == os.stat(upper.parent).st_uid == HOST
     # no file of the image was copied to change its owner
     assert not (upper.parent / "payload").exists() and not (upper.parent / "marker").exists()
+    if form == "nydus":
+        command = [*CTL, "explain", name, "--json", "--root", stack.snapshotter.root, "-a", stack.containerd.socket]
+        found = json.loads(run(command, timeout=60).stdout)
+        assert (found["lazy"], found["why"]) == (True, [])
+        assert Path(found["mountpoint"]).name.endswith(f"-userns-{HOST}")
+        assert found["reads"]["bytes"] > 0
     ctr("containers", "rm", name)
     ctr("content", "prune", "references", check=False)
     wait_until(lambda: not upper.exists(), 60, "the removal of the container's snapshot")
