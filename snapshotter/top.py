@@ -62,6 +62,7 @@ def look(node: Node) -> dict[str, Any]:
                 {
                     "image": one.image,
                     "snapshot": one.snapshot,
+                    "mount": one.name,  # of one snapshot there is one for each user namespace
                     "daemon": daemon.id,
                     "reads": stats["fop_hits"][READ],
                     "read_bytes": stats["data_read"],
@@ -89,10 +90,10 @@ _COUNTERS = (
 def rates(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     """The images of `now`, busiest first, with `per_second` of each counter since `before`."""
     elapsed = max(0.001, now["at"] - before["at"])
-    old = {(one["daemon"], one["snapshot"]): one for one in before["images"]}
+    old = {(one["daemon"], one["mount"]): one for one in before["images"]}
     found = []
     for one in now["images"]:
-        was = old.get((one["daemon"], one["snapshot"]), {})
+        was = old.get((one["daemon"], one["mount"]), {})
         # after a worker's death counters begin at 0 again
         speed = {name: max(0, one[name] - was.get(name, 0)) / elapsed for name in _COUNTERS}
         found.append({**one, "per_second": {name: round(value, 3) for name, value in speed.items()}})

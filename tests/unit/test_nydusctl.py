@@ -111,10 +111,12 @@ def test_unit_files_with_continued_lines_and_comments(tmp_path: Path) -> None:
 def test_rates_survive_counters_that_begin_again() -> None:
     names = ("reads", "read_bytes", "read_errors", "read_micros", "lookups", "cache_hits", "cache_asked",
              "fetched_bytes", "fetches", "fetch_errors")  # fmt: skip
-    one = {"daemon": "d", "snapshot": 1, **dict.fromkeys(names, 100)}
+    one = {"daemon": "d", "snapshot": 1, "mount": "1", **dict.fromkeys(names, 100)}
     two = {**one, "reads": 160, "read_bytes": 10}
-    (found,) = rates({"at": 10.0, "images": [one]}, {"at": 12.0, "images": [two]})
+    idle = {**one, "mount": "1-userns-65536", **dict.fromkeys(names, 0)}
+    (found, other) = rates({"at": 10.0, "images": [one, idle]}, {"at": 12.0, "images": [two, idle]})
     assert (found["per_second"]["reads"], found["per_second"]["read_bytes"]) == (30.0, 0)
+    assert set(other["per_second"].values()) == {0}
 
 
 def test_top_cuts_nothing_off_where_the_terminal_is_narrow() -> None:
@@ -127,7 +129,7 @@ def test_top_cuts_nothing_off_where_the_terminal_is_narrow() -> None:
     now = {
         "at": 2.0,
         "daemons": [{"id": "x", "state": "RUNNING", "pid": 7, "waiting": 0, "memory_kb": 20_000}],
-        "images": [{"image": name, "snapshot": 5, "daemon": "x", **counters}],
+        "images": [{"image": name, "snapshot": 5, "mount": "5", "daemon": "x", **counters}],
         "sources": [{"address": "https://mirror.example:65001", "state": "up", "first_byte_millis": 369.2,
                      "bytes_per_second": 653_900, "error_rate": 0.0, "in_flight": 2, "bytes": 10_100_000,
                      "last_failure": "connection refused"}],
