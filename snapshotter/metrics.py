@@ -141,15 +141,14 @@ class Metrics:
         rss = table.gauge("nydusd_rss_kilobytes", "Resident memory, shared pages counted once.", ("daemon_id",))
         rss.add(daemon.memory_kb(), daemon.id)
         for source in _ask(daemon, "sources") or []:
-            address = str(source.get("address"))
-            labels = ("daemon_id", "source")
+            # one mirror with other headers, so before another registry, is another source; no header: as if no label
+            labels = ("daemon_id", "source", "headers")
+            values = (daemon.id, str(source.get("address")), source.get("headers", ""))
             state = table.gauge("nydusd_source_up", "1: answers, 0.5: on probation, 0: given up for now.", labels)
-            state.add({"up": 1.0, "trying": 0.5}.get(str(source.get("state")), 0.0), daemon.id, address)
+            state.add({"up": 1.0, "trying": 0.5}.get(str(source.get("state")), 0.0), *values)
             for name, key in _SOURCE.items():
                 if source.get(key) is not None:
-                    table.gauge(name, f"{key} of a mirror, proxy or registry.", labels).add(
-                        source[key], daemon.id, address
-                    )
+                    table.gauge(name, f"{key} of a mirror, proxy or registry.", labels).add(source[key], *values)
         for one in instances:
             _image(table, daemon, one)
 

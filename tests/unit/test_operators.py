@@ -11,12 +11,14 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nydusfs import stacks
-from snapshotter import cgroup, httpd, logs, settings
+from snapshotter import cgroup, httpd, logs, metrics, settings
 from snapshotter.errors import NotFound, SettingsError
 from snapshotter.exposition import Family, render
 from snapshotter.rotation import RotatingFile
@@ -333,6 +335,40 @@ def test_http_server(tmp_path: Path) -> None:
     assert unix.stat().st_mode & 0o777 == 0o600
     second.close()
     assert not unix.exists()
+
+
+def test_a_mirror_before_two_registries_is_two_sources() -> None:
+    """Told apart by their headers, whose values nydusd does not tell."""
+    one = {"address": "http://127.0.0.1:65001", "first_byte_millis": 20.0, "bytes_per_second": 100, "in_flight": 1,
+           "error_rate": 0.5, "requests": 2, "failures": 1, "bytes": 50}  # fmt: skip
+
+    class Api:
+        def info(self, timeout: float) -> dict[str, Any]:
+            return {}
+
+        def metrics(self, kind: str, identity: str | None = None) -> list[dict[str, Any]]:
+            up, down = ({**one, "state": state, "headers": state} for state in ("up", "down"))
+            return [up, down, {**one, "address": "https://registry.example", "state": "up"}]
+
+    class Images:
+        def instances(self, daemon: str) -> list[Any]:
+            return []
+
+    daemon: Any = SimpleNamespace(id="d", api=Api(), memory_kb=lambda: 1)
+    images, store, table = cast(Any, Images()), cast(Any, None), metrics._Table()
+    chosen = settings.MetricsSettings("", 10, 60)
+    metrics.Metrics(chosen, images, store, Path("/"), Path("/"))._daemon(table, daemon)
+    found = {
+        (family.name, sample.labels["source"], sample.labels["headers"]): sample.value
+        for family in text_string_to_metric_families(render(table.families.values()).decode())
+        for sample in family.samples
+        if family.name.startswith("nydusd_source_")
+    }
+    mirror = [value for key, value in found.items() if key[:2] == ("nydusd_source_up", one["address"])]
+    assert sorted(mirror) == [0, 1]
+    assert found["nydusd_source_up", "https://registry.example", ""] == 1
+    milliseconds = {value for key, value in found.items() if key[0] == "nydusd_source_first_byte_milliseconds"}
+    assert milliseconds == {20.0}
 
 
 def test_stacks_of_threads_name_where_they_are() -> None:
