@@ -62,11 +62,10 @@ def driver(node: Node) -> Iterator[Finding]:
         chosen = node.template.fs_driver
     except SnapshotterError:
         return  # said by another check
-    table = kernel.mounts()
-    below = f"{node.root}/"
-    erofs = sum(one.fstype == "erofs" and one.mountpoint.startswith(below) for one in table)
-    images = len(node.instances())
-    told = f"{images} images mounted, {erofs} of them as EROFS mounts; fs_driver is {chosen}"
+    shared = {one.id: one.shared for one in node.daemons()}
+    images = [str(node.mountpoint(one, shared.get(one.daemon, True))) for one in node.instances()]
+    erofs = {one.mountpoint for one in kernel.mounts() if one.fstype == "erofs"}.intersection(images)
+    told = f"{len(images)} images mounted, {len(erofs)} of them as EROFS mounts; fs_driver is {chosen}"
     folder = settings.cache_dir if settings.cache_dir.is_dir() else None
     if folder is None:
         yield ok("machine.driver", told)

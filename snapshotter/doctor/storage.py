@@ -18,7 +18,7 @@ from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.doctor.services import listens
 from snapshotter.errors import SnapshotterError
 from snapshotter.idmapped import FOLDER
-from snapshotter.labels import UID_MAPPING, IdMapping, id_mapping
+from snapshotter.labels import TARFS, UID_MAPPING, IdMapping, id_mapping
 from snapshotter.node import Node, nydusds
 from snapshotter.records import instance_of
 from snapshotter.system import start_time
@@ -109,9 +109,10 @@ def mounts(node: Node) -> Iterator[Finding]:
     """Mounts below the root: dead ones, and images that no record knows."""
     root = f"{node.root}/"
     try:
-        instances = {one.snapshot for one in node.instances()}
+        layers = [(row[0], json.loads(row[1])) for row in node.query("SELECT id, labels FROM snapshots")]
+        images = {one.snapshot for one in node.instances()} | {layer for layer, labels in layers if TARFS in labels}
         daemons = {str(one.mountpoint): one.id for one in node.daemons()}
-        needed = _mapped(node)
+        needed = _mapped(layers)
     except SnapshotterError:
         return
     dead, silent, unknown, unneeded = [], [], [], []
@@ -127,7 +128,7 @@ def mounts(node: Node) -> Iterator[Finding]:
                 continue
         number = os.path.basename(path) if path.startswith(f"{root}mnt/") else os.path.basename(os.path.dirname(path))
         if (entry.fstype.startswith("fuse") and path not in daemons) or (
-            entry.fstype == "erofs" and number.isdecimal() and int(number) not in instances
+            entry.fstype == "erofs" and number.isdecimal() and int(number) not in images
         ):
             unknown.append(path)
         elif path.startswith(f"{root}{FOLDER}/") and instance_of(os.path.basename(path)) not in needed:
@@ -156,11 +157,10 @@ def mounts(node: Node) -> Iterator[Finding]:
         yield ok("leftover.mount", f"{len(points)} mounts below {node.root}, all of them alive and known")
 
 
-def _mapped(node: Node) -> set[tuple[int, IdMapping | None]]:
+def _mapped(layers: list[tuple[int, dict[str, str]]]) -> set[tuple[int, IdMapping | None]]:
     """Layers with user namespaces that they may be mounted for. Raises SnapshotterError."""
-    rows = [(row[0], json.loads(row[1])) for row in node.query("SELECT id, labels FROM snapshots")]
-    mappings = {id_mapping(labels) for _, labels in rows if UID_MAPPING in labels}
-    return {(identity, mapping) for identity, _ in rows for mapping in mappings}
+    mappings = {id_mapping(labels) for _, labels in layers if UID_MAPPING in labels}
+    return {(identity, mapping) for identity, _ in layers for mapping in mappings}
 
 
 def processes_and_sockets(node: Node) -> Iterator[Finding]:

@@ -14,6 +14,9 @@ import pytest
 
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.referrers import add_to_tag, subject_of
+from snapshotter.doctor.finding import Level
+from snapshotter.doctor.run import findings
+from snapshotter.node import Choices, Node
 from tests.e2e.conftest import NODES, either, nodes, require_programs
 from tests.lab.cri import Cri
 from tests.lab.images import MANIFEST, Image, ImageLayout, Layer, Member, entry, fetch_manifest, push_image
@@ -340,6 +343,9 @@ def test_tarfs(pods: Pods) -> None:
         return [path for path in mounts_below(stack.snapshotter.root / "snapshots") if path.endswith("/mnt")]
 
     (mounted,) = mounts()
+    found = {one.check: one for one in findings(Node(Choices(root=str(stack.snapshotter.root))))}
+    assert found["leftover.mount"].level is Level.OK
+    assert "leftover.unknown" not in found
     lazy, states, why = pods.explained("tarfs", "named")
     assert (lazy, states, why.startswith("tarfs: ")) == (False, ["tar"] * 3, True)
     # the same with the snapshotter gone meanwhile, and after a reboot, which takes mounts away
