@@ -44,7 +44,7 @@ def disk(node: Node) -> Iterator[Finding]:
         free = f"{usage.free / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB free for the {what} ({path})"
         share = usage.free / max(1, usage.total)
         remedy = "free some space, or limit the cache: device.cache.config.limit in the nydusd template"
-        if share < FULL or (usage.free < FULL_BYTES and usage.total > 4 * FULL_BYTES):
+        if (share < FULL and usage.free < LOW_BYTES) or (usage.free < FULL_BYTES and usage.total > 4 * FULL_BYTES):
             if node.template.fs_driver != "fuse":
                 remedy += " (EROFS mounts answer EIO for what is not cached where others take all room)"
             yield error("disk.space", f"the disk is full: {free}", remedy)

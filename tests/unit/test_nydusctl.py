@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from nydusfs.daemon import ctl
-from snapshotter.doctor import above, services
+from snapshotter.doctor import above, services, storage
 from snapshotter.doctor.finding import Level
 from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
@@ -96,6 +97,29 @@ def test_annotations_in_every_form_of_the_configuration(
     node = Node(Choices(root=root, arguments=("--address", SOCKET), containerd_config=str(file)))
     found = {one.check: one.level for one in above._annotations(node, node.containerd, version)}
     assert {check: level for check, level in found.items() if level > Level.OK} == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "level"),
+    [
+        (20 << 40, 350 << 30, Level.OK),
+        (200 << 30, 3 << 30, Level.WARNING),
+        (200 << 30, 900 << 20, Level.ERROR),
+        (2 << 30, 200 << 20, Level.ERROR),
+        (500 << 20, 60 << 20, Level.OK),
+        (500 << 20, 5 << 20, Level.ERROR),
+    ],
+)
+def test_a_disk_is_full_by_what_is_left(
+    total: int, free: int, level: Level, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fiftieth of a large disk is room for every image of a node."""
+    template = tmp_path / "nydusd.json"
+    template.write_text('{"device": {"backend": {"type": "registry", "config": {}}}}')
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(total, total - free, free))
+    node = Node(Choices(root=f"/tmp/nydus-nowhere-{os.getpid()}", arguments=("--config-path", str(template))))
+    (found,) = [one for one in storage.disk(node) if one.check == "disk.space"]
+    assert found.level is level
 
 
 def test_unit_files_with_continued_lines_and_comments(tmp_path: Path) -> None:
