@@ -479,10 +479,8 @@ class Daemon:
                     log.error("nydusd %s cannot be started again: %s", self.id, error)
 
     def _processes(self) -> set[int]:
-        pids = set(serving(self._record.socket))
-        if self._record.pid and self._record.started and start_time(self._record.pid) == self._record.started:
-            pids.add(self._record.pid)
-        return pids
+        """All of them name its socket. What is on record may be another's number since the last boot."""
+        return set(serving(self._record.socket))
 
     def _give_up(self, process: subprocess.Popen[bytes]) -> None:
         """All processes of a nydusd that did not start as it should: a worker alone would start another keeper."""

@@ -339,3 +339,17 @@ def test_a_keeper_that_dies_right_behind_the_last_one_is_noticed(
         process.kill()
         process.wait()
         one.unwatch()
+
+
+def test_a_process_that_has_the_number_and_start_of_a_nydusd_before_the_reboot_lives_on(tmp_path: Path) -> None:
+    """Boots of one machine are alike to the hundredth of a second; such times count from the boot."""
+    one = daemon(tmp_path)
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        one._record = replace(one.record, pid=process.pid, started=start_time(process.pid))
+        assert one.memory_kb() == 0
+        one.stop()
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
