@@ -68,8 +68,15 @@ class Tarfs:
         """Has a layer fetched and indexed in the background. `below`: as for `content.check`."""
         with self._lock:
             if folder not in self._running:
-                self._running[folder] = self._pool.submit(self._convert, image, labels, folder, below)
+                self._running[folder] = self._pool.submit(self._run, image, labels, folder, below)
             return self._running[folder]
+
+    def _run(self, image: Reference, labels: Mapping[str, str], folder: Path, below: str | None) -> None:
+        try:
+            self._convert(image, labels, folder, below)
+        finally:
+            with self._lock:
+                self._running.pop(folder, None)  # who comes from now on finds the layer, or tries again
 
     def finish(
         self, image: Reference, labels: Mapping[str, str], folder: Path, *, below: str | None
@@ -80,12 +87,7 @@ class Tarfs:
                 raise SnapshotterError(
                     f"image {image}: layer {labels.get(LAYER_DIGEST)} cannot be part of a tarfs image"
                 )
-            running = self.begin(image, labels, folder, below=below)
-            try:
-                running.result()
-            finally:
-                with self._lock:
-                    self._running.pop(folder, None)
+            self.begin(image, labels, folder, below=below).result()
             tar = tar_of(folder)
             if tar is None:
                 raise SnapshotterError(f"image {image}: layer {labels.get(LAYER_DIGEST)} is gone")

@@ -113,6 +113,26 @@ def test_two_images_wait_for_one_tarfs_layer(tmp_path: Path, monkeypatch: pytest
     layers.close()
 
 
+def test_a_tarfs_layer_that_could_not_be_fetched_at_the_pull_is_fetched_for_the_first_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none: Any = None
+    layers, image = Tarfs(none, 1), Reference.parse("r.example/a:b")
+    registry = [False, True]  # whether it answers
+
+    def convert(image: Reference, labels: Mapping[str, str], folder: Path, below: str | None) -> None:
+        if not registry.pop(0):
+            raise Unavailable("the registry does not answer")
+        (folder / "layer-00.tar").touch()
+
+    monkeypatch.setattr(layers, "_convert", convert)
+    with pytest.raises(Unavailable):
+        layers.begin(image, {}, tmp_path, below="").result(10)
+    assert layers.finish(image, {}, tmp_path, below="")[1] == tmp_path / "layer-00.tar"
+    assert not layers._running  # also of images that no container ever ran
+    layers.close()
+
+
 def test_an_image_that_was_released_is_mounted_again_by_one_caller(tmp_path: Path) -> None:
     """One waited for the release to end, another comes behind it: two would start a nydusd each at one mount point."""
     images = images_of(tmp_path, shared=False)
