@@ -89,9 +89,10 @@ class Server:
                 self._inode = address.lstat().st_ino
             else:
                 host, _, port = address.rpartition(":")
-                if not port.isdecimal():
+                if not port.isdecimal() or int(port) > 65535:
                     raise StartError(f"{name}: {address!r} is not HOST:PORT")
-                self._server = (_Tcp6 if ":" in host or not host else _Tcp)((host.strip("[]"), int(port)), handler)
+                sixth = ":" in host or (not host and socket.has_dualstack_ipv6())
+                self._server = (_Tcp6 if sixth else _Tcp)((host.strip("[]"), int(port)), handler)
         except OSError as error:
             raise StartError(f"{name}: cannot listen at {address}: {error.strerror or error}") from None
         threading.Thread(target=self._server.serve_forever, name=name, daemon=True).start()
@@ -129,7 +130,7 @@ class _Tcp(_Threads, socketserver.TCPServer):
 
 
 class _Tcp6(_Tcp):
-    """All addresses of both families for `:9110`, as Go listens."""
+    """All addresses of both families for `:9110`, as Go listens; without IPv6 it takes those of IPv4."""
 
     address_family = socket.AF_INET6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.client
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nydusfs import stacks
 from snapshotter import cgroup, httpd, logs, metrics, settings
-from snapshotter.errors import NotFound, SettingsError
+from snapshotter.errors import NotFound, SettingsError, StartError
 from snapshotter.exposition import Family, render
 from snapshotter.rotation import RotatingFile
 from snapshotter.tally import Tally
@@ -369,6 +371,32 @@ def test_a_mirror_before_two_registries_is_two_sources() -> None:
     assert found["nydusd_source_up", "https://registry.example", ""] == 1
     milliseconds = {value for key, value in found.items() if key[0] == "nydusd_source_first_byte_milliseconds"}
     assert milliseconds == {20.0}
+
+
+def test_all_addresses_are_listened_at_where_the_kernel_has_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Go does: ipv6.disable=1 must not keep a node's snapshotter from starting with upstream's sample."""
+
+    class Without(socket.socket):
+        def __init__(self, family: int = -1, *more: int, **named: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+            super().__init__(family, *more, **named)
+
+    monkeypatch.setattr(socket, "socket", Without)
+    server = httpd.Server("metrics", ":0", {r"/v1/metrics": {"GET": lambda request: httpd.Reply()}})
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("GET", "/v1/metrics")
+        assert connection.getresponse().status == 200
+        connection.close()
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("address", [":99110", "127.0.0.1:65536", "127.0.0.1", "[::1]:http"])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    with pytest.raises(StartError, match=re.escape(repr(address))):
+        httpd.Server("metrics", address, {})
 
 
 def test_stacks_of_threads_name_where_they_are() -> None:
