@@ -10,6 +10,8 @@ import click
 
 from snapshotter.nydusd_api import NydusdApi
 
+UPGRADE_SECONDS = 3600.0  # hundreds of nydusd, one after the other; each is bounded
+
 _root = click.option("--root", default="", metavar="DIR", help="Of the snapshotter [default: the one that runs].")
 
 
@@ -63,7 +65,7 @@ def upgrade(root: str, wait: float) -> None:
     deadline = time.monotonic() + wait
     while time.monotonic() < deadline and not answers(api(root).path):
         time.sleep(0.1)
-    _asked(api(root), "PUT", "/api/v1/daemons/upgrade", {"policy": "rolling"})
+    _asked(api(root), "PUT", "/api/v1/daemons/upgrade", {"policy": "rolling"}, UPGRADE_SECONDS)
 
 
 @command.command()
@@ -73,14 +75,17 @@ def daemons(root: str) -> None:
     click.echo(json.dumps(_asked(api(root), "GET", "/api/v1/daemons"), indent=1))
 
 
-def _asked(found: NydusdApi, method: str, path: str, body: object = None) -> dict[str, list[dict[str, object]]]:
+def _asked(
+    found: NydusdApi, method: str, path: str, body: object = None, *timeout: float
+) -> dict[str, list[dict[str, object]]]:
     from snapshotter.errors import SnapshotterError
     from snapshotter.nydusd_api import ApiError, ApiUnreachable
 
     try:
-        return found.call(method, path, body) or {}
-    except ApiUnreachable:
-        raise click.ClickException(f"no snapshotter answers at {found.path}") from None
+        return found.call(method, path, body, *timeout) or {}
+    except ApiUnreachable as failure:
+        hung = f"the snapshotter at {found.path} does not answer in time"
+        raise click.ClickException(hung if failure.hung else f"no snapshotter answers at {found.path}") from None
     except ApiError as failure:
         raise click.ClickException(failure.message) from None
     except SnapshotterError as failure:

@@ -17,12 +17,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from nydusfs import stacks
-from snapshotter import cgroup, httpd, logs, metrics, settings
+from snapshotter import cgroup, httpd, logs, metrics, operate, settings
+from snapshotter.controller import SOCKET
 from snapshotter.errors import NotFound, SettingsError, StartError
 from snapshotter.exposition import Family, render
+from snapshotter.nydusd_api import NydusdApi
 from snapshotter.rotation import RotatingFile
 from snapshotter.tally import Tally
 
@@ -421,3 +424,24 @@ async def test_stacks_of_tasks_show_who_waits_for_what() -> None:
         inner.cancel_scope.cancel()
     assert any(line.endswith(" sleeper") for line in entry["stack"])
     assert any(line.endswith(" sleep_forever") for line in entry["stack"])
+
+
+def test_an_upgrade_of_many_nydusd_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go one after the other, each as long as it takes."""
+    monkeypatch.setattr(NydusdApi.call, "__defaults__", (None, 0.2))  # what other requests are given
+
+    def slow(request: httpd.Request) -> httpd.Reply:
+        time.sleep(1)
+        return httpd.Reply()
+
+    server = httpd.Server("system", tmp_path / SOCKET, {"/api/v1/daemons/upgrade": {"PUT": slow}, "/.*": {"GET": slow}})
+    try:
+        done = CliRunner().invoke(operate.command, ["upgrade", "--root", str(tmp_path)])
+        assert (done.exit_code, done.output) == (0, "")
+        done = CliRunner().invoke(operate.command, ["daemons", "--root", str(tmp_path)])
+        assert (done.exit_code, "no snapshotter" in done.output) == (1, False)
+        assert f"the snapshotter at {tmp_path / SOCKET} does not answer in time" in done.output
+    finally:
+        server.close()
+    done = CliRunner().invoke(operate.command, ["upgrade", "--root", str(tmp_path)])
+    assert (done.exit_code, "no snapshotter answers" in done.output) == (1, True)
