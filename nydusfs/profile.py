@@ -159,7 +159,8 @@ class ProfileStore:
             return None
         except ValueError as error:
             log.warning("profile %s is of no use (%s): starting a new one", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         except OSError as error:
             log.warning("profile %s cannot be read: %s", path, error.strerror)
         return None

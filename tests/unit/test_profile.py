@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,18 @@ def test_what_is_saved_is_no_larger_than_what_is_loaded(tmp_path: Path) -> None:
     loaded = store.load("name")
     assert loaded is not None and list(loaded.all.segments) == segments
     assert list(loaded.commands) == [f"command{number}" for number in range(2, 6)]
+
+
+def test_a_damaged_profile_on_a_disk_that_turned_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ProfileStore(str(tmp_path / "cache"))
+    store.save("x", Profile())
+    (store.path / "x.json").write_bytes(b"{")
+
+    def refuse(path: Path, **_: bool) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert store.load("x") is None, "neither the start of its image nor its prefetch ends by that"
 
 
 def test_a_profile_that_cannot_be_kept_leaves_nothing(tmp_path: Path) -> None:
