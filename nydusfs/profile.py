@@ -38,6 +38,7 @@ FORGET = 0.3  # below: three cold runs without it
 COLD = 0.5  # of the known segments read: less, and the run says nothing of those it did not read (pages were cached)
 MAX_FILE = 8 << 20
 MAX_ENTRIES = 65_536
+MAX_PROFILES = 1024  # kept per cache; those whose images were started longest ago make room
 MAX_COMMANDS = 8  # of an image; the one whose last run is longest ago makes room
 # A replay is given up when readers asked for this many segments whose turn had not come, and for more of them than of
 # others: the image runs something else today, or the profile is of no use.
@@ -154,7 +155,10 @@ class ProfileStore:
         try:
             if path.stat().st_size > MAX_FILE:
                 raise ValueError("larger than any profile")
-            return decode(path.read_bytes())
+            profile = decode(path.read_bytes())
+            with contextlib.suppress(OSError):
+                os.utime(path)  # of an image that is started from the cache alone nothing is saved
+            return profile
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -178,11 +182,19 @@ class ProfileStore:
                 made = file.name
                 file.write(data)
             os.rename(made, self.path / f"{name}.json")
+            with contextlib.suppress(OSError):  # another process's are renamed and deleted as well
+                self._make_room()
         except OSError as error:
             log.info("profile of %s is not kept: %s", name, error.strerror)
             if made:
                 with contextlib.suppress(OSError):
                     os.unlink(made)  # a full disk shall not get fuller at every start
+
+    def _make_room(self) -> None:
+        """What was being written when its worker was killed goes, too. Raises OSError."""
+        if len(os.listdir(self.path)) > MAX_PROFILES:
+            for path in sorted(self.path.iterdir(), key=lambda path: path.stat().st_mtime)[:-MAX_PROFILES]:
+                path.unlink()
 
 
 def export(bootstrap: Bootstrap, store: ProfileStore) -> dict[str, Any]:

@@ -150,6 +150,21 @@ def test_what_is_saved_is_no_larger_than_what_is_loaded(tmp_path: Path) -> None:
     assert list(loaded.commands) == [f"command{number}" for number in range(2, 6)]
 
 
+def test_profiles_of_images_that_are_not_started_any_more_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node sees new images every day, and nobody else knows what a profile is of."""
+    monkeypatch.setattr("nydusfs.profile.MAX_PROFILES", 3)
+    store = ProfileStore(str(tmp_path / "cache"))
+    store.path.mkdir()
+    (store.path / ".new-abc").write_bytes(b"a killed worker's")
+    os.utime(store.path / ".new-abc", (1, 1))
+    for number in range(3):
+        store.save(str(number), Profile())
+        os.utime(store.path / f"{number}.json", (number + 2, number + 2))
+    assert store.load("0") == Profile(), "its image is started from the cache alone: nothing of it is recorded"
+    store.save("3", Profile())
+    assert sorted(path.name for path in store.path.iterdir()) == ["0.json", "2.json", "3.json"]
+
+
 def test_a_damaged_profile_on_a_disk_that_turned_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ProfileStore(str(tmp_path / "cache"))
     store.save("x", Profile())
