@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 import trio
 
 from nydusfs.cache.devices import DeviceFiles
-from nydusfs.drivers.erofs.events import Question
+from nydusfs.drivers.erofs import events, fanotify
+from nydusfs.drivers.erofs.events import Events, Question
 from nydusfs.drivers.erofs.filling import ErofsImage
+from nydusfs.drivers.erofs.journal import Journal
 from nydusfs.drivers.stats import FsStats
 from nydusfs.http import direct
 from nydusfs.sources import athand
@@ -106,3 +110,55 @@ def test_a_fill_ends_with_the_mount_and_wrong_bytes_reach_no_device(
             os.close(one.fd)
 
     run(image, server, tmp_path, scenario)
+
+
+class Slow:
+    """A server whose disk takes its time."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def ready(self, question: Question) -> bool:
+        return False
+
+    def simple(self, question: Question) -> bool:
+        return True
+
+    def fill_now(self, question: Question) -> bool:
+        self.begun.set()
+        return self.go_on.wait(60)
+
+    async def fill(self, question: Question) -> bool:
+        raise AssertionError("not asked")
+
+
+def test_who_waits_for_a_thread_that_outlasts_its_worker_is_the_successors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group is not this worker's any more when the data is there; its reader must not be taken for answered."""
+    kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    journal, device, server = Journal.create(), os.open(tmp_path, os.O_RDONLY), Slow()
+    monkeypatch.setattr(events, "_device", lambda fd: "0" * 8 + "/blob/0-00")
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        taken = Events(ours.fileno(), Journal(journal), server)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(taken.run)
+            kernel.send(fanotify.EVENT_METADATA.pack(24, 3, 0, 24, fanotify.FAN_PRE_ACCESS, os.dup(device), 1))
+            assert await trio.to_thread.run_sync(server.begun.wait, 60)
+            taken.stop(successor=True)
+
+    with kernel, ours:
+        ours.setblocking(False)
+        trio.run(main)
+        server.go_on.set()
+        for thread in set(threading.enumerate()) - before:
+            if "_read" in thread.name:
+                thread.join(60)
+        kernel.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            kernel.recv(100)
+        assert [one.name for one in Journal(journal).left()] == ["0" * 8 + "/blob/0-00"]
+    os.close(device)
+    os.close(journal)

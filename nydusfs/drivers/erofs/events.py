@@ -257,14 +257,17 @@ class Events:
 
     def _answer(self, number: int, slot: int, response: int) -> None:
         """The descriptor is closed later: until then no other event gets its number."""
-        self._tell(number, response)
-        self._journal.clear(slot)
+        if self._tell(number, response):
+            self._journal.clear(slot)
 
-    def _tell(self, number: int, response: int) -> None:
+    def _tell(self, number: int, response: int) -> bool:
+        """False: this worker's time is over, and who waits is its successor's."""
         try:
             fanotify.answer(self._group, number, response)
+            return True
         except OSError as error:
             log.error("the kernel does not take the answer to event %d: %s", number, error.strerror)
+            return False
 
 
 def _device(fd: int) -> str:
