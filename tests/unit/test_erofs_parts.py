@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import resource
 import shutil
 import stat
 import time
@@ -60,6 +61,7 @@ from nydusfs.keeper.jobs import Jobs
 from nydusfs.services import open_services
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import localfs_config
+from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.process import run
 
 BOOT = "0a1b2c3d"
@@ -380,6 +382,21 @@ def test_the_image_of_the_self_test_is_what_our_writer_makes(tmp_path: Path) -> 
         writer.write(memoryview(made), [Device("d", 2)], lambda found: (0 * found.blobs, found.offsets))
     image.close()
     assert made == selftest.tiny_image()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(cannot_mount_erofs() != "", reason=cannot_mount_erofs())
+def test_a_worker_with_many_open_files_tries_its_disk_all_the_same(tmp_path: Path) -> None:
+    """select(2) knows the first 1024 descriptors only, and a node that serves for a while has more segments open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert selftest.choose("auto", tmp_path) == ("erofs", "its self-test passed")
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_a_self_test_makes_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,9 +134,12 @@ def _read(group: int, file: int) -> tuple[bool, object]:
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     asked = False
+    poller = select.poll()  # select(2) knows no descriptors above 1023
+    for fd in (group, done):
+        poller.register(fd, select.POLLIN)
     try:
         while True:
-            ready = select.select([group, done], [], [], SECONDS)[0]
+            ready = [fd for fd, _ in poller.poll(SECONDS * 1000)]
             if group in ready and (event := fanotify.read_event(group)) is not None:
                 asked = True
                 fanotify.answer(group, event.fd, fanotify.FAN_ALLOW)
