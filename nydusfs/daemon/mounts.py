@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import trio
@@ -53,7 +53,7 @@ class MountTable:
         self._changed = changed
         self._opener = opener
         self._background = background
-        self._busy: set[str] = set()
+        self._busy: dict[str, trio.Event] = {}  # mountpoints that are being changed
         self._restored: list[MountedImage] = []  # whose work behind the scenes begins when readers are served
         self.images: dict[str, MountedImage] = {}
 
@@ -63,16 +63,17 @@ class MountTable:
         except MountFailedError:
             return None
 
-    @contextmanager
-    def _claim(self, mountpoint: str) -> Any:
-        """One change at a time per mountpoint; the others do not wait for it, they are refused."""
-        if mountpoint in self._busy:
-            raise MountFailedError(ALREADY_EXISTS)
-        self._busy.add(mountpoint)
+    @asynccontextmanager
+    async def _claim(self, mountpoint: str) -> AsyncIterator[None]:
+        """One change at a time per mountpoint; the others wait for it: only then it is known whether it is mounted."""
+        while mountpoint in self._busy:
+            await self._busy[mountpoint].wait()
+        over = self._busy[mountpoint] = trio.Event()
         try:
             yield
         finally:
-            self._busy.discard(mountpoint)
+            del self._busy[mountpoint]
+            over.set()
 
     def expect(self, request: MountRequest) -> None:
         """A mount is about to be asked for. Raises `MountFailedError` for what cannot be a mountpoint."""
@@ -104,24 +105,34 @@ class MountTable:
     ) -> list[MountedImage | MountFailedError]:
         """Each as `mount` would, but what is kept for the next worker is written once: it grows with each of them."""
         found: list[MountedImage | MountFailedError] = [MountFailedError(DOES_NOT_EXIST) for _ in requests]
+        wanted: dict[int, MountRequest] = {}
+        for number, request in enumerate(requests):
+            try:
+                wanted[number] = request.at(canonical(request.mountpoint))
+            except MountFailedError as error:
+                found[number] = error
         limit = trio.CapacityLimiter(TOGETHER)
         ready: dict[int, OpenImage | Exception] = {}
 
         async def one(number: int) -> None:
             async with limit:
                 try:
-                    found[number] = await self._mount(requests[number], claims, lambda: ready.pop(number, None), later)
+                    found[number] = await self._mount(wanted[number], lambda: ready.pop(number, None), later)
                 except MountFailedError as error:
                     found[number] = error
 
-        with ExitStack() as claims:
+        async with AsyncExitStack() as claims:
+            # sorted: two of these calls must not wait for each other
+            for where in sorted({request.mountpoint for request in wanted.values()}):
+                await claims.enter_async_context(self._claim(where))
             if len(requests) == 1:
-                await one(0)  # no nursery, which wraps what it raises
+                for number in wanted:
+                    await one(number)  # no nursery, which wraps what it raises
             else:
-                ready.update(enumerate(await self._opener.open_all(requests)))
+                ready.update(zip(wanted, await self._opener.open_all(list(wanted.values())), strict=True))
                 try:
                     async with trio.open_nursery() as nursery:
-                        for number in range(len(requests)):
+                        for number in wanted:
                             nursery.start_soon(one, number)
                 finally:
                     for image in ready.values():  # that had no place
@@ -138,20 +149,9 @@ class MountTable:
         return found
 
     async def _mount(
-        self, request: MountRequest, claims: ExitStack, ready: Callable[[], OpenImage | Exception | None], later: bool
-    ) -> MountedImage:
-        """`claims` has the mountpoint from then on; nothing of a failure is left, its claim neither. `ready`: see
-        `_open`."""
-        where = canonical(request.mountpoint)
-        with ExitStack() as claim:
-            claim.enter_context(self._claim(where))
-            mounted = await self._show(request.at(where), ready, later)
-            claims.enter_context(claim.pop_all())
-        return mounted
-
-    async def _show(
         self, request: MountRequest, ready: Callable[[], OpenImage | Exception | None], later: bool
     ) -> MountedImage:
+        """Nothing of a failure is left. `ready`: see `_open`."""
         where = request.mountpoint
         try:
             self._driver.check_free(where)
@@ -194,7 +194,7 @@ class MountTable:
         """Swap bootstrap and configuration of a mounted image. On failure the old one stays."""
         where = canonical(request.mountpoint)
         request = request.at(where)
-        with self._claim(where):
+        async with self._claim(where):
             old = self.images.get(where)
             if old is None:
                 raise MountFailedError(DOES_NOT_EXIST)
@@ -221,7 +221,7 @@ class MountTable:
 
     async def umount(self, mountpoint: str) -> None:
         where = canonical(mountpoint)
-        with self._claim(where):
+        async with self._claim(where):
             mounted = self.images.get(where)
             if mounted is None:
                 raise MountFailedError(DOES_NOT_EXIST)

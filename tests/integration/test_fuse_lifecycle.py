@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.lab.cases import case as image_case
-from tests.lab.daemon import Nydusd, can_mount_fuse, localfs_config, reader, wait_until
+from tests.lab.daemon import Answer, Nydusd, can_mount_fuse, localfs_config, reader, wait_until
 from tests.lab.drivers import both
 from tests.lab.mounted import check_mount
 from tests.lab.process import mounts_below, unmount_below, work_dir
@@ -228,6 +229,36 @@ def test_failed_mounts_leave_nothing_and_name_the_cause(tmp_path: Path) -> None:
         assert os.listdir(daemon.mnt) == []
         assert daemon.mount("/x", case / "image.boot", localfs_config(case)).status == 204
         assert check_mount(case, daemon.mnt / "x") == []
+
+
+@both
+def test_who_asks_for_a_mountpoint_that_is_being_changed_waits_and_is_told_the_truth(tmp_path: Path) -> None:
+    case = image_case(MERGED)
+    slow = tmp_path / "slow.boot"  # is opened when somebody writes it, and then holds nothing
+    os.mkfifo(slow)
+    config = localfs_config(case)
+    with Nydusd() as daemon, ThreadPoolExecutor(2) as pool:
+
+        def under_way(ask: Callable[[], Answer], where: str) -> Future[Answer]:
+            asked = pool.submit(ask)
+            wait_until(lambda: asked.done() or where in str(daemon.get("daemon/stacks").body), 60, where)
+            return asked
+
+        def go_on() -> None:
+            os.close(os.open(slow, os.O_WRONLY | os.O_NONBLOCK))
+
+        failing = under_way(lambda: daemon.mount("/x", slow, config), " open_bootstrap")
+        second = under_way(lambda: daemon.mount("/x", case / "image.boot", config), " _claim")
+        go_on()
+        assert "slow.boot" in failing.result(60).message
+        assert second.result(60).status == 204
+        assert check_mount(case, daemon.mnt / "x") == []
+        assert daemon.umount("/x").status == 204
+        failing = under_way(lambda: daemon.mount("/x", slow, config), " open_bootstrap")
+        removal = under_way(lambda: daemon.umount("/x"), " _claim")
+        go_on()
+        assert failing.result(60).status == 500
+        assert removal.result(60).message == 'Mount(MountFilesystem(Other("object or filesystem doesn\'t exist")))'
 
 
 @both
