@@ -14,7 +14,7 @@ from nydusfs.config.amount import parse_amount
 from nydusfs.config.backends import KINDS, parse_backend
 from nydusfs.config.model import MIB, BackendConfig, CacheConfig, Config, FsDriver, PrefetchConfig
 from nydusfs.config.section import Section
-from nydusfs.errors import ConfigError
+from nydusfs.errors import ConfigError, os_reason
 
 MAX_TEXT = MIB
 MAX_BATCH = 0x1000_0000
@@ -258,8 +258,10 @@ def _amount(section: Section, key: str, work_dir: str) -> int:
         if not isinstance(value, (int, str)) or isinstance(value, bool):
             raise ValueError(value)
         return parse_amount(value, work_dir)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise section.error(key, f'{value!r} is not a number of bytes, "20GiB" or "80%" of the disk') from None
+    except OSError as error:
+        raise section.error(key, f"{value!r} of a disk that cannot be looked at: {os_reason(error)}") from None
 
 
 def _id_mapping(section: Section) -> tuple[int, ...]:

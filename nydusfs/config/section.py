@@ -60,9 +60,12 @@ class Section:
             return default
         if not isinstance(value, str):
             raise self._wrong(self._key(key), value, "string")
-        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise self.error(key, "has a NUL or half a character (\\ud800 to \\udfff): no path or address can")
+        self._check_letters(key, value)
         return value
+
+    def _check_letters(self, key: str, *values: str) -> None:
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for value in values for letter in value):
+            raise self.error(key, "has a NUL or half a character (\\ud800 to \\udfff): no path or address can")
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.take(key)
@@ -88,6 +91,7 @@ class Section:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._wrong(self._key(key), value, "list of strings")
+        self._check_letters(key, *value)
         return tuple(value)
 
     def numbers(self, key: str) -> tuple[int, ...]:

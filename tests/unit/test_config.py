@@ -205,6 +205,12 @@ def test_keys_without_effect_are_named_once_by_a_process_and_why(
         ({"device__backend__config__auth": 5}, "device.backend.config.auth: expected string, found integer (hidden)"),
         ({"device__cache__config__work_dir": "/c\0"}, "device.cache.config.work_dir: has a NUL or half a character"),
         ({"device__backend__config__host": "h\ud800"}, "device.backend.config.host: has a NUL or half a character"),
+        ({"device__backend__config__ca_cert_files": ["/c", "/\0"]}, "ca_cert_files: has a NUL or half a char"),
+        (
+            {"device__cache__config__work_dir": "/" + "c" * 300, "device__cache__config__limit": "80%"},
+            "device.cache.config.limit: '80%' of a disk that cannot be looked at: /ccc",
+        ),
+        ({"device__cache__config__min_free": 10**400}, "0 is not a number of bytes"),
         ({"device__backend__type": "ftp"}, "device.backend.type: 'ftp' is not a backend type"),
         ({"device__cache__type": "dummy"}, "device.cache.type: 'dummy' is not a cache type"),
         ({"device": []}, "device: expected table, found list"),
