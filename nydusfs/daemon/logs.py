@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import glob
 import gzip
+import io
 import json
 import logging
 import os
@@ -170,6 +171,8 @@ def set_up(level: str, log_file: str | None, rotation_mb: int, form: str = "text
         path = Path(log_file)
         handler = RotatingFile(path if path.suffix else path.with_suffix(".log"), rotation_mb << 20)
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # strict in most locales, and names of files are any bytes
+            sys.stdout.reconfigure(errors="backslashreplace")
         handler = logging.StreamHandler(sys.stdout)
     colour = not log_file and sys.stdout.isatty()
     handler.setFormatter(JsonFormatter() if form == "json" else UpstreamFormatter(colour=colour))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import gzip
 import logging
+import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -587,6 +590,21 @@ def test_a_log_file_that_cannot_be_made_anew_is_no_error_of_who_logs(tmp_path: P
     handler.emit(record("there is room again"))
     handler.emit(record("and it goes on"))
     assert "it goes on" in path.read_text()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_file_name_of_any_bytes_can_be_logged_to_stdout(form: str) -> None:
+    """A terminal's or a journal's locale, such as en_US.UTF-8, has no room for half a character."""
+    code = (
+        "import logging, os; from nydusfs.daemon import logs; logs.set_up('info', None, 0, sys.argv[1]); "
+        "logging.error('Failed in reading backend: file %s', os.fsdecode(b'/caf\\xe9'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", form], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert "backend: file /caf\\udce9" in done.stdout
+    assert done.stderr == ""
 
 
 def test_error_ring_is_bounded() -> None:
