@@ -236,7 +236,7 @@ def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:
 
     A pattern equal to or below an earlier one adds nothing; relative paths and those with ".." name nothing.
     """
-    kept: list[bytes] = []
+    kept: dict[bytes, None] = {}
     warnings: list[str] = []
     for line in lines:
         raw = line.strip()
@@ -247,10 +247,10 @@ def clean_patterns(lines: list[bytes]) -> tuple[list[bytes], list[str]]:
         if not raw.startswith(b"/") or b".." in parts:
             warnings.append(f"prefetch pattern {shown!r} is left out: not an absolute path without '..'")
             continue
-        pattern = b"/" + b"/".join(parts)
-        prefix = next((p for p in kept if pattern == p or pattern.startswith(p.rstrip(b"/") + b"/")), None)
+        *above, pattern = (b"/" + b"/".join(parts[:depth]) for depth in range(len(parts) + 1))
+        prefix = next((path for path in (*above, pattern) if path in kept), None)
         if prefix is not None:
             warnings.append(f"prefetch pattern {shown!r} is covered by {prefix.decode('utf-8', 'backslashreplace')!r}")
             continue
-        kept.append(pattern)
-    return kept, warnings
+        kept[pattern] = None
+    return list(kept), warnings
