@@ -68,7 +68,8 @@ def optimize(options: OptimizeOptions, progress: Progress) -> OptimizeResult:
     from bootstrap.optimize import parse_list
 
     try:
-        wanted = parse_list(options.prefetch_files.read_bytes())
+        text = options.prefetch_files.read_bytes()  # once: it may be a pipe
+        wanted = parse_list(text)
     except OSError as error:
         raise ConvertError(f"prefetch files {options.prefetch_files}: {error.strerror}") from error
     except RafsError as error:
@@ -105,8 +106,9 @@ def optimize(options: OptimizeOptions, progress: Progress) -> OptimizeResult:
         else:
             new.append(manifests.blob_descriptor(f"sha256:{blob_id}", blob.stat().st_size))
             pusher.file(f"sha256:{blob_id}", blob)
-        files = [(_LIST_NAME, options.prefetch_files)]
-        packed = write_bootstrap_layer(boot, base.metas, folder / "bootstrap.tar.gz", files)
+        kept = folder / _LIST_NAME
+        kept.write_bytes(text)
+        packed = write_bootstrap_layer(boot, base.metas, folder / "bootstrap.tar.gz", [(_LIST_NAME, kept)])
         pusher.file(packed.digest, packed.path)
         old = image.layers[-1]
         notes = {**old.annotations, mt.ANNOTATION_PREFETCH_BLOB: blob_id}

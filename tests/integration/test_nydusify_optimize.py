@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,26 @@ def _prefetched(registry: Registry, repository: str, digest: str, work: Path) ->
     with mounted(find_nydusd("nydusd"), boot, config, work / "mnt", work):
         wait_until(lambda: fetched(True) >= 300_000, 30, "prefetch")
     assert fetched(False) < 50_000, "of other blobs only tables"
+
+
+def test_a_list_that_can_be_read_once(tmp_path: Path) -> None:
+    """A shell's <(command): the image keeps the list beside its bootstrap all the same."""
+    layout = ImageLayout(tmp_path / "image")
+    layout.finish([layout.add_layer([entry("hot", noise("a", 50_000)), entry("cold", noise("b", 50_000))])], cmd=["x"])
+    source, target = f"oci:{tmp_path / 'nydus'}", tmp_path / "made"
+    nydusify("convert", "--source", f"oci:{tmp_path / 'image'}", "--target", source, "--work-dir", tmp_path / "convert")
+    files = tmp_path / "list"
+    os.mkfifo(files)
+    writer = threading.Thread(target=files.write_bytes, args=(b"/hot\n",), daemon=True)
+    writer.start()
+    optimize(source, f"oci:{target}", files, tmp_path)
+    writer.join(10)
+    blobs = target / "blobs" / "sha256"
+    index = json.loads((target / "index.json").read_bytes())
+    manifest = json.loads((blobs / index["manifests"][0]["digest"].removeprefix("sha256:")).read_bytes())
+    with tarfile.open(blobs / manifest["layers"][-1]["digest"].removeprefix("sha256:")) as layer:
+        kept = layer.extractfile("image/prefetch.files")
+        assert kept is not None and kept.read() == b"/hot\n"
 
 
 @pytest.mark.interop
