@@ -301,7 +301,16 @@ class Transport:
             if client is None:
                 limits = httpx.Limits(max_connections=32, max_keepalive_connections=16)
                 verify: Any = _tls(endpoint) if secure else False
-                client = httpx.Client(verify=verify, timeout=self._timeout(), limits=limits, trust_env=not loopback)
+                try:
+                    client = httpx.Client(verify=verify, timeout=self._timeout(), limits=limits, trust_env=not loopback)
+                except (httpx.InvalidURL, ValueError, ImportError) as error:  # the last is of SOCKS
+                    # what httpx takes for a port may be a part of the password
+                    reason = "no address" if isinstance(error, httpx.InvalidURL) else str(error)
+                    raise RegistryError(
+                        f"registry {self.host}: a proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, "
+                        f"NO_PROXY) cannot be used: {reason}",
+                        url=_shown(endpoint.url),
+                    ) from None
                 client.headers["User-Agent"] = "nydus-py"
                 self._clients[key] = client
             return client

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nydusfs.errors import AuthError, ConfigError, RegistryError
 from nydusfs.registry.blobstream import BlobStream
 from nydusfs.registry.challenge import Challenge, choose, parse_challenges, parse_token_reply
+from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials, decode_auth, docker_credentials
 from nydusfs.registry.hosts import ClientOptions, route
 from nydusfs.registry.reference import Reference, ReferenceError, is_loopback
@@ -269,3 +270,14 @@ def test_a_mirrors_password_is_shown_to_nobody(tmp_path: Path, caplog: pytest.Lo
     assert "pw-Zq" not in caplog.text + str(caught.value) + str(caught.value.url)
     assert asking.netloc in caplog.text and silent in caplog.text
     assert "gave wrong bytes" in caplog.text and asking.requests
+
+
+@pytest.mark.parametrize("proxy", ["socks5://u:pw-Zq@127.0.0.1:1", "ftp://u:pw-Zq@127.0.0.1:1", "http://u:pw-Zq#@127.0.0.1"])
+def test_a_proxy_of_the_environment_that_cannot_be_used_is_named(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with (
+        RegistryClient("r.invalid", ClientOptions(retries=0), lambda: None) as client,
+        pytest.raises(RegistryError, match=r"r\.invalid.*(ALL_PROXY|cannot be reached)") as caught,
+    ):
+        client.manifest("a", "b")
+    assert "pw-Zq" not in str(caught.value)
