@@ -212,6 +212,18 @@ def test_refusals_say_what_to_change(cluster: KubeApi, tmp_path: Path, monkeypat
         access.find(str(tmp_path / "bad"))
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://u:pw-Zq#@127.0.0.1", "ftp://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_told_and_no_mount_waits_for_it(proxy: str, tmp_path: Path) -> None:
+    reach = access.Access("https://127.0.0.1:1", "", ssl.create_default_context, lambda: "", proxy=proxy)
+    source = SecretsSource(reach)
+    source.start()
+    try:
+        answer = asked(source, "r.example/x")
+        assert answer.failed and "no answer yet" not in answer.reason and "pw-Zq" not in answer.reason
+    finally:
+        source.close()
+
+
 def test_keys_of_secrets_as_kubelet_reads_them(cluster: KubeApi, source: SecretsSource) -> None:
     cluster.put("a", "wide", {"*.example:5000": entry("u", "wide"), "https://index.docker.io/v1/": entry("u", "hub")})
     cluster.put("a", "path", {"r.example:5000/team": entry("u", "team")})

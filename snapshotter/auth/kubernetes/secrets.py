@@ -110,9 +110,12 @@ class SecretsSource:
                 continue
             except (KeyError, TypeError, AttributeError) as error:
                 self._fail(f"an answer is not of the API's form: {error!r}")
-            except (httpx.HTTPError, AccessError, ssl.SSLError, OSError, ValueError) as error:
+            except httpx.InvalidURL:  # its text may show a part of a proxy's password
+                self._fail("the server of the cluster, or its proxy-url, is no address")
+            except (httpx.HTTPError, AccessError, ssl.SSLError, OSError, ValueError, ImportError) as error:
                 if self._closing.is_set():
                     return
+                # an ImportError is of a SOCKS proxy
                 self._fail(str(error) or type(error).__name__)
             except RuntimeError:  # the client was closed under it
                 return
