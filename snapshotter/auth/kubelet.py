@@ -88,8 +88,10 @@ class KubeletSource:
                 continue
             for pattern in best_first(reply.auth):
                 if matches(pattern, question.reference):
-                    expires = reply.expires if reply.ends_at > time.monotonic() else None
-                    return Answer(f"plugin {provider.name} for {pattern}", reply.auth[pattern], expires)
+                    now = time.monotonic()
+                    expires = reply.expires if reply.ends_at > now else None
+                    old = reply.renew_at <= now < reply.ends_at  # the plugin had nothing new
+                    return Answer(f"plugin {provider.name} for {pattern}", reply.auth[pattern], expires, old)
             said.append(f"{provider.name} answered with nothing for this image")
         return Answer("; ".join(said), failed=failed)
 

@@ -297,6 +297,11 @@ def test_life_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     now, real = 950.0, time.monotonic
     monkeypatch.setattr(kubelet.time, "monotonic", lambda: real() + now)
     plugin.answer_file.write_text("nonsense")  # renewal fails: what is there holds to its end
+    configs = ImageConfigs(tmp_path / "c", NO_TEMPLATE, tmp_path, Chain([plugin.source]), lambda _: True)
+    record = InstanceRecord(1, "d", "a.example/a:latest", tmp_path)
+    assert '"auth"' in configs.write(record, {})
+    nobody: Any = None
+    assert configs.renew(record, dict, nobody).result is Result.FAILED  # asked again after a pause, not each second
     assert plugin.password("a.example/a") == "old"
     now = 1050.0
     answer = plugin.source.ask(question("a.example/a"))
