@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import httpx
 
-from nydusfs.errors import NotFoundError, RegistryError
+from nydusfs.errors import RegistryError
 from nydusfs.registry.blobstream import BlobStream, RangedBlob
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
@@ -64,10 +64,11 @@ class RegistryClient:
 
     # -- manifests
 
-    def manifest(self, repository: str, selector: str) -> Manifest:
-        """The manifest or index under a tag or digest."""
+    def manifest(self, repository: str, selector: str, *, mirrors: bool = True) -> Manifest:
+        """The manifest or index under a tag or digest. Without `mirrors` as the registry has it now: theirs may be
+        old. Whether there is none is the registry's to say."""
         failure: RegistryError | None = None
-        for endpoint in self.transport.pull_endpoints():
+        for endpoint in self.transport.pull_endpoints() if mirrors else [self.transport.server]:
             try:
                 with self.transport.request(
                     "GET",
@@ -78,8 +79,7 @@ class RegistryClient:
                 ) as response:
                     return self._read_manifest(response, repository, selector)
             except RegistryError as error:
-                if failure is None or not isinstance(failure, NotFoundError):
-                    failure = error
+                failure = error
         raise failure or RegistryError(f"registry {self.host} has no address")
 
     def manifest_digest(self, repository: str, selector: str) -> str | None:

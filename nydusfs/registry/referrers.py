@@ -84,7 +84,7 @@ def tag_of(digest: str) -> str:
 
 def _tagged(client: RegistryClient, repository: str, digest: str) -> list[dict[str, Any]]:
     try:
-        found = client.manifest(repository, tag_of(digest))
+        found = client.manifest(repository, tag_of(digest), mirrors=False)  # it is written again
     except NotFoundError:
         return []
     return _entries(found.body, f"{client.host}/{repository}:{tag_of(digest)}")

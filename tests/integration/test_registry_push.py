@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nydusfs.errors import AuthError, RegistryError, WrongBytesError
+from nydusfs.errors import AuthError, NotFoundError, RegistryError, WrongBytesError
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
@@ -328,6 +328,20 @@ def test_odd_locations_are_errors_with_a_text(location: str) -> None:
             assert "sEcReT" not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_what_a_mirror_lacks_and_the_registry_does_not_give_is_not_called_absent(status: int, tmp_path: Path) -> None:
+    with serve(lambda handler: reply(handler, status)) as server, serve(lambda handler: reply(handler, 404)) as mirror:
+        options = _with_mirrors(tmp_path, server.host, mirror.host, server=f"http://{server.host}")
+        with RegistryClient(server.host, options, lambda: None) as client:
+            with pytest.raises(RegistryError, match=str(status)) as caught:
+                client.manifest("r", "tag")
+            assert not isinstance(caught.value, NotFoundError)
+            server.answer = lambda handler: reply(handler, 404)  # type: ignore[method-assign]
+            mirror.answer = lambda handler: reply(handler, status)  # type: ignore[method-assign]
+            with pytest.raises(NotFoundError, match=server.host):
+                client.manifest("r", "tag")
+
+
 def _manifest(config: str, subject: str = "") -> bytes:
     document: dict[str, Any] = {
         "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
@@ -362,6 +376,23 @@ def test_referrers_of_a_registry_without_the_api(registry: Registry) -> None:
         assert found[0]["annotations"] == {"made": "by a test"}
         tagged = client.manifest("lab/r", subject.replace(":", "-"))
         assert (tagged.media_type, json.loads(tagged.body)["manifests"]) == (OCI_INDEX, found)
+
+
+@needs_registry
+def test_the_list_of_referrers_is_the_registrys_and_not_an_old_one_of_a_mirror(
+    registry: Registry, tmp_path: Path
+) -> None:
+    config = f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+    old = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}).encode()
+    with serve(lambda handler: reply(handler, 200, old, Content_Type=OCI_INDEX)) as mirror:
+        options = _with_mirrors(tmp_path, registry.host, mirror.host, server=f"http://{registry.host}")
+        with RegistryClient(registry.host, options, lambda: None) as client:
+            client.push_blob("lab/m", config, 2, lambda: io.BytesIO(b"{}"))
+            subject = client.push_manifest("lab/m", "plain", OCI_MANIFEST, _manifest(config))
+            body = _manifest(config, subject)
+            for one in (body, body + b"\n"):
+                client.push_manifest("lab/m", "signature", OCI_MANIFEST, one)
+            assert len(client.referrers("lab/m", subject)) == 2
 
 
 def test_referrers_of_a_registry_with_the_api() -> None:
