@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _TRIES = 3
 _MAX_INDEX = 4 << 20
+_MAX_PAGES = 1000
 
 
 def subject_of(body: bytes) -> str:
@@ -36,21 +37,27 @@ def subject_of(body: bytes) -> str:
 
 def referrers(client: RegistryClient, repository: str, digest: str) -> list[dict[str, Any]]:
     """Descriptors of the manifests whose subject is `digest`, by the API, else by the tag."""
-    with client.transport.request(
-        "GET",
-        f"/v2/{repository}/referrers/{digest}",
-        scope=f"repository:{repository}:pull",
-        headers={"Accept": OCI_INDEX},
-    ) as response:
-        if response.status_code == 200:
+    what = f"referrers of {digest} in {client.host}/{repository}"
+    found: list[dict[str, Any]] = []
+    page = f"/v2/{repository}/referrers/{digest}"
+    for _ in range(_MAX_PAGES):
+        with client.transport.request(
+            "GET", page, scope=f"repository:{repository}:pull", headers={"Accept": OCI_INDEX}
+        ) as response:
+            if response.status_code in (400, 404, 405) and not found:
+                break
+            if response.status_code != 200:
+                client.transport.raise_for(response, what)
             data = bytearray()
             for piece in response.iter_raw():
                 data += piece
                 if len(data) > _MAX_INDEX:
-                    raise RegistryError(f"referrers of {digest} in {client.host}/{repository}: list too long")
-            return _entries(bytes(data), f"referrers of {digest} in {client.host}/{repository}")
-        if response.status_code not in (400, 404, 405):
-            client.transport.raise_for(response, f"referrers of {digest} in {client.host}/{repository}")
+                    raise RegistryError(f"{what}: list too long")
+            found += _entries(bytes(data), what)
+            if not (page := client.transport.next_page(response)):
+                return found
+    else:
+        raise RegistryError(f"{what}: more than {_MAX_PAGES} pages")
     return _tagged(client, repository, digest)
 
 

@@ -164,6 +164,11 @@ class Transport:
                 )
         return str(there)
 
+    def next_page(self, response: httpx.Response) -> str:
+        """Where a list goes on (RFC 5988), "" at its end. Raises RegistryError."""
+        link = response.links.get("next", {}).get("url")
+        return str(self._led_to(response.request.url, link)) if link else ""
+
     def _led_to(self, here: httpx.URL, location: str) -> httpx.URL:
         there = web_address(location, here)
         if there is None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nydusfs.errors import AuthError, NotFoundError, RegistryError, WrongBytesError
+from nydusfs.registry import referrers
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
@@ -408,3 +409,23 @@ def test_referrers_of_a_registry_with_the_api() -> None:
         assert client.referrers("r", DIGEST) == [entry]
         client.push_manifest("r", "x", OCI_MANIFEST, _manifest(DIGEST, DIGEST))
         assert [path for method, path, _ in server.seen if method == "PUT"] == ["/v2/r/manifests/x"], "no tag beside it"
+
+
+def test_referrers_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(referrers, "_MAX_PAGES", 5)
+    entries = [{"mediaType": OCI_MANIFEST, "digest": f"sha256:{number:064}", "size": 2} for number in range(5)]
+
+    def answer(handler: Handler) -> None:
+        if "/referrers/" not in handler.path:
+            return reply(handler, 200)
+        at = int(handler.path.partition("last=")[2] or 0)
+        link = f'<{handler.path.partition("?")[0]}?last={at + 2}>; rel="next"'
+        more = {"Link": link} if at < 4 or endless else {}
+        return reply(handler, 200, json.dumps({"manifests": entries[at : at + 2]}).encode(), **more)
+
+    endless = False
+    with serve(answer) as server, RegistryClient(server.host, QUICK, lambda: None) as client:
+        assert client.referrers("r", DIGEST) == entries
+        endless = True
+        with pytest.raises(RegistryError, match="more than 5 pages"):
+            client.referrers("r", DIGEST)
