@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -99,6 +100,7 @@ class Snapshotter:
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A writable snapshot; or AlreadyExists `target snapshot ...` for a layer whose data never needs unpacking."""
         need(key, "key")
+        self._stand_in(parent)
         labels = self._taken(self._described(key, parent, labels))
         ref = labels.get(SNAPSHOT_REF, "")
         if ref and self._proxy:
@@ -118,6 +120,7 @@ class Snapshotter:
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """Read-only, on any layer or on none. Data layers of a Nydus image show as the empty directories they are."""
+        self._stand_in(parent)
         return self._create(Kind.VIEW, key, parent, self._taken(labels))
 
     def mounts(self, key: str) -> list[Mount]:
@@ -274,14 +277,7 @@ class Snapshotter:
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         mapping = id_mapping(labels)
         began = time.monotonic()
-        owner = mapping.host if mapping else None
-        try:
-            snapshot = self._store.create(kind, key, parent, labels, owner)
-        except NotFound:
-            if not self._proxy or not parent:
-                raise
-            self._stand_in(parent)
-            snapshot = self._store.create(kind, key, parent, labels, owner)
+        snapshot = self._store.create(kind, key, parent, labels, mapping.host if mapping else None)
         try:
             # Clients look into a view at once and run no container in it; for a container they ask for Mounts, later.
             mounts = self._mounts([snapshot, *(self._store.chain(parent) if parent else ())], later=True)
@@ -293,15 +289,20 @@ class Snapshotter:
             raise
 
     def _stand_in(self, name: str) -> None:
-        """An empty layer for one that another snapshotter unpacked, as the pause image's: the guest has its own."""
+        """With the proxy driver, an empty layer for one that is not here: another snapshotter unpacked it, as the pause
+        image's. The guest has its own."""
+        if not self._proxy or not name:
+            return
+        with suppress(NotFound):
+            self._store.stat(name)
+            return
         key = f"recovered {name}"
         labels = {RECOVERED: "true", f"{RECOVERED}.at": str(int(time.time()))}
         log.info("layer %s is not here, an empty one takes its place: the guest pulls the image", name)
-        try:
+        with suppress(AlreadyExists):  # another call does the same, or was killed between the two
             self._store.create(Kind.ACTIVE, key, "", {})
+        with suppress(AlreadyExists, NotFound):
             self._store.commit(name, key, labels)
-        except (AlreadyExists, NotFound):
-            pass  # another call did the same
 
     def _undo(self, snapshot: Snapshot) -> None:
         try:

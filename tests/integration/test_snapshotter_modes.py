@@ -207,6 +207,18 @@ def test_proxy_mounts_are_those_of_upstream() -> None:
     assert found[0] == found[1]
 
 
+def test_a_proxied_layer_on_one_that_is_not_here() -> None:
+    """containerd has the layer below on record for this snapshotter, whose root was lost."""
+    with running("dedicated", "proxy") as (_, client):
+        ref, below = "sha256:" + "c" * 64, "sha256:elsewhere"
+        client.prepare(f"recovered {below}", "")  # a snapshotter was killed here
+        with pytest.raises(grpc.RpcError, match="target snapshot"):
+            client.prepare(f"default/1/extract {ref}", below, {REF: ref, DIGEST: "sha256:" + "d" * 64})
+        assert client.stat(below).labels["nydus.recovered"] == "true"
+        (info,) = client.list(f'labels."{REF}"=={ref},parent=="{below}"')
+        assert info.labels[PROXY] == "true"
+
+
 def test_a_proxied_image_cannot_run_without_the_proxy() -> None:
     with running("shared", "proxy") as (one, client):
         top = proxied(client, "a" * 64)
