@@ -1,4 +1,5 @@
 """Directory trees that somebody else may be changing, as a container changes its upper directory: measured and deleted.
+And files of our own, waited for until they are on the disk.
 
 Each directory is opened below the one that it was found in and never through a link, so what is swapped for a link
 between a look and its use is not followed. Trees may be deeper than paths, descriptors or recursion reach: a container
@@ -185,3 +186,14 @@ def _unlink(directory: int, name: str) -> None:
         pass
     except IsADirectoryError:
         os.rmdir(name, dir_fd=directory)
+
+
+def wait_for_disk(path: Path) -> None:
+    """What this file, or the files right in this directory, hold is there after a power cut: for what is about to get a
+    name that says so. Raises OSError."""
+    for one in (*path.iterdir(), path) if path.is_dir() else (path,):
+        descriptor = os.open(one, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nydusfs.trees import wait_for_disk
 from snapshotter import crowd
 from snapshotter.errors import SnapshotterError
 
@@ -72,8 +73,10 @@ def export(boot: Path, tars: Sequence[tuple[str, Path]], out: Path, mode: Export
                 raise SnapshotterError(f"{boot}: nydus-image export told no dm-verity options")
             told = f"{found[1]},{found[2]},sha256:{found[3]}"
             Path(scratch, "verity").write_text(told)
+            wait_for_disk(Path(scratch, "verity"))
             os.replace(Path(scratch, "verity"), verity)
         if mode.disk:
+            wait_for_disk(made)
             os.replace(made, out)
         return told
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.trees import wait_for_disk
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST, TOC_DIGEST
 from snapshotter.lazy.registries import Registries
@@ -45,6 +46,7 @@ class Table:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         with os.fdopen(descriptor, "wb") as file:
             file.write(_HEAD.pack(self.size, self.start) + self.data)
+        wait_for_disk(Path(name))
         os.replace(name, path)
 
     @classmethod
@@ -140,6 +142,7 @@ def merge(tables: Sequence[Table], out: Path) -> None:
                 )
                 sources.append(MergeSource(path, original_blob_id=table.blob))
             merge_layers(sources, Path(folder, "merged.boot"))
+            wait_for_disk(Path(folder, "merged.boot"))
             os.replace(Path(folder, "merged.boot"), out)
         except RafsError as error:
             raise SnapshotterError(f"the layers' tables do not make an image: {error}") from None

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import ConvertError, NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
-from nydusfs.trees import disk_usage
+from nydusfs.trees import disk_usage, wait_for_disk
 from snapshotter.auth.chain import parse
 from snapshotter.errors import InvalidArgument, SnapshotterError, Unavailable
 from snapshotter.labels import (
@@ -324,6 +324,7 @@ class LazyFinder:
                             pass
                         while stored.read(1 << 20):
                             pass
+                    wait_for_disk(Path(folder, "image"))
                     shutil.rmtree(upper / "image", ignore_errors=True)
                     os.rename(Path(folder, "image"), upper / "image")
         except ConvertError as error:

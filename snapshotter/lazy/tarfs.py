@@ -22,6 +22,7 @@ from typing import BinaryIO, cast
 
 from nydusfs.errors import NydusError
 from nydusfs.registry.reference import SHA256_DIGEST, Reference
+from nydusfs.trees import wait_for_disk
 from snapshotter import crowd
 from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.labels import LAYER_DIGEST, MANIFEST_DIGEST, TARFS_HINT
@@ -104,6 +105,7 @@ class Tarfs:
             tar, boot = Path(scratch, "layer.tar"), Path(scratch, BOOT)
             identity = self._fetch(image, labels, tar)
             content.check(image, labels, below, f"sha256:{identity}")
+            wait_for_disk(tar)
             # also where the index cannot be used: it need not be fetched again to be unpacked
             if below != "" and (name := _unnamed(tar)):
                 os.rename(tar, folder / f"plain-{identity}.tar")
@@ -121,6 +123,7 @@ class Tarfs:
                 reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
                 os.rename(tar, folder / f"plain-{identity}.tar")
                 raise SnapshotterError(f"image {image}: layer {layer} cannot be indexed: {reason}")
+            wait_for_disk(boot)
             os.rename(boot, folder / BOOT)
             os.rename(tar, folder / f"layer-{identity}.tar")  # last: its name says that both are there
 
@@ -172,6 +175,7 @@ def merge(layers: Sequence[tuple[Path, Path]], out: Path) -> None:
             merge_layers([MergeSource(boot, original_blob_id=identity_of(tar)) for boot, tar in layers], merged)
         except RafsError as error:
             raise SnapshotterError(f"the layers' indexes do not make an image: {error}") from None
+        wait_for_disk(merged)
         os.replace(merged, out)
 
 

@@ -378,4 +378,6 @@ def main() -> None:
 __all__ = ["DISK", "GROUP_BLOCKS", "Entry", "LabError", "LoopDisk", "RecordFs", "Resize", "Step", "Sync", "Write"]
 
 if __name__ == "__main__":
-    main()
+    from tests.lab import recordfs  # what it sends is of that module then, and can be read by any program
+
+    recordfs.main()
