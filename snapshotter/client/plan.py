@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform as host_platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ LABEL_MANIFEST_DIGEST = _PREFIX + "cri.manifest-digest"
 LABEL_UNCOMPRESSED = "containerd.io/uncompressed"
 LABEL_LIMIT = 4096  # bytes of key and value together; containerd refuses more
 
+_USUAL = {"arm": "v7", "arm64": "v8"}  # what no variant means; v1 elsewhere
+_LEVEL = re.compile(r"v?(\d+)", re.ASCII)
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "riscv64": "riscv64"}
 
 
@@ -82,9 +85,13 @@ class Platform:
         if platform.get("os") != self.os or platform.get("architecture") != self.architecture:
             return False
         other = str(platform.get("variant") or "")
-        if self.architecture == "arm64" and (self.variant or "v8") == "v8":
-            return other in ("", "v8")
-        return not self.variant or self.variant == other
+        mine, theirs = self.level(self.variant), self.level(other)
+        return other == self.variant if mine is None or theirs is None else theirs <= mine
+
+    def level(self, variant: str) -> int | None:
+        """Machines run what is of their own level and of those below. None for a name that tells none."""
+        found = _LEVEL.fullmatch(variant or _USUAL.get(self.architecture, "v1"))
+        return int(found[1]) if found else None
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
@@ -107,8 +114,8 @@ def is_index(media_type: str) -> bool:
 def choose_manifest(index: Mapping[str, Any], platform: Platform, where: str) -> tuple[Descriptor, bool]:
     """The manifest of an index for `platform`, a Nydus one before a plain one.
 
-    The second value says whether it is also what containerd itself would choose (the first that matches): if so, the
-    index may be the image's target, else the manifest has to be.
+    The second value says whether it is also what containerd itself would choose (of the newest variant the first): if
+    so, the index may be the image's target, else the manifest has to be.
     """
     entries = index.get("manifests")
     if not isinstance(entries, list):
@@ -121,12 +128,13 @@ def choose_manifest(index: Mapping[str, Any], platform: Platform, where: str) ->
     if not matching:
         offered = sorted(
             {
-                "/".join(str(entry["platform"].get(key)) for key in ("os", "architecture"))
+                "/".join(str(entry["platform"].get(key) or "") for key in ("os", "architecture", "variant")).rstrip("/")
                 for entry in entries
                 if isinstance(entry, dict) and isinstance(entry.get("platform"), dict)
             }
         )
         raise ImageError(f"{where}: no image for platform {platform}; it has {', '.join(offered) or 'none'}")
+    matching.sort(key=lambda found: -(platform.level(str(found.platform.get("variant") or "")) or 0))
     chosen = next((found for found in matching if _is_nydus(found)), matching[0])
     return chosen, chosen is matching[0] and all(Descriptor.parse(entry, where).platform for entry in entries)
 

@@ -77,6 +77,36 @@ def test_platforms() -> None:
         parse_diff_ids(config, [], Platform("linux", "arm64"), "image x")
 
 
+def test_variants_as_containerd_takes_them() -> None:
+    """What the machine may not be able to run is none for it; of the others the newest, wherever it stands."""
+    variants = {"amd64": ["v3", "v2", "", "v4"], "arm": ["v5", "v7", "v6", "v8"], "arm64": ["v9", "v8"]}
+    index = {
+        "manifests": [
+            entry(f"{arch}{variant}", arch=arch, platform={"variant": variant} if variant else {})
+            for arch, found in variants.items()
+            for variant in found
+        ]
+    }
+    for asked, wanted in {
+        "linux/amd64": "amd64",
+        "linux/amd64/v1": "amd64",
+        "linux/amd64/v2": "amd64v2",
+        "linux/amd64/v3": "amd64v3",
+        "linux/arm": "armv7",
+        "linux/arm/v6": "armv6",
+        "linux/arm64": "arm64v8",
+        "linux/arm64/v8": "arm64v8",
+    }.items():
+        assert choose_manifest(index, Platform.parse(asked), "i") == (
+            Descriptor.parse(next(one for one in index["manifests"] if one["digest"] == digest(wanted)), "i"), True
+        )  # fmt: skip
+    with pytest.raises(ImageError, match=r"no image for platform linux/amd64; it has linux/amd64/v3$"):
+        choose_manifest({"manifests": index["manifests"][:1]}, Platform.parse("linux/amd64"), "i")
+    strange = Platform.parse("linux/amd64/fast")
+    assert not strange.matches({"os": "linux", "architecture": "amd64"})
+    assert strange.matches({"os": "linux", "architecture": "amd64", "variant": "fast"})
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: (
