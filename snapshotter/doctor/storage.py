@@ -9,6 +9,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from nydusfs.drivers import kernel
 from nydusfs.trees import disk_usage
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
 from snapshotter.doctor.services import listens
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import InvalidArgument, SnapshotterError
 from snapshotter.idmapped import FOLDER
-from snapshotter.labels import TARFS, UID_MAPPING, IdMapping, id_mapping
+from snapshotter.labels import TARFS, IdMapping, id_mapping
 from snapshotter.node import Node, nydusds
 from snapshotter.records import instance_of
 from snapshotter.system import start_time
@@ -159,7 +160,10 @@ def mounts(node: Node) -> Iterator[Finding]:
 
 def _mapped(layers: list[tuple[int, dict[str, str]]]) -> set[tuple[int, IdMapping | None]]:
     """Layers with user namespaces that they may be mounted for. Raises SnapshotterError."""
-    mappings = {id_mapping(labels) for _, labels in layers if UID_MAPPING in labels}
+    mappings = set()
+    for _, labels in layers:
+        with suppress(InvalidArgument):  # an update made them so
+            mappings.add(id_mapping(labels))
     return {(identity, mapping) for identity, _ in layers for mapping in mappings}
 
 

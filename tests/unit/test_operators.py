@@ -21,12 +21,18 @@ from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from nydusfs import stacks
+from nydusfs.drivers.kernel import MountEntry
 from snapshotter import cgroup, httpd, logs, metrics, operate, settings
 from snapshotter.controller import SOCKET
+from snapshotter.database import NAME, Database
+from snapshotter.doctor import remote, storage
 from snapshotter.errors import NotFound, SettingsError, StartError
 from snapshotter.exposition import Family, render
+from snapshotter.labels import TARFS, UID_MAPPING
+from snapshotter.node import Choices, Node
 from snapshotter.nydusd_api import NydusdApi
 from snapshotter.rotation import RotatingFile
+from snapshotter.store import Kind, Store
 from snapshotter.tally import Tally
 
 # The reference's table of TOML keys: name -> a value other than the default.
@@ -445,3 +451,42 @@ def test_an_upgrade_of_many_nydusd_is_waited_for(tmp_path: Path, monkeypatch: py
         server.close()
     done = CliRunner().invoke(operate.command, ["upgrade", "--root", str(tmp_path)])
     assert (done.exit_code, "no snapshotter answers" in done.output) == (1, True)
+
+
+def test_doctor_knows_mounts_that_no_nydusd_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says of a mount that it does not know how to take it away: containers may run on it."""
+    database = Database(tmp_path / NAME)
+    store = Store(tmp_path, database)
+    store.create(Kind.ACTIVE, "odd", "", {UID_MAPPING: "an update made it so"})
+    known, plain = (
+        store.create(Kind.ACTIVE, key, "", labels).id for key, labels in (("t", {TARFS: "00"}), ("p", {}))
+    )
+    database.close()
+    places = [str(store.path(identity) / "mnt") for identity in (known, plain)]
+    monkeypatch.setattr(storage.kernel, "mounts", lambda: [MountEntry(one, "erofs", "none", 0, 1) for one in places])
+    (found,) = storage.mounts(Node(Choices(root=str(tmp_path))))
+    assert (found.check, found.remedy) == ("leftover.unknown", f"umount -l {places[1]}")
+    assert places[0] not in found.text
+
+
+@pytest.mark.parametrize("kind", ["proxy", "mirror"])
+def test_doctor_shows_no_password_of_a_source(tmp_path: Path, kind: str) -> None:
+    """Its output is what people put into reports."""
+    server = httpd.Server("source", "127.0.0.1:0", {"/.*": {"GET": lambda request: httpd.Reply()}})
+    template = tmp_path / "nydusd.json"
+
+    def told(port: int) -> str:
+        url = f"http://robot:geheim@127.0.0.1:{port}"
+        source = {"proxy": {"url": url}} if kind == "proxy" else {"mirrors": [{"host": url}]}
+        backend = {"type": "registry", "config": {"scheme": "http", **source}}
+        template.write_text(json.dumps({"device": {"backend": backend, "cache": {"type": "blobcache"}}}))
+        (found,) = remote.reachability(
+            Node(Choices(root=str(tmp_path / "root"), arguments=("--config-path", str(template))))
+        )
+        return f"{found.level.name}: {found.text}"
+
+    try:
+        assert told(server.port).startswith(f"OK: {kind} http://(hidden)@127.0.0.1:{server.port} answers")
+    finally:
+        server.close()
+    assert told(server.port).startswith(f"WARNING: {kind} http://(hidden)@127.0.0.1:{server.port} cannot be reached")
