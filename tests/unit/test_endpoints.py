@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import resource
 import sys
 import tarfile
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_nothing_is_written_into_a_folder_of_other_things(tmp_path: Path) -> Non
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ConvertError, match="neither empty nor an OCI layout"):
         LayoutLocation(tmp_path).open(HERE, create=True)
+
+
+def test_a_layout_begun_on_a_full_disk_is_whole_when_there_is_room_again(tmp_path: Path) -> None:
+    text = f"oci:{tmp_path / 'out'}:v1"
+    with Connections() as connections:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no file may have a byte
+        try:
+            with pytest.raises(OSError, match="large"):
+                parse_location(text, create=True).open(connections, create=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (tmp_path / "out" / ".oci-layout-killed.part").touch()  # as a kill leaves it
+        parse_location(text, create=True).open(connections, create=True).close()
+    assert json.loads((tmp_path / "out" / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
 
 
 def test_log_lines_go_above_the_bars(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,11 +70,13 @@ class LayoutEndpoint(Endpoint):
 
     def _create(self) -> None:
         marker = self._root / "oci-layout"
-        if self._root.exists() and not marker.exists() and any(self._root.iterdir()):
-            raise ConvertError(f"{self._root} is neither empty nor an OCI layout: nothing is written there")
-        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
-            marker.write_bytes(LAYOUT_FILE)
+            if any(path.suffix != ".part" for path in self._root.iterdir()):
+                raise ConvertError(f"{self._root} is neither empty nor an OCI layout: nothing is written there")
+            with _fresh_file(marker) as out:
+                out.write(LAYOUT_FILE)
+        self._blobs.mkdir(parents=True, exist_ok=True)
         for part in self._blobs.glob(".*.part"):  # of writers that were killed
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - part.stat().st_mtime > _DEAD_AFTER:
