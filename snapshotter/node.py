@@ -21,7 +21,7 @@ from snapshotter.cli import parse
 from snapshotter.containerdfile import SOCKETS, installed_release, read_config, release_of_program
 from snapshotter.database import NAME
 from snapshotter.errors import SettingsError, SnapshotterError
-from snapshotter.nydusd_config import Template, load_template
+from snapshotter.nydusd_config import Template, template_of
 from snapshotter.records import INSTANCES, DaemonRecord, InstanceRecord, instances_of, own_mountpoint
 from snapshotter.settings import Settings
 
@@ -224,7 +224,7 @@ class Node:
     @cached_property
     def template(self) -> Template:
         """Raises SettingsError."""
-        return load_template(self.need().template)
+        return template_of(self.need())
 
     # ---- what the snapshotter wrote down
 

@@ -29,6 +29,7 @@ from nydusfs.registry.credentials import Credentials, decode_auth
 from nydusfs.registry.reference import DOCKER_HUB, Reference
 from snapshotter.directories import make_private
 from snapshotter.errors import InvalidArgument, SettingsError
+from snapshotter.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,14 @@ class Template:
 
 
 NO_TEMPLATE = Template(Path("/dev/null"), {"device": {"backend": {"type": "registry", "config": {}}}})
+
+
+def template_of(settings: Settings) -> Template:
+    """The one that the settings name, with what they say of registries. Raises SettingsError."""
+    # with the proxy driver no image is read here, and nobody writes such a file
+    unread = settings.proxy and not settings.template.exists()
+    template = NO_TEMPLATE if unread else load_template(settings.template)
+    return template.with_hosts_dir(settings.hosts_dir) if settings.hosts_dir else template
 
 
 def load_template(path: Path) -> Template:

@@ -31,7 +31,7 @@ from snapshotter.lean import Libraries
 from snapshotter.logs import NYDUSD_LEVELS
 from snapshotter.metrics import Metrics
 from snapshotter.mounts import Layout
-from snapshotter.nydusd_config import NO_TEMPLATE, Template, load_template
+from snapshotter.nydusd_config import Template, template_of
 from snapshotter.origins import Origins
 from snapshotter.records import Records
 from snapshotter.service import GRACE_SECONDS, Service, claim_address, serve
@@ -54,9 +54,7 @@ class Program:
     def __init__(self, settings: Settings, libraries: Libraries | None = None) -> None:
         if os.geteuid() != 0:
             raise StartError("must run as root: it mounts images and owns container files")
-        # with the proxy driver no image is read here, and nobody writes such a file
-        unread = settings.proxy and not settings.template.exists()
-        template = NO_TEMPLATE if unread else load_template(settings.template)
+        template = template_of(settings)
         root = _make_root(settings.root)
         self._lock = _lock_root(root)
         claim_address(settings.address)
@@ -99,8 +97,6 @@ class Program:
         cache = settings.cache_dir
         if template.work_dir and template.work_dir != cache:
             log.info("work_dir %s of %s is not used: see --cache-dir", template.work_dir, template.path)
-        if settings.hosts_dir:
-            template = template.with_hosts_dir(settings.hosts_dir)
         images = ImageSettings(
             daemon,
             settings.shared,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,7 +75,7 @@ def _servers(node: Node, images: list[_Image]) -> list[_Server]:
     try:
         template = load_config(Path(node.template.path).read_text(), "template", template=True).backend
         if isinstance(template, RegistryBackend):
-            backends.append(template)
+            backends.append(replace(template, host=""))  # each image's own takes its place
     except (NydusError, SnapshotterError, OSError):
         pass  # said by another check
     found: dict[tuple[str, str], _Server] = {}

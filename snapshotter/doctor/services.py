@@ -123,7 +123,7 @@ def read_unit(file: Path) -> dict[str, str]:
 
 def daemons(node: Node) -> Iterator[Finding]:
     program = node.need().nydusd
-    if shutil.which(program) is None:
+    if node.need().serve and shutil.which(program) is None:
         yield error("nydusd.program", f"nydusd is not there: {program}", "install it, or name it with --nydusd")
     found = node.daemons()
     for one in found:

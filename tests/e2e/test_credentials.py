@@ -18,6 +18,10 @@ from typing import Any
 import grpc
 import pytest
 
+from snapshotter.doctor import remote
+from snapshotter.doctor.finding import Level
+from snapshotter.node import Choices
+from snapshotter.node import Node as LookedAt
 from tests.e2e.conftest import containerd_of, require_programs
 from tests.lab.authority import Authority
 from tests.lab.cri import Cri
@@ -343,5 +347,10 @@ def test_a_registry_that_wants_certificates() -> None:
         mark = registry.mark()
         stack.containerd.namespace = "k8s.io"
         sums = stack.ctr_run(ref, "sh", "-c", "sha256sum < /payload; cat /payload.sha256").split()
+        node = LookedAt(Choices(root=str(stack.snapshotter.root), containerd=str(stack.containerd.socket)))
+        about = [one for check in remote.CHECKS for one in check(node)]
+        assert {one.check: one.level for one in about} == dict.fromkeys(
+            ("registry.reach", "registry.credentials"), Level.OK
+        ), about
         assert sums[0] == sums[2]
         assert {one.status for one in registry.since(mark).blobs().requests} == {206}

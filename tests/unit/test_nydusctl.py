@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from nydusfs.daemon import ctl
-from snapshotter.doctor import above, services, storage
+from snapshotter.doctor import above, remote, services, storage
 from snapshotter.doctor.finding import Level
 from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
@@ -97,6 +97,19 @@ def test_annotations_in_every_form_of_the_configuration(
     node = Node(Choices(root=root, arguments=("--address", SOCKET), containerd_config=str(file)))
     found = {one.check: one.level for one in above._annotations(node, node.containerd, version)}
     assert {check: level for check, level in found.items() if level > Level.OK} == expected
+
+
+def test_what_the_snapshotter_does_not_use_is_no_fault(tmp_path: Path) -> None:
+    """A host in the template, whose place each image's own takes; template and nydusd with the proxy driver."""
+    template = tmp_path / "nydusd.json"
+    template.write_text('{"device": {"backend": {"type": "registry", "config": {"host": "https://nobody.invalid"}}}}')
+    root = ("--root", f"/tmp/nydus-nowhere-{os.getpid()}")
+    node = Node(Choices(arguments=(*root, "--config-path", str(template)), root=root[1]))
+    assert [(one.check, one.level) for one in remote.reachability(node)] == [("registry.reach", Level.NOTE)]
+    unread = ("--fs-driver", "proxy", "--config-path", str(tmp_path / "none.json"), "--nydusd", "/nowhere/nydusd")
+    node = Node(Choices(arguments=(*root, *unread), root=root[1]))
+    found = [*services.settings(node), *services.daemons(node)]
+    assert [(one.check, one.level) for one in found] == [("snapshotter.template", Level.OK)]
 
 
 @pytest.mark.parametrize(
