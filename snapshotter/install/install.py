@@ -28,6 +28,7 @@ from snapshotter.install.parts import (
 )
 from snapshotter.install.target import Target, find, trial_of
 from snapshotter.install.tomlfile import lookup, parse
+from snapshotter.processes import peer_pid
 from snapshotter.settings import ADDRESS
 
 START_SECONDS = 30.0
@@ -75,6 +76,9 @@ def install(host: Host, choices: Choices, say: Say) -> None:
     """Raises InstallError; a containerd that does not come back has its configuration of before then."""
     if host.here and os.geteuid() != 0 and not choices.dry_run:
         raise InstallError("must run as root: it writes to /etc and starts services")
+    starts = host.systemd and choices.restart
+    if starts:
+        _refuse_another(host)
     program = program_path(host, choices.bin)
     target = find(host, choices.containerd_config)
     file = target.file
@@ -105,7 +109,6 @@ def install(host: Host, choices: Choices, say: Say) -> None:
     for path in (CONFIG, UNIT_FILE):
         if path in plan.files:
             _write(host, record, plan, path, say)
-    starts = host.systemd and choices.restart
     if starts:
         _start(host, plan, say)  # before containerd is told of it: a CRI plugin without its snapshotter does not load
     if plan.changed(file):
@@ -124,6 +127,20 @@ def install(host: Host, choices: Choices, say: Say) -> None:
             say("systemd does not run here: start the snapshotter before containerd by other means")
         by_hand = f"nothing was started: systemctl enable --now {UNIT}, then systemctl restart {target.service(host)}"
         say(f"installed; {by_hand}" if host.here else f"installed below {host.root}; it all starts at its next boot")
+
+
+def _refuse_another(host: Host) -> None:
+    """A snapshotter that is not our service's: beside it ours ends at each start, and all the rest looks well."""
+    if host.is_active(UNIT):
+        return
+    try:
+        pid = peer_pid(Path(ADDRESS))
+    except OSError:
+        return
+    raise InstallError(
+        f"{ADDRESS} is served by another process (pid {pid}): stop it for good (systemctl status {pid} names its "
+        "service, systemctl disable --now stops that), then run this again"
+    )
 
 
 def _told(release: tuple[int, ...]) -> str:

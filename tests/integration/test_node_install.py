@@ -40,6 +40,8 @@ def test_a_node_is_installed_used_and_left_as_it_was(kind: str) -> None:
 
     said("dry", 0, "+[proxy_plugins.nydus]", "+++ /etc/systemd/system/containerd-nydus-grpc.service")
     assert not seen["dry changed"]
+    said("other", 1, "containerd-nydus-grpc.sock is served by another process", "(pid ")
+    assert not seen["other changed"]
     said("install", 0, "containerd-nydus-grpc.service: started", "its plugin for this snapshotter is loaded")
     assert [line[-1] for line in seen["plugins"]] == ["ok"]
     said("again", 0)

@@ -10,6 +10,7 @@ does not come back. Prints what was seen as JSON; asserting it is the caller's p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,14 +18,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from snapshotter.doctor.services import listens
+from snapshotter.settings import ADDRESS
 from snapshotter.system import mountpoints
 from tests.lab.containerd import version_of
 from tests.lab.cri import Cri
-from tests.lab.process import run
+from tests.lab.process import run, wait_until
 from tests.lab.registry import Registry
 from tests.lab.sample import pause_image, small_image
 from tests.lab.stack import program
@@ -152,6 +155,9 @@ class Lab:
         run(["systemctl", "start", self.unit], timeout=120)
         see["dry"] = self.node("install", "--dry-run")
         see["dry changed"] = self.state() != before
+        with self.other_snapshotter():
+            see["other"] = self.node("install")
+            see["other changed"] = self.state() != before
         see["install"] = self.node("install")
         see["plugins"] = [line.split() for line in self.ctr("plugins", "ls").splitlines() if " nydus " in line]
         installed, pids = self.state(), (self.pid(), self.pid("containerd-nydus-grpc.service"))
@@ -184,6 +190,20 @@ class Lab:
         see["purge state"] = self.state() == before
         for unit in (self.unit, "containerd-nydus-grpc.service"):
             run(["systemctl", "stop", unit], timeout=120)
+
+    @contextlib.contextmanager
+    def other_snapshotter(self) -> Iterator[None]:
+        """As upstream's service, which has another name."""
+        place = Path(ADDRESS)
+        place.parent.mkdir(exist_ok=True)
+        listen = "import socket, time; s = socket.socket(socket.AF_UNIX); "
+        listen += f"s.bind({ADDRESS!r}); s.listen(); time.sleep(600)"
+        with subprocess.Popen([sys.executable, "-c", listen]) as other:
+            try:
+                wait_until(lambda: listens(place), 60, "the other snapshotter")
+                yield
+            finally:
+                other.kill()
 
     def break_containerd(self, before: dict[str, str]) -> None:
         """One that does not start any more with our lines."""
