@@ -153,6 +153,10 @@ class Choices:
     namespace: str = "default"
 
 
+class Unreadable(SnapshotterError):
+    """The snapshotter's database."""
+
+
 class Node:
     """Raises SnapshotterError (in the constructor) when several snapshotters run and none is chosen."""
 
@@ -229,7 +233,7 @@ class Node:
     # ---- what the snapshotter wrote down
 
     def query(self, statement: str) -> list[tuple[Any, ...]]:
-        """Raises SnapshotterError. The file is opened read-only: also beside a snapshotter at work."""
+        """Raises Unreadable. The file is opened read-only: also beside a snapshotter at work."""
         path = self.root / NAME
         if not path.exists():
             return []
@@ -240,7 +244,7 @@ class Node:
             finally:
                 connection.close()
         except sqlite3.Error as failure:
-            raise SnapshotterError(f"{path}: {failure}") from None
+            raise Unreadable(f"{path}: {failure}") from None
 
     def daemons(self) -> list[DaemonRecord]:
         rows = self.query("SELECT id, shared, pid, started, socket, mountpoint FROM daemons")

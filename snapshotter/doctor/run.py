@@ -9,7 +9,7 @@ from nydusfs.errors import NydusError
 from snapshotter.doctor import above, installed, machine, remote, services, storage
 from snapshotter.doctor.finding import Check, Finding, Level
 from snapshotter.errors import SnapshotterError
-from snapshotter.node import Node
+from snapshotter.node import Node, Unreadable
 
 
 def findings(node: Node, images: tuple[str, ...] = ()) -> Iterator[Finding]:
@@ -18,6 +18,8 @@ def findings(node: Node, images: tuple[str, ...] = ()) -> Iterator[Finding]:
     for check in (*machine.CHECKS, *services.CHECKS, *installed.CHECKS, *above.CHECKS, *storage.CHECKS, *tried):
         try:
             yield from check(node)
+        except Unreadable:
+            continue  # said by the check of the database
         except SnapshotterError as failure:
             if node.settings is not None:  # else said by the check of the settings
                 yield Finding(_name(check), Level.ERROR, str(failure), "")

@@ -20,7 +20,7 @@ from snapshotter.doctor.services import listens
 from snapshotter.errors import InvalidArgument, SnapshotterError
 from snapshotter.idmapped import FOLDER
 from snapshotter.labels import TARFS, IdMapping, id_mapping
-from snapshotter.node import Node, nydusds
+from snapshotter.node import Node, Unreadable, nydusds
 from snapshotter.records import instance_of
 from snapshotter.system import start_time
 
@@ -83,7 +83,7 @@ def database(node: Node) -> Iterator[Finding]:
             )
             return
         rows = {row[0] for row in node.query("SELECT id FROM snapshots")}
-    except SnapshotterError as failure:
+    except Unreadable as failure:
         yield error("root.database", str(failure), "docs/errors.md: snapshot database")
         return
     folder = node.root / "snapshots"

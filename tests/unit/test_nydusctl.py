@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from nydusfs.daemon import ctl
 from snapshotter.doctor import above, remote, services, storage
 from snapshotter.doctor.finding import Level
+from snapshotter.doctor.run import findings
 from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
 from snapshotter.top import WIDE, rates, render
@@ -110,6 +111,20 @@ def test_what_the_snapshotter_does_not_use_is_no_fault(tmp_path: Path) -> None:
     node = Node(Choices(arguments=(*root, *unread), root=root[1]))
     found = [*services.settings(node), *services.daemons(node)]
     assert [(one.check, one.level) for one in found] == [("snapshotter.template", Level.OK)]
+
+
+@pytest.mark.parametrize("broken", ["database", "settings"])
+def test_one_fault_is_one_finding(broken: str, tmp_path: Path) -> None:
+    root, template, toml = tmp_path / "root", tmp_path / "nydusd.json", tmp_path / "snapshotter.toml"
+    root.mkdir()
+    (root / "metadata.sqlite").write_bytes(bytes(range(256)) * 64)
+    template.write_text('{"device": {"backend": {"type": "registry", "config": {}}}}')
+    toml.write_text("version = 1\n" + ("uid = true\n" if broken == "settings" else ""))
+    node = Node(Choices(root=str(root), arguments=("--config", str(toml), "--config-path", str(template))))
+    about = ("snapshotter.settings", "root.", "doctor.")
+    found = [one for one in findings(node) if one.level is Level.ERROR and one.check.startswith(about)]
+    assert [one.check for one in found] == ["root.database" if broken == "database" else "snapshotter.settings"]
+    assert found[0].remedy
 
 
 @pytest.mark.parametrize(
