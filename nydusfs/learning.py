@@ -32,6 +32,7 @@ MERGE = 512 * 1024
 # Where the link is fast, each request costs more than its bytes do: so many seconds of it, for both.
 WINDOW_SECONDS, MERGE_SECONDS, MOST_MERGE = 0.1, 0.02, 4 << 20
 MAX_FAILURES = 8
+_keepers = trio.CapacityLimiter(1)  # threads: starts of an image may be over at once, and each counts
 
 
 class Learner:
@@ -60,10 +61,15 @@ class Learner:
         finally:
             self._reader.recorder = self._reader.foresight = None
             if recorder.segments:
-                # The file may have been replaced meanwhile: by an import, or by another mount of the image.
-                base = self._store.load(self._name) or profile or Profile()
-                merged = base.merged(list(recorder.segments), list(recorder.inodes), recorder.command.name)
-                self._store.save(self._name, merged)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._keep, recorder, profile, limiter=_keepers)
+
+    def _keep(self, recorder: Recorder, profile: Profile | None) -> None:
+        """Waits for the disk: for a worker thread."""
+        # The file may have been replaced meanwhile: by an import, or by another mount of the image.
+        base = self._store.load(self._name) or profile or Profile()
+        merged = base.merged(list(recorder.segments), list(recorder.inodes), recorder.command.name)
+        self._store.save(self._name, merged)
 
     async def _follow(self, recorder: Recorder, profile: Profile, nursery: trio.Nursery) -> None:
         """What all commands read at once, the rest when it is known which of them runs."""

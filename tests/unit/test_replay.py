@@ -105,6 +105,36 @@ def replay(node: Node, numbers: list[int], *, reads: bool = True) -> float:
     return seconds
 
 
+def test_a_profile_that_a_slow_disk_keeps_is_nobodys_wait() -> None:
+    """It is saved when the start is over, or the image is unmounted: readers of all images go on meanwhile."""
+    node, begun, go_on = Node([1000] * 4), threading.Event(), threading.Event()
+    saved: list[Profile] = []
+
+    def save(name: str, profile: Profile) -> None:
+        begun.set()
+        if go_on.wait(20):
+            saved.append(profile)
+
+    known = Profile(Course(1, {("b", 1): 1.0}))
+    store: Any = SimpleNamespace(load=lambda name: known, save=save)
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Learner(node, node, store).run)  # type: ignore[arg-type]
+                await trio.testing.wait_all_tasks_blocked()
+                recorder: Any = node.recorder
+                recorder.note(1, node.segments[:2])
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    assert await trio.to_thread.run_sync(begun.wait, 20)
+                    await trio.sleep(0.01)  # this loop is nobody's
+                    go_on.set()
+
+    trio.run(main)
+    assert [list(profile.all.segments) for profile in saved] == [[("b", 0), ("b", 1)]]
+
+
 def test_what_is_read_while_the_profile_is_loaded_counts() -> None:
     """A disk may take longer for it than a container for its start. Nothing else tells which command runs."""
     node, mine = Node([1000] * 4), command_of(os.getpid())
