@@ -29,7 +29,7 @@ from nydusfs.daemon.handover import KeptMount, KeptState
 from nydusfs.daemon.images import ImageOpener
 from nydusfs.daemon.logs import ErrorRing, set_level
 from nydusfs.daemon.mounted import MountRequest
-from nydusfs.daemon.mounts import MountTable
+from nydusfs.daemon.mounts import MountTable, canonical
 from nydusfs.daemon.options import Options, first_mount, pull_auth
 from nydusfs.daemon.state import Event, State, StateMachine
 from nydusfs.daemon.version import version_line
@@ -243,7 +243,7 @@ class Daemon:
             except NydusError as error:
                 log.error("image at %s is lost: %s", mount.mountpoint, error)
                 continue
-            if self.options.bootstrap and mount.mountpoint == self.options.virtual_mountpoint:
+            if self.options.bootstrap and mount.mountpoint == canonical(self.options.virtual_mountpoint):
                 config = pull_auth(config)
             request = MountRequest(mount.mountpoint, mount.source, config, mount.prefetch_files, mount.config)
             found.append((request, mount))

@@ -119,6 +119,25 @@ def test_the_next_worker_needs_no_new_token(tmp_path: Path) -> None:
 
 
 @both
+def test_the_next_worker_has_the_credentials_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tiny_image(tmp_path, {name: noise(1 << 20, number) for number, name in enumerate("ab")})
+    monkeypatch.setenv("IMAGE_PULL_AUTH", "cm9ib3Q6cHc=")
+    with faulty_server({image.blob_id: image.blob}, auth="basic", login="robot:pw") as registry:
+        backend = {"scheme": "http", "host": registry.netloc, "repo": "a/b"}
+        cache = {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}
+        device = {"backend": {"type": "registry", "config": backend}, "cache": cache}
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"device": device, "mode": "direct"}))
+        with Nydusd("-C", config, "-B", image.bootstrap, "-m", "/img/") as daemon:  # as good as /img
+            assert (daemon.mnt / "img" / "a").read_bytes() == noise(1 << 20, 0)
+            before = info(daemon)
+            os.kill(before["worker_pid"], signal.SIGKILL)
+            settled(daemon, before, "worker_pid")
+            assert (daemon.mnt / "img" / "b").read_bytes() == noise(1 << 20, 1)
+
+
 def test_any_process_may_die_and_open_files_go_on(tmp_path: Path) -> None:
     case = image_case(CASE)
     with Nydusd() as daemon:
