@@ -134,6 +134,7 @@ class ChunkDatabase:
                 if column not in known:
                     self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
             self._db.execute("CREATE INDEX IF NOT EXISTS chunk_by_digest ON chunk(chunk_digest)")
+            self._db.execute("CREATE INDEX IF NOT EXISTS chunk_by_blob ON chunk(chunk_blob_id)")
         except sqlite3.Error as error:
             raise BuildError(f"cannot use the chunk database {path}: {error}") from error
         self._path = path

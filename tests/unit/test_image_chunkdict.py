@@ -74,6 +74,26 @@ def test_the_database_remembers_and_a_new_run_replaces(tmp_path: Path) -> None:
         assert generate(database, form_of(opened)).blobs == [first.blob_id]
 
 
+def test_the_chunks_of_a_blob_are_found_without_a_look_at_all_others(tmp_path: Path) -> None:
+    """That is asked for each blob of a dictionary, of up to 253."""
+    one = image(tmp_path, "a:1", {"s": SHARED})
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    with ChunkDatabase(":memory:") as database, open_bootstrap(one.bootstrap) as opened:
+        count = database.add(opened, "a", "1")
+        database._db.executemany(
+            "INSERT INTO chunk (chunk_blob_id, chunk_digest, chunk_index) VALUES (?, ?, ?)",
+            ((f"{number % 10:064x}", f"{number:064x}", number) for number in range(20_000)),
+        )
+        database._db.set_progress_handler(step, 100)
+        assert len(database.of_blob(one.blob_id)) == count
+    assert steps < 20  # times 100 instructions of SQLite's machine; one look at each row takes 1,000
+
+
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     small, big = image(tmp_path, "a:1", {"s": SHARED}), image(tmp_path, "a:2", {"s": SHARED}, chunk_size=0x4000)
     old = image(tmp_path, "a:3", {"s": SHARED}, version=5)
