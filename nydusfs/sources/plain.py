@@ -183,7 +183,7 @@ def _open(
                 via=via,
                 headers=hub.headers,
                 ping_url=parse_url(proxy.ping_url) if proxy.ping_url else None,
-                ping_below=400,
+                ping_below=400 if proxy.ping_url else 500,
                 last=not proxy.fallback,
                 attempts=1 if proxy.fallback else 1 + connection.retry_limit,
                 renew=renew,

@@ -224,7 +224,7 @@ class RegistrySource(RemoteSource, ThreadSource):
             via=via,
             ping=parse_url(proxy.ping_url) if proxy.ping_url else None,
             dragonfly=True,
-            ping_below=400,
+            ping_below=400 if proxy.ping_url else 500,
         )
         standing = self._hub.standing(f"proxy {via.origin}")
         return RegistryEndpoint(

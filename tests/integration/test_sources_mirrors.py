@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 
-from nydusfs.config import load_config
+from nydusfs.config import BackendConfig, load_backend, load_config
 from nydusfs.config.model import RegistryBackend
 from nydusfs.errors import SourceError
 from nydusfs.sources import Priority, RegistrySource, SourceHub, WrongBytes, open_source, race, registry
@@ -539,6 +539,29 @@ def test_a_proxy_is_looked_after_whichever_image_is_read(server: Any) -> None:
         proxy.ping_status = 503
         while not origin.requests:
             await read(source)
+            await trio.sleep(0.05)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("kind", ["registry", "s3"])
+def test_a_proxy_before_a_server_that_wants_credentials_comes_back(server: Any, kind: str) -> None:
+    """Without a `ping_url` it is looked at through itself: the server answers 401, 403 or 404, and all is well."""
+    auth = "bearer" if kind == "registry" else None
+    origin, proxy = server(auth=auth), server(auth=auth)
+    if kind == "registry":
+        configured: BackendConfig = backend(origin, proxy={"url": proxy.url}, auth=AUTH)
+    else:
+        keys = {"access_key_id": "a", "access_key_secret": "b", "region": "r", "bucket_name": "blobs", "scheme": "http"}
+        options = {"endpoint": origin.netloc, "proxy": {"url": proxy.url}, **keys}
+        configured = load_backend("s3", json.dumps(options), "test")
+
+    async def scenario(hub: SourceHub) -> None:
+        source = open_source(configured, hub)
+        for _ in range(5):
+            hub.standing(f"proxy {proxy.url}").failure(trio.current_time(), "it was away")
+        while len(proxy.data_requests) < 4:
+            await read(source, 4096)
             await trio.sleep(0.05)
 
     run(scenario)
