@@ -40,14 +40,10 @@ class CredentialChain:
         found = [os.environ.get(name, "") for name in _ENVIRONMENT[backend.type]]
         return ObjectKeys(*found) if found[0] and found[1] else None
 
-    def renewed(self) -> bool:
-        """Look at the file at once: True when the keys are others than before."""
-        if not self._backend.credentials_file or self._backend.access_key_id:
-            return False
-        before = self._from_file
+    def others_than(self, refused: ObjectKeys | None) -> bool:
+        """Look at the file at once: whether there are other keys now than those that were refused."""
         self._looked = float("-inf")
-        self._look()
-        return self._from_file != before
+        return self.keys() != refused
 
     def _look(self) -> None:
         now = time.monotonic()

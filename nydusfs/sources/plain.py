@@ -13,7 +13,7 @@ from nydusfs.errors import ObjectStoreError
 from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, Tls
-from nydusfs.objects import Bucket
+from nydusfs.objects import Bucket, CredentialChain
 from nydusfs.redact import public_url
 from nydusfs.sources.dragonfly import proxy_headers
 from nydusfs.sources.endpoint import Answer, Range, Refused, judge, refusal
@@ -50,10 +50,10 @@ class PlainEndpoint:
         rank: int = 0,
         last: bool = False,
         attempts: int = 1,
-        renew: Callable[[], bool] | None = None,
+        credentials: CredentialChain | None = None,
         sloppy: bool = False,
     ) -> None:
-        """`renew`: look for other credentials after a refusal, True when there are some."""
+        """`credentials`: what `prepare` signs with; there may be others after a refusal."""
         self.name = name
         self.address = name.partition(" ")[2]
         self.standing = standing
@@ -69,14 +69,16 @@ class PlainEndpoint:
         self._via = via
         self._ping_url = ping_url
         self._ping_below = ping_below
-        self._renew = renew
+        self._credentials = credentials
         self._sloppy = sloppy
 
     async def fetch(self, wanted: Range, patience: float, progress: Progress | None = None) -> Answer:
         started = trio.current_time()
         try:
+            chain = self._credentials
+            used = chain.keys() if chain else None
             response = await self._get(wanted, patience, progress)
-            if response.status in (400, 401, 403) and self._renew is not None and self._renew():
+            if response.status in (400, 401, 403) and chain is not None and chain.others_than(used):
                 response = await self._get(wanted, patience, progress)
         except HttpError as error:
             raise refusal(error) from None
@@ -122,7 +124,7 @@ def open_objects(backend: ObjectBackend, hub: SourceHub) -> RemoteSource:
         request = bucket.request("GET", blob_id)
         return Url(request.origin, request.target), request.headers
 
-    return _open(bucket.name, backend.type, bucket.origin, prepare, backend.connection, hub, bucket.credentials.renewed)
+    return _open(bucket.name, backend.type, bucket.origin, prepare, backend.connection, hub, bucket.credentials)
 
 
 def open_http_proxy(backend: HttpProxyBackend, hub: SourceHub) -> RemoteSource:
@@ -146,7 +148,7 @@ def _open(
     prepare: Prepare,
     connection: ConnectionConfig,
     hub: SourceHub,
-    renew: Callable[[], bool] | None = None,
+    credentials: CredentialChain | None = None,
     sloppy: bool = False,
 ) -> RemoteSource:
     """Mirrors or a proxy before the origin, as for registries."""
@@ -186,7 +188,7 @@ def _open(
                 ping_below=400 if proxy.ping_url else 500,
                 last=not proxy.fallback,
                 attempts=1 if proxy.fallback else 1 + connection.retry_limit,
-                renew=renew,
+                credentials=credentials,
             )
         )
     checked = endpoints[0] if proxy.url and endpoints else None
@@ -201,7 +203,7 @@ def _open(
                 headers=hub.headers,
                 last=True,
                 attempts=1 + connection.retry_limit,
-                renew=renew,
+                credentials=credentials,
                 sloppy=sloppy,
             )
         )

@@ -19,7 +19,7 @@ from nydusfs.errors import ConfigError, ReadError
 from nydusfs.image_reader import ImageReader
 from nydusfs.objects import credentials
 from nydusfs.services import open_services
-from nydusfs.sources import race, registry
+from nydusfs.sources import Priority, SourceHub, open_source, race, registry
 from nydusfs.sources.gpt import GptError, read_partitions
 from tests.lab.daemon import Nydusd, can_mount_fuse, reader
 from tests.lab.disk import write_disk
@@ -120,6 +120,40 @@ def test_a_bucket(kind: str, image: TinyImage, tmp_path: Path, monkeypatch: pyte
         write_keys("session one")
         loose = {name: value for name, value in config.items() if not name.startswith(("access", "session"))}
         run(image, document(kind, {**loose, "credentials_file": str(keys)}), renewed)
+
+
+def test_all_readers_get_the_new_credentials(image: TinyImage, tmp_path: Path) -> None:
+    """Whoever is refused when another reader's refusal had the file read already, too."""
+    keys = tmp_path / "keys"
+
+    def write_keys(secret: str) -> None:
+        keys.write_text(f"[default]\naws_access_key_id=LABKEY\naws_secret_access_key={secret}\n")
+
+    with object_server("s3") as store:
+        store.objects[image.blob_id] = image.blob
+        config = store.config(credentials_file=str(keys), access_key_id="", access_key_secret="")
+        write_keys(store.keys["LABKEY"])
+
+        async def main() -> None:
+            with trio.fail_after(60):
+                await readers_and_a_rotation()
+
+        async def readers_and_a_rotation() -> None:
+            async with trio.open_nursery() as nursery:
+                hub = SourceHub(nursery)
+                source = open_source(load_config(document("s3", config), "test").backend, hub)
+                await source.read(image.blob_id, 0, 100, Priority.DEMAND)
+                store.keys["LABKEY"] = "another secret"
+                async with trio.open_nursery() as readers:
+                    with store.lock:
+                        for offset in range(8):
+                            readers.start_soon(source.read, image.blob_id, offset, 100, Priority.DEMAND)
+                        await trio.sleep(0.3)
+                        write_keys("another secret")
+                nursery.cancel_scope.cancel()
+                hub.close()
+
+        trio.run(main)
 
 
 def test_a_bucket_of_a_server_that_others_made(image: TinyImage, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_credentials_are_read_again_when_the_file_changes(tmp_path: Path, monkey
     assert chain.keys() == ObjectKeys("two", "s", "t==")
     file.write_text("half written")
     assert chain.keys() == ObjectKeys("two", "s", "t==")
+    assert chain.others_than(ObjectKeys("one", "s%1")) and not chain.others_than(ObjectKeys("two", "s", "t=="))
 
 
 def test_keys_of_the_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
