@@ -13,6 +13,7 @@ from nydusfs.errors import ObjectStoreError
 from nydusfs.http import HttpClient, HttpError, Origin, Response, Url, parse_url
 from nydusfs.http.client import Via
 from nydusfs.http.connection import Progress, Tls
+from nydusfs.http.url import parse_authority
 from nydusfs.objects import Bucket, CredentialChain
 from nydusfs.redact import public_url
 from nydusfs.sources.dragonfly import proxy_headers
@@ -181,7 +182,7 @@ def _open(
                 client,
                 hub.standing(f"proxy {via.origin}"),
                 patient.brief() if proxy.fallback else patient,
-                mirror=Origin("http", origin.host, origin.port) if proxy.use_http else None,
+                mirror=parse_authority("http", origin.netloc) if proxy.use_http else None,
                 via=via,
                 headers=hub.headers,
                 ping_url=parse_url(proxy.ping_url) if proxy.ping_url else None,

@@ -473,6 +473,21 @@ def test_a_proxy_that_is_to_see_paths_gets_plain_http(server: Any) -> None:
     run(scenario)
 
 
+def test_a_proxy_that_is_to_see_objects_gets_the_address_that_is_signed(server: Any) -> None:
+    """`use_http`: the port of plain HTTP, if none is configured, and the Host that is in the signature."""
+    proxy = server()
+    keys = {"access_key_id": "a", "access_key_secret": "b", "region": "r", "bucket_name": "blobs"}
+    settings = {"url": proxy.url, "use_http": True, "fallback": False}
+    configured = load_backend("s3", json.dumps({"endpoint": "s3.example", "proxy": settings, **keys}), "test")
+
+    async def scenario(hub: SourceHub) -> None:
+        await read(open_source(configured, hub))
+        assert proxy.requests[0].target == f"http://s3.example/blobs/{BLOB_ID}"
+        assert proxy.requests[0].headers["host"] == "s3.example"
+
+    run(scenario)
+
+
 def test_a_proxy_is_told_what_dragonfly_wants_to_know(server: Any) -> None:
     origin, proxy = server(), server()
 
