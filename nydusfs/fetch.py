@@ -402,8 +402,8 @@ class FetchScheduler:
         """The check of a source's bytes: verify the parts, and write them if `store`. Raises `WrongBytes`."""
         view = memoryview(stored)
         small = len(stored) <= INLINE or len(self._flights) <= 1
-        small = small and not any(part.job.cache is not None and part.job.cache.write_waits() for part in parts)
-        if not small or sum(part.job.segment.size for part in parts) > INLINE_PLAIN:
+        small = small and sum(part.job.segment.size for part in parts) <= INLINE_PLAIN
+        if not small or any(part.waits() for part in parts):
             await trio.to_thread.run_sync(self._decode_and_store, parts, start, view, store, limiter=limiter)
             return
         served: list[Part] = []

@@ -66,6 +66,10 @@ class Part:
     decoded: Plain | None = None  # and verified; stays if what came in the same answer was wrong
     kept: bool = False
 
+    def waits(self) -> bool:
+        """Whether to keep it may be long."""
+        return self.job.cache is not None and self.job.cache.write_waits(self.job.segment.padded)
+
 
 class SegmentError(SourceError):
     """A segment cannot be had."""

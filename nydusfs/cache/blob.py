@@ -248,9 +248,10 @@ class BlobCache:
         self.store.fresh.put((self.blob_id, segment.key), plain)
         return self.store.devices is None or not self.store.devices.mounted(self.blob_id)
 
-    def write_waits(self) -> bool:
-        """Whether `write` may wait for more than the disk: kernel mounts are given notice before room is made."""
-        return self.store.quota is not None and self.store.devices is not None
+    def write_waits(self, size: int) -> bool:
+        """Whether `write` may be long: kernel mounts are given notice before room is made, what goes is chosen of all
+        segments there are, and who writes to a disk that is behind syncs."""
+        return (self.store.quota is not None and self.store.devices is not None) or not self.write_hastens(size)
 
     def write_hastens(self, size: int) -> bool:
         """Whether `write` will wait for nothing but the copying: a disk that is well, where nothing has to go and that

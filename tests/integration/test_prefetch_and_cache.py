@@ -21,7 +21,7 @@ import trio
 
 from bootstrap.options import BuildOptions
 from nydusfs import elf, prefetch, pyc
-from nydusfs.cache import BlobCache
+from nydusfs.cache import BlobCache, Limit
 from nydusfs.config import load_config
 from nydusfs.flights import MERGE
 from nydusfs.foresight import Foresight
@@ -500,6 +500,41 @@ def test_what_is_fetched_ahead_is_read_before_it_is_written(
             reader.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("why", ["well", "behind", "limit"])
+def test_the_event_loop_writes_only_where_that_waits_for_nothing(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small segments are written in place; not if that takes an fdatasync, or something has to be chosen that goes."""
+    files = {str(number): noise(20_000, number) for number in range(40)}
+    image = tiny_image(tmp_path, files)
+    writers: list[bool] = []
+    write = BlobCache.write
+
+    def note(cache: BlobCache, segment: Segment, plain: Plain) -> bool:
+        writers.append(threading.current_thread() is threading.main_thread())
+        return write(cache, segment, plain)
+
+    async def main(origin: FaultyServer) -> None:
+        async with open_services() as services:
+            reader = await open_reader(services, image, config_text(tmp_path / "cache", origin))
+            assert reader.store is not None
+            if why == "limit":
+                reader.store.set_limit(Limit(300_000))
+            await read_file(reader, "0")
+            await services.scheduler.idle()
+            if why == "behind":
+                monkeypatch.setattr(reader.store.syncer, "full", lambda: True)
+            monkeypatch.setattr(BlobCache, "write", note)
+            for name, data in files.items():
+                assert await read_file(reader, name) == data
+                await services.scheduler.idle()
+            reader.close()
+
+    with faulty_server({image.blob_id: image.blob}) as origin:
+        trio.run(main, origin)
+    assert set(writers) == {why == "well"}
 
 
 def test_what_a_disk_did_not_take_is_given_to_it_once(
