@@ -73,14 +73,15 @@ class OpenFiles:
 
     def _open(self, paths: Iterable[str]) -> int:
         for path in paths:
-            try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._files:
+            while True:
+                try:
+                    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
+                        return -1
                     self._shrink(len(self._files) // 2)
-                return -1
         return -1
 
     def release(self, file: OpenFile) -> None:

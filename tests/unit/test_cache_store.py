@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -197,6 +198,40 @@ def test_few_descriptors_and_readers_that_overlap_evictions(tmp_path: Path) -> N
 
     trio.run(main)
     assert len(store.files) <= 4
+    store.close()
+
+
+def test_what_is_cached_stays_so_where_no_more_files_can_be_opened(tmp_path: Path) -> None:
+    """Many images share the process's descriptors. Those of segments that nobody reads make room."""
+    numbers = range(40)
+    with closing(CacheStore(tmp_path)) as store:
+        for number in numbers:
+            keep(store, number)
+    store = CacheStore(tmp_path)
+    store.files.most = 1000
+    cache = store.blob(BLOB.id)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> list[bytes | None]:
+        found: list[bytes | None] = []
+        most = max(map(int, os.listdir("/proc/self/fd"))) + 8
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        taken = [os.open(os.devnull, os.O_RDONLY)]
+        while taken[-1] < most - 8:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+        try:
+            for number in numbers:
+                part = segment(number, content(number))
+                data = await cache.read(part, 0, part.size, sure=True)
+                found.append(None if data is None else bytes(data))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+        return found
+
+    assert trio.run(main) == [content(number) for number in numbers]
+    assert len(cache) == len(numbers)
     store.close()
 
 
