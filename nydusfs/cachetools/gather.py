@@ -232,20 +232,25 @@ class Gatherer:
         running: deque[tuple[Segment, Future[bool]]] = deque()
         ready: list[Segment] = []
 
+        failed: list[OSError] = []
+
         def finish(most: int) -> None:
             while len(running) > most:
                 segment, future = running.popleft()
-                if future.result():
-                    ready.append(segment)
-                else:
-                    found.absent += 1
+                try:
+                    if future.result():
+                        ready.append(segment)
+                    else:
+                        found.absent += 1
+                except OSError as error:
+                    failed.append(error)
                 self._advance(segment.size)
                 if len(ready) >= BATCH:
                     self._adopt(blob, ready, found, result)
 
         try:
             for segment in image.segments(blob):
-                if result.full:
+                if result.full or failed:
                     break
                 if self._has(blob.id, segment.name):
                     found.there += 1
@@ -257,6 +262,8 @@ class Gatherer:
             finish(0)
         if ready:
             self._adopt(blob, ready, found, result)
+        if failed:
+            result.full = result.full or f"{self.store}: {failed[0].strerror or failed[0]}"
 
     def _has(self, blob_id: str, name: str) -> bool:
         return any((self.store / folder / name).exists() for folder in (blob_id, f"{blob_id}{SEGMENTS_SUFFIX}"))

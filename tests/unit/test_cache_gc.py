@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import trio
 
 from nydusfs.cache import CacheStore
-from nydusfs.cachetools.gather import remember
+from nydusfs.cachetools.gather import Gatherer, Source, remember
 from nydusfs.config import Config, load_config
 from nydusfs.services import Services, open_services
 from snapshotter.cachegc import KEPT, Collector, look, orphans, remove
@@ -223,3 +224,30 @@ def test_what_cannot_be_removed_ends_no_clean_up_but_a_nydusd_that_hangs_does(
     assert (again > 0) == hangs
     assert asked == (blobs[:1] if hangs else blobs)
     assert sorted(path.name for path in cache.iterdir()) == (blobs if hangs else blobs[:1])
+
+
+def test_an_import_that_fills_the_disk_ends_with_what_was_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = tmp_path / "cache", tmp_path / "source"
+    source.mkdir()
+    images = [tiny_image(tmp_path, {f"{n}": noise(400_000, seed + n) for n in range(30)}) for seed in (0, 100)]
+    for image in images:
+        (source / image.blob_id).write_bytes(image.blob)
+    synced: list[int] = []
+    sync = os.fdatasync
+
+    def fill_up(fd: int) -> None:
+        if len(synced) >= 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced.append(fd)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fill_up)
+    with_disk_full = Gatherer(store, lambda _: None, threads=1).run(Source(source), [one.bootstrap for one in images])
+    monkeypatch.undo()
+    assert with_disk_full.full == f"{store}: No space left on device"
+    assert [(blob.taken, blob.problem) for blob in with_disk_full.blobs] == [(20, "")], "the next blob is not tried"
+    assert len(list(store.glob("*/*"))) == 20, "and nothing is left that was under way"
+    rest = Gatherer(store, lambda _: None, threads=4).run(Source(source), [one.bootstrap for one in images])
+    assert rest.full == "" and [blob.problem for blob in rest.blobs] == ["", ""]
