@@ -157,8 +157,8 @@ class _Blob:
 
 
 class Gatherer:
-    """Into `store`. `room`: bytes that may still come, None: no limit; a holder has its own. `advance` hears of
-    bytes done."""
+    """Into `store`. `room`: bytes that may still come after so many that did, None: no limit; a holder has its own.
+    `advance` hears of bytes done."""
 
     def __init__(
         self,
@@ -166,13 +166,14 @@ class Gatherer:
         find: holder.FindHolder,
         *,
         threads: int,
-        room: Callable[[], int | None] = lambda: None,
+        room: Callable[[int], int | None] = lambda taken: None,
         advance: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.store = store
         self._find = find
         self._threads = threads
         self._room = room
+        self._taken = 0
         self._advance = advance
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._staged = store / STAGED / self._token
@@ -289,13 +290,14 @@ class Gatherer:
         batch, ready[:] = ready[:], []
         if result.full:
             return
-        room = self._room()
+        room = self._room(self._taken)
         if room is not None and sum(segment.padded for segment in batch) > room:
             result.full = "the cache's limit is reached"
             return
         taken, why = holder.adopt(self._find, self.store, blob.id, [segment.name for segment in batch], self._token)
         done = set(taken)
         found.taken += len(done)
+        self._taken += sum(segment.padded for segment in batch if segment.name in done)
         found.bytes += sum(segment.size for segment in batch if segment.name in done)
         result.full = why
 

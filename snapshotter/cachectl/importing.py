@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run(place: Place, path: Path, *, threads: int, quiet: bool) -> dict[str, Any
     wanted = {one: blobs for one, blobs in images.items() if present & blobs.keys()}
     total = sum(sum(size for blob, size in blobs.items() if blob in present) for blobs in wanted.values())
     with bar("importing", total, quiet=quiet) as advance:
-        gatherer = Gatherer(place.cache, place.holder, threads=threads, room=lambda: _room(place), advance=advance)
+        gatherer = Gatherer(place.cache, place.holder, threads=threads, room=partial(_room, place), advance=advance)
         result = gatherer.run(source, wanted)
     problems = [*unreadable.values(), *place.problems, *result.problems]
     _remember(place, result.blobs, problems)
@@ -51,9 +52,9 @@ def run(place: Place, path: Path, *, threads: int, quiet: bool) -> dict[str, Any
     return found
 
 
-def _room(place: Place) -> int | None:
+def _room(place: Place, taken: int) -> int | None:
     """Without a nydusd; one that runs counts for itself."""
-    return None if place.holder(place.cache) is not None else place.room()
+    return None if place.holder(place.cache) is not None else place.room(taken)
 
 
 def _name(place: Place, path: Path) -> str:

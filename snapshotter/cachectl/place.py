@@ -251,13 +251,17 @@ class Place:
             return 0, 0  # what is wrong with it, its nydusd will say
         return limit, floor
 
-    def room(self) -> int | None:
-        """Bytes that may be added beside no nydusd. None: any number."""
+    @cached_property
+    def _filed(self) -> int:
+        """Bytes that the cache held when this was first asked: to look at all its files takes a second."""
+        return sum(blob.filed for store in self.stores()[:1] for blob in store.blobs.values())
+
+    def room(self, taken: int) -> int | None:
+        """Bytes that may be added beside no nydusd, after so many that were. None: any number."""
         limit, floor = self.limits()
         rooms = []
         if limit:
-            stores = self.stores()
-            rooms.append(limit - sum(blob.filed for blob in stores[0].blobs.values()) if stores else limit)
+            rooms.append(limit - self._filed - taken)
         info = os.statvfs(self.cache)
         if floor:
             rooms.append(info.f_bavail * info.f_frsize - floor)

@@ -14,9 +14,12 @@ import pytest
 import trio
 
 from nydusfs.cache import CacheStore
-from nydusfs.cachetools.gather import Gatherer, Source, remember
+from nydusfs.cachetools.gather import BATCH, Gatherer, Source, remember
+from nydusfs.cachetools.inventory import Inventory, take
 from nydusfs.config import Config, load_config
 from nydusfs.services import Services, open_services
+from snapshotter.cachectl import importing
+from snapshotter.cachectl.place import Place
 from snapshotter.cachegc import KEPT, Collector, look, orphans, remove
 from snapshotter.nydusd_api import ApiUnreachable
 from tests.integration.test_sources_faults import config_text
@@ -251,3 +254,24 @@ def test_an_import_that_fills_the_disk_ends_with_what_was_on_it(
     assert len(list(store.glob("*/*"))) == 20, "and nothing is left that was under way"
     rest = Gatherer(store, lambda _: None, threads=4).run(Source(source), [one.bootstrap for one in images])
     assert rest.full == "" and [blob.problem for blob in rest.blobs] == ["", ""]
+
+
+def test_an_import_counts_what_is_in_the_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a nydusd, which would count for itself: it held to the limit by looking at all files every 4 MiB."""
+    cache, source = tmp_path / "cache", tmp_path / "source"
+    source.mkdir()
+    image = tiny_image(tmp_path, {f"{n}": noise(400_000, n) for n in range(120)})
+    (source / image.blob_id).write_bytes(image.blob)
+    counted: list[Path] = []
+
+    def count(store: Path) -> Inventory:
+        counted.append(store)
+        return take(store)
+
+    monkeypatch.setattr("snapshotter.cachectl.place.take", count)
+    monkeypatch.setattr(Place, "limits", lambda self: (40 << 20, 0))
+    found = importing.run(Place(None, str(cache), [image.bootstrap]), source, threads=2, quiet=True)
+    assert found["problems"] == ["ended early: the cache's limit is reached"]
+    size = sum(path.stat().st_size for path in (cache / image.blob_id).iterdir())
+    assert (40 << 20) - BATCH * (1 << 20) < size <= 40 << 20
+    assert counted == [cache]
