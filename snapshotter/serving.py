@@ -132,7 +132,8 @@ class Serving:
         """True: it lived. What fails is tried again by whoever asks for its images."""
         lived = False
         try:
-            if not daemon.shared and not any(one.daemon == daemon.id for one in list(self._instances.values())):
+            kept = daemon.shared and self._settings.shared and self._settings.serve
+            if not kept and not any(one.daemon == daemon.id for one in list(self._instances.values())):
                 daemon.stop()
                 self._daemons.pop(daemon.id, None)
                 return False

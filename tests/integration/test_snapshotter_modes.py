@@ -22,7 +22,7 @@ import pytest
 from tests.lab.cases import case as image_case
 from tests.lab.daemon import can_mount_fuse
 from tests.lab.paths import ref_bin
-from tests.lab.process import mounts_below, remove_tree, unmount_below, work_dir
+from tests.lab.process import mounts_below, remove_tree, unmount_below, wait_until, work_dir
 from tests.lab.served import CASE, IMAGE, template
 from tests.lab.snapshots import PREFIX, REF, Client, mounted, option, pull
 from tests.lab.stack import Snapshotter
@@ -230,6 +230,17 @@ def test_a_proxied_image_cannot_run_without_the_proxy() -> None:
             with pytest.raises(grpc.RpcError, match="remove it and pull it again"):
                 again.prepare("default/4/d", top)
             assert again.prepare("default/4/e", "")[0].type == "bind"
+
+
+@pytest.mark.parametrize(("mode", "driver"), [("shared", "proxy"), ("none", "fusedev"), ("dedicated", "fusedev")])
+def test_a_nydusd_of_another_mode_that_serves_no_image_ends(mode: str, driver: str) -> None:
+    with running("shared") as (one, _):
+        wait_until(lambda: bool(mounts_below(one.root)), 60, "the nydusd of all")
+        one.stop()
+        assert one.daemons()
+        one.mode, one.driver = mode, driver
+        one.start()
+        wait_until(lambda: not one.daemons() and not mounts_below(one.root), 60, "its end")
 
 
 # ---- the helper
