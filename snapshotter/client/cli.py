@@ -57,8 +57,8 @@ def images() -> None:
     "-u",
     "--user",
     metavar="NAME[:PASSWORD]",
-    help="registry login; asks for the password when it is left out. "
-    "Without this the logins of docker's config.json are used",
+    help="registry login for this pull (the snapshotter needs its own for what is read later); asks for the password "
+    "when it is left out. Without this the logins of docker's config.json are used",
 )
 @click.option("--hosts-dir", metavar="DIR", default="", help="directory of per-registry hosts.toml files (certs.d)")
 @click.option(
@@ -130,6 +130,9 @@ def rpull(
     if done.downloaded:
         parts.append(f"{done.downloaded} downloaded ({done.bytes / 1e6:.1f} MB)")
     click.echo(f"{done.name} {done.digest}: {done.layers} layers, {', '.join(parts) or 'none new'}")
+    if user and done.lazy:
+        rest = f"what is left {snapshotter} reads with credentials of its own (nydusctl auth explain {done.name})"
+        click.echo(f"ctr-remote: the login of --user was for this pull alone; {rest}", err=True)
 
 
 def main() -> None:

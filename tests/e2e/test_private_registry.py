@@ -63,7 +63,14 @@ def test_pull_with_user(private: tuple[Stack, TokenServer, Path], tmp_path: Path
     assert "Traceback" not in said
     assert "wrong credentials" in said
     assert "no-such-secret" not in said
-    assert "3 downloaded" in stack.rpull(ref, "--user", f"{tokens.user}:{tokens.password}", env=nobody)
+    said = stack.rpull(ref, "--user", f"{tokens.user}:{tokens.password}", env=nobody)
+    assert "3 downloaded" in said
+    assert "auth explain" not in said  # all of it is here
+    lazy = f"{stack.host}/team/app:nydus"
+    stack.containerd.ctr("images", "rm", "--sync", lazy, check=False)
+    said = stack.rpull(lazy, "--user", f"{tokens.user}:{tokens.password}", env=nobody)
+    assert "3 left to nydus" in said
+    assert f"what is left nydus reads with credentials of its own (nydusctl auth explain {lazy})" in said
 
 
 def test_nerdctl_with_dockers_login(private: tuple[Stack, TokenServer, Path], nerdctl: Path) -> None:
