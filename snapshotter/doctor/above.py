@@ -14,6 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from protos.containerd.services.introspection.v1 import introspection_pb2, introspection_pb2_grpc
 from protos.containerd.services.version.v1 import version_pb2_grpc
 from snapshotter.doctor.finding import Finding, error, note, ok, warning
+from snapshotter.install.containerd import platform
 from snapshotter.node import Containerd, Node
 from snapshotter.system import start_time
 
@@ -199,11 +200,13 @@ def _transfer(containerd: Containerd, name: str) -> Iterator[Finding]:
         )
         return
     units = _table(containerd.plugins(), TRANSFER).get("unpack_config") or []
-    if not any(isinstance(one, dict) and one.get("snapshotter") == name for one in units):
+    ours = [str(one.get("platform", "")) for one in units if isinstance(one, dict) and one.get("snapshotter") == name]
+    if not any(one.startswith(platform()) or not one for one in ours):
         yield warning(
             "containerd.transfer",
-            f"the transfer service unpacks nothing for {name}",
-            f"[[plugins.'{TRANSFER}'.unpack_config]] with snapshotter = \"{name}\": {_SNIPPETS}",
+            f"the transfer service unpacks nothing for {name}" + (f" but images of {', '.join(ours)}" if ours else ""),
+            f"[[plugins.'{TRANSFER}'.unpack_config]] with snapshotter = \"{name}\" and platform = \"{platform()}\": "
+            f"{_SNIPPETS}",
         )
     else:
         yield ok("containerd.transfer", "the transfer service tells which image a layer is of")

@@ -15,6 +15,7 @@ from nydusfs.daemon import ctl
 from snapshotter.doctor import above, remote, services, storage
 from snapshotter.doctor.finding import Level
 from snapshotter.doctor.run import findings
+from snapshotter.install.containerd import platform
 from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
 from snapshotter.top import WIDE, rates, render
@@ -77,6 +78,9 @@ CRI_2 = '[plugins."io.containerd.grpc.v1.cri".containerd]\n'
         (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{UNPACK}", "2.3.4", {"containerd.annotations": Level.WARNING}),
         (f"version = 3\n{PROXY}{IMAGES}{ON}{UNPACK}", "2.3.4", {"containerd.transfer": Level.WARNING}),
         (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{ON}", "2.1.0", {"containerd.transfer": Level.WARNING}),
+        (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{ON}{UNPACK}platform = '{platform()}'\n", "2.1.0", {}),
+        (f"version = 3\n{PROXY}{EXPORTS}{IMAGES}{ON}{UNPACK}platform = 'linux/s390x'\n", "2.1.0",
+         {"containerd.transfer": Level.WARNING}),
         (f"version = 3\n{PROXY}{IMAGES}{ON}", "2.0.3", {}),
         (f'version = 2\n{PROXY}{CRI_2}snapshotter = "nydus"\n{ON}', "1.7.20", {}),
         (f'version = 2\n{PROXY}{CRI_2}snapshotter = "nydus"\n', "1.7.20", {"containerd.annotations": Level.WARNING}),
