@@ -44,7 +44,7 @@ FLAGS = (
     ),
     Flag(
         "threads",
-        ("--fuse-threads", "--thread-num"),
+        ("-T", "--fuse-threads", "--thread-num"),
         "Threads that take requests; reads that wait for the network keep none.",
         int,
         4,
@@ -66,8 +66,13 @@ FLAGS = (
         ("none", "resend", "flush"),
         "resend",
     ),
-    Flag("daemon_id", ("--id",), "Name of this daemon in its API answers.", metavar="ID"),
-    Flag("supervisor", ("--supervisor",), "Socket to give the mount to and take it from; needs --id.", metavar="PATH"),
+    Flag("daemon_id", ("-I", "--id"), "Name of this daemon in its API answers.", metavar="ID"),
+    Flag(
+        "supervisor",
+        ("-S", "--supervisor"),
+        "Socket to give the mount to and take it from; needs --id.",
+        metavar="PATH",
+    ),
     Flag("upgrade", ("--upgrade",), "Do not mount: wait for the API to say what to take over.", bool, False),
     Flag(
         "keeper",
@@ -100,7 +105,7 @@ FLAGS = (
     ),
     Flag(
         "rlimit_nofile",
-        ("--rlimit-nofile",),
+        ("-R", "--rlimit-nofile"),
         "Open files to allow; clamped to what the machine permits. 0: leave it.",
         int,
         1_000_000,

@@ -61,6 +61,7 @@ def test_a_line_that_is_read_quickly_means_what_click_says(words: list[str], com
          "--log-level", "info", "--log-rotation-size", "100", "--log-file", "/l", "--failover-policy", "resend",
          "--upgrade"],
         ["fuse", "--no-keeper", "--config=/c", "-B", "/b", "-M", "/m", "--fs-driver", "auto"],
+        ["-M", "/m", "-A", "/a", "-T", "8", "-I", "x", "-S", "/s", "-R", "0"],  # nydus 2.1
     ],
 )  # fmt: skip
 def test_lines_of_programs_are_read_quickly(words: list[str]) -> None:
