@@ -303,7 +303,8 @@ def _image(node: Node, found: Explanation, rows: Mapping[int, _Row], meta: _Row,
     mapping = id_mapping(top.labels) if top is not None else None
     instance = next((one for one in mounted if one.mapping == mapping), mounted[0] if mounted and top is None else None)
     if instance is None:
-        found.why.append("no container used it yet: it is not mounted")
+        guest = "it is not mounted on this machine: daemon_mode none leaves that to who starts the container"
+        found.why.append("no container used it yet: it is not mounted" if node.need().serve else guest)
         return
     found.others = len(mounted) - 1
     daemon = next((one for one in node.daemons() if one.id == instance.daemon), None)

@@ -15,6 +15,7 @@ from nydusfs.daemon import ctl
 from snapshotter.doctor import above, remote, services, storage
 from snapshotter.doctor.finding import Level
 from snapshotter.doctor.run import findings
+from snapshotter.explain import facts
 from snapshotter.install.containerd import platform
 from snapshotter.node import Choices, Node
 from snapshotter.nydusctl import COMMANDS
@@ -115,6 +116,15 @@ def test_what_the_snapshotter_does_not_use_is_no_fault(tmp_path: Path) -> None:
     node = Node(Choices(arguments=(*root, *unread), root=root[1]))
     found = [*services.settings(node), *services.daemons(node)]
     assert [(one.check, one.level) for one in found] == [("snapshotter.template", Level.OK)]
+
+
+@pytest.mark.parametrize(("mode", "said"), [("none", "daemon_mode none"), ("shared", "no container used it yet")])
+def test_explain_says_who_has_not_mounted_an_image(mode: str, said: str) -> None:
+    root = f"/tmp/nydus-nowhere-{os.getpid()}"
+    node = Node(Choices(root=root, arguments=("--daemon-mode", mode)))
+    found, meta = facts.Explanation("x", "image"), facts._Row(1, "default/1/sha256:0", None, 3, 10**18, 10**18, {})
+    facts._image(node, found, {1: meta}, meta, None)
+    assert [said in reason for reason in found.why] == [True]
 
 
 @pytest.mark.parametrize("broken", ["database", "settings"])
