@@ -53,7 +53,7 @@ install() {
     if [ -e /config/config.json ]; then cp /config/config.json "$HOST/config.json"; set -- --config "$PLACE/config.json" "$@"; fi
     on_node "$PLACE/bundle/bin/nydusctl" node install --bin "$PLACE/bundle/bin" "$@"
     for name in $LINKS; do
-        on_node sh -c '[ -e "$2" ] || ln -s "$1" "$2"' sh "$PLACE/bundle/bin/$name" "/usr/local/bin/$name"
+        on_node sh -c '[ -e "$2" ] || ln -sfn "$1" "$2"' sh "$PLACE/bundle/bin/$name" "/usr/local/bin/$name"
     done
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,6 +106,34 @@ def test_scripts_are_shell(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("node.sh install|uninstall")
+
+
+def test_a_link_to_an_installation_that_is_gone_is_replaced(tmp_path: Path) -> None:
+    """The script of a pod, whose node has such links below /usr/local/bin; others' programs stay."""
+    bundle, links, host = tmp_path / "nydus-py", tmp_path / "links", tmp_path / "host"
+    for folder in (bundle / "bin", bundle / "lib/python3.11", links, host, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    (bundle / "BUILD").write_text("1")
+    for program in (bundle / "bin/use-python", bundle / "bin/nydusctl"):
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    nsenter = tmp_path / "bin/nsenter"
+    nsenter.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
+    nsenter.chmod(0o755)
+    text = (REPO / "packaging/node.sh").read_text().replace("/usr/local/bin", str(links))
+    for name, place in (("BUNDLE", bundle), ("HOST", host), ("PLACE", host)):
+        text = re.sub(rf"^{name}=.*", f"{name}={place}", text, flags=re.MULTILINE)
+    pod = tmp_path / "node.sh"
+    pod.write_text(text)
+    (links / "nydusctl").symlink_to(tmp_path / "gone")
+    (links / "nydusify").write_text("another's")
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", pod, "now-install"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (links / "nydusctl").resolve() == host / "bundle/bin/nydusctl"
+    assert (links / "nydusify").read_text() == "another's"
 
 
 def test_the_dockerfile_copies_what_is_there_and_builds_what_the_scripts_take() -> None:
