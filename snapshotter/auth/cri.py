@@ -24,7 +24,7 @@ from snapshotter.auth.wire import WireError, fields, message, text
 log = logging.getLogger(__name__)
 
 SERVICES = ("runtime.v1.ImageService", "runtime.v1alpha2.ImageService")
-THREADS = 64
+THREADS = 512  # made when needed: a pull occupies one for minutes, and other calls must not wait for it
 MAX_MESSAGE = 16 << 20
 _OWN_METADATA = ("user-agent", "te", "content-type", "grpc-")
 

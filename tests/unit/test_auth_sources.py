@@ -7,10 +7,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from nydusfs.registry.reference import Reference
 from snapshotter.auth import durations, kubelet, renewal
 from snapshotter.auth.base import Answer, Off, Question
 from snapshotter.auth.chain import Chain
-from snapshotter.auth.cri import pull_request
+from snapshotter.auth.cri import CriImageService, pull_request
 from snapshotter.auth.explain import lines
 from snapshotter.auth.kubelet import KubeletSource
 from snapshotter.auth.local import CriSource, DockerSource, LabelSource, StaticSource
@@ -408,3 +410,44 @@ def test_credentials_that_nydusd_did_not_take_are_said_again(tmp_path: Path) -> 
     failures.append(ApiError("PUT /api/v1/config", 404, "no such thing"))
     assert [renew() for _ in range(2)] == [Result.FAILED, Result.SAME]
     assert credentials_of(configs.path(record).read_text()) == Credentials("u", "newer")
+
+
+# ---- the CRI image service
+
+
+def test_pulls_of_a_whole_node_hold_up_no_other_call(tmp_path: Path) -> None:
+    """A kubelet without a limit pulls for each of its pods at once, and lists its images meanwhile."""
+    pulls, seen, end = 100, threading.Semaphore(0), threading.Event()
+
+    def runtime(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        seen.release()
+        end.wait(60)
+        yield b"pulled"
+
+    class Runtime(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+            if details.method.endswith("/PullImage"):
+                return grpc.stream_stream_rpc_method_handler(runtime)
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: b"list")
+
+    def serving(handler: Any, name: str) -> grpc.Server:
+        server = grpc.server(ThreadPoolExecutor(2 * pulls), handlers=(handler,))
+        server.add_insecure_port(f"unix:{tmp_path / name}")
+        server.start()
+        return server
+
+    service = CriImageService(tmp_path / "runtime", Vault(tmp_path / "auth"))
+    servers = [serving(Runtime(), "runtime"), serving(service, "ours")]
+    try:
+        with grpc.insecure_channel(f"unix:{tmp_path / 'ours'}") as channel:
+            pull = channel.unary_unary("/runtime.v1.ImageService/PullImage", None, None)
+            calls = [pull.future(b"", timeout=90) for _ in range(pulls)]
+            assert all(seen.acquire(timeout=20) for _ in range(64))
+            assert channel.unary_unary("/runtime.v1.ImageService/ListImages", None, None)(b"", timeout=20) == b"list"
+            end.set()
+            assert all(call.result(60) == b"pulled" for call in calls)
+    finally:
+        end.set()
+        for server in servers:
+            server.stop(None).wait(20)
+        service.close()
