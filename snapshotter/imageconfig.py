@@ -73,17 +73,20 @@ class ImageConfigs:
         nothing."""
         try:
             found = self._chain.find(parse(record.image), labels())
-            old = credentials_of(self.path(record).read_text())
+            path = self.path(record)
+            old = credentials_of(path.read_text())
             if found.credentials == old or (found.credentials is None and found.failed):
                 return Renewal(record.image, Result.FAILED if found.failed else Result.SAME, found.expires)
-            text = self._derive(record, found.credentials)
+            text, refused = self._derive(record, found.credentials), None
             try:
                 if found.credentials is None or not found.credentials.registry_token:
                     api.set_registry_auth(f"/{record.name}", found.credentials.basic if found.credentials else "")
-            except ApiError:  # an old release, which has them from the file when it starts again
-                write_private(self.path(record), text)
-                raise
-            write_private(self.path(record), text)  # now that they are taken: else they would not be said again
+            except ApiError as error:  # an old release, which has them from the file when it starts again
+                refused = error
+            if path.exists():  # else it was unmounted meanwhile
+                write_private(path, text)  # now that they are taken: else they would not be said again
+            if refused is not None:
+                raise refused
         except (SnapshotterError, OSError, ValueError, KeyError) as error:
             log.warning("credentials of image %s cannot be renewed: %s", record.image, error)
             return Renewal(record.image, Result.FAILED, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -410,6 +411,21 @@ def test_credentials_that_nydusd_did_not_take_are_said_again(tmp_path: Path) -> 
     failures.append(ApiError("PUT /api/v1/config", 404, "no such thing"))
     assert [renew() for _ in range(2)] == [Result.FAILED, Result.SAME]
     assert credentials_of(configs.path(record).read_text()) == Credentials("u", "newer")
+
+
+def test_an_image_that_is_unmounted_while_its_credentials_are_renewed_leaves_none_behind(tmp_path: Path) -> None:
+    class Nydusd:
+        def set_registry_auth(self, config_id: str, auth: str) -> None:
+            shutil.rmtree(configs.path(record).parent)
+
+    labels = {PULL_USER: "u", PULL_SECRET: "old"}
+    chain = Chain([LabelSource(Vault(tmp_path / "auth"))])
+    configs = ImageConfigs(tmp_path / "config", NO_TEMPLATE, tmp_path / "cache", chain, lambda _: True)
+    record = InstanceRecord(1, "d", "r.example/a:1", tmp_path / "boot")
+    nydusd: Any = Nydusd()
+    configs.write(record, labels)
+    configs.renew(record, lambda: {**labels, PULL_SECRET: "new"}, nydusd)
+    assert not list((tmp_path / "config").rglob("*.json"))
 
 
 # ---- the CRI image service
