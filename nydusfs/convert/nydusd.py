@@ -86,7 +86,8 @@ def daemon_config(
 
 def _registry(endpoint: RegistryEndpoint) -> dict[str, Any]:
     """With docker's credentials for it."""
-    server, reference = endpoint.client.transport.server, endpoint.reference
+    transport, reference = endpoint.client.transport, endpoint.reference
+    server, hosts_dir = transport.server, transport.options.hosts_dir
     backend: dict[str, Any] = {
         "scheme": server.url.partition("://")[0],
         "host": server.host,
@@ -96,6 +97,9 @@ def _registry(endpoint: RegistryEndpoint) -> dict[str, Any]:
         "connect_timeout": 10,
         "retry_limit": 2,
     }
+    if hosts_dir:  # upstream's has the certificates of authorities alone
+        backend["hosts_dir"] = os.path.abspath(hosts_dir)
+        backend["ca_cert_files"] = [os.path.abspath(name) for name in server.ca_files]
     credentials = docker_credentials(reference.host)
     if credentials is not None and credentials.username:
         backend["auth"] = base64.b64encode(f"{credentials.username}:{credentials.password}".encode()).decode()

@@ -10,16 +10,24 @@ from collections.abc import Iterator
 from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
+from nydusfs.config import load_config
+from nydusfs.convert.endpoints import Connections, RegistryLocation
+from nydusfs.convert.nydusd import daemon_config
 from nydusfs.errors import AuthError, NotFoundError, RegistryError, WrongBytesError
 from nydusfs.registry import referrers
 from nydusfs.registry.client import RegistryClient
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
 from nydusfs.registry.mediatypes import OCI_INDEX, OCI_MANIFEST
+from nydusfs.registry.reference import Reference
+from nydusfs.sources import Priority, SourceHub, open_source
+from nydusfs.sources.base import Buffer
 from tests.lab.authority import Authority
 from tests.lab.httpd import Handler, body_of, reply, serve
 from tests.lab.process import free_port
@@ -214,6 +222,38 @@ def test_a_server_in_place_of_the_registry_is_told_which_is_meant(tmp_path: Path
         assert uploads.blob == DATA
         assert [path for _, path, _ in server.seen][:2] == [
             f"/v2/r/blobs/{DIGEST}?ns=docker.io", "/v2/r/blobs/uploads/?ns=docker.io"]  # fmt: skip
+
+
+def test_a_nydusd_of_nydusify_has_the_certificates_of_its_hosts_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `nydusify mount` and `check`, whose own requests have them."""
+    authority = Authority(tmp_path / "ca")
+
+    def answer(handler: Handler) -> None:
+        if "/blobs/" not in handler.path:
+            return reply(handler, 200)
+        return reply(handler, 206, DATA[:100], Content_Range=f"bytes 0-99/{len(DATA)}")
+
+    with serve(answer, authority.server_context()) as server, Connections() as connections:
+        (tmp_path / "certs" / server.host).mkdir(parents=True)
+        shutil.copy(authority.certificate, tmp_path / "certs" / server.host / "ca.crt")
+        monkeypatch.chdir(tmp_path)
+        options = ClientOptions(hosts_dir="certs")
+        endpoint = RegistryLocation(Reference.parse(f"{server.host}/r:1"), options).open(connections)
+        nydus: Any = SimpleNamespace(image=SimpleNamespace(endpoint=endpoint))
+        config = load_config(json.dumps(daemon_config(nydus, tmp_path / "work")), "test")
+        monkeypatch.chdir("/")
+
+        async def read() -> Buffer:
+            async with trio.open_nursery() as nursery:
+                source = open_source(config.backend, SourceHub(nursery))
+                with trio.fail_after(60):
+                    data = await source.read(DIGEST[7:], 0, 100, Priority.DEMAND)
+                nursery.cancel_scope.cancel()
+            return data
+
+        assert trio.run(read) == DATA[:100]
 
 
 def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> None:
