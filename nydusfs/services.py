@@ -103,6 +103,10 @@ class Services:
         for source, identity in list(self._registries.items()):
             source.use_auth(self._registry_auth(identity))
 
+    def forget_registry_auth(self, config_id: str) -> None:
+        """No image has this id any more."""
+        self._auth.pop(config_id, None)
+
     def _registry_auth(self, config_id: str) -> str:
         return self._auth.get(config_id) or self._auth.get("", "")
 

@@ -92,6 +92,7 @@ class Daemon:
         self._listening = False
         self._deadline_armed = False
         self._runtime: dict[str, dict[str, str]] = {}
+        self._mounted_ids: set[str] = set()
 
     # -- what the API asks
 
@@ -197,6 +198,14 @@ class Daemon:
 
     def runtime_config(self, config_id: str) -> dict[str, str]:
         return self._runtime.get(config_id, {})
+
+    def _mounts_changed(self) -> None:
+        """Settings of images that are gone go too: containers come and go for months, and so do their passwords."""
+        before, self._mounted_ids = self._mounted_ids, {one.request.config.id for one in self.mounts.images.values()}
+        for config_id in before - self._mounted_ids - {""}:
+            self._runtime.pop(config_id, None)
+            self._services.forget_registry_auth(config_id)
+        self._save()
 
     # -- what is kept for the next worker
 
@@ -313,7 +322,7 @@ class Daemon:
                         self._driver.mountpoint, self._link, self.options.fs_driver, self._jobs
                     )
                     opener = ImageOpener(services, self._driver.mountpoint, nursery, self._erofs)
-                    self.mounts = MountTable(self._driver, opener, nursery, self._save, self._erofs)
+                    self.mounts = MountTable(self._driver, opener, nursery, self._mounts_changed, self._erofs)
                     nursery.start_soon(self._watch_signals, signals)
                     nursery.start_soon(self._end_haste)
                     nursery.start_soon(process.give_back_when_idle, services)

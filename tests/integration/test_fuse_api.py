@@ -146,6 +146,7 @@ def test_the_line_people_grep_and_no_secret_anywhere(daemon: Nydusd) -> None:
     secret, token = "bWU6c2VjcmV0LXdvcmQ=", "tok-3n-s3cret"
     config = {
         "device": {
+            "id": "/s",
             "backend": {
                 "type": "registry",
                 "config": {
@@ -176,7 +177,11 @@ def test_the_line_people_grep_and_no_secret_anywhere(daemon: Nydusd) -> None:
     for word in (secret, token, "secret-word"):
         assert word not in shown
         assert word not in daemon.log_text()
+    assert daemon.call("PUT", "config?id=/later", {"registry_auth": secret}).status == 204
+    assert daemon.get("config?id=/s").body == {"registry_auth": "(hidden)"}
     assert daemon.umount("/s").status == 204
+    assert daemon.get("config?id=/s").body == {}, "nobody will ask for the password of what is gone"
+    assert daemon.get("config?id=/later").body == {"registry_auth": "(hidden)"}
 
 
 def hundred_thousand_files(directory: Path) -> Path:
