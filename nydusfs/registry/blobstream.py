@@ -204,23 +204,30 @@ class RangedBlob(io.RawIOBase):
         raise failure or RegistryError(f"{name}: no address to read from")
 
     def _fetch_from(self, endpoint: Endpoint, offset: int, count: int, name: str) -> bytes:
-        with self._transport.request(
-            "GET",
-            f"/v2/{self._repository}/blobs/{self._digest}",
-            scope=f"repository:{self._repository}:pull",
-            endpoint=endpoint,
-            headers={"Range": f"bytes={offset}-{offset + count - 1}"},
-        ) as response:
-            if response.status_code not in (200, 206):
-                self._transport.raise_for(response, name)
-            pieces = response.iter_raw()
-            if response.status_code == 200:
-                pieces = _skip(pieces, offset)
-            data = bytearray()
-            for piece in pieces:
-                data += piece
-                if len(data) >= count:
+        options, data, breaks = self._transport.options, bytearray(), 0
+        while True:
+            start = offset + len(data)
+            with self._transport.request(
+                "GET",
+                f"/v2/{self._repository}/blobs/{self._digest}",
+                scope=f"repository:{self._repository}:pull",
+                endpoint=endpoint,
+                headers={"Range": f"bytes={start}-{offset + count - 1}"},
+            ) as response:
+                if response.status_code not in (200, 206):
+                    self._transport.raise_for(response, name)
+                pieces = response.iter_raw()
+                try:
+                    for piece in _skip(pieces, start) if response.status_code == 200 else pieces:
+                        data += piece
+                        if len(data) >= count:
+                            break
                     break
+                except httpx.HTTPError:
+                    if breaks == options.retries:
+                        raise
+            time.sleep(options.retry_delay * 2**breaks)
+            breaks += 1
         if len(data) < count or (response.status_code == 206 and len(data) > count):
             raise RegistryError(f"{name}: asked for {count} bytes at {offset}, got {len(data)}")
         return bytes(data[:count])

@@ -312,6 +312,32 @@ def test_a_mirror_that_fails_in_mid_blob_is_left_for_the_next_address(fault: str
             assert server.seen[-1][2]["Range"] == "bytes=100000-"
 
 
+def test_a_ranged_read_goes_on_where_its_connection_broke() -> None:
+    def answer(handler: Handler) -> None:
+        if "/blobs/" not in handler.path:
+            return reply(handler, 200)
+        first, last = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(DATA)}")
+        handler.send_header("Content-Length", str(last + 1 - first))
+        handler.end_headers()
+        handler.wfile.write(DATA[first : min(last + 1, first + step)])
+        handler.close_connection = True
+        return None
+
+    step = 100_000
+    with (
+        serve(answer) as server,
+        RegistryClient(server.host, QUICK, lambda: None) as client,
+        client.open_blob_ranges("r", DIGEST, len(DATA)) as blob,
+    ):
+        blob.seek(7)
+        assert blob.read(350_000) == DATA[7:350_007], "three breaks"
+        step = 10_000
+        with pytest.raises(RegistryError, match=server.host):
+            blob.read(350_000)
+
+
 def test_a_registry_out_of_reach_is_not_looked_for_while_its_mirrors_serve(tmp_path: Path) -> None:
     body = _manifest("c")
 
