@@ -63,6 +63,7 @@ from tests.lab.cases import case as image_case
 from tests.lab.daemon import localfs_config
 from tests.lab.erofs import cannot_mount_erofs
 from tests.lab.process import run
+from tests.lab.tiny import tiny_image
 
 BOOT = "0a1b2c3d"
 
@@ -216,6 +217,34 @@ def test_auto_leaves_images_to_fuse_where_devices_take_much_memory(
     assert "fs_driver" not in caplog.text
     assert trio.run(come, most_devices()), "there is nothing to be patient for"
     assert f"kernel mounts have {most_devices()} devices" in caplog.text
+
+
+def test_a_worker_starts_although_a_disk_of_the_last_ones_mounts_is_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies again with each start otherwise, and images on other disks are served by nobody."""
+    image = tiny_image(tmp_path, {"f": b"data"})
+    config = load_config(localfs_config(tmp_path, work_dir=tmp_path / "cache"), "test")
+    listed = os.listdir
+
+    def broken(path: Any = ".") -> list[str]:
+        if Path(path).name == ".erofs":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return listed(path)
+
+    async def come() -> None:
+        driver = ErofsDriver(str(tmp_path / "mnt"), None, "auto", Jobs())
+        driver._left = {str(tmp_path / "mnt/1")}
+        async with open_services() as services:
+            reader = await services.open_image(str(image.bootstrap), config, name="/")
+            monkeypatch.setattr(os, "listdir", broken)
+            await driver.restore("/1", create_autospec(ImageVolume), reader)
+            monkeypatch.undo()
+            assert "/1" not in driver._images, "`begin` detaches the mount, and FUSE below it serves"
+            reader.close()
+
+    trio.run(come)
+    assert f"image /1: its kernel mount is lost: cache {tmp_path / 'cache'}: Input/output error" in caplog.text
 
 
 def most_in_small_files(image: Bootstrap) -> bool:

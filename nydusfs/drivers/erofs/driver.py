@@ -255,12 +255,20 @@ class ErofsDriver:
         await _in_thread(lambda: self._clean(image))
 
     async def restore(self, where: str, volume: ImageVolume, reader: ImageReader) -> None:
-        """Know an image again if an earlier worker mounted it and its group is here; else `begin` detaches it."""
-        if reader.store is not None and self.had(where):
+        """Know an image again if an earlier worker mounted it, and its group and cache are here; else `begin` detaches
+        it."""
+        if reader.store is None or not self.had(where):
+            return
+        try:
             devices = self._open_devices(reader.store)
-            _open_caches(reader)
-            self._remember(where, ErofsImage(where, volume, reader, devices, []))
-            self._answers.one_more()
+        except OSError as error:
+            log.error(
+                "image %s: its kernel mount is lost: cache %s: %s", where, reader.store.path, error.strerror or error
+            )
+            return
+        _open_caches(reader)
+        self._remember(where, ErofsImage(where, volume, reader, devices, []))
+        self._answers.one_more()
 
     async def begin_image(
         self, bootstrap: str, store: CacheStore, choice: FsDriver | None, *, enable_xattr: bool
