@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import httpx
 
-from nydusfs.errors import RegistryError
+from nydusfs.errors import RegistryError, WrongBytesError
 from nydusfs.registry.blobstream import BlobStream, RangedBlob
 from nydusfs.registry.credentials import Credentials
 from nydusfs.registry.hosts import ClientOptions
@@ -135,6 +135,15 @@ class RegistryClient:
 
     def blob(self, repository: str, digest: str, limit: int) -> bytes:
         """A small blob in memory, verified; RegistryError if it is larger than `limit` bytes."""
+        while True:
+            mirrors = self.transport.mirrors()
+            try:
+                return self._whole_blob(repository, digest, limit)
+            except WrongBytesError:
+                if self.transport.mirrors() == mirrors:
+                    raise  # no mirror was left out for them: they are the registry's own
+
+    def _whole_blob(self, repository: str, digest: str, limit: int) -> bytes:
         with self.open_blob(repository, digest) as stream:
             data = bytearray()
             while piece := stream.read(min(_PIECE, limit + 1)):

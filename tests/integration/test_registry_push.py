@@ -269,9 +269,15 @@ def test_a_mirror_with_wrong_bytes_is_left_alone_afterwards(tmp_path: Path) -> N
         (folder / "hosts.toml").write_text(f'server = "http://{server.host}"\n[host."http://{mirror.host}"]\n')
         options = ClientOptions(retries=1, retry_delay=0.01, hosts_dir=str(tmp_path))
         with RegistryClient(server.host, options, lambda: None) as client:
-            with pytest.raises(WrongBytesError, match=DIGEST):
-                client.blob("r", DIGEST, len(DATA))
+            with client.open_blob("r", DIGEST) as stream, pytest.raises(WrongBytesError, match=DIGEST):
+                stream.readall()
             assert client.blob("r", DIGEST, len(DATA)) == DATA
+        with Connections() as connections:  # what is read as a whole is had from the next address at once
+            endpoint = RegistryLocation(Reference.parse(f"{server.host}/r:1"), options).open(connections)
+            assert endpoint.blob(DIGEST, len(DATA)) == DATA
+            server.answer = liar  # type: ignore[method-assign]
+            with pytest.raises(WrongBytesError, match=DIGEST):
+                endpoint.blob(DIGEST, len(DATA))
 
 
 def _with_mirrors(folder: Path, host: str, *mirrors: str, server: str = "") -> ClientOptions:

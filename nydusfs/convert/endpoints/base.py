@@ -75,7 +75,7 @@ class Endpoint(ABC):
         """Bytes of a blob that exists, else NotFoundError."""
 
     def blob(self, digest: str, limit: int) -> bytes:
-        """A small blob in memory, verified; ConvertError if it is larger than `limit` bytes."""
+        """A small blob in memory, verified. Raises an error as well if it is larger than `limit` bytes."""
         with self.open_blob(digest) as stream:
             data = bytearray()
             while piece := stream.read(min(_PIECE, limit + 1)):

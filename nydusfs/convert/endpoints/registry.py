@@ -61,6 +61,9 @@ class RegistryEndpoint(Endpoint):
     def open_blob(self, digest: str, size: int | None = None) -> io.RawIOBase:
         return self.client.open_blob(self.repository, digest, size)
 
+    def blob(self, digest: str, limit: int) -> bytes:
+        return self.client.blob(self.repository, digest, limit)
+
     def open_blob_ranges(self, digest: str, size: int) -> io.RawIOBase:
         return self.client.open_blob_ranges(self.repository, digest, size)
 
