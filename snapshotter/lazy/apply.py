@@ -13,7 +13,8 @@ import os
 import stat
 import sys
 import tarfile
-from typing import IO
+from io import BufferedReader
+from typing import cast
 
 from nydusfs.trees import remove_tree
 
@@ -23,8 +24,10 @@ CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
 _XATTR = "SCHILY.xattr."
 
 
-def apply(stream: IO[bytes]) -> None:
+def apply(stream: BufferedReader) -> None:
     """Below the current root. Raises OSError, tarfile.TarError."""
+    if not stream.peek(1):
+        return  # containerd takes it for an empty layer, `tarfile` for none
     made: set[str] = set()
     times: dict[str, int] = {}
     with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as archive:
@@ -128,7 +131,7 @@ def main() -> None:
     os.umask(0)
     try:
         _enter(sys.argv[1], sys.argv[2:])
-        apply(sys.stdin.buffer)
+        apply(cast(BufferedReader, sys.stdin.buffer))
         while sys.stdin.buffer.read(_PIECE):
             pass
     except (OSError, tarfile.TarError, ValueError) as error:

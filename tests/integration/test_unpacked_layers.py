@@ -159,6 +159,12 @@ def test_a_layer_is_what_its_images_config_says(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / name) == ["fs"] and not os.listdir(tmp_path / name / "fs")
 
 
+def test_a_layer_of_no_bytes_is_an_empty_one(tmp_path: Path) -> None:
+    """containerd unpacks it so: a tar that ends before its first header."""
+    done = apply(tmp_path / "none", b"")
+    assert (done.returncode, done.stderr, list((tmp_path / "none" / "fs").iterdir())) == (0, b"", [])
+
+
 def test_damage_is_said_in_one_line(tmp_path: Path) -> None:
     done = apply(tmp_path / "cut", layer(entry("file", "x" * 5000))[:3000])
     assert done.returncode == 1
