@@ -9,7 +9,7 @@ import numpy as np
 
 from bootstrap.dedup import ChunkIndex
 from bootstrap.errors import BuildError, FormatError
-from bootstrap.layout.common import SuperFlags
+from bootstrap.layout.common import Compressor, SuperFlags
 from bootstrap.layout.tables import CHUNK
 from bootstrap.load import blob_info
 from bootstrap.options import BuildOptions
@@ -46,6 +46,10 @@ def require_like(image: Bootstrap, what: str, options: BuildOptions) -> None:
     ):
         if theirs != ours:
             raise BuildError(f"{what} does not fit this build: {name} {theirs} instead of {ours}")
+    # One compressor for all blobs of a v5 image; those of v6 say theirs. What is stored raw fits any.
+    if image.version == 5 and image.blobs and image.compressor not in (Compressor.NONE, options.compressor):
+        label, own = image.compressor.label, options.compressor.label
+        raise BuildError(f"{what} does not fit this build: compressor {label} instead of {own}")
     theirs, ours = image.digester.label, options.digester.label
     if theirs != ours:
         if image.version == 5:  # its inodes have digests too

@@ -13,6 +13,7 @@ from bootstrap.build import BuildOptions, build_layer
 from bootstrap.chunkmap import ChunkMap
 from bootstrap.cli import main
 from bootstrap.errors import BuildError
+from bootstrap.layout.common import Compressor
 from bootstrap.merge import MergeSource, merge_layers
 from bootstrap.reader import Bootstrap, open_bootstrap
 from tests.unit.test_build_tar import member, pack
@@ -138,3 +139,20 @@ def test_parents_that_do_not_fit(tmp_path: Path) -> None:
                 main, [*base, *(option if f == "--parent-bootstrap" else f for f in flags), str(layer)]
             )
             assert done.exit_code == 1 and word in done.output and done.output.count("\n") == 1, (flags, done.output)
+
+
+@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("theirs", [Compressor.ZSTD, Compressor.NONE])
+def test_a_v5_image_has_one_compressor_beside_none(version: int, theirs: Compressor, tmp_path: Path) -> None:
+    """Its superblock says it for all blobs: chunks of another one would be taken for what the new ones are."""
+    base = tmp_path / "base"
+    base.write_bytes(build(LOWER, io.BytesIO(), None, fs_version=version, compressor=theirs))
+    ours = Compressor.NONE if theirs == Compressor.ZSTD else Compressor.ZSTD
+    uses: tuple[tuple[Path | None, dict[str, object]], ...] = ((base, {}), (None, {"chunk_dict": base}))
+    for parent, options in uses:
+        options |= {"fs_version": version, "compressor": ours}
+        if version == 5 and theirs != Compressor.NONE:
+            with pytest.raises(BuildError, match="compressor zstd instead of none"):
+                build(LOWER, io.BytesIO(), parent, **options)
+        else:
+            build(LOWER, io.BytesIO(), parent, **options)
