@@ -126,6 +126,9 @@ def _objects(options: Section, kind: str, template: bool) -> ObjectBackend:
     for key in ("bucket_name", "region" if kind == "s3" else "endpoint"):
         if not getattr(backend, key) and not template:
             raise options.error(key, f"is missing: {kind} needs it")
+    for key in ("region", "access_key_id", "access_key_secret", "session_token"):
+        if reason := bad_header(key, getattr(backend, key)):
+            raise options.error(key, reason)
     if bool(backend.access_key_id) != bool(backend.access_key_secret):
         missing = "access_key_secret" if backend.access_key_id else "access_key_id"
         raise options.error(missing, "is missing: the two keys belong together")

@@ -6,8 +6,10 @@ import configparser
 import logging
 import os
 import time
+from collections.abc import Sequence
 
 from nydusfs.config import ObjectBackend
+from nydusfs.config.backends import bad_header
 from nydusfs.errors import ObjectStoreError, os_reason
 from nydusfs.objects.signing import ObjectKeys
 
@@ -18,6 +20,7 @@ _ENVIRONMENT = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     "oss": ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN"),
 }
+_FILE = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 
 
 class CredentialChain:
@@ -37,8 +40,9 @@ class CredentialChain:
         if backend.credentials_file:
             self._look()
             return self._from_file
-        found = [os.environ.get(name, "") for name in _ENVIRONMENT[backend.type]]
-        return ObjectKeys(*found) if found[0] and found[1] else None
+        names = _ENVIRONMENT[backend.type]
+        found = [os.environ.get(name, "") for name in names]
+        return _keys("the environment", names, found) if found[0] and found[1] else None
 
     def others_than(self, refused: ObjectKeys | None) -> bool:
         """Look at the file at once: whether there are other keys now than those that were refused."""
@@ -66,15 +70,23 @@ class CredentialChain:
             log.warning("credentials_file %s: %s; going on with the keys it held before", path, reason)
 
 
+def _keys(where: str, names: Sequence[str], values: Sequence[str]) -> ObjectKeys:
+    """Raises `ObjectStoreError` for what no header can carry."""
+    for name, value in zip(names, values, strict=True):
+        if reason := bad_header("x", value):
+            raise ObjectStoreError(f"{where}: {name} {reason}")
+    return ObjectKeys(*values)
+
+
 def parse_credentials(text: str, where: str, profile: str = "default") -> ObjectKeys:
     """AWS's shared credentials file. Raises `ObjectStoreError` that shows no value."""
     parser = configparser.ConfigParser(interpolation=None, default_section="\0")
     try:
         parser.read_string(text)
         section = parser[profile]
-        key_id, secret = section["aws_access_key_id"], section["aws_secret_access_key"]
+        values = [section[_FILE[0]], section[_FILE[1]], section.get(_FILE[2], "")]
     except configparser.Error:
         raise ObjectStoreError(f"{where} is not in the form of an AWS credentials file") from None
     except KeyError as error:
         raise ObjectStoreError(f"{where} has no {error.args[0]} for profile {profile}") from None
-    return ObjectKeys(key_id.strip(), secret.strip(), section.get("aws_session_token", "").strip())
+    return _keys(where, _FILE, [value.strip() for value in values])

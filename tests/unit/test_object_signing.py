@@ -107,6 +107,8 @@ def test_keys_of_the_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> No
         ("s3", '{"bucket_name": "b", "region": "r", "access_key_id": "i"}', "access_key_secret: is missing"),
         ("s3", '{"bucket_name": "b", "region": "r", "access_key_secret": 7}', r"string, found integer \(hidden"),
         ("s3", '{"bucket_name": "b", "region": "r", "part_size": 5}', "part_size: 5 is outside"),
+        ("oss", '{"bucket_name": "b", "endpoint": "e", "access_key_id": "i\\n", "access_key_secret": "s"}', "line break"),
+        ("s3", '{"bucket_name": "b", "region": "\u201cr\u201d"}', "region: holds characters"),
         ("s4", "{}", "'s4' is not a backend type"),
         ("s3", "[]", "expected table"),
     ],
@@ -114,3 +116,19 @@ def test_keys_of_the_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> No
 def test_wrong_settings_are_named(kind: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_backend(kind, text, "backend.json")
+
+
+def test_keys_that_cannot_be_sent_are_refused_by_the_place_they_are_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line break at the end of a secret's file would end the header in its middle."""
+    file = tmp_path / "keys"
+    file.write_text("[default]\naws_access_key_id = i\n  j\naws_secret_access_key = hush\n")
+    with pytest.raises(ObjectStoreError, match=r"keys: aws_access_key_id holds a line break") as caught:
+        CredentialChain(ObjectBackend(credentials_file=str(file))).keys()
+    assert "hush" not in str(caught.value)
+    monkeypatch.setenv("OSS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("OSS_ACCESS_KEY_SECRET", "s")
+    monkeypatch.setenv("OSS_SESSION_TOKEN", "\u201ct\u201d")
+    with pytest.raises(ObjectStoreError, match="OSS_SESSION_TOKEN holds characters"):
+        CredentialChain(ObjectBackend("oss")).keys()
