@@ -74,7 +74,18 @@ def test_requests_that_are_told_late_or_in_another_order_end_no_sequence() -> No
     start, size = begun[-1]
     assert streams.note(7, start + size - read, read)[1] >= 4 << 20, "and it goes on as if nothing had happened"
     streams.note(7, 2 * chunk, read)
-    assert streams.note(7, 2 * chunk + read, read) == (3 * chunk, chunk), "who goes far back begins anew"
+    assert streams.note(7, 2 * chunk + read, read) == (0, 0), "who goes far back begins anew"
+    assert streams.note(7, 3 * chunk, read) == (4 * chunk, 2 * chunk)
+
+
+def test_what_the_kernel_reads_behind_a_fault_is_no_sequence() -> None:
+    """Of a program's page faults, by EROFS: which segments are fetched is what the program reads, by either driver."""
+    chunk, window = 256 << 10, 128 << 10
+    streams = FileStreams(lambda longest: min(longest, 16 << 20), chunk)
+    for fault in (19_300_352, 7_888_896, 72_351_744, 16_859_136):
+        for number in range(5):
+            at = fault + number * window
+            assert streams.note(7, at, window, -(-(at + window) // chunk) * chunk) == (0, 0)
 
 
 def test_a_file_of_some_chunks_is_fetched_by_few_requests() -> None:
@@ -83,9 +94,10 @@ def test_a_file_of_some_chunks_is_fetched_by_few_requests() -> None:
     chunk = 1 << 20
     streams = FileStreams(lambda longest: min(longest, 16 << 20), chunk)
     assert streams.note(7, 0, 256 << 10) == (0, 0)
-    assert streams.note(7, 768 << 10, chunk) == (2 * chunk, 4 * chunk)
-    assert streams.note(7, 1792 << 10, chunk) == (0, 0)
-    assert streams.note(7, 2816 << 10, chunk) == (6 * chunk, 6 * chunk)
+    assert streams.note(7, 768 << 10, chunk) == (2 * chunk, 3 * chunk)
+    assert streams.note(7, 1792 << 10, chunk) == (5 * chunk, 3 * chunk)
+    assert streams.note(7, 2816 << 10, chunk) == (0, 0)
+    assert streams.note(7, 3840 << 10, chunk) == (8 * chunk, 6 * chunk)
 
 
 def test_what_is_read_ahead_leaves_no_small_rest() -> None:
