@@ -8,12 +8,16 @@ only a hash is kept.
 from __future__ import annotations
 
 import os
+import threading
 from hashlib import blake2b
 
 import trio
 
 TRIES = 32  # reads that may come from a runtime, or from processes that cannot be seen
 LENGTH = 4096
+# Seconds for /proc to answer, mostly 0.1 ms. Where a process has a file of the image in the place of its arguments, or
+# holds its memory's lock while it reads, it answers when the reader is answered, who must not wait for that.
+PATIENCE = 0.01
 _RUNTIMES = (b"runc", b"crun", b"youki", b"exe")  # runc runs itself as /proc/self/exe
 
 
@@ -24,6 +28,7 @@ class FirstCommand:
         self.name = ""  # empty as well when it cannot be known
         self.open = True
         self._tries = 0
+        self._looking = threading.Lock()
         self._known = trio.Event()
         try:
             self._token: trio.lowlevel.TrioToken | None = trio.lowlevel.current_trio_token()
@@ -32,17 +37,25 @@ class FirstCommand:
 
     def seen(self, pid: int) -> None:
         """A process reads the image; 0: one of another process namespace."""
-        if not self.open:
+        if not self.open or not self._looking.acquire(blocking=False):
             return
-        self._tries += 1
-        name = command_of(pid) if pid else ""
-        if name or self._tries >= TRIES:
-            self._settle(name)
+        looker = threading.Thread(target=self._look, args=(pid,), name="command", daemon=True)
+        looker.start()
+        looker.join(PATIENCE)
 
     async def known(self) -> str:
         """Waits for it."""
         await self._known.wait()
         return self.name
+
+    def _look(self, pid: int) -> None:
+        self._tries += 1
+        try:
+            name = command_of(pid) if pid else ""
+            if name or self._tries >= TRIES:
+                self._settle(name)
+        finally:
+            self._looking.release()
 
     def _settle(self, name: str) -> None:
         self.name, self.open = name, False

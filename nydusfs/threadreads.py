@@ -33,7 +33,7 @@ class ThreadReads:
         """See `ImageReader.read_now`."""
         hands.begin()
         if (recorder := reader.recorder) is not None and recorder.command.open:
-            hands.waits()  # /proc may make us wait for the reader, and that for somebody's read
+            hands.waits()
             recorder.command.seen(pid)
         if reader.validates:
             return None

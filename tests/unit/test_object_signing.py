@@ -107,7 +107,7 @@ def test_keys_of_the_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> No
         ("s3", '{"bucket_name": "b", "region": "r", "access_key_id": "i"}', "access_key_secret: is missing"),
         ("s3", '{"bucket_name": "b", "region": "r", "access_key_secret": 7}', r"string, found integer \(hidden"),
         ("s3", '{"bucket_name": "b", "region": "r", "part_size": 5}', "part_size: 5 is outside"),
-        ("oss", '{"bucket_name": "b", "endpoint": "e", "access_key_id": "i\\n", "access_key_secret": "s"}', "line break"),
+        ("oss", '{"bucket_name": "b", "endpoint": "e", "access_key_id": "i\\n", "access_key_secret": "s"}', "a line b"),
         ("s3", '{"bucket_name": "b", "region": "\u201cr\u201d"}', "region: holds characters"),
         ("s4", "{}", "'s4' is not a backend type"),
         ("s3", "[]", "expected table"),

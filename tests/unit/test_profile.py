@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,30 @@ def test_the_command_is_that_of_the_first_process_that_is_no_runtime() -> None:
         for process in processes:
             process.kill()
             process.communicate(timeout=30)
+
+
+def test_a_reader_does_not_wait_for_what_proc_says_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may answer when the reader is answered: its arguments may lie in a file of the image."""
+    answered = threading.Event()
+
+    def hang(pid: int) -> str:
+        assert answered.wait(60)
+        return f"command of {pid}"
+
+    monkeypatch.setattr("nydusfs.command.command_of", hang)
+
+    async def main() -> None:
+        command = FirstCommand()
+        readers = [threading.Thread(target=command.seen, args=(pid,), daemon=True) for pid in (7, 8)]
+        for reader in readers:
+            reader.start()
+            await trio.to_thread.run_sync(reader.join, 30)
+            assert not reader.is_alive()
+        answered.set()
+        with trio.fail_after(60):
+            assert await command.known() == "command of 7"
+
+    trio.run(main)
 
 
 def test_sizes_are_bounded() -> None:
